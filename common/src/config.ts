@@ -1,0 +1,143 @@
+import { readFileSync } from 'node:fs';
+import { resolve } from 'node:path';
+import { defaultHome, defaultRun, type Paths, pathsOf } from './paths.js';
+
+/** The settings of an installation. A flag wins over the environment, the environment over `config.json`. */
+export interface Settings {
+  home: string;
+  'run-dir': string;
+  'log-level': 'trace' | 'debug' | 'info' | 'warn' | 'error' | 'silent';
+  /** `auto` is `pretty` on a terminal and `json` otherwise. */
+  'log-format': 'auto' | 'pretty' | 'json';
+  /** How a worker is confined when `create` does not say. */
+  isolation: 'sandbox' | 'none';
+  /** Seconds after which a ticket that was not used is void. */
+  'ticket-lifetime': number;
+  /** Milliseconds that a worker has to stop cleanly before it is killed. */
+  'worker-stop-timeout': number;
+}
+
+export class ConfigError extends Error {
+  override readonly name = 'ConfigError';
+}
+
+interface Key {
+  readonly help: string;
+  readonly fallback: string | number;
+  readonly values?: readonly string[];
+  readonly range?: readonly [number, number];
+}
+
+/** Every key with its meaning: `vtpmctl config show` and the documentation are made from this table. */
+export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-dir'>, Key>> = {
+  'log-level': {
+    help: 'least important message that is logged',
+    fallback: 'info',
+    values: ['trace', 'debug', 'info', 'warn', 'error', 'silent'],
+  },
+  'log-format': {
+    help: 'pretty on a terminal, JSON otherwise',
+    fallback: 'auto',
+    values: ['auto', 'pretty', 'json'],
+  },
+  isolation: {
+    help: 'how workers are confined unless create says',
+    fallback: 'sandbox',
+    values: ['sandbox', 'none'],
+  },
+  'ticket-lifetime': { help: 'seconds until an unused ticket is void', fallback: 120, range: [5, 3600] },
+  'worker-stop-timeout': {
+    help: 'milliseconds a worker has to stop cleanly before it is killed',
+    fallback: 5000,
+    range: [100, 60000],
+  },
+};
+
+export type Source = 'flag' | 'environment' | 'file' | 'default';
+
+export interface Configuration {
+  readonly settings: Settings;
+  readonly sources: Readonly<Record<keyof Settings, Source>>;
+  readonly paths: Paths;
+}
+
+/** Name of the environment variable of a key: `log-level` is VTPM_LOG_LEVEL. */
+export function environmentName(key: string): string {
+  return `VTPM_${key.toUpperCase().replaceAll('-', '_')}`;
+}
+
+/** @throws ConfigError for an unknown key or a value out of range, naming where it stands */
+export function loadConfiguration(
+  flags: Partial<Record<keyof Settings, string | number | undefined>>,
+  env: NodeJS.ProcessEnv = process.env,
+): Configuration {
+  const sources = {} as Record<keyof Settings, Source>;
+  const pick = (key: keyof Settings, file: Record<string, unknown>, fallback: string | number): unknown => {
+    const flag = flags[key];
+    const variable = env[environmentName(key)];
+    const [value, source]: [unknown, Source] =
+      flag !== undefined
+        ? [flag, 'flag']
+        : variable !== undefined && variable !== ''
+          ? [variable, 'environment']
+          : file[key] !== undefined
+            ? [file[key], 'file']
+            : [fallback, 'default'];
+    sources[key] = source;
+    return value;
+  };
+  const home = resolve(String(pick('home', {}, defaultHome())));
+  const path = pathsOf(home).config;
+  const file = readConfigFile(path);
+  const run = resolve(String(pick('run-dir', file, defaultRun(home))));
+  const settings: Record<string, unknown> = { home, 'run-dir': run };
+  for (const [key, spec] of Object.entries(CONFIG_KEYS)) {
+    const name = key as keyof typeof CONFIG_KEYS;
+    settings[name] = checkValue(name, spec, pick(name, file, spec.fallback), sources[name], path);
+  }
+  return { settings: settings as unknown as Settings, sources, paths: pathsOf(home, run) };
+}
+
+function readConfigFile(path: string): Record<string, unknown> {
+  let text: string;
+  try {
+    text = readFileSync(path, 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return {};
+    throw new ConfigError(`${path} cannot be read: ${(error as Error).message}`, { cause: error });
+  }
+  let parsed: unknown;
+  try {
+    parsed = JSON.parse(text);
+  } catch (error) {
+    throw new ConfigError(`${path} is not JSON: ${(error as Error).message}`, { cause: error });
+  }
+  if (typeof parsed !== 'object' || parsed === null || Array.isArray(parsed)) {
+    throw new ConfigError(`${path} must hold one JSON object`);
+  }
+  for (const key of Object.keys(parsed)) {
+    if (key !== 'run-dir' && !(key in CONFIG_KEYS)) {
+      const known = ['run-dir', ...Object.keys(CONFIG_KEYS)].join(', ');
+      throw new ConfigError(`${path}: unknown key "${key}"; the keys are ${known}`);
+    }
+  }
+  return parsed as Record<string, unknown>;
+}
+
+function checkValue(key: string, spec: Key, value: unknown, source: Source, path: string): string | number {
+  const where =
+    source === 'file' ? `${path}: "${key}"` : source === 'environment' ? environmentName(key) : `--${key}`;
+  if (spec.range) {
+    const number =
+      typeof value === 'number' ? value : /^\d+$/.test(String(value)) ? Number(value) : Number.NaN;
+    const [least, most] = spec.range;
+    if (!Number.isInteger(number) || number < least || number > most) {
+      throw new ConfigError(`${where} is a whole number from ${least} to ${most}, not "${String(value)}"`);
+    }
+    return number;
+  }
+  if (typeof value !== 'string' || (spec.values && !spec.values.includes(value))) {
+    throw new ConfigError(`${where} is one of ${spec.values?.join(', ')}, not "${String(value)}"`);
+  }
+  return value;
+}

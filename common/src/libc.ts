@@ -1,0 +1,140 @@
+import { closeSync, openSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import type { Socket } from 'node:net';
+
+// koffi is CommonJS; the worker's bundle resolves it beside itself through this same call.
+type Koffi = typeof import('koffi');
+export const koffi: Koffi = createRequire(import.meta.url)('koffi') as Koffi;
+
+const libc = koffi.load('libc.so.6');
+// ssize_t is unknown to koffi; `long` has the same width on every 64-bit Linux.
+const getsockopt = libc.func(
+  'int getsockopt(int fd, int level, int name, void *value, _Inout_ uint32_t *length)',
+);
+const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int32_t *pair)');
+const sendmsg = libc.func('long sendmsg(int fd, void *header, int flags)');
+const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
+const flock = libc.func('int flock(int fd, int operation)');
+const prctl = libc.func(
+  'int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)',
+);
+const strerror = libc.func('const char *strerror(int number)');
+
+const SOL_SOCKET = 1;
+const SO_PEERCRED = 17;
+const AF_UNIX = 1;
+const SOCK_STREAM = 1;
+const SOCK_CLOEXEC = 0o2000000;
+const SCM_RIGHTS = 1;
+const MSG_NOSIGNAL = 0x4000;
+const MSG_DONTWAIT = 0x40;
+const MSG_CMSG_CLOEXEC = 0x40000000;
+const LOCK_EX_NB = 2 | 4;
+const PR_SET_DUMPABLE = 4;
+
+/** A system call failed; `errno` is its number. */
+export class SystemCallError extends Error {
+  override readonly name = 'SystemCallError';
+  constructor(
+    readonly call: string,
+    readonly errno: number,
+  ) {
+    super(`${call}: ${String(strerror(errno))}`);
+  }
+}
+
+export interface PeerCredentials {
+  readonly pid: number;
+  readonly uid: number;
+  readonly gid: number;
+}
+
+/** Who is at the other end of a unix stream socket (unix(7), SO_PEERCRED). */
+export function peerCredentials(fd: number): PeerCredentials {
+  const value = Buffer.alloc(12);
+  const length = [12];
+  if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, value, length) !== 0) fail('getsockopt(SO_PEERCRED)');
+  return { pid: value.readInt32LE(0), uid: value.readUInt32LE(4), gid: value.readUInt32LE(8) };
+}
+
+/** The descriptor under a net.Socket. Node has no public way to it. */
+export function socketFd(socket: Socket): number {
+  const fd = (socket as unknown as { _handle?: { fd?: number } })._handle?.fd;
+  if (typeof fd !== 'number' || fd < 0) throw new Error('the socket has no descriptor: it is closed');
+  return fd;
+}
+
+/** Two connected unix stream sockets, close-on-exec. The caller closes them. */
+export function socketPair(): [number, number] {
+  const pair = [0, 0];
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) !== 0) fail('socketpair');
+  return [pair[0] ?? -1, pair[1] ?? -1];
+}
+
+/** Sends one byte with a copy of descriptor `passed` (unix(7), SCM_RIGHTS). */
+export function sendDescriptor(fd: number, passed: number): void {
+  const message = messageHeader();
+  message.control.writeInt32LE(passed, 16);
+  const sent = Number(sendmsg(fd, message.header, MSG_NOSIGNAL | MSG_DONTWAIT));
+  if (sent !== 1) fail('sendmsg(SCM_RIGHTS)');
+}
+
+/** Receives what `sendDescriptor` sent. @returns undefined where nothing is waiting */
+export function receiveDescriptor(fd: number): number | undefined {
+  const message = messageHeader();
+  message.control.fill(0);
+  const received = Number(recvmsg(fd, message.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC));
+  if (received !== 1) {
+    if (received === -1 && koffi.errno() === 11) return undefined;
+    if (received === 0) return undefined;
+    fail('recvmsg(SCM_RIGHTS)');
+  }
+  const isRights =
+    message.control.readUInt32LE(0) === 20 &&
+    message.control.readInt32LE(8) === SOL_SOCKET &&
+    message.control.readInt32LE(12) === SCM_RIGHTS;
+  if (!isRights) return undefined;
+  return message.control.readInt32LE(16);
+}
+
+/**
+ * Takes the lock on `path`, creating the file. The lock ends with the process.
+ * @returns the descriptor to keep, undefined where another process holds it
+ */
+export function lockFile(path: string): number | undefined {
+  const fd = openSync(path, 'a', 0o600);
+  if (flock(fd, LOCK_EX_NB) === 0) return fd;
+  closeSync(fd);
+  return undefined;
+}
+
+/** No core dump of this process, no ptrace by others of its uid (prctl(2), PR_SET_DUMPABLE). */
+export function forbidCoreDumps(): void {
+  if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) !== 0) fail('prctl(PR_SET_DUMPABLE)');
+}
+
+/** struct msghdr of 56 bytes with one iovec of one byte and room for one descriptor (64-bit Linux). */
+function messageHeader(): { header: Buffer; control: Buffer } {
+  const payload = Buffer.from([0x66]);
+  const iov = Buffer.alloc(16);
+  iov.writeBigUInt64LE(koffi.address(payload), 0);
+  iov.writeBigUInt64LE(1n, 8);
+  const control = Buffer.alloc(24);
+  control.writeBigUInt64LE(20n, 0);
+  control.writeInt32LE(SOL_SOCKET, 8);
+  control.writeInt32LE(SCM_RIGHTS, 12);
+  const header = Buffer.alloc(56);
+  header.writeBigUInt64LE(koffi.address(iov), 16);
+  header.writeBigUInt64LE(1n, 24);
+  header.writeBigUInt64LE(koffi.address(control), 32);
+  header.writeBigUInt64LE(24n, 40);
+  // The addresses above are raw: what they point at must outlive the call.
+  keepAlive.set(header, [payload, iov, control]);
+  return { header, control };
+}
+
+const keepAlive = new WeakMap<Buffer, Buffer[]>();
+
+function fail(call: string): never {
+  throw new SystemCallError(call, koffi.errno());
+}

@@ -1,0 +1,63 @@
+/**
+ * Why the manager refuses or fails. The code is the machine-readable reason in gRPC details, admin answers and logs.
+ */
+export type ManagerErrorCode =
+  // Start and platform
+  | 'not-initialised'
+  | 'already-initialised'
+  | 'in-use'
+  | 'locked'
+  | 'platform-policy'
+  | 'tpm-changed'
+  | 'tpm-emptied'
+  | 'tpm-unfit'
+  | 'tpm-unreachable'
+  | 'tpm-fault'
+  // Store
+  | 'store-missing'
+  | 'store-corrupt'
+  | 'store-full'
+  | 'rollback-detected'
+  | 'newer-format'
+  | 'stale'
+  // Identity and ownership
+  | 'bad-request'
+  | 'ticket-forged'
+  | 'ticket-expired'
+  | 'wrong-manager'
+  | 'wrong-worker'
+  | 'wrong-vm'
+  | 'unknown-toolstack-key'
+  | 'image-not-allowed'
+  | 'stale-epoch'
+  | 'verb-missing'
+  | 'already-manufactured'
+  | 'unknown-vtpm'
+  | 'retired'
+  | 'fenced'
+  | 'busy'
+  | 'too-large'
+  | 'shutting-down'
+  | 'internal';
+
+/** The one error class of the manager. The message is a sentence that says what to do; it holds no secret. */
+export class ManagerError extends Error {
+  override readonly name = 'ManagerError';
+  constructor(
+    readonly code: ManagerErrorCode,
+    message: string,
+    options?: { cause?: unknown },
+  ) {
+    super(message, options);
+  }
+
+  /** Anything caught, as a ManagerError. */
+  static from(unknown: unknown, context = 'unexpected failure'): ManagerError {
+    if (unknown instanceof ManagerError) return unknown;
+    return new ManagerError(
+      'internal',
+      `${context}: ${unknown instanceof Error ? unknown.message : String(unknown)}`,
+      { cause: unknown },
+    );
+  }
+}
