@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Brings a checkout to the point where it runs: Debian packages, npm packages, build. Says what it does; does and says
+# nothing where nothing is missing.
+#
+#   scripts/setup.sh run     what the service needs
+#   scripts/setup.sh test    also what the tests and benchmarks need
+set -euo pipefail
+cd "$(dirname "$0")/.."
+purpose=${1:-run}
+
+packages=(libtpms0 bubblewrap)
+if [ "$purpose" = test ]; then
+  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0)
+fi
+
+die() { printf '%s\n' "$@" >&2; exit 1; }
+
+libraries=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p)
+
+# A package counts as there when what we use of it is there, so that other systems pass too.
+present() {
+  case "$1" in
+    libtpms0) [[ $libraries == *'libtpms.so.0 '* ]] ;;
+    bubblewrap) command -v bwrap >/dev/null ;;
+    swtpm) command -v swtpm >/dev/null ;;
+    swtpm-tools) command -v swtpm_setup >/dev/null ;;
+    tpm2-tools) command -v tpm2_getrandom >/dev/null ;;
+    libtss2-tcti-*) [[ $libraries == *"${1%0}.so.0 "* ]] ;;
+  esac
+}
+
+command -v node >/dev/null || die 'Node.js is not installed. Install Node.js 20.19 or newer, then run this again.'
+node -e 'const [a, b] = process.versions.node.split(".").map(Number); process.exit(a > 20 || (a === 20 && b >= 19) ? 0 : 1)' ||
+  die "This is Node.js $(node --version); 20.19 or newer is needed. Upgrade it, then run this again."
+
+missing=()
+for package in "${packages[@]}"; do
+  present "$package" || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  command -v apt-get >/dev/null ||
+    die "These packages are missing, and this system has no apt-get to install them with: ${missing[*]}" \
+      '(Debian names: libtpms 0.9 or newer, bubblewrap, swtpm, tpm2-tools, the TSS TCTI libraries.)' \
+      'Install them by hand, then run this again.'
+  as_root=()
+  if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || die "These packages are missing: ${missing[*]}" \
+      "As root, run: apt-get install --no-install-recommends ${missing[*]}" 'Then run this again.'
+    as_root=(sudo)
+  fi
+  echo "Installing Debian packages: ${missing[*]}"
+  log=$(mktemp)
+  if ! { "${as_root[@]}" apt-get update && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
+    tail -n 20 "$log" >&2
+    die "apt-get could not install ${missing[*]}; its last lines are above. Mend that, then run this again."
+  fi
+  rm -f "$log"
+fi
+
+if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modules/.package-lock.json ]; then
+  echo 'Installing npm packages (nothing is compiled)'
+  npm ci --loglevel=error
+  touch node_modules/.package-lock.json
+fi
+
+sources=(common proto tpm2-ts-bindings manager vtpmd frontend-driver toolstack quickstart test)
+changed() {
+  [ ! -f .build/stamp ] || [ -n "$(find tsconfig.base.json tsconfig.json scripts package-lock.json "${sources[@]}" \
+    \( -name node_modules -o -name dist -o -name generated \) -prune -o -newer .build/stamp -type f -print -quit)" ] ||
+    [ "$(git ls-files -- "${sources[@]}" 2>/dev/null | sha256sum)" != "$(cat .build/stamp)" ]
+}
+if changed; then
+  echo 'Building'
+  node scripts/build.mjs --clean
+  mkdir -p .build
+  git ls-files -- "${sources[@]}" 2>/dev/null | sha256sum >.build/stamp
+fi
