@@ -1,0 +1,4 @@
+export { type AnchoredStore, createAnchoredStore, openAnchoredStore } from './anchored-store.js';
+export { MAX_VALUE_BYTES } from './limits.js';
+export { openLmdbStore } from './lmdb-store.js';
+export type { StateStore, StoreEntry, StoreWrite } from './state-store.js';
