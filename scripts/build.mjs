@@ -2,7 +2,6 @@
 import { execFileSync } from 'node:child_process';
 import { rmSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import { build } from 'esbuild';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 if (process.argv.includes('--clean')) {
@@ -30,22 +29,4 @@ execFileSync(
   { cwd: root, stdio: 'inherit' },
 );
 
-// The worker opens as few files as it can: one bundle, and koffi's native addon, which the loader is told of by path.
-await build({
-  entryPoints: {
-    vtpmd: `${root}vtpmd/dist/worker-main.js`,
-    'vtpm-softtpm': `${root}vtpmd/dist/softtpm-main.js`,
-  },
-  outdir: `${root}vtpmd/dist/bundle`,
-  outExtension: { '.js': '.mjs' },
-  bundle: true,
-  platform: 'node',
-  format: 'esm',
-  target: 'node20',
-  external: ['koffi'],
-  minifySyntax: true,
-  minifyWhitespace: true,
-  legalComments: 'none',
-  banner: { js: "import{createRequire as __cr}from'node:module';const require=__cr(import.meta.url);" },
-  logLevel: 'warning',
-});
+await import('./bundle-worker.mjs');

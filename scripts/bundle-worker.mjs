@@ -1,0 +1,53 @@
+// Makes the worker's image in vtpmd/dist/bundle: one bundle, koffi's native addon, and image.json, which lists them.
+import { copyFileSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { build } from 'esbuild';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const bundle = `${root}vtpmd/dist/bundle`;
+rmSync(bundle, { recursive: true, force: true });
+
+await build({
+  entryPoints: { vtpmd: `${root}vtpmd/dist/worker-main.js` },
+  outdir: bundle,
+  outExtension: { '.js': '.mjs' },
+  bundle: true,
+  platform: 'node',
+  format: 'esm',
+  target: 'node20',
+  minifySyntax: true,
+  minifyWhitespace: true,
+  legalComments: 'none',
+  banner: { js: "import{createRequire as __cr}from'node:module';const require=__cr(import.meta.url);" },
+  logLevel: 'warning',
+});
+
+// require('koffi') finds node_modules/koffi.node beside the bundle (Node's resolution tries that extension), so none of
+// koffi's JavaScript, which looks for the addon in a dozen places, is part of the image.
+const require = createRequire(import.meta.url);
+const platform = `linux-${process.arch}`;
+const addon = join(
+  dirname(require.resolve(`@koromix/koffi-${platform}`)),
+  `linux_${process.arch}`,
+  'koffi.node',
+);
+mkdirSync(`${bundle}/node_modules`, { recursive: true });
+copyFileSync(addon, `${bundle}/node_modules/koffi.node`);
+
+const image = {
+  format: 1,
+  // `source` is relative to this file, `target` is the path inside of an isolated worker.
+  files: [
+    { name: 'vtpmd.mjs', source: 'vtpmd.mjs', target: '/app/vtpmd.mjs' },
+    { name: 'koffi.node', source: 'node_modules/koffi.node', target: '/app/node_modules/koffi.node' },
+  ],
+  // Loaded by these names while the worker starts, beside what the interpreter is linked with.
+  libraries: ['libc.so.6', 'libtpms.so.0'],
+  // The interpreter's arguments before the path of vtpmd.mjs.
+  nodeArguments: ['--max-semi-space-size=1', '--max-old-space-size=64', '--no-warnings'],
+  main: 'vtpmd.mjs',
+  environment: { MALLOC_ARENA_MAX: '1' },
+};
+writeFileSync(`${bundle}/image.json`, `${JSON.stringify(image, null, 2)}\n`);

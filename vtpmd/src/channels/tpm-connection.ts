@@ -1,0 +1,190 @@
+import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
+import { barrier } from 'vtpm-common/barrier';
+import { socketFd } from 'vtpm-common/libc';
+import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
+import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
+import { CommandReader } from './command-reader.js';
+import { receiveNow, sendNow, waitReadable } from './socket-io.js';
+
+/** After an answer: how long the next command is waited for outside of the event loop, in microseconds. */
+const STAY_MICROSECONDS = 100;
+/** Bounds of one stay: nothing else of the worker happens meanwhile. */
+const STAY_COMMANDS = 64;
+const STAY_MILLISECONDS = 5;
+
+// Every connection reads into the same memory: what is read is run or copied before the next read.
+const receiveBuffer = Buffer.alloc(MAX_COMMAND_BYTES);
+
+// Only a fault test pays for splitting an answer.
+const isHooked = Symbol.for('vtpm.barrier') in globalThis;
+
+/**
+ * A client's connection that carries raw TPM commands and answers, one command at a time.
+ *
+ * The path of a command is short: the event loop delivers it, the queue runs it, the answer is written directly, and
+ * then the connection stays outside of the event loop for the client's next command, for a bounded time. libuv and the
+ * direct calls share the descriptor on one thread, so bytes keep their order; what the stay leaves behind (end of
+ * stream, errors) the event loop sees again.
+ */
+export class TpmConnection implements CommandSource {
+  command: Buffer = receiveBuffer;
+  readonly #fd: number;
+  readonly #socket: Socket;
+  readonly #queue: CommandQueue;
+  readonly #onClosed: (connection: TpmConnection) => void;
+  readonly #reader = new CommandReader();
+  #isWaiting = false;
+  #isEnded = false;
+  #isClosed = false;
+  #isClosing = false;
+  #isStaying = false;
+
+  /**
+   * @param peer a descriptor, owned by the connection from now on, or an accepted socket that allows half-open
+   * @param onClosed called once: the connection is closed and none of its commands runs
+   */
+  constructor(peer: number | Socket, queue: CommandQueue, onClosed: (connection: TpmConnection) => void) {
+    this.#queue = queue;
+    this.#onClosed = onClosed;
+    if (peer instanceof Socket) {
+      this.#socket = peer;
+      this.#fd = socketFd(peer);
+      peer.on('data', (chunk: Buffer) => {
+        if (!this.#onData(chunk)) peer.pause();
+      });
+    } else {
+      this.#fd = peer;
+      const options: SocketConstructorOpts & ConnectOpts = {
+        fd: peer,
+        allowHalfOpen: true,
+        onread: {
+          buffer: receiveBuffer,
+          callback: (length) => this.#onData(receiveBuffer.subarray(0, length)),
+        },
+      };
+      this.#socket = new Socket(options);
+    }
+    this.#socket.on('end', () => {
+      this.#isEnded = true;
+      this.#closeIfDone();
+    });
+    this.#socket.on('error', () => {});
+    this.#socket.on('close', () => {
+      this.#isClosed = true;
+      if (!this.#isWaiting) this.#onClosed(this);
+    });
+    this.#socket.resume();
+  }
+
+  get isGone(): boolean {
+    return this.#isClosed;
+  }
+
+  answer(response: Buffer): void {
+    this.#isWaiting = false;
+    if (this.#isClosed) {
+      this.#onClosed(this);
+      return;
+    }
+    this.#write(response);
+    this.#next();
+  }
+
+  dropped(): void {
+    this.#isWaiting = false;
+    this.#onClosed(this);
+  }
+
+  /** Closes at once; a command that runs goes on without anybody to hear its answer. */
+  close(): void {
+    this.#socket.destroy();
+  }
+
+  /** @returns false where no more is to be read for now: a client may send ahead of its answers, but not without bound */
+  #onData(chunk: Buffer): boolean {
+    this.#receive(chunk);
+    if (this.#isAtRest()) this.#stay();
+    return !(this.#isWaiting && this.#reader.pendingBytes >= MAX_COMMAND_BYTES);
+  }
+
+  #isAtRest(): boolean {
+    return (
+      !this.#isWaiting &&
+      !this.#isClosing &&
+      !this.#isClosed &&
+      this.#reader.pendingBytes === 0 &&
+      this.#socket.writableLength === 0
+    );
+  }
+
+  /** Takes commands straight from the descriptor while the client keeps them coming. */
+  #stay(): void {
+    this.#isStaying = true;
+    const end = performance.now() + STAY_MILLISECONDS;
+    for (let count = 0; count < STAY_COMMANDS && performance.now() < end; count++) {
+      if (!waitReadable(this.#fd, STAY_MICROSECONDS)) break;
+      const length = receiveNow(this.#fd, receiveBuffer);
+      if (length <= 0) break;
+      this.#receive(receiveBuffer.subarray(0, length));
+      if (!this.#isAtRest()) break;
+    }
+    this.#isStaying = false;
+    this.#closeIfDone();
+  }
+
+  #receive(chunk: Buffer): void {
+    if (this.#isClosing) return;
+    const isOneCommand =
+      !this.#isWaiting &&
+      this.#reader.pendingBytes === 0 &&
+      chunk.length >= HEADER_BYTES &&
+      chunk.readUInt32BE(2) === chunk.length;
+    if (isOneCommand) {
+      this.#submit(chunk);
+      return;
+    }
+    this.#reader.push(chunk);
+    if (!this.#isWaiting) this.#next();
+  }
+
+  #next(): void {
+    const command = this.#reader.next();
+    if (command) {
+      this.#submit(command);
+      return;
+    }
+    if (this.#socket.isPaused()) this.#socket.resume();
+    if (!this.#isStaying) this.#closeIfDone();
+  }
+
+  #submit(command: Buffer): void {
+    this.#isWaiting = true;
+    this.command = command;
+    this.#queue.submit(this);
+  }
+
+  /** A direct write; what does not fit goes through the event loop, and so does everything behind it. */
+  #write(response: Buffer): void {
+    if (isHooked) {
+      const half = response.length >> 1;
+      this.#writeDirect(response.subarray(0, half));
+      barrier('half-answer');
+      this.#writeDirect(response.subarray(half));
+    } else {
+      this.#writeDirect(response);
+    }
+  }
+
+  #writeDirect(bytes: Buffer): void {
+    const sent = this.#socket.writableLength === 0 ? sendNow(this.#fd, bytes) : 0;
+    if (sent < bytes.length) this.#socket.write(Buffer.from(bytes.subarray(sent)));
+  }
+
+  /** After the client's last command is answered, or after a frame that nothing can follow. */
+  #closeIfDone(): void {
+    if (this.#isWaiting || this.#isClosing || this.#isClosed) return;
+    if (!this.#isEnded && !this.#reader.isBroken) return;
+    this.#isClosing = true;
+    this.#socket.end(() => this.#socket.destroy());
+  }
+}

@@ -1,0 +1,101 @@
+/**
+ * The 10-byte header of TPM commands and responses: u16 tag, u32 size of the whole, u32 command or response code,
+ * all big-endian (TPM 2.0 library, part 1, section 18).
+ */
+export const HEADER_BYTES = 10;
+
+/** Largest command and response: libtpms's TPM2_MAX_COMMAND_SIZE. */
+export const MAX_COMMAND_BYTES = 4096;
+
+export const TAG_NO_SESSIONS = 0x8001;
+export const TAG_SESSIONS = 0x8002;
+
+export const TPM_RC_SUCCESS = 0;
+export const TPM_RC_BAD_TAG = 0x1e;
+export const TPM_RC_INITIALIZE = 0x100;
+export const TPM_RC_FAILURE = 0x101;
+export const TPM_RC_COMMAND_SIZE = 0x142;
+
+/** Command codes that this package acts on (TPM 2.0 library, part 2, section 6.5.2). */
+export const TPM_CC = {
+  CreatePrimary: 0x131,
+  SequenceComplete: 0x13e,
+  IncrementalSelfTest: 0x142,
+  SelfTest: 0x143,
+  Startup: 0x144,
+  Shutdown: 0x145,
+  Create: 0x153,
+  Load: 0x157,
+  HmacStart: 0x15b,
+  ContextLoad: 0x161,
+  ContextSave: 0x162,
+  FlushContext: 0x165,
+  LoadExternal: 0x167,
+  StartAuthSession: 0x176,
+  EventSequenceComplete: 0x185,
+  HashSequenceStart: 0x186,
+  CreateLoaded: 0x191,
+} as const;
+
+/**
+ * What is wrong with a command's frame, as a response code; `TPM_RC_SUCCESS` where libtpms may see it.
+ * `command` has at least HEADER_BYTES.
+ */
+export function checkFrame(command: Buffer): number {
+  const tag = command.readUInt16BE(0);
+  if (tag !== TAG_NO_SESSIONS && tag !== TAG_SESSIONS) return TPM_RC_BAD_TAG;
+  const size = command.readUInt32BE(2);
+  if (size !== command.length || size > MAX_COMMAND_BYTES) return TPM_RC_COMMAND_SIZE;
+  return TPM_RC_SUCCESS;
+}
+
+/** A response of nothing but a header. */
+export function errorResponse(code: number): Buffer {
+  const response = Buffer.alloc(HEADER_BYTES);
+  response.writeUInt16BE(TAG_NO_SESSIONS, 0);
+  response.writeUInt32BE(HEADER_BYTES, 2);
+  response.writeUInt32BE(code, 6);
+  return response;
+}
+
+export function commandCode(command: Buffer): number {
+  return command.readUInt32BE(6);
+}
+
+export function responseCode(response: Buffer): number {
+  return response.readUInt32BE(6);
+}
+
+/** TPM2_Startup(CLEAR) (part 3, section 9.3). */
+export function startupClear(): Buffer {
+  return Buffer.from('80010000000c000001440000', 'hex');
+}
+
+/** TPM2_Shutdown(CLEAR) (part 3, section 9.4). */
+export function shutdownClear(): Buffer {
+  return Buffer.from('80010000000c000001450000', 'hex');
+}
+
+/** TPM2_FlushContext (part 3, section 28.4). */
+export function flushContext(handle: number): Buffer {
+  const command = Buffer.from('80010000000e0000016500000000', 'hex');
+  command.writeUInt32BE(handle, HEADER_BYTES);
+  return command;
+}
+
+/**
+ * True for commands that may take tens of milliseconds: key generation and self tests. They run on another thread so
+ * that the worker hears its supervisor and manager meanwhile. Elliptic-curve keys take well under a millisecond, but
+ * which kind is asked for stands deep in the parameters, and key creation is rare enough not to look.
+ */
+export function isSlow(code: number): boolean {
+  return SLOW.has(code);
+}
+
+const SLOW: ReadonlySet<number> = new Set([
+  TPM_CC.CreatePrimary,
+  TPM_CC.Create,
+  TPM_CC.CreateLoaded,
+  TPM_CC.SelfTest,
+  TPM_CC.IncrementalSelfTest,
+]);

@@ -1,0 +1,257 @@
+import { VtpmdError } from '../error.js';
+import { checkFrame, errorResponse, HEADER_BYTES, MAX_COMMAND_BYTES, TPM_RC_SUCCESS } from './command.js';
+import {
+  allocate,
+  type Callbacks,
+  type Libtpms,
+  loadLibtpms,
+  readPointer,
+  TPM_FAIL,
+  TPM_RETRY,
+  TPM_SUCCESS,
+  viewOf,
+  writePointer,
+  writeU32,
+} from './libtpms.js';
+
+/** What a TPM is started from. */
+export interface EngineState {
+  /** Permanent state; absent only together with `manufacture`. */
+  readonly permanent?: Uint8Array | undefined;
+  /** Volatile state of the same VM run. */
+  readonly volatile?: Uint8Array | undefined;
+  /** Allows a new TPM to be made. Without it absent state is an error, never a new identity. */
+  readonly manufacture: boolean;
+}
+
+export interface Processed {
+  /** A view that is valid until the next command. */
+  readonly response: Buffer;
+  /** The whole permanent state, where this command changed it. */
+  readonly stored: Buffer | undefined;
+}
+
+/** The one TPM of this process: libtpms keeps all its state in globals. */
+export interface TpmEngine {
+  readonly libtpmsVersion: string;
+  /** The established bit of swtpm's control protocol; nothing here can change it while the TPM runs. */
+  readonly established: boolean;
+  /** Permanent state stored while the TPM was powered on, where it was. */
+  readonly storedAtStart: Buffer | undefined;
+  /** Runs one command. A badly framed one is answered without libtpms. @throws VtpmdError `engine` */
+  process(command: Uint8Array): Processed;
+  /** The same on another thread. No other call until it resolves, `cancel` excepted. */
+  processAsync(command: Uint8Array): Promise<Processed>;
+  cancel(): void;
+  /** A copy of the volatile state. */
+  volatileState(): Buffer;
+  /** Powers the TPM off; the engine cannot be used again. */
+  terminate(): void;
+}
+
+/**
+ * Powers a TPM on (the equivalent of _TPM_Init; TPM2_Startup is still to be sent).
+ * @throws VtpmdError `libtpms-missing`, `state-missing`, `engine`
+ */
+export function startEngine(state: EngineState): TpmEngine {
+  if (running) throw new VtpmdError('engine', 'a TPM runs in this process already');
+  if (!state.permanent && !state.manufacture) {
+    throw new VtpmdError('state-missing', 'there is no permanent state, and no permission to make a new TPM');
+  }
+  if (state.permanent && state.manufacture) {
+    throw new VtpmdError('state-exists', 'there is permanent state: a new TPM would replace it');
+  }
+  const library = loadLibtpms();
+  if (!registered) {
+    library.registerCallbacks(nvram);
+    registered = true;
+  }
+  nvram.begin(state);
+  const result = library.mainInit();
+  nvram.end();
+  if (result !== TPM_SUCCESS) {
+    library.terminate();
+    throw new VtpmdError('engine', `libtpms does not start from this state (TPMLIB_MainInit: ${result})`);
+  }
+  running = true;
+  return new Engine(library, nvram.takeStored());
+}
+
+/** Answers libtpms's storage calls from memory: what is durable is decided above, before a response leaves. */
+class Nvram implements Callbacks {
+  #permanent: Buffer | undefined;
+  #volatile: Buffer | undefined;
+  #isNew = false;
+  #stored: Buffer | undefined;
+
+  begin(state: EngineState): void {
+    this.#permanent = state.permanent ? Buffer.from(state.permanent) : undefined;
+    this.#volatile = state.volatile ? Buffer.from(state.volatile) : undefined;
+    this.#isNew = state.manufacture;
+    this.#stored = undefined;
+  }
+
+  /** The TPM is on: libtpms has read what it needs. */
+  end(): void {
+    this.#permanent?.fill(0);
+    this.#volatile?.fill(0);
+    this.#permanent = this.#volatile = undefined;
+    this.#isNew = false;
+  }
+
+  takeStored(): Buffer | undefined {
+    const stored = this.#stored;
+    this.#stored = undefined;
+    return stored;
+  }
+
+  load(data: bigint, length: bigint, name: string): number {
+    // While it makes a TPM, libtpms stores "permall" and loads it again: it must get what it has just stored.
+    const content =
+      name === 'permall'
+        ? (this.#stored ?? this.#permanent)
+        : name === 'volatilestate'
+          ? this.#volatile
+          : undefined;
+    if (!content) {
+      // TPM_RETRY means "there is none", and for permall it makes libtpms manufacture a new TPM.
+      return name === 'permall' && !this.#isNew ? TPM_FAIL : TPM_RETRY;
+    }
+    const copy = allocate(content.length);
+    viewOf(copy, content.length).set(content);
+    writePointer(data, copy);
+    writeU32(length, content.length);
+    return TPM_SUCCESS;
+  }
+
+  store(data: bigint, length: number, name: string): number {
+    if (name !== 'permall') return TPM_FAIL;
+    this.#stored = Buffer.from(viewOf(data, length));
+    return TPM_SUCCESS;
+  }
+
+  remove(name: string): number {
+    if (name === 'volatilestate') this.#volatile = undefined;
+    return TPM_SUCCESS;
+  }
+}
+
+const nvram = new Nvram();
+let registered = false;
+let running = false;
+
+// Fixed memory for every call: TPMLIB_Process allocates a response buffer for each command that brings none.
+let memory: ReturnType<typeof allocateMemory> | undefined;
+
+function allocateMemory() {
+  const pointers = allocate(16);
+  const response = allocate(MAX_COMMAND_BYTES);
+  const command = allocate(MAX_COMMAND_BYTES);
+  writePointer(pointers, response);
+  writeU32(pointers + 8n, 0);
+  writeU32(pointers + 12n, MAX_COMMAND_BYTES);
+  return {
+    responsePointer: pointers,
+    size: pointers + 8n,
+    capacity: pointers + 12n,
+    fields: viewOf(pointers, 16),
+    response,
+    responseView: viewOf(response, MAX_COMMAND_BYTES),
+    command,
+    commandView: viewOf(command, MAX_COMMAND_BYTES),
+  };
+}
+
+class Engine implements TpmEngine {
+  readonly libtpmsVersion: string;
+  readonly established: boolean;
+  readonly storedAtStart: Buffer | undefined;
+  readonly #library: Libtpms;
+  readonly #memory: ReturnType<typeof allocateMemory>;
+  #isBusy = false;
+  #isRunning = true;
+
+  constructor(library: Libtpms, storedAtStart: Buffer | undefined) {
+    memory ??= allocateMemory();
+    this.#memory = memory;
+    this.#library = library;
+    this.libtpmsVersion = library.version;
+    this.established = library.isEstablished();
+    this.storedAtStart = storedAtStart;
+  }
+
+  process(command: Uint8Array): Processed {
+    const refused = this.#prepare(command);
+    if (refused) return refused;
+    const m = this.#memory;
+    const result = this.#library.process(m.responsePointer, m.size, m.capacity, m.command, command.length);
+    return this.#finish(result);
+  }
+
+  async processAsync(command: Uint8Array): Promise<Processed> {
+    const refused = this.#prepare(command);
+    if (refused) return refused;
+    const m = this.#memory;
+    this.#isBusy = true;
+    try {
+      const result = await this.#library.processAsync(
+        m.responsePointer,
+        m.size,
+        m.capacity,
+        m.command,
+        command.length,
+      );
+      return this.#finish(result);
+    } finally {
+      this.#isBusy = false;
+    }
+  }
+
+  cancel(): void {
+    this.#library.cancelCommand();
+  }
+
+  volatileState(): Buffer {
+    this.#expectIdle();
+    return this.#library.volatileState();
+  }
+
+  terminate(): void {
+    this.#expectIdle();
+    this.#isRunning = false;
+    running = false;
+    this.#library.terminate();
+  }
+
+  #expectIdle(): void {
+    if (!this.#isRunning) throw new VtpmdError('engine', 'the TPM is powered off');
+    if (this.#isBusy) throw new VtpmdError('engine', 'the TPM runs another command');
+  }
+
+  #prepare(command: Uint8Array): Processed | undefined {
+    this.#expectIdle();
+    const frame = Buffer.from(command.buffer, command.byteOffset, command.length);
+    const code = frame.length < HEADER_BYTES ? -1 : checkFrame(frame);
+    if (code !== TPM_RC_SUCCESS) {
+      if (code === -1) throw new VtpmdError('engine', 'a command without a header cannot be answered');
+      return { response: errorResponse(code), stored: undefined };
+    }
+    this.#memory.commandView.set(command);
+    return undefined;
+  }
+
+  #finish(result: number): Processed {
+    const m = this.#memory;
+    if (result !== TPM_SUCCESS) throw new VtpmdError('engine', `TPMLIB_Process failed with ${result}`);
+    const address = readPointer(m.responsePointer);
+    if (address !== m.response) {
+      // libtpms put another buffer in place; the old one is freed.
+      m.response = address;
+      m.responseView = viewOf(address, m.fields.readUInt32LE(12));
+    }
+    return {
+      response: m.responseView.subarray(0, m.fields.readUInt32LE(8)),
+      stored: nvram.takeStored(),
+    };
+  }
+}

@@ -1,0 +1,198 @@
+import { koffi } from 'vtpm-common/libc';
+import { VtpmdError } from '../error.js';
+
+/** Results of libtpms (tpm_error.h). */
+export const TPM_SUCCESS = 0;
+export const TPM_FAIL = 9;
+export const TPM_RETRY = 0x800;
+
+/** What libtpms calls back with. Each must return a result and never throw. */
+export interface Callbacks {
+  /** `data` (u8**) and `length` (u32*) receive memory from `allocate`, which libtpms frees. */
+  load(data: bigint, length: bigint, name: string): number;
+  store(data: bigint, length: number, name: string): number;
+  remove(name: string): number;
+}
+
+/** The functions of libtpms.so.0 that a TPM 2.0 needs (tpm_library.h). Pointers are addresses. */
+export interface Libtpms {
+  readonly version: string;
+  registerCallbacks(callbacks: Callbacks): void;
+  mainInit(): number;
+  terminate(): void;
+  process(response: bigint, size: bigint, capacity: bigint, command: bigint, length: number): number;
+  processAsync(
+    response: bigint,
+    size: bigint,
+    capacity: bigint,
+    command: bigint,
+    length: number,
+  ): Promise<number>;
+  /** Asks a command that runs on another thread to end early; few commands look. */
+  cancelCommand(): void;
+  /** TPM_IO_TpmEstablished_Get: whether a dynamic root of trust was measured. */
+  isEstablished(): boolean;
+  /** A copy of the volatile state. */
+  volatileState(): Buffer;
+}
+
+/** `length` bytes of libc's heap. TPM_Malloc will not do: it gives 64 KiB at most. */
+export function allocate(length: number): bigint {
+  const address = malloc(length) as bigint | null;
+  if (address === null) throw new VtpmdError('engine', `no memory for ${length} bytes`);
+  return address;
+}
+
+/** The memory at `address`. Valid until it is freed. */
+export function viewOf(address: bigint, length: number): Buffer {
+  return Buffer.from(koffi.view(address, length));
+}
+
+export function readPointer(address: bigint): bigint {
+  return BigInt(koffi.decode.uint64(address));
+}
+
+export function writePointer(address: bigint, value: bigint): void {
+  koffi.encode(address, 'uint64_t', value);
+}
+
+export function writeU32(address: bigint, value: number): void {
+  koffi.encode(address, 'uint32_t', value);
+}
+
+const libc = koffi.load('libc.so.6');
+const malloc = libc.func('void *malloc(size_t size)');
+const free = libc.func('void free(void *memory)');
+
+let loaded: Libtpms | undefined;
+
+/**
+ * Loads the library once. `deep` is a must: Node exports its own OpenSSL, and without RTLD_DEEPBIND libtpms and the
+ * system's libcrypto bind to that.
+ * @throws VtpmdError `libtpms-missing`
+ */
+export function loadLibtpms(): Libtpms {
+  loaded ??= bind();
+  return loaded;
+}
+
+function bind(): Libtpms {
+  let library: ReturnType<typeof koffi.load>;
+  try {
+    library = koffi.load('libtpms.so.0', { deep: true });
+  } catch (cause) {
+    throw new VtpmdError(
+      'libtpms-missing',
+      'libtpms.so.0 is not installed; on Debian: apt-get install libtpms0',
+      { cause },
+    );
+  }
+  const number = Number(library.func('uint32_t TPMLIB_GetVersion(void)')());
+  const choose = library.func('uint32_t TPMLIB_ChooseTPMVersion(int version)');
+  const register = library.func('uint32_t TPMLIB_RegisterCallbacks(void *callbacks)');
+  const mainInit = library.func('uint32_t TPMLIB_MainInit(void)');
+  const terminate = library.func('void TPMLIB_Terminate(void)');
+  const process = library.func(
+    'uint32_t TPMLIB_Process(void *response, void *size, void *capacity, void *command, uint32_t length)',
+  );
+  const cancel = library.func('uint32_t TPMLIB_CancelCommand(void)');
+  const established = library.func('uint32_t TPM_IO_TpmEstablished_Get(_Out_ uint8_t *bit)');
+  const volatileStore = library.func(
+    'uint32_t TPMLIB_VolatileAll_Store(_Out_ uint64_t *data, _Out_ uint32_t *length)',
+  );
+  return {
+    version: `${(number >> 16) & 0xff}.${(number >> 8) & 0xff}.${number & 0xff}`,
+    registerCallbacks(callbacks) {
+      check('TPMLIB_ChooseTPMVersion', Number(choose(1)));
+      check('TPMLIB_RegisterCallbacks', Number(register(callbackTable(callbacks))));
+    },
+    mainInit: () => Number(mainInit()),
+    terminate: () => void terminate(),
+    process: (response, size, capacity, command, length) =>
+      Number(process(response, size, capacity, command, length)),
+    processAsync: (response, size, capacity, command, length) =>
+      new Promise((resolve, reject) => {
+        process.async(
+          response,
+          size,
+          capacity,
+          command,
+          length,
+          (error: Error | null, result: number): void => (error ? reject(error) : resolve(Number(result))),
+        );
+      }),
+    cancelCommand: () => void cancel(),
+    isEstablished() {
+      const bit = [0];
+      return Number(established(bit)) === TPM_SUCCESS && bit[0] !== 0;
+    },
+    volatileState() {
+      const data = [0n];
+      const length = [0];
+      check('TPMLIB_VolatileAll_Store', Number(volatileStore(data, length)));
+      const address = BigInt(data[0] ?? 0n);
+      const copy = Buffer.from(viewOf(address, length[0] ?? 0));
+      free(address);
+      return copy;
+    },
+  };
+}
+
+function check(what: string, result: number): void {
+  if (result !== TPM_SUCCESS) throw new VtpmdError('engine', `${what} failed with ${result}`);
+}
+
+/**
+ * struct libtpms_callbacks on 64-bit Linux: int sizeOfStruct (64 bytes with padding), then seven pointers. The struct
+ * is copied by libtpms; the registered functions live as long as the process.
+ */
+function callbackTable(callbacks: Callbacks): Buffer {
+  const initialise = koffi.proto('uint32_t TpmsInit(void)');
+  const load = koffi.proto('uint32_t TpmsLoad(void *data, void *length, uint32_t tpm, const char *name)');
+  const store = koffi.proto(
+    'uint32_t TpmsStore(void *data, uint32_t length, uint32_t tpm, const char *name)',
+  );
+  const remove = koffi.proto('uint32_t TpmsDelete(uint32_t tpm, const char *name, uint8_t mustExist)');
+  const locality = koffi.proto('uint32_t TpmsLocality(void *locality, uint32_t tpm)');
+  const presence = koffi.proto('uint32_t TpmsPresence(void *presence, uint32_t tpm)');
+  const address = (callback: (...args: never[]) => number, type: ReturnType<typeof koffi.proto>): bigint =>
+    koffi.register(guarded(callback), koffi.pointer(type));
+  const table = Buffer.alloc(64);
+  table.writeInt32LE(64, 0);
+  const entries = [
+    address(() => TPM_SUCCESS, initialise),
+    address(
+      (data: bigint, length: bigint, _tpm: number, name: string) => callbacks.load(data, length, name),
+      load,
+    ),
+    address(
+      (data: bigint, length: number, _tpm: number, name: string) => callbacks.store(data, length, name),
+      store,
+    ),
+    address((_tpm: number, name: string) => callbacks.remove(name), remove),
+    address(() => TPM_SUCCESS, initialise),
+    address((out: bigint) => {
+      writeU32(out, 0);
+      return TPM_SUCCESS;
+    }, locality),
+    address((out: bigint) => {
+      koffi.encode(out, 'uint8_t', 0);
+      return TPM_SUCCESS;
+    }, presence),
+  ];
+  entries.forEach((entry, index) => {
+    table.writeBigUInt64LE(entry, 8 + 8 * index);
+  });
+  return table;
+}
+
+/** koffi turns an exception into 0, which libtpms takes for success: it must see a failure. */
+function guarded(callback: (...args: never[]) => number): (...args: never[]) => number {
+  return (...args) => {
+    try {
+      return callback(...args);
+    } catch {
+      return TPM_FAIL;
+    }
+  };
+}

@@ -1,0 +1,3 @@
+export * from './engine/command.js';
+export * from './engine/engine.js';
+export * from './error.js';

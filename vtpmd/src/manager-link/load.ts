@@ -1,0 +1,76 @@
+import { randomBytes } from 'node:crypto';
+import {
+  type BoxKeyPair,
+  bytesEqual,
+  decode,
+  type LoadGrant,
+  openBox,
+  ProtoError,
+  type SignedTicket,
+  sealBox,
+  ticketDigest,
+} from 'vtpm-proto';
+import { VtpmdError } from '../error.js';
+import type { ManagerLink } from './manager-link.js';
+
+export interface Identity {
+  readonly ticket: SignedTicket;
+  /** From the ticket, 16 bytes. */
+  readonly vtpmUuid: Uint8Array;
+  /** The manager's box public key, 32 bytes. */
+  readonly managerKey: Uint8Array;
+  readonly startup: 'clear' | 'none';
+}
+
+/** Reads the supervisor's `identity` message. @throws VtpmdError `protocol` */
+export function readIdentity(message: Record<string, unknown>): Identity {
+  const { ticket, managerKey, startup } = message;
+  if (typeof ticket !== 'string' || typeof managerKey !== 'string' || !/^[0-9a-f]{64}$/i.test(managerKey)) {
+    throw new VtpmdError('protocol', 'the identity has no ticket or manager key');
+  }
+  if (startup !== 'clear' && startup !== 'none') {
+    throw new VtpmdError('protocol', 'the identity names no startup that is known');
+  }
+  try {
+    const signed = decode('SignedTicket', Buffer.from(ticket, 'base64'));
+    const { vtpmUuid } = decode('Ticket', signed.ticket);
+    return { ticket: signed, vtpmUuid, managerKey: Buffer.from(managerKey, 'hex'), startup };
+  } catch (cause) {
+    throw new VtpmdError('protocol', 'the identity holds no readable ticket', { cause });
+  }
+}
+
+/**
+ * Takes ownership of the vTPM on the ticket. The request and the answer are boxed between this process's key and the
+ * manager's: nobody else can ask in its place or read the state.
+ * @throws VtpmdError `refused`, `link-lost`, `protocol`
+ */
+export async function loadVtpm(
+  link: ManagerLink,
+  identity: Identity,
+  keys: BoxKeyPair,
+  libtpmsVersion: string,
+): Promise<LoadGrant> {
+  const loadId = randomBytes(16);
+  const claim = { ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion };
+  const response = await link.load({
+    ticket: identity.ticket,
+    ...sealBox('LoadClaim', claim, identity.managerKey, keys),
+  });
+  let grant: LoadGrant;
+  try {
+    grant = openBox('LoadGrant', response, identity.managerKey, keys);
+  } catch (cause) {
+    if (!(cause instanceof ProtoError)) throw cause;
+    throw new VtpmdError('protocol', `the manager's answer cannot be trusted: ${cause.message}`, { cause });
+  }
+  if (!bytesEqual(grant.loadId, loadId))
+    throw new VtpmdError('protocol', 'the grant answers another request');
+  if (grant.manufacture === grant.permanent.length > 0) {
+    throw new VtpmdError(
+      'protocol',
+      'the grant must hold either a state or the permission to make a new TPM, and holds both or neither',
+    );
+  }
+  return grant;
+}

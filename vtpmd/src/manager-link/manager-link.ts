@@ -1,0 +1,139 @@
+import { type ClientHttp2Session, type ClientHttp2Stream, connect } from 'node:http2';
+import type { Socket } from 'node:net';
+import {
+  decode,
+  encode,
+  frameMessage,
+  LOAD_PATH,
+  type LoadRequest,
+  type LoadResponse,
+  type ManagerFrame,
+  MessageReader,
+  SAVE_PATH,
+  type WorkerFrame,
+} from 'vtpm-proto';
+import { VtpmdError } from '../error.js';
+import { refusalOf } from './refusal.js';
+
+/**
+ * One connection to the manager's `vtpm.v1.VtpmManager`, over a socket that was connected by somebody else. Speaks
+ * gRPC's wire format (PROTOCOL-HTTP2) on node:http2: the gRPC package would cost more memory than the TPM.
+ */
+export interface ManagerLink {
+  /** @throws VtpmdError `refused`, or `link-lost` where the call got no answer or none that is final */
+  load(request: LoadRequest): Promise<LoadResponse>;
+  /** Opens the Save stream. `onEnd` is called once: the stream and the link are over. */
+  openSave(onFrame: (frame: ManagerFrame) => void, onEnd: (error: VtpmdError) => void): SaveStream;
+  close(): void;
+}
+
+export interface SaveStream {
+  send(frame: WorkerFrame): void;
+}
+
+export function openManagerLink(socket: Socket): ManagerLink {
+  const session = connect('http://localhost', { createConnection: () => socket });
+  // Each call sees the loss as an error of its own stream.
+  session.on('error', () => {});
+  return {
+    load: (request) => load(session, request),
+    openSave: (onFrame, onEnd) => openSave(session, onFrame, onEnd),
+    close: () => session.destroy(),
+  };
+}
+
+function startCall(session: ClientHttp2Session, path: string): ClientHttp2Stream {
+  return session.request({
+    ':method': 'POST',
+    ':path': path,
+    'content-type': 'application/grpc',
+    te: 'trailers',
+  });
+}
+
+/**
+ * Calls `onMessage` for each message and `onEnd` once, with what the trailers say; a stream without trailers was cut.
+ */
+function receive(
+  stream: ClientHttp2Stream,
+  onMessage: (message: Buffer) => void,
+  onEnd: (error: VtpmdError | undefined) => void,
+): void {
+  const reader = new MessageReader();
+  let outcome: { error: VtpmdError | undefined } | undefined;
+  let failure: VtpmdError | undefined;
+  stream.on('response', (headers) => {
+    // A call that fails at once has its trailers in the headers.
+    if (headers['grpc-status'] !== undefined) outcome = { error: refusalOf(headers) };
+    else if (headers[':status'] !== 200) {
+      outcome = { error: new VtpmdError('link-lost', `the manager answered HTTP ${headers[':status']}`) };
+    }
+  });
+  stream.on('trailers', (headers) => {
+    outcome = { error: refusalOf(headers) };
+  });
+  stream.on('data', (chunk: Buffer) => {
+    if (failure) return;
+    try {
+      for (const message of reader.push(chunk)) onMessage(message);
+    } catch (error) {
+      failure = new VtpmdError('protocol', `the manager sent what cannot be read: ${messageOf(error)}`, {
+        cause: error,
+      });
+      stream.close();
+    }
+  });
+  stream.on('error', () => {});
+  stream.on('close', () => {
+    onEnd(
+      failure ?? (outcome ? outcome.error : new VtpmdError('link-lost', 'the link to the manager broke')),
+    );
+  });
+}
+
+function load(session: ClientHttp2Session, request: LoadRequest): Promise<LoadResponse> {
+  return new Promise((resolve, reject) => {
+    const stream = startCall(session, LOAD_PATH);
+    let response: LoadResponse | undefined;
+    receive(
+      stream,
+      (message) => {
+        response = decode('LoadResponse', message);
+      },
+      (error) => {
+        if (error) reject(error);
+        else if (response) resolve(response);
+        else reject(new VtpmdError('protocol', 'the manager answered Load without a message'));
+      },
+    );
+    stream.end(frameMessage(encode('LoadRequest', request)));
+  });
+}
+
+function openSave(
+  session: ClientHttp2Session,
+  onFrame: (frame: ManagerFrame) => void,
+  onEnd: (error: VtpmdError) => void,
+): SaveStream {
+  let stream: ClientHttp2Stream;
+  try {
+    stream = startCall(session, SAVE_PATH);
+  } catch (cause) {
+    // The session was closed before the stream was opened.
+    queueMicrotask(() => onEnd(new VtpmdError('link-lost', 'the link to the manager broke', { cause })));
+    return { send: () => {} };
+  }
+  receive(
+    stream,
+    (message) => onFrame(decode('ManagerFrame', message)),
+    (error) => {
+      session.destroy();
+      onEnd(error ?? new VtpmdError('link-lost', 'the manager ended the save stream'));
+    },
+  );
+  return { send: (frame) => void stream.write(frameMessage(encode('WorkerFrame', frame))) };
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

@@ -1,0 +1,94 @@
+import { Socket } from 'node:net';
+import { receiveDescriptor } from 'vtpm-common/libc';
+import { VtpmdError } from '../error.js';
+
+/** What a worker tells its supervisor; one JSON object per line. */
+export type WorkerMessage =
+  | { type: 'ready'; publicKey: string; libtpms: string }
+  | { type: 'serving'; epoch: number; generation: number }
+  | { type: 'link-lost'; message: string }
+  | { type: 'link-up' }
+  | { type: 'connection-closed'; id: number }
+  | { type: 'failed'; reason: string; message: string }
+  | { type: 'stopped' };
+
+/** What it hears. Descriptors come over a channel of their own, before the line that announces them. */
+export type SupervisorMessage =
+  | { type: 'identity'; fields: Record<string, unknown> }
+  | { type: 'link'; fd: number }
+  | { type: 'connection'; door: string; id: number; fd: number }
+  | { type: 'stop' };
+
+export interface ControlChannel {
+  /** `sent` is called when the line has left the process. */
+  send(message: WorkerMessage, sent?: () => void): void;
+}
+
+/** Longest line: an identity with its ticket is below 2 KiB. */
+const MAX_LINE_BYTES = 64 * 1024;
+
+/**
+ * Opens both channels to the supervisor. The end of the control channel is the end of the supervisor: `onEnd`.
+ * `onMessage` may throw VtpmdError; `onError` gets that, and what cannot be read.
+ */
+export function openControlChannel(
+  fds: { control: number; descriptors: number },
+  handlers: {
+    onMessage(message: SupervisorMessage): void;
+    onError(error: VtpmdError): void;
+    onEnd(): void;
+  },
+): ControlChannel {
+  const socket = new Socket({ fd: fds.control });
+  let pending = '';
+  socket.setEncoding('utf8');
+  socket.on('data', (chunk: string) => {
+    pending += chunk;
+    try {
+      for (let end = pending.indexOf('\n'); end >= 0; end = pending.indexOf('\n')) {
+        const line = pending.slice(0, end);
+        pending = pending.slice(end + 1);
+        handlers.onMessage(parse(line, fds.descriptors));
+      }
+      if (pending.length > MAX_LINE_BYTES) throw new VtpmdError('protocol', 'a control line has no end');
+    } catch (error) {
+      handlers.onError(VtpmdError.from(error));
+    }
+  });
+  socket.on('end', handlers.onEnd);
+  socket.on('error', handlers.onEnd);
+  return { send: (message, sent) => void socket.write(`${JSON.stringify(message)}\n`, () => sent?.()) };
+}
+
+function parse(line: string, descriptors: number): SupervisorMessage {
+  let fields: Record<string, unknown>;
+  try {
+    fields = JSON.parse(line) as Record<string, unknown>;
+  } catch (cause) {
+    throw new VtpmdError('protocol', 'a control line is not JSON', { cause });
+  }
+  switch (fields.type) {
+    case 'identity':
+      return { type: 'identity', fields };
+    case 'stop':
+      return { type: 'stop' };
+    case 'link':
+      return { type: 'link', fd: takeDescriptor(descriptors, 'link') };
+    case 'connection': {
+      const { door, id } = fields;
+      const fd = takeDescriptor(descriptors, 'connection');
+      if (typeof door !== 'string' || typeof id !== 'number') {
+        throw new VtpmdError('protocol', 'a connection has no door or id');
+      }
+      return { type: 'connection', door, id, fd };
+    }
+    default:
+      throw new VtpmdError('protocol', `unknown control message "${String(fields.type).slice(0, 40)}"`);
+  }
+}
+
+function takeDescriptor(channel: number, what: string): number {
+  const fd = receiveDescriptor(channel);
+  if (fd === undefined) throw new VtpmdError('protocol', `a ${what} was announced without its descriptor`);
+  return fd;
+}

@@ -1,0 +1,195 @@
+import { closeSync } from 'node:fs';
+import { Socket } from 'node:net';
+import { forbidCoreDumps } from 'vtpm-common/libc';
+import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
+import { Doors, HandleOwners, isDoorKind } from '../channels/doors.js';
+import { responseCode, shutdownClear, startupClear, TPM_RC_SUCCESS } from '../engine/command.js';
+import { startEngine, type TpmEngine } from '../engine/engine.js';
+import { loadLibtpms } from '../engine/libtpms.js';
+import { VtpmdError } from '../error.js';
+import { type Identity, loadVtpm, readIdentity } from '../manager-link/load.js';
+import { type ManagerLink, openManagerLink } from '../manager-link/manager-link.js';
+import { SaveSession } from '../manager-link/save-session.js';
+import { CommandQueue } from './command-queue.js';
+import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
+import type { Log } from './log.js';
+import { runOwnCommand } from './own-command.js';
+
+/** Descriptors that a worker inherits, connected. It opens nothing itself. */
+export interface WorkerDescriptors {
+  readonly manager: number;
+  readonly control: number;
+  readonly descriptors: number;
+}
+
+/**
+ * Runs the worker of one vTPM until the supervisor stops it or it must not go on. Ends the process: 0 after a stop,
+ * 1 after a failure that was reported, 2 where the supervisor is gone.
+ */
+export function runWorker(fds: WorkerDescriptors, log: Log): void {
+  forbidCoreDumps();
+  const worker = new Worker(fds, log);
+  worker.start();
+}
+
+class Worker {
+  readonly #log: Log;
+  readonly #keys: BoxKeyPair = boxKeyPair();
+  readonly #link: ManagerLink;
+  readonly #control: ControlChannel;
+  #serving: Serving | undefined;
+  #isIdentified = false;
+  #isOpen = false;
+  #isEnding = false;
+  #hasFailed = false;
+
+  constructor(fds: WorkerDescriptors, log: Log) {
+    this.#log = log;
+    this.#link = openManagerLink(new Socket({ fd: fds.manager }));
+    this.#control = openControlChannel(fds, {
+      onMessage: (message) => this.#onMessage(message),
+      onError: (error) => this.#fail(error),
+      onEnd: () => process.exit(2),
+    });
+  }
+
+  start(): void {
+    // Ready means that nothing but the identity is missing.
+    const { version } = loadLibtpms();
+    const publicKey = Buffer.from(this.#keys.publicKey).toString('hex');
+    this.#control.send({ type: 'ready', publicKey, libtpms: version });
+  }
+
+  #onMessage(message: SupervisorMessage): void {
+    switch (message.type) {
+      case 'identity':
+        if (this.#isIdentified) throw new VtpmdError('protocol', 'a second identity');
+        this.#isIdentified = true;
+        this.#serve(readIdentity(message.fields)).catch((error: unknown) => this.#fail(error));
+        return;
+      case 'link':
+        if (!this.#serving) {
+          closeSync(message.fd);
+          throw new VtpmdError('protocol', 'a new link before the vTPM was loaded');
+        }
+        this.#serving.session.attach(openManagerLink(new Socket({ fd: message.fd })));
+        return;
+      case 'connection':
+        this.#openDoor(message.door, message.id, message.fd);
+        return;
+      case 'stop':
+        this.#stop().catch((error: unknown) => this.#fail(error));
+        return;
+    }
+  }
+
+  #openDoor(door: string, id: number, fd: number): void {
+    if (!this.#serving || !this.#isOpen || !isDoorKind(door)) {
+      closeSync(fd);
+      this.#log('warn', 'a connection was refused', { door, id });
+      this.#control.send({ type: 'connection-closed', id });
+      return;
+    }
+    this.#serving.doors.open(door, fd, () => this.#control.send({ type: 'connection-closed', id }));
+  }
+
+  async #serve(identity: Identity): Promise<void> {
+    const grant = await loadVtpm(this.#link, identity, this.#keys, loadLibtpms().version);
+    this.#keys.secretKey.fill(0);
+    const engine = startEngine({
+      permanent: grant.manufacture ? undefined : grant.permanent,
+      manufacture: grant.manufacture,
+    });
+    const serving = this.#compose(grant, identity, engine);
+    grant.permanent.fill(0);
+    grant.sessionKey.fill(0);
+    serving.session.attach(this.#link);
+    await this.#powerOn(serving, identity.startup);
+    this.#isOpen = true;
+    const { epoch } = grant;
+    const { generation } = serving.session;
+    this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
+    this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
+  }
+
+  #compose(grant: LoadGrant, identity: Identity, engine: TpmEngine): Serving {
+    const owners = new HandleOwners();
+    let isLost = false;
+    const session = new SaveSession(grant, identity.vtpmUuid, engine.libtpmsVersion, {
+      up: () => {
+        if (isLost) this.#control.send({ type: 'link-up' });
+        isLost = false;
+        queue.release('link');
+      },
+      lost: (error) => {
+        // Whether a command stores cannot be told before it runs, so none runs while it could not be made durable.
+        queue.hold('link');
+        isLost = true;
+        this.#log('warn', 'the manager is away: commands wait', { reason: error.reason });
+        this.#control.send({ type: 'link-lost', message: error.message });
+      },
+      over: (error) => this.#fail(error),
+      freeze: () => {
+        queue.hold('freeze');
+        queue.whenIdle().then(
+          () => session.frozen(),
+          () => {},
+        );
+      },
+      thaw: () => queue.release('freeze'),
+    });
+    const queue = new CommandQueue({
+      engine,
+      persist: (permanent) => session.save(permanent),
+      observe: (source, command, response) => owners.observe(source, command, response),
+      onFailure: (error) => this.#fail(error),
+    });
+    queue.hold('link');
+    this.#serving = { engine, queue, session, doors: new Doors(engine, queue, owners) };
+    return this.#serving;
+  }
+
+  /** Resolves when what powering on stored is durable: no guest sees an identity that can vanish. */
+  async #powerOn({ engine, queue, session }: Serving, startup: Identity['startup']): Promise<void> {
+    if (engine.storedAtStart) await session.save(engine.storedAtStart);
+    if (startup === 'none') return;
+    const answer = await runOwnCommand(queue, startupClear());
+    if (responseCode(answer) !== TPM_RC_SUCCESS) {
+      throw new VtpmdError(
+        'startup-failed',
+        `the TPM answered Startup with 0x${responseCode(answer).toString(16)}`,
+      );
+    }
+  }
+
+  async #stop(): Promise<void> {
+    if (this.#isEnding) return;
+    this.#isEnding = true;
+    if (this.#serving) {
+      const { queue, session } = this.#serving;
+      // What clients sent meanwhile must not run after the Shutdown, or that would not have been the last command.
+      await runOwnCommand(queue, shutdownClear(), 'stop');
+      session.close();
+    }
+    this.#log('info', 'stopped');
+    this.#control.send({ type: 'stopped' }, () => process.exit(0));
+  }
+
+  #fail(unknown: unknown): void {
+    this.#serving?.queue.kill();
+    if (this.#hasFailed) return;
+    this.#hasFailed = true;
+    const error = VtpmdError.from(unknown);
+    this.#log('error', error.message, { reason: error.reason });
+    this.#control.send({ type: 'failed', reason: error.reason, message: error.message }, () =>
+      process.exit(1),
+    );
+  }
+}
+
+interface Serving {
+  readonly engine: TpmEngine;
+  readonly queue: CommandQueue;
+  readonly session: SaveSession;
+  readonly doors: Doors;
+}
