@@ -1,0 +1,73 @@
+import { Command, Option } from 'commander';
+import { ConfigError, createLogger, loadConfiguration, VERSION } from 'vtpm-common';
+import { ToolstackError } from './error.js';
+import { serveApi } from './supervisor/api.js';
+import { defaultManifest } from './supervisor/image-sources.js';
+import { Supervisor } from './supervisor/supervisor.js';
+
+interface Flags {
+  readonly home?: string;
+  readonly runDir?: string;
+  readonly logLevel?: string;
+  readonly logFormat?: string;
+  readonly ticketLifetime?: string;
+  readonly workerStopTimeout?: string;
+  readonly workerManifest?: string;
+}
+
+const program = new Command('vtpm-supervisord')
+  .description(
+    'The parent of every vTPM worker of an installation. Runs in the foreground; SIGTERM stops all workers.',
+  )
+  .version(VERSION)
+  .option('--home <dir>', 'state of the installation')
+  .option('--run-dir <dir>', 'sockets of the installation')
+  .option('--log-level <level>', 'least important message that is logged')
+  .option('--log-format <format>', 'auto, pretty or json')
+  .option('--ticket-lifetime <seconds>', 'until an unused ticket is void')
+  .option('--worker-stop-timeout <ms>', 'that a worker has to stop cleanly before it is killed')
+  .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
+  .allowExcessArguments(false)
+  .action(run);
+
+async function run(flags: Flags): Promise<void> {
+  // Sockets and state are for this user alone from the moment they exist.
+  process.umask(0o077);
+  const { settings, paths } = loadConfiguration({
+    home: flags.home,
+    'run-dir': flags.runDir,
+    'log-level': flags.logLevel,
+    'log-format': flags.logFormat,
+    'ticket-lifetime': flags.ticketLifetime,
+    'worker-stop-timeout': flags.workerStopTimeout,
+  });
+  const log = createLogger('vtpm-supervisord', settings);
+  const manifest = flags.workerManifest ?? defaultManifest();
+  const supervisor = await Supervisor.open({ paths, settings, manifest, log });
+  const api = await serveApi(supervisor, paths.supervisor.socket, log);
+  log.info(
+    { home: paths.home, imageDigest: supervisor.image.digest, vtpms: supervisor.all().length },
+    'ready',
+  );
+  let isStopping = false;
+  const stop = async (signal: string): Promise<void> => {
+    if (isStopping) return;
+    isStopping = true;
+    log.info({ signal }, 'stopping all workers');
+    const isQuiet = api.close();
+    await supervisor.close();
+    await isQuiet;
+    log.info('stopped');
+    process.exit(0);
+  };
+  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void stop(signal));
+}
+
+try {
+  await program.parseAsync();
+} catch (error) {
+  if (!(error instanceof ToolstackError || error instanceof ConfigError)) throw error;
+  const code = error instanceof ToolstackError ? error.code : 'usage';
+  process.stderr.write(`vtpm-supervisord: ${error.message} [${code}]\n`);
+  process.exit(1);
+}

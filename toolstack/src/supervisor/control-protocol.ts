@@ -1,0 +1,77 @@
+/** Lines of JSON on the control channel (the worker's descriptor 4), one message each. */
+export type WorkerMessage =
+  /** The worker's box key, 32 bytes in hex. First of all. */
+  | { readonly type: 'ready'; readonly publicKey: string; readonly libtpms: string }
+  /** State is loaded and generation ≥ 1 is durable: the doors may open. */
+  | { readonly type: 'serving'; readonly epoch: number; readonly generation: number }
+  | { readonly type: 'link-lost' }
+  | { readonly type: 'link-up' }
+  | { readonly type: 'connection-closed'; readonly id: number }
+  /** The worker ends now, with another status than 0. */
+  | { readonly type: 'failed'; readonly reason: string; readonly message: string }
+  /** Shutdown(CLEAR) is saved and durable; the worker ends now. */
+  | { readonly type: 'stopped' };
+
+export type SupervisorMessage =
+  /** `ticket`: a serialised SignedTicket, base64. `managerKey`: 32 bytes in hex. */
+  | {
+      readonly type: 'identity';
+      readonly ticket: string;
+      readonly managerKey: string;
+      readonly startup: 'clear' | 'none';
+    }
+  /** A new manager link was passed on the descriptor channel. */
+  | { readonly type: 'link' }
+  /** A guest's connection was passed on the descriptor channel. */
+  | { readonly type: 'connection'; readonly door: DoorName; readonly id: number }
+  | { readonly type: 'stop' };
+
+export type DoorName = 'tpm' | 'tcti' | 'tcti-ctrl';
+
+/** A worker is not trusted with the supervisor's memory: no line is longer. */
+const MAX_LINE_BYTES = 16 * 1024;
+
+/** Splits the channel into lines. @throws Error for a line over the limit */
+export class LineReader {
+  #pending = Buffer.alloc(0);
+
+  push(chunk: Buffer): string[] {
+    this.#pending = Buffer.concat([this.#pending, chunk]);
+    const lines: string[] = [];
+    for (let end = this.#pending.indexOf(10); end >= 0; end = this.#pending.indexOf(10)) {
+      lines.push(this.#pending.toString('utf8', 0, end));
+      this.#pending = this.#pending.subarray(end + 1);
+    }
+    if (this.#pending.length > MAX_LINE_BYTES) throw new Error('a line of the control channel is too long');
+    return lines;
+  }
+}
+
+type Shape = Readonly<Record<string, (value: unknown) => boolean>>;
+const isCount = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) >= 0;
+const isText = (value: unknown): boolean => typeof value === 'string' && value.length <= 4096;
+
+const SHAPES: Readonly<Record<WorkerMessage['type'], Shape>> = {
+  ready: {
+    publicKey: (value) => typeof value === 'string' && /^[0-9a-f]{64}$/.test(value),
+    libtpms: isText,
+  },
+  serving: { epoch: isCount, generation: isCount },
+  'link-lost': {},
+  'link-up': {},
+  'connection-closed': { id: isCount },
+  failed: { reason: isText, message: isText },
+  stopped: {},
+};
+
+/** @throws Error for anything but a message of the protocol */
+export function parseWorkerMessage(line: string): WorkerMessage {
+  const value: unknown = JSON.parse(line);
+  const fields = (typeof value === 'object' && value !== null ? value : {}) as Record<string, unknown>;
+  const type = fields.type;
+  if (typeof type !== 'string' || !Object.hasOwn(SHAPES, type)) throw new Error('a message of no known type');
+  for (const [name, accepts] of Object.entries(SHAPES[type as WorkerMessage['type']])) {
+    if (!accepts(fields[name])) throw new Error(`${type}: "${name}" is not what it must be`);
+  }
+  return fields as unknown as WorkerMessage;
+}

@@ -1,0 +1,114 @@
+import { chmodSync, rmSync } from 'node:fs';
+import { createServer, type Server, type Socket } from 'node:net';
+import { join } from 'node:path';
+import { checkSocketPath, privateDirectory } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
+import type { DoorName } from './control-protocol.js';
+
+const FILES: Readonly<Record<DoorName, string>> = {
+  tpm: 'tpm.sock',
+  tcti: 'tcti.sock',
+  'tcti-ctrl': 'tcti.sock.ctrl',
+};
+
+/** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
+const MAX_CONNECTIONS = 64;
+
+export interface DoorPaths {
+  readonly tpm: string;
+  readonly tcti: string;
+}
+
+export function doorPaths(directory: string): DoorPaths {
+  return { tpm: join(directory, FILES.tpm), tcti: join(directory, FILES.tcti) };
+}
+
+/**
+ * The sockets that a guest's side connects to. A connection is accepted here, its descriptor goes to the worker, and
+ * the duplicate that stays here keeps it open should the worker end. Nothing is ever read from it here.
+ */
+export class Doors {
+  readonly #servers: Server[] = [];
+  readonly #connections = new Map<number, Socket>();
+  readonly #directory: string;
+  readonly #hand: (door: DoorName, id: number, socket: Socket) => void;
+  #nextId = 1;
+
+  private constructor(directory: string, hand: (door: DoorName, id: number, socket: Socket) => void) {
+    this.#directory = directory;
+    this.#hand = hand;
+  }
+
+  /**
+   * @param hand passes a connection to the worker; where it throws, the connection is closed
+   * @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made
+   */
+  static async open(
+    directory: string,
+    hand: (door: DoorName, id: number, socket: Socket) => void,
+  ): Promise<Doors> {
+    const doors = new Doors(directory, hand);
+    try {
+      privateDirectory(directory);
+      for (const door of Object.keys(FILES) as DoorName[]) await doors.#listen(door);
+      return doors;
+    } catch (error) {
+      doors.close();
+      throw ToolstackError.from(error, `the sockets in ${directory} cannot be made`);
+    }
+  }
+
+  get connections(): number {
+    return this.#connections.size;
+  }
+
+  /** The worker has closed its end. */
+  forget(id: number): void {
+    this.#connections.get(id)?.destroy();
+    this.#connections.delete(id);
+  }
+
+  /** No new connections; those that are there stay. */
+  closeEntrances(): void {
+    for (const server of this.#servers.splice(0)) server.close();
+    // A closed server removes its socket itself, but not one that was left by a supervisor that was killed.
+    for (const file of Object.values(FILES)) rmSync(join(this.#directory, file), { force: true });
+  }
+
+  close(): void {
+    this.closeEntrances();
+    for (const id of [...this.#connections.keys()]) this.forget(id);
+    rmSync(this.#directory, { recursive: true, force: true });
+  }
+
+  #listen(door: DoorName): Promise<void> {
+    const path = checkSocketPath(join(this.#directory, FILES[door]));
+    // This supervisor holds the lock, so what is there was left by one that is gone.
+    rmSync(path, { force: true });
+    const server = createServer({ pauseOnConnect: true, allowHalfOpen: true }, (socket) =>
+      this.#accept(door, socket),
+    );
+    server.maxConnections = MAX_CONNECTIONS;
+    this.#servers.push(server);
+    return new Promise((resolve, reject) => {
+      server.once('error', reject);
+      server.listen(path, () => {
+        server.removeListener('error', reject);
+        server.on('error', () => undefined);
+        chmodSync(path, 0o600);
+        resolve();
+      });
+    });
+  }
+
+  #accept(door: DoorName, socket: Socket): void {
+    const id = this.#nextId++;
+    this.#connections.set(id, socket);
+    socket.on('error', () => this.forget(id));
+    try {
+      this.#hand(door, id, socket);
+    } catch {
+      this.forget(id);
+    }
+  }
+}

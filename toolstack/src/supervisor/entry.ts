@@ -1,0 +1,122 @@
+import { ToolstackError } from '../error.js';
+
+export type Isolation = 'sandbox' | 'none';
+/** What the worker does before its doors open: TPM2_Startup(CLEAR), or nothing because the firmware sends it. */
+export type Startup = 'clear' | 'none';
+
+/** What the supervisor keeps of one vTPM. It is JSON on disk. */
+export interface Entry {
+  /** UUID. */
+  readonly id: string;
+  /** For operators and as the directory of the doors. */
+  readonly name: string;
+  readonly vmUuid: string;
+  readonly isolation: Isolation;
+  /** Started with the supervisor. */
+  readonly autostart: boolean;
+  readonly startup: Startup;
+  /** Serialised Delegation to this supervisor's key, base64. */
+  readonly delegation: string;
+  /** Ed25519 of the toolstack key over it, base64. */
+  readonly delegationSignature: string;
+  /** Set for good once a generation ≥ 1 was seen: no ticket carries MANUFACTURE any more. */
+  readonly manufactured: boolean;
+  /** The newest power-on of the VM, a UUID. */
+  readonly vmRunId: string | null;
+  /** The newest epoch that a worker served. */
+  readonly epoch: number | null;
+  /** The host's boot during which it was last started and not stopped since, hex. */
+  readonly runningInBoot: string | null;
+  /** Why the last worker ended without being asked to. */
+  readonly crashed: string | null;
+  /** A worker without a checkpoint has lost its PCRs: only a new VM run may follow, so nothing restarts it. */
+  readonly restart: 'never';
+}
+
+/** What the caller of `create` says. */
+export type NewEntry = Pick<
+  Entry,
+  'id' | 'name' | 'vmUuid' | 'isolation' | 'autostart' | 'startup' | 'delegation' | 'delegationSignature'
+>;
+
+const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
+/** A file name in any directory, never `.` or `..`, and never taken for an option. */
+const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
+const BASE64 = /^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/;
+const BOOT = /^[0-9a-f]{32}$/;
+
+type Check = readonly [(value: unknown) => boolean, string];
+const text = (pattern: RegExp, what: string): Check => [
+  (value) => typeof value === 'string' && value.length <= 8192 && pattern.test(value),
+  what,
+];
+const oneOf = (...values: readonly unknown[]): Check => [
+  (value) => values.includes(value),
+  `one of ${values.join(', ')}`,
+];
+const orNull = ([check, what]: Check): Check => [
+  (value) => value === null || check(value),
+  `${what} or null`,
+];
+const flag: Check = [(value) => typeof value === 'boolean', 'true or false'];
+
+const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
+  id: text(UUID, 'a UUID in lower case'),
+  name: text(NAME, '1 to 63 of a-z 0-9 . _ - and begins with a letter or digit'),
+  vmUuid: text(UUID, 'a UUID in lower case'),
+  isolation: oneOf('sandbox', 'none'),
+  autostart: flag,
+  startup: oneOf('clear', 'none'),
+  delegation: text(BASE64, 'base64'),
+  delegationSignature: text(BASE64, 'base64'),
+};
+
+const ENTRY: Readonly<Record<keyof Entry, Check>> = {
+  ...NEW_ENTRY,
+  manufactured: flag,
+  vmRunId: orNull(text(UUID, 'a UUID')),
+  epoch: orNull([(value) => Number.isSafeInteger(value) && Number(value) >= 0, 'a whole number']),
+  runningInBoot: orNull(text(BOOT, '32 hex digits')),
+  crashed: orNull([(value) => typeof value === 'string', 'text']),
+  restart: oneOf('never'),
+};
+
+/** @throws ToolstackError `bad-request` that names the field */
+export function parseNewEntry(value: unknown): NewEntry {
+  return check(value, NEW_ENTRY) as unknown as NewEntry;
+}
+
+/** @throws ToolstackError `bad-request` that names the field */
+export function parseEntry(value: unknown): Entry {
+  return check(value, ENTRY) as unknown as Entry;
+}
+
+export function newEntry(given: NewEntry): Entry {
+  return {
+    ...given,
+    manufactured: false,
+    vmRunId: null,
+    epoch: null,
+    runningInBoot: null,
+    crashed: null,
+    restart: 'never',
+  };
+}
+
+/** Exactly the known fields: one that is not known may be the one that matters. */
+function check(value: unknown, fields: Readonly<Record<string, Check>>): Record<string, unknown> {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+    throw new ToolstackError('bad-request', 'a vTPM is a JSON object');
+  }
+  const given = value as Record<string, unknown>;
+  const out: Record<string, unknown> = {};
+  for (const [key, [accepts, what]] of Object.entries(fields)) {
+    if (!Object.hasOwn(given, key)) throw new ToolstackError('bad-request', `"${key}" is missing`);
+    if (!accepts(given[key])) throw new ToolstackError('bad-request', `"${key}" must be ${what}`);
+    out[key] = given[key];
+  }
+  for (const key of Object.keys(given)) {
+    if (!Object.hasOwn(fields, key)) throw new ToolstackError('bad-request', `"${key}" is not known`);
+  }
+  return out;
+}

@@ -1,0 +1,221 @@
+import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import {
+  bootId,
+  checkSocketPath,
+  type Logger,
+  lockFile,
+  type Paths,
+  privateDirectory,
+  type Settings,
+} from 'vtpm-common';
+import type { SigningKey } from 'vtpm-proto';
+import { ToolstackError } from '../error.js';
+import { AdminClient } from './admin-client.js';
+import { createDelegateKey, readDelegateKey } from './delegate-key.js';
+import { doorPaths } from './doors.js';
+import { newEntry, parseNewEntry } from './entry.js';
+import { prepareImage, type WorkerImage } from './image.js';
+import { collectSources } from './image-sources.js';
+import { endLeftovers, WorkerLedger } from './leftovers.js';
+import { ManagerEvents } from './manager-events.js';
+import { createTicketOffice } from './ticket-office.js';
+import { Vtpm, type VtpmContext } from './vtpm.js';
+import { VtpmList } from './vtpm-list.js';
+
+export interface SupervisorOptions {
+  readonly paths: Paths;
+  readonly settings: Settings;
+  /** Of the worker's build; see image-sources.ts. */
+  readonly manifest: string;
+  readonly log: Logger;
+}
+
+/** Workers that are stopped or started side by side. More would only share the same processors. */
+const PARALLEL = 4;
+const AUTOSTART_RETRY_MS = 500;
+
+/** The parent of every worker of an installation. */
+export class Supervisor {
+  readonly image: WorkerImage;
+  readonly delegateKey: SigningKey;
+  readonly #context: VtpmContext;
+  readonly #vtpms = new Map<string, Vtpm>();
+  readonly #admin: AdminClient;
+  readonly #events: ManagerEvents;
+  readonly #closing = new AbortController();
+  #autostart: Promise<void> = Promise.resolve();
+
+  /**
+   * Takes the installation's lock, ends what an earlier supervisor left, then reads the list.
+   * @throws ToolstackError `in-use` | `corrupt` | `newer-format` | `missing-package` | …
+   */
+  static async open(options: SupervisorOptions): Promise<Supervisor> {
+    const { paths, settings, log } = options;
+    privateDirectory(paths.home);
+    privateDirectory(paths.run);
+    privateDirectory(paths.log);
+    privateDirectory(paths.supervisor.directory);
+    privateDirectory(paths.supervisor.doors);
+    takeLock(paths.supervisor.lock);
+    // Another installation may have been given the same --run-dir.
+    takeLock(`${paths.supervisor.socket}.lock`);
+    const ledgerPath = join(paths.supervisor.directory, 'workers.json');
+    const left = await endLeftovers(ledgerPath, paths.supervisor.images);
+    if (left > 0)
+      log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
+    const { list, delegateKey } = openState(paths);
+    const image = prepareImage(collectSources(options.manifest), paths.supervisor.images, log);
+    const admin = new AdminClient(paths.manager.adminSocket);
+    const office = createTicketOffice({
+      admin,
+      delegateKey,
+      imageDigest: image.digest,
+      lifetimeSeconds: settings['ticket-lifetime'],
+    });
+    const context = { list, image, office, ledger: new WorkerLedger(ledgerPath), paths, settings, log };
+    return new Supervisor(context, delegateKey, admin);
+  }
+
+  private constructor(context: VtpmContext, delegateKey: SigningKey, admin: AdminClient) {
+    this.#context = context;
+    this.image = context.image;
+    this.delegateKey = delegateKey;
+    this.#admin = admin;
+    const boot = bootId().toString('hex');
+    const autostart: Vtpm[] = [];
+    for (const found of context.list.all()) {
+      const entry =
+        found.runningInBoot === null ? found : this.#afterLoss(found.id, found.runningInBoot === boot);
+      const vtpm = new Vtpm(context, entry);
+      this.#vtpms.set(entry.id, vtpm);
+      if (entry.autostart && entry.crashed === null) autostart.push(vtpm);
+    }
+    this.#events = new ManagerEvents(admin, context.log);
+    if (autostart.length > 0) this.#autostart = this.#startAll(autostart);
+  }
+
+  get managerConnected(): boolean {
+    return this.#events.isConnected;
+  }
+
+  all(): Vtpm[] {
+    return [...this.#vtpms.values()];
+  }
+
+  /** By id or name. @throws ToolstackError `unknown-vtpm` */
+  find(nameOrId: string): Vtpm {
+    const vtpm =
+      this.#vtpms.get(nameOrId) ?? this.all().find((candidate) => candidate.entry.name === nameOrId);
+    if (vtpm) return vtpm;
+    throw new ToolstackError(
+      'unknown-vtpm',
+      `there is no vTPM "${nameOrId.slice(0, 64)}"; vtpmctl list shows all`,
+    );
+  }
+
+  /** @param body as POST /vtpms has it. @throws ToolstackError `bad-request` | `name-taken` */
+  create(body: unknown): Vtpm {
+    const given = parseNewEntry(body);
+    this.#context.office.checkDelegation(given);
+    try {
+      checkSocketPath(`${doorPaths(join(this.#context.paths.supervisor.doors, given.name)).tcti}.ctrl`);
+    } catch (error) {
+      throw new ToolstackError('bad-request', (error as Error).message);
+    }
+    const entry = newEntry(given);
+    this.#context.list.add(entry);
+    const vtpm = new Vtpm(this.#context, entry);
+    this.#vtpms.set(entry.id, vtpm);
+    return vtpm;
+  }
+
+  /** Forgets a vTPM; its state at the manager stays. @throws ToolstackError `not-stopped` | `busy` */
+  remove(vtpm: Vtpm): Promise<void> {
+    return vtpm.remove(() => {
+      this.#context.list.remove(vtpm.entry.id);
+      this.#vtpms.delete(vtpm.entry.id);
+    });
+  }
+
+  /** Stops every worker, in order. */
+  async close(): Promise<void> {
+    this.#closing.abort();
+    await this.#events.close();
+    await inParallel(this.all(), async (vtpm) => {
+      await vtpm.shutDown().catch((error: unknown) => {
+        this.#context.log.error({ vtpm: vtpm.entry.name, reason: String(error) }, 'not stopped in order');
+      });
+    });
+    await this.#autostart;
+  }
+
+  /**
+   * The entry of a vTPM whose worker ended with its supervisor or its host. In the same boot the VM may still run, and
+   * a TPM with fresh PCRs must not come back under it; after a reboot of the host no VM run is left.
+   */
+  #afterLoss(id: string, isSameBoot: boolean): ReturnType<VtpmList['update']> {
+    return this.#context.list.update(id, {
+      runningInBoot: null,
+      crashed: isSameBoot ? 'the supervisor ended and its workers with it' : null,
+    });
+  }
+
+  /** Waits for the manager first: at boot it may come later. */
+  async #startAll(vtpms: readonly Vtpm[]): Promise<void> {
+    const { signal } = this.#closing;
+    while (!signal.aborted) {
+      const health = await this.#admin.health().catch(() => undefined);
+      if (health?.status === 'ready') break;
+      await delay(AUTOSTART_RETRY_MS, undefined, { signal }).catch(() => undefined);
+    }
+    await inParallel(vtpms, async (vtpm) => {
+      if (signal.aborted || vtpm.state !== 'stopped') return;
+      // The reason is in the log and in the vTPM's view.
+      await vtpm.start().catch(() => undefined);
+    });
+  }
+}
+
+const locks: number[] = [];
+
+function takeLock(path: string): void {
+  const lock = lockFile(path);
+  if (lock === undefined) {
+    throw new ToolstackError('in-use', `another vtpm-supervisord holds ${path}; stop it first`);
+  }
+  locks.push(lock);
+}
+
+/**
+ * The list is made before the key: a key without a list means that the list was lost, and that is never taken for a
+ * first start (I-9).
+ */
+function openState(paths: Paths): { list: VtpmList; delegateKey: SigningKey } {
+  const { vtpms, delegateKey: keyPath } = paths.supervisor;
+  const key = readDelegateKey(keyPath);
+  let list = VtpmList.open(vtpms);
+  if (!list) {
+    if (key)
+      throw new ToolstackError(
+        'corrupt',
+        `${vtpms} is missing although ${keyPath} is there; restore it from a backup`,
+      );
+    list = VtpmList.create(vtpms);
+  }
+  if (!key && list.size > 0) {
+    throw new ToolstackError(
+      'corrupt',
+      `${keyPath} is missing and the vTPMs in ${vtpms} are delegated to it; restore it from a backup`,
+    );
+  }
+  return { list, delegateKey: key ?? createDelegateKey(keyPath) };
+}
+
+async function inParallel<T>(items: readonly T[], run: (item: T) => Promise<void>): Promise<void> {
+  const queue = [...items];
+  const lane = async (): Promise<void> => {
+    for (let item = queue.shift(); item !== undefined; item = queue.shift()) await run(item);
+  };
+  await Promise.all(Array.from({ length: PARALLEL }, lane));
+}

@@ -1,0 +1,156 @@
+import { bootId, monotonicMs } from 'vtpm-common';
+import {
+  decode,
+  encode,
+  IDENTITY_FORMAT,
+  type SignedTicket,
+  type SigningKey,
+  signTicket,
+  type Ticket,
+  uuidToBytes,
+  type Verb,
+  verifyTicketChain,
+} from 'vtpm-proto';
+import { ToolstackError } from '../error.js';
+import type { AdminClient } from './admin-client.js';
+import type { Entry, NewEntry } from './entry.js';
+
+export interface TicketOffice {
+  /**
+   * Signs the permission for one worker to load one vTPM once. Call it only when no earlier worker of the vTPM can run
+   * any more (I-3). @param workerKey the worker's box key, 32 bytes
+   * @throws ToolstackError `manager-unreachable` | `manager-refused` | `locked` | `corrupt`
+   */
+  issue(entry: Entry, workerKey: Uint8Array): Promise<IssuedTicket>;
+  /** @throws ToolstackError `bad-request` where a delegation does not let this supervisor run the vTPM */
+  checkDelegation(entry: NewEntry): void;
+}
+
+export interface IssuedTicket {
+  readonly ticket: SignedTicket;
+  /** Hex. */
+  readonly managerKey: string;
+  /** Of the vTPM now; ≥ 1 means that it must never be manufactured again. */
+  readonly generation: number;
+}
+
+export interface TicketOfficeOptions {
+  readonly admin: Pick<AdminClient, 'health' | 'vtpm'>;
+  readonly delegateKey: SigningKey;
+  /** Hex. */
+  readonly imageDigest: string;
+  readonly lifetimeSeconds: number;
+}
+
+export function createTicketOffice(options: TicketOfficeOptions): TicketOffice {
+  return new TicketOfficeImpl(options);
+}
+
+class TicketOfficeImpl implements TicketOffice {
+  readonly #options: TicketOfficeOptions;
+
+  constructor(options: TicketOfficeOptions) {
+    this.#options = options;
+  }
+
+  async issue(entry: Entry, workerKey: Uint8Array): Promise<IssuedTicket> {
+    const { admin, delegateKey } = this.#options;
+    const health = await admin.health();
+    if (health.status === 'locked') {
+      throw new ToolstackError('locked', `the manager is locked: ${health.message ?? 'see vtpmctl status'}`);
+    }
+    if (health.status !== 'ready') {
+      throw new ToolstackError('manager-unreachable', 'the manager is still starting; try again in a moment');
+    }
+    const record = await admin.vtpm(entry.id);
+    if (record?.kind === 'retired') {
+      throw new ToolstackError('manager-refused', `vTPM ${entry.name} was retired; it can never run again`);
+    }
+    if (record && record.vmUuid !== entry.vmUuid) {
+      throw new ToolstackError(
+        'manager-refused',
+        `vTPM ${entry.name} belongs to VM ${record.vmUuid} at the manager`,
+      );
+    }
+    const generation = record?.generation ?? 0;
+    if (entry.manufactured && generation === 0) {
+      // A ticket that allows a new TPM here would hide the loss of the old one (I-9).
+      throw new ToolstackError(
+        'corrupt',
+        `vTPM ${entry.name} has run before, but the manager has no state of it; restore the manager's store from a backup`,
+      );
+    }
+    const verbs: Verb[] = generation === 0 ? ['MANUFACTURE', 'COLD'] : ['COLD'];
+    const ticket = signTicket(
+      delegateKey,
+      {
+        ...this.#fields(entry),
+        managerId: Buffer.from(health.managerId, 'hex'),
+        vmRunId: uuidToBytes(entry.vmRunId ?? ''),
+        workerPublicKey: workerKey,
+        expectedEpoch: BigInt(record?.epoch ?? 0),
+        verbs,
+        expiresAtMonotonicMs: monotonicMs() + BigInt(this.#options.lifetimeSeconds) * 1000n,
+      },
+      signedDelegation(entry),
+    );
+    return { ticket, managerKey: health.managerId, generation };
+  }
+
+  checkDelegation(entry: NewEntry): void {
+    const signed = signedDelegation(entry);
+    try {
+      // The manager's own check, on a ticket that is never handed out, finds whatever it would find.
+      const trial = signTicket(
+        this.#options.delegateKey,
+        {
+          ...this.#fields(entry),
+          managerId: Buffer.alloc(32),
+          vmRunId: Buffer.alloc(16),
+          workerPublicKey: Buffer.alloc(32),
+          expectedEpoch: 0n,
+          verbs: ['MANUFACTURE', 'COLD'],
+          expiresAtMonotonicMs: 0n,
+        },
+        signed,
+      );
+      if (
+        !Buffer.from(decode('Delegation', signed.delegation).delegateKey).equals(
+          this.#options.delegateKey.publicKey,
+        )
+      ) {
+        throw new Error("it is for another supervisor's key; GET /health names the key of this one");
+      }
+      verifyTicketChain(trial);
+    } catch (cause) {
+      throw new ToolstackError('bad-request', `the delegation cannot be used: ${(cause as Error).message}`, {
+        cause,
+      });
+    }
+  }
+
+  #fields(
+    entry: NewEntry,
+  ): Pick<Ticket, 'format' | 'vtpmUuid' | 'vmUuid' | 'imageDigest' | 'isolation' | 'bootId'> {
+    return {
+      format: IDENTITY_FORMAT,
+      vtpmUuid: uuidToBytes(entry.id),
+      vmUuid: uuidToBytes(entry.vmUuid),
+      imageDigest: Buffer.from(this.#options.imageDigest, 'hex'),
+      isolation: entry.isolation,
+      bootId: bootId(),
+    };
+  }
+}
+
+/** The form in which a worker gets it, base64. */
+export function ticketText(ticket: SignedTicket): string {
+  return encode('SignedTicket', ticket).toString('base64');
+}
+
+function signedDelegation(entry: NewEntry): { delegation: Buffer; signature: Buffer } {
+  return {
+    delegation: Buffer.from(entry.delegation, 'base64'),
+    signature: Buffer.from(entry.delegationSignature, 'base64'),
+  };
+}

@@ -1,0 +1,332 @@
+import { randomUUID } from 'node:crypto';
+import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import { bootId, type Logger, type Paths, type Settings, socketFd } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
+import type { WorkerMessage } from './control-protocol.js';
+import { type DoorPaths, Doors, doorPaths } from './doors.js';
+import type { Entry } from './entry.js';
+import type { WorkerImage } from './image.js';
+import { confinementOf } from './layers.js';
+import type { WorkerLedger } from './leftovers.js';
+import { connectWorkerLink, connectWorkerLinkAgain } from './manager-link.js';
+import { killAndWait, type ProcessId } from './processes.js';
+import { bareCommand, sandboxCommand } from './sandbox.js';
+import { type TicketOffice, ticketText } from './ticket-office.js';
+import type { VtpmList } from './vtpm-list.js';
+import { type WorkerEnd, WorkerProcess } from './worker-process.js';
+
+/** What every vTPM of a supervisor shares. */
+export interface VtpmContext {
+  readonly list: VtpmList;
+  readonly image: WorkerImage;
+  readonly office: TicketOffice;
+  readonly ledger: WorkerLedger;
+  readonly paths: Paths;
+  readonly settings: Settings;
+  readonly log: Logger;
+}
+
+/**
+ * `stopped`: no process. `starting`: a worker is there, the doors are not. `running`: a guest is served.
+ * `stopping`: asked to save and end. `crashed`: the worker ended unasked; its PCRs are lost, and only a new VM run may
+ * follow (an explicit start).
+ */
+export type VtpmState =
+  | { readonly kind: 'stopped'; readonly reason: string | null }
+  | { readonly kind: 'starting'; readonly worker: WorkerProcess | undefined }
+  | { readonly kind: 'running'; readonly worker: WorkerProcess; readonly doors: Doors }
+  | { readonly kind: 'stopping'; readonly worker: WorkerProcess; readonly doors: Doors }
+  | { readonly kind: 'crashed'; readonly reason: string };
+
+/** S of the supervisor's API. */
+export interface VtpmView {
+  readonly id: string;
+  readonly name: string;
+  readonly vmUuid: string;
+  readonly isolation: string;
+  readonly autostart: boolean;
+  readonly startup: string;
+  readonly state: VtpmState['kind'];
+  /** Why it crashed, or why the last start or stop did not go as asked. */
+  readonly reason: string | null;
+  readonly vmRunId: string | null;
+  /** The newest epoch that a worker served. */
+  readonly epoch: number | null;
+  readonly worker: {
+    readonly pid: number;
+    readonly isolation: string;
+    readonly layers: readonly string[];
+    readonly startedAt: string;
+  } | null;
+  readonly sockets: DoorPaths & { readonly control: null; readonly ring: null };
+}
+
+/** A worker under load on a small machine takes seconds; one that takes longer hangs. */
+const READY_LIMIT_MS = 30_000;
+const SERVING_LIMIT_MS = 60_000;
+const PASS_RETRY_MS = 50;
+
+/** One vTPM: its entry in the list, and its worker while it has one. */
+export class Vtpm {
+  readonly #context: VtpmContext;
+  readonly #log: Logger;
+  #entry: Entry;
+  #state: VtpmState;
+  /** What a kill could not end. No start while it is there. */
+  #lingering: readonly ProcessId[] = [];
+  #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
+  #hasNoLink = false;
+
+  constructor(context: VtpmContext, entry: Entry) {
+    this.#context = context;
+    this.#log = context.log.child({ vtpm: entry.name });
+    this.#entry = entry;
+    this.#state =
+      entry.crashed === null ? { kind: 'stopped', reason: null } : { kind: 'crashed', reason: entry.crashed };
+  }
+
+  get entry(): Entry {
+    return this.#entry;
+  }
+
+  get state(): VtpmState['kind'] {
+    return this.#state.kind;
+  }
+
+  view(): VtpmView {
+    const { id, name, vmUuid, isolation, autostart, startup, vmRunId, epoch } = this.#entry;
+    const state = this.#state;
+    const worker = state.kind === 'stopped' || state.kind === 'crashed' ? undefined : state.worker;
+    return {
+      ...{ id, name, vmUuid, isolation, autostart, startup },
+      state: state.kind,
+      reason: state.kind === 'stopped' || state.kind === 'crashed' ? state.reason : null,
+      ...{ vmRunId, epoch },
+      worker:
+        worker?.pid === undefined
+          ? null
+          : {
+              pid: worker.pid,
+              isolation,
+              layers: confinementOf(worker.pid),
+              startedAt: worker.startedAt.toISOString(),
+            },
+      sockets: { ...doorPaths(this.#directory()), control: null, ring: null },
+    };
+  }
+
+  /**
+   * A power-on: a new VM run, a new worker. Resolves when the doors are open.
+   * @throws ToolstackError `busy` | `already-running` | `worker-failed` | `image-not-allowed` | `manager-unreachable` | …
+   */
+  start(): Promise<void> {
+    return this.#exclusively('started', async () => {
+      if (this.#state.kind === 'running') {
+        throw new ToolstackError('already-running', `vTPM ${this.#entry.name} is running already`);
+      }
+      const before = this.#state;
+      this.#state = { kind: 'starting', worker: undefined };
+      try {
+        await killAndWait(this.#lingering);
+        this.#lingering = [];
+        // Before anything is changed: no VM powers on while the manager is away.
+        const link = await connectWorkerLink(this.#context.paths.manager.workerSocket);
+        try {
+          this.#update({ vmRunId: randomUUID(), runningInBoot: bootId().toString('hex'), crashed: null });
+        } catch (error) {
+          link.destroy();
+          throw error;
+        }
+        await this.#startWorker(this.#spawn(link));
+      } catch (error) {
+        const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
+        this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
+        if (this.#entry.crashed === null) {
+          this.#state = { kind: 'stopped', reason: failure.message };
+          if (this.#entry.runningInBoot !== null) this.#tryUpdate({ runningInBoot: null });
+        } else {
+          this.#state = before;
+        }
+        throw failure;
+      }
+    });
+  }
+
+  /** Resolves when the worker has saved and ended, or was killed for taking too long; `reason` says so then. */
+  stop(): Promise<void> {
+    return this.#exclusively('stopped', async () => {
+      const state = this.#state;
+      if (state.kind === 'running') {
+        const { worker, doors } = state;
+        this.#state = { kind: 'stopping', worker, doors };
+        doors.closeEntrances();
+        const limit = this.#context.settings['worker-stop-timeout'];
+        const end = await worker.stop(limit);
+        doors.close();
+        this.#lingering = end.lingering;
+        const reason = end.clean ? null : `it did not stop cleanly within ${limit} ms (${end.reason})`;
+        if (reason) this.#log.warn({ reason }, 'stopped by force');
+        else this.#log.info('stopped');
+        this.#state = { kind: 'stopped', reason };
+      } else {
+        this.#state = { kind: 'stopped', reason: null };
+      }
+      if (this.#entry.crashed !== null || this.#entry.runningInBoot !== null) {
+        this.#update({ crashed: null, runningInBoot: null });
+      }
+    });
+  }
+
+  /** Runs `forget` while nothing else can happen to the vTPM. @throws ToolstackError `not-stopped` | `busy` */
+  remove(forget: () => void): Promise<void> {
+    return this.#exclusively('removed', async () => {
+      if (this.#state.kind !== 'stopped' && this.#state.kind !== 'crashed') {
+        throw new ToolstackError(
+          'not-stopped',
+          `vTPM ${this.#entry.name} is ${this.#state.kind}; stop it first`,
+        );
+      }
+      forget();
+    });
+  }
+
+  /** For the end of the supervisor: a start under way is broken off, a worker that serves is stopped. */
+  async shutDown(): Promise<void> {
+    if (this.#state.kind === 'starting') await this.#state.worker?.kill();
+    await this.#operation?.settled;
+    if (this.#state.kind === 'running') await this.stop();
+  }
+
+  #spawn(link: Parameters<typeof socketFd>[0]): WorkerProcess {
+    const { image, paths, ledger } = this.#context;
+    try {
+      if (this.#entry.isolation === 'none') {
+        this.#log.warn('isolation none: the worker runs unconfined, for development only');
+      }
+      const worker: WorkerProcess = new WorkerProcess({
+        command:
+          this.#entry.isolation === 'none' ? bareCommand(image.command) : sandboxCommand(image.command),
+        link,
+        logPath: join(paths.log, `vtpm-${this.#entry.name}.log`),
+        ledger,
+        onMessage: (message) => this.#take(worker, message),
+      });
+      return worker;
+    } finally {
+      link.destroy();
+    }
+  }
+
+  async #startWorker(worker: WorkerProcess): Promise<void> {
+    this.#state = { kind: 'starting', worker };
+    try {
+      const ready = await worker.waitFor('ready', READY_LIMIT_MS);
+      const issued = await this.#context.office.issue(this.#entry, Buffer.from(ready.publicKey, 'hex'));
+      if (issued.generation > 0 && !this.#entry.manufactured) this.#update({ manufactured: true });
+      const { startup } = this.#entry;
+      const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
+      worker.send({
+        type: 'identity',
+        ticket: ticketText(issued.ticket),
+        managerKey: issued.managerKey,
+        startup,
+      });
+      const { epoch, generation } = await isServing;
+      if (generation < 1) {
+        throw new ToolstackError('worker-failed', 'the worker wants to serve a TPM that is not saved yet');
+      }
+      this.#update({ manufactured: true, epoch });
+      const doors = await Doors.open(this.#directory(), (door, id, socket) =>
+        worker.pass(socketFd(socket), { type: 'connection', door, id }),
+      );
+      this.#state = { kind: 'running', worker, doors };
+      void worker.ended.then((end) => this.#ended(worker, end));
+      this.#log.info({ epoch, generation, pid: worker.pid }, 'running');
+    } catch (error) {
+      const end = await worker.kill();
+      this.#lingering = end.lingering;
+      throw error;
+    }
+  }
+
+  #take(worker: WorkerProcess, message: WorkerMessage): void {
+    if (message.type === 'link-lost') {
+      this.#log.warn('the manager is away: the worker holds what must be saved');
+      void this.#newLink(worker);
+    } else if (message.type === 'link-up') {
+      this.#log.info('the worker is connected to the manager again');
+    } else if (message.type === 'connection-closed' && 'doors' in this.#state) {
+      this.#state.doors.forget(message.id);
+    }
+  }
+
+  async #newLink(worker: WorkerProcess): Promise<void> {
+    if (this.#hasNoLink) return;
+    this.#hasNoLink = true;
+    const { workerSocket } = this.#context.paths.manager;
+    while (this.#hasNoLink) {
+      const link = await connectWorkerLinkAgain(workerSocket, () => !worker.hasEnded);
+      this.#hasNoLink = link !== undefined;
+      try {
+        if (link) worker.pass(socketFd(link), { type: 'link' });
+        this.#hasNoLink = false;
+      } catch (error) {
+        this.#log.debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
+        await delay(PASS_RETRY_MS);
+      } finally {
+        link?.destroy();
+      }
+    }
+  }
+
+  /** The worker ended. Where a stop is waiting for that, it deals with it. */
+  #ended(worker: WorkerProcess, end: WorkerEnd): void {
+    const state = this.#state;
+    if (state.kind !== 'running' || state.worker !== worker) return;
+    state.doors.close();
+    this.#lingering = end.lingering;
+    if (end.clean) {
+      this.#state = { kind: 'stopped', reason: null };
+      this.#tryUpdate({ runningInBoot: null });
+      return;
+    }
+    this.#log.error(
+      { reason: end.reason },
+      'the worker crashed; start the vTPM again with a new run of its VM',
+    );
+    this.#state = { kind: 'crashed', reason: end.reason };
+    this.#tryUpdate({ crashed: end.reason });
+  }
+
+  #update(change: Parameters<VtpmList['update']>[1]): void {
+    this.#entry = this.#context.list.update(this.#entry.id, change);
+  }
+
+  /** For events that nobody waits for. What is not written is found again: `runningInBoot` still stands in the list. */
+  #tryUpdate(change: Parameters<VtpmList['update']>[1]): void {
+    try {
+      this.#update(change);
+    } catch (error) {
+      this.#log.error({ reason: (error as Error).message }, 'the list of vTPMs cannot be written');
+    }
+  }
+
+  #directory(): string {
+    return join(this.#context.paths.supervisor.doors, this.#entry.name);
+  }
+
+  async #exclusively(operation: string, run: () => Promise<void>): Promise<void> {
+    if (this.#operation) {
+      const { name } = this.#operation;
+      throw new ToolstackError('busy', `vTPM ${this.#entry.name} is being ${name}; try again later`);
+    }
+    const running = run();
+    this.#operation = { name: operation, settled: running.catch(() => undefined) };
+    try {
+      await running;
+    } finally {
+      this.#operation = undefined;
+    }
+  }
+}

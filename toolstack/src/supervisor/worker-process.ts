@@ -1,0 +1,247 @@
+import { type ChildProcess, spawn } from 'node:child_process';
+import { closeSync, openSync } from 'node:fs';
+import type { Socket } from 'node:net';
+import { setTimeout as delay } from 'node:timers/promises';
+import { sendDescriptor, socketPair } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
+import {
+  LineReader,
+  parseWorkerMessage,
+  type SupervisorMessage,
+  type WorkerMessage,
+} from './control-protocol.js';
+import type { WorkerLedger } from './leftovers.js';
+import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
+import type { Command } from './sandbox.js';
+
+export interface WorkerOptions {
+  readonly command: Command;
+  /** Connected to the manager's worker socket and never read from here. It is closed here once the worker has it. */
+  readonly link: Socket;
+  /** Takes the worker's standard error. */
+  readonly logPath: string;
+  readonly ledger: WorkerLedger;
+  /** What `waitFor` does not wait for. */
+  onMessage(message: WorkerMessage): void;
+}
+
+export interface WorkerEnd {
+  /** A sentence without a final period. */
+  readonly reason: string;
+  /** `failed` as the worker said it. */
+  readonly failure: { readonly reason: string; readonly message: string } | undefined;
+  /** It said `stopped` and ended with status 0. */
+  readonly clean: boolean;
+  /** What was killed and is still there; empty in all but the worst case. */
+  readonly lingering: readonly ProcessId[];
+}
+
+type Waiter = { type: WorkerMessage['type']; resolve(message: WorkerMessage): void };
+
+/** One worker and what is around it: its sandbox, its control channel and its descriptor channel. */
+export class WorkerProcess {
+  readonly startedAt = new Date();
+  /** Resolves, and never rejects, when nothing of the worker can run any more. */
+  readonly ended: Promise<WorkerEnd>;
+  readonly #child: ChildProcess;
+  readonly #control: Socket;
+  readonly #options: WorkerOptions;
+  readonly #waiters = new Set<Waiter>();
+  #descriptors: number;
+  #processes: ProcessId[] = [];
+  #failure: WorkerEnd['failure'];
+  #saidStopped = false;
+  #spawnError: Error | undefined;
+  #hasEnded = false;
+
+  /** @throws ToolstackError `internal` where no process can be made */
+  constructor(options: WorkerOptions) {
+    this.#options = options;
+    const log = openSync(options.logPath, 'a', 0o600);
+    const [ours, theirs] = socketPair();
+    this.#descriptors = ours;
+    try {
+      // Its own session: an interrupt typed at the supervisor's terminal is for the supervisor, which stops its
+      // workers in order.
+      this.#child = spawn(options.command.file, options.command.args, {
+        stdio: ['ignore', 'ignore', log, options.link, 'pipe', theirs],
+        env: { ...options.command.env },
+        detached: true,
+      });
+    } catch (cause) {
+      closeSync(ours);
+      throw new ToolstackError('internal', `the worker cannot be started: ${(cause as Error).message}`, {
+        cause,
+      });
+    } finally {
+      closeSync(log);
+      closeSync(theirs);
+      options.link.destroy();
+    }
+    // Absent, whatever the types say, where the process ran out of descriptors.
+    const control = (this.#child.stdio as ChildProcess['stdio'] | undefined)?.[4];
+    if (!control) {
+      closeSync(ours);
+      throw new ToolstackError(
+        'internal',
+        'the worker cannot be started: too many open files; raise the limit',
+      );
+    }
+    this.#control = control as Socket;
+    this.#listen();
+    this.#noteProcesses();
+    this.ended = this.#waitForEnd();
+  }
+
+  /** Of node, not of the sandbox around it. */
+  get pid(): number | undefined {
+    return this.#processes.at(-1)?.pid;
+  }
+
+  get hasEnded(): boolean {
+    return this.#hasEnded;
+  }
+
+  /** @throws ToolstackError `worker-failed` where the worker ends before or does not say it in time */
+  async waitFor<T extends WorkerMessage['type']>(
+    type: T,
+    limitMs: number,
+  ): Promise<Extract<WorkerMessage, { type: T }>> {
+    const timeout = new AbortController();
+    let waiter: Waiter | undefined;
+    const said = new Promise<WorkerMessage>((resolve) => {
+      waiter = { type, resolve };
+      this.#waiters.add(waiter);
+    });
+    const isLate = delay(limitMs, 'late' as const, { signal: timeout.signal }).catch(() => 'late' as const);
+    try {
+      const first = await Promise.race([said, this.ended, isLate]);
+      if (first === 'late') {
+        throw new ToolstackError(
+          'worker-failed',
+          `the worker did not become ${type} within ${limitMs} ms; look into ${this.#options.logPath}`,
+        );
+      }
+      if (!('type' in first)) throw failureOf(first, this.#options.logPath);
+      // The sandbox has executed node by the time a message comes, so now all processes are there.
+      this.#noteProcesses();
+      return first as Extract<WorkerMessage, { type: T }>;
+    } finally {
+      timeout.abort();
+      if (waiter) this.#waiters.delete(waiter);
+    }
+  }
+
+  send(message: SupervisorMessage): void {
+    if (!this.#control.destroyed) this.#control.write(`${JSON.stringify(message)}\n`);
+  }
+
+  /** Hands over a copy of a descriptor and then says what it is. @throws SystemCallError where the channel is full or closed */
+  pass(descriptor: number, message: SupervisorMessage): void {
+    if (this.#hasEnded) throw new ToolstackError('worker-failed', 'the worker has ended');
+    sendDescriptor(this.#descriptors, descriptor);
+    this.send(message);
+  }
+
+  /** Asks it to stop and save; kills it after `limitMs`. */
+  async stop(limitMs: number): Promise<WorkerEnd> {
+    this.send({ type: 'stop' });
+    const timeout = new AbortController();
+    const late = delay(limitMs, undefined, { signal: timeout.signal }).then(
+      () => this.kill(),
+      () => undefined,
+    );
+    const end = await this.ended;
+    timeout.abort();
+    await late;
+    return end;
+  }
+
+  /** SIGKILL to every process of it. */
+  async kill(): Promise<WorkerEnd> {
+    this.#noteProcesses();
+    await killAndWait(this.#processes).catch(() => undefined);
+    return this.ended;
+  }
+
+  #listen(): void {
+    const reader = new LineReader();
+    this.#control.on('data', (chunk: Buffer) => {
+      try {
+        for (const line of reader.push(chunk)) this.#take(parseWorkerMessage(line));
+      } catch (error) {
+        this.#failure ??= {
+          reason: 'protocol',
+          message: `the worker broke the protocol: ${(error as Error).message}`,
+        };
+        this.#control.destroy();
+        void this.kill();
+      }
+    });
+    // A worker that ends closes it; what that means `ended` says.
+    this.#control.on('error', () => undefined);
+    this.#child.on('error', (error) => {
+      this.#spawnError = error;
+    });
+  }
+
+  #take(message: WorkerMessage): void {
+    if (message.type === 'failed') this.#failure ??= message;
+    if (message.type === 'stopped') this.#saidStopped = true;
+    for (const waiter of this.#waiters) {
+      if (waiter.type === message.type) {
+        this.#waiters.delete(waiter);
+        waiter.resolve(message);
+        return;
+      }
+    }
+    this.#options.onMessage(message);
+  }
+
+  #noteProcesses(): void {
+    const { pid } = this.#child;
+    const own = pid === undefined || this.#child.exitCode !== null ? undefined : processId(pid);
+    if (!own) return;
+    const known = new Set(this.#processes.map((process) => process.pid));
+    const found = [own, ...descendants(own.pid)].filter((process) => !known.has(process.pid));
+    if (found.length === 0) return;
+    this.#processes = [...this.#processes, ...found];
+    this.#options.ledger.add(found);
+  }
+
+  async #waitForEnd(): Promise<WorkerEnd> {
+    const closed = new Promise<void>((resolve) => this.#control.once('close', () => resolve()));
+    const status = await new Promise<string>((resolve) => {
+      this.#child.once('error', (error) => resolve(`it could not be started: ${error.message}`));
+      this.#child.once('exit', (code, signal) =>
+        resolve(signal ? `killed by ${signal}` : `exit status ${code}`),
+      );
+    });
+    let lingering: readonly ProcessId[] = [];
+    await killAndWait(this.#processes).catch(() => {
+      lingering = this.#processes;
+    });
+    // The last lines may still be on their way; nobody is left who could add to them.
+    await Promise.race([closed, delay(1000, undefined, { ref: false })]);
+    this.#hasEnded = true;
+    this.#control.destroy();
+    closeSync(this.#descriptors);
+    this.#descriptors = -1;
+    if (lingering.length === 0) this.#options.ledger.remove(this.#processes);
+    const reason = this.#failure
+      ? `${this.#failure.reason}: ${this.#failure.message}`
+      : `the worker ended by itself (${status})`;
+    return {
+      reason: this.#spawnError ? `the worker could not be started: ${this.#spawnError.message}` : reason,
+      failure: this.#failure,
+      clean: this.#saidStopped && status === 'exit status 0',
+      lingering,
+    };
+  }
+}
+
+function failureOf(end: WorkerEnd, logPath: string): ToolstackError {
+  const code = end.failure?.reason === 'image-not-allowed' ? 'image-not-allowed' : 'worker-failed';
+  const hint = end.failure ? '' : `; look into ${logPath}`;
+  return new ToolstackError(code, `${end.reason}${hint}`);
+}
