@@ -1,0 +1,100 @@
+import { concat, wipe } from './bytes.js';
+import { FlushContext, GetCapability, GetRandom, NV_ReadPublic, ReadPublic } from './commands/index.js';
+import { Cap } from './constants.js';
+import { type NvEntity, nvEntity, type ObjectEntity, objectEntity, unnamed } from './entity.js';
+import { Rc, TpmError } from './error.js';
+import type { Session } from './session.js';
+import type { Tpm } from './tpm.js';
+
+/** Steps that every user of a TPM needs, made of single commands. */
+
+/**
+ * An object by its handle, or undefined where there is none. The Name is computed from the public area that came;
+ * compare it with a trusted one before salting to the key.
+ */
+export async function readObject(
+  tpm: Tpm,
+  handle: number,
+  authValue?: Uint8Array,
+): Promise<ObjectEntity | undefined> {
+  try {
+    const read = await tpm.run(ReadPublic, { objectHandle: unnamed(handle) }, {});
+    const entity = objectEntity(handle, read.outPublic, authValue);
+    if (!entity.name.equals(read.name)) {
+      throw new TpmError('malformed', 'answer to TPM2_ReadPublic: Name and public area do not fit');
+    }
+    return entity;
+  } catch (error) {
+    if (TpmError.is(error, Rc.HANDLE)) return undefined;
+    throw error;
+  }
+}
+
+/** An NV index by its handle, or undefined where there is none. */
+export async function readNvIndex(
+  tpm: Tpm,
+  handle: number,
+  authValue?: Uint8Array,
+): Promise<NvEntity | undefined> {
+  try {
+    const read = await tpm.run(NV_ReadPublic, { nvIndex: unnamed(handle) }, {});
+    const entity = nvEntity(read.nvPublic, authValue);
+    if (entity.handle !== handle || !entity.name.equals(read.nvName)) {
+      throw new TpmError('malformed', 'answer to TPM2_NV_ReadPublic: Name and public area do not fit');
+    }
+    return entity;
+  } catch (error) {
+    if (TpmError.is(error, Rc.HANDLE)) return undefined;
+    throw error;
+  }
+}
+
+/** Removes a transient object or session. Never rejects for an answer of the TPM: then it is gone already. */
+export async function flush(tpm: Tpm, handle: number): Promise<void> {
+  await tpm.run(FlushContext, {}, { flushHandle: handle }).catch((error: unknown) => {
+    if (!(error instanceof TpmError)) throw error;
+  });
+}
+
+/** Handles in use of one type. @param type `Ht.TRANSIENT` and so on */
+export async function listHandles(tpm: Tpm, type: number): Promise<number[]> {
+  const handles: number[] = [];
+  for (let next = (type << 24) >>> 0; ; ) {
+    const { capabilityData, moreData } = await tpm.run(
+      GetCapability,
+      {},
+      { capability: Cap.HANDLES, property: next, propertyCount: 254 },
+    );
+    const found = capabilityData.capability === Cap.HANDLES ? capabilityData.handles : [];
+    handles.push(...found);
+    const last = found.at(-1);
+    if (!moreData || last === undefined) return handles;
+    next = last + 1;
+  }
+}
+
+/** One property of the TPM (`Pt`), or undefined where it does not have it. */
+export async function readProperty(tpm: Tpm, property: number): Promise<number | undefined> {
+  const { capabilityData } = await tpm.run(
+    GetCapability,
+    {},
+    { capability: Cap.TPM_PROPERTIES, property, propertyCount: 1 },
+  );
+  if (capabilityData.capability !== Cap.TPM_PROPERTIES) return undefined;
+  return capabilityData.properties.find((entry) => entry.property === property)?.value;
+}
+
+/** `size` random bytes of the TPM, in memory of their own. @param sessions to encrypt them on the way */
+export async function readRandom(tpm: Tpm, size: number, sessions: readonly Session[] = []): Promise<Buffer> {
+  let out: Buffer = Buffer.alloc(0);
+  while (out.length < size) {
+    const { randomBytes } = await tpm.run(GetRandom, {}, { bytesRequested: size - out.length }, sessions);
+    if (randomBytes.length === 0 || randomBytes.length > size - out.length) {
+      throw new TpmError('malformed', `answer to TPM2_GetRandom: ${randomBytes.length} bytes`);
+    }
+    const longer = concat(out, randomBytes);
+    wipe(out, randomBytes);
+    out = longer;
+  }
+  return out;
+}

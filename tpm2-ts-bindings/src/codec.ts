@@ -1,0 +1,296 @@
+import { TpmError } from './error.js';
+
+/**
+ * Declarations of wire formats. One declaration is both the format and the TypeScript type: `ValueOf<typeof x>`.
+ * All integers are big-endian (Part 2, 4.2). A value that does not fit is refused before anything is sent; bytes that
+ * are missing, left over or out of range are refused on the way in.
+ */
+export interface Codec<T> {
+  write(writer: Writer, value: T): void;
+  read(reader: Reader): T;
+  /** It starts with its own two-byte size. Only such a first parameter can be encrypted (Part 1, 21.1). */
+  readonly sized?: boolean;
+}
+
+export type ValueOf<C> = C extends Codec<infer T> ? T : never;
+export type Fields = Readonly<Record<string, Codec<unknown>>>;
+export type StructValue<F extends Fields> = { readonly [K in keyof F]: ValueOf<F[K]> };
+
+/** A structure with the exact bytes it was received as: Names and signatures are over those, not over a copy. */
+export interface Embedded<T> {
+  readonly bytes: Buffer;
+  readonly value: T;
+}
+
+/** Refuses more list elements than any TPM structure has, whatever the count field says. */
+const MAX_LIST = 1024;
+
+/** A growing buffer outside Node's pool; `wipe` clears it, outgrown parts are cleared at once. */
+export class Writer {
+  #buffer = Buffer.alloc(1024);
+  #length = 0;
+
+  reserve(count: number): number {
+    const at = this.#length;
+    if (at + count > this.#buffer.length) {
+      const old = this.#buffer;
+      this.#buffer = Buffer.alloc(Math.max(old.length * 2, at + count));
+      this.#buffer.set(old);
+      old.fill(0);
+    }
+    this.#length += count;
+    return at;
+  }
+
+  get length(): number {
+    return this.#length;
+  }
+
+  unsigned(value: number, size: 1 | 2 | 4): void {
+    if (!Number.isInteger(value) || value < 0 || value >= 2 ** (8 * size)) {
+      throw new TpmError('usage', `${value} does not fit in ${size} unsigned bytes`);
+    }
+    const at = this.reserve(size);
+    this.#buffer.writeUIntBE(value, at, size);
+  }
+
+  u64(value: bigint): void {
+    if (value < 0n || value > 0xffff_ffff_ffff_ffffn)
+      throw new TpmError('usage', `${value} does not fit in 64 bits`);
+    const at = this.reserve(8);
+    this.#buffer.writeBigUInt64BE(value, at);
+  }
+
+  bytes(value: Uint8Array): void {
+    const at = this.reserve(value.length);
+    this.#buffer.set(value, at);
+  }
+
+  /** Writes the size of what `body` writes in front of it. */
+  sized(body: () => void): void {
+    const at = this.reserve(2);
+    body();
+    const size = this.#length - at - 2;
+    if (size > 0xffff) throw new TpmError('usage', `a sized field of ${size} bytes is too long`);
+    this.#buffer.writeUInt16BE(size, at);
+  }
+
+  /** A copy of what was written. */
+  finish(): Buffer {
+    const out = Buffer.alloc(this.#length);
+    out.set(this.#buffer.subarray(0, this.#length));
+    return out;
+  }
+
+  wipe(): void {
+    this.#buffer.fill(0);
+    this.#length = 0;
+  }
+}
+
+/** Reads within bounds. Byte strings come out as copies, so that the source can be wiped. */
+export class Reader {
+  #offset = 0;
+  constructor(
+    readonly source: Uint8Array,
+    readonly what: string,
+  ) {}
+
+  get left(): number {
+    return this.source.length - this.#offset;
+  }
+
+  #take(count: number): Uint8Array {
+    if (count > this.left) {
+      throw new TpmError('malformed', `${this.what}: ${count} bytes wanted, ${this.left} left`);
+    }
+    const at = this.#offset;
+    this.#offset += count;
+    return this.source.subarray(at, at + count);
+  }
+
+  unsigned(size: 1 | 2 | 4): number {
+    let value = 0;
+    for (const byte of this.#take(size)) value = value * 256 + byte;
+    return value;
+  }
+
+  u64(): bigint {
+    return (BigInt(this.unsigned(4)) << 32n) | BigInt(this.unsigned(4));
+  }
+
+  bytes(count: number): Buffer {
+    const taken = this.#take(count);
+    const out = Buffer.alloc(count);
+    out.set(taken);
+    return out;
+  }
+
+  /** A reader of the next `count` bytes alone. */
+  within(count: number): Reader {
+    return new Reader(this.#take(count), this.what);
+  }
+
+  /** @throws TpmError `malformed` when bytes are left */
+  end(): void {
+    if (this.left > 0) throw new TpmError('malformed', `${this.what}: ${this.left} bytes left over`);
+  }
+}
+
+const unsigned = (size: 1 | 2 | 4): Codec<number> => ({
+  write: (writer, value) => writer.unsigned(value, size),
+  read: (reader) => reader.unsigned(size),
+});
+
+export const u8 = unsigned(1);
+export const u16 = unsigned(2);
+export const u32 = unsigned(4);
+
+/** bigint: a number loses bits above 2^53. */
+export const u64: Codec<bigint> = {
+  write: (writer, value) => writer.u64(value),
+  read: (reader) => reader.u64(),
+};
+
+export const i32: Codec<number> = {
+  write(writer, value) {
+    if (!Number.isInteger(value) || value < -(2 ** 31) || value >= 2 ** 31)
+      throw new TpmError('usage', `${value} does not fit in 32 signed bits`);
+    writer.unsigned(value >>> 0, 4);
+  },
+  read: (reader) => reader.unsigned(4) | 0,
+};
+
+/** TPMI_YES_NO (Part 2, 9.2). */
+export const yesNo: Codec<boolean> = {
+  write: (writer, value) => writer.unsigned(value ? 1 : 0, 1),
+  read(reader) {
+    const value = reader.unsigned(1);
+    if (value > 1) throw new TpmError('malformed', `${reader.what}: ${value} is neither yes nor no`);
+    return value === 1;
+  },
+};
+
+/** TPM2B: two bytes of size, then as many bytes. */
+export const tpm2b: Codec<Buffer> = {
+  sized: true,
+  write: (writer, value) => writer.sized(() => writer.bytes(value)),
+  read: (reader) => reader.bytes(reader.unsigned(2)),
+};
+
+/** A TPM2B whose content is a structure that nothing else depends on byte by byte. */
+export function sized<T>(codec: Codec<T>): Codec<T> {
+  return {
+    sized: true,
+    write: (writer, value) => writer.sized(() => codec.write(writer, value)),
+    read(reader) {
+      const inner = reader.within(reader.unsigned(2));
+      const value = codec.read(inner);
+      inner.end();
+      return value;
+    },
+  };
+}
+
+/** A TPM2B whose content is a structure that is named, signed or replayed: the bytes stay with it. */
+export function embedded<T>(codec: Codec<T>): Codec<Embedded<T>> {
+  return {
+    sized: true,
+    write: (writer, value) => tpm2b.write(writer, value.bytes),
+    read(reader) {
+      const bytes = tpm2b.read(reader);
+      return { bytes, value: decode(codec, bytes, reader.what) };
+    },
+  };
+}
+
+/** Four bytes of count, then the elements (TPML). */
+export function list<T>(codec: Codec<T>): Codec<readonly T[]> {
+  return {
+    write(writer, values) {
+      writer.unsigned(values.length, 4);
+      for (const value of values) codec.write(writer, value);
+    },
+    read(reader) {
+      const count = reader.unsigned(4);
+      // No element is empty on the wire, so a count beyond the bytes left is a lie.
+      if (count > MAX_LIST || count > reader.left) {
+        throw new TpmError(
+          'malformed',
+          `${reader.what}: a list of ${count} elements in ${reader.left} bytes`,
+        );
+      }
+      return Array.from({ length: count }, () => codec.read(reader));
+    },
+  };
+}
+
+/** Fields one after the other, in the order of declaration. */
+export function struct<F extends Fields>(fields: F): Codec<StructValue<F>> & { readonly fields: F } {
+  const entries = Object.entries(fields);
+  return {
+    fields,
+    write(writer, value) {
+      for (const [name, codec] of entries) codec.write(writer, (value as Record<string, unknown>)[name]);
+    },
+    read(reader) {
+      const out: Record<string, unknown> = {};
+      for (const [name, codec] of entries) out[name] = codec.read(reader);
+      return out as StructValue<F>;
+    },
+  };
+}
+
+type Arms = Readonly<Record<number, Codec<object>>>;
+type TaggedValue<K extends string, A extends Arms> = {
+  [T in keyof A]: { readonly [P in K]: T } & ValueOf<A[T]>;
+}[keyof A];
+
+/** A selector and what it selects, as a discriminated union: a wrong arm does not compile. */
+export function tagged<const K extends string, A extends Arms>(
+  key: K,
+  selector: Codec<number>,
+  arms: A,
+): Codec<TaggedValue<K, A>> {
+  return {
+    write(writer, value) {
+      const tag = (value as Record<string, number>)[key] ?? -1;
+      const arm = arms[tag];
+      if (arm === undefined) throw new TpmError('usage', `${key} ${tag} is not supported`);
+      selector.write(writer, tag);
+      arm.write(writer, value as object);
+    },
+    read(reader) {
+      const tag = selector.read(reader);
+      const arm = arms[tag];
+      if (arm === undefined) {
+        throw new TpmError('malformed', `${reader.what}: ${key} 0x${tag.toString(16)} is not supported`);
+      }
+      return { [key]: tag, ...arm.read(reader) } as TaggedValue<K, A>;
+    },
+  };
+}
+
+/** The wire form of a value. @throws TpmError `usage` where it does not fit */
+export function encode<T>(codec: Codec<T>, value: T): Buffer {
+  const writer = new Writer();
+  try {
+    codec.write(writer, value);
+    return writer.finish();
+  } finally {
+    writer.wipe();
+  }
+}
+
+/** The value of a wire form, all of it. @throws TpmError `malformed` */
+export function decode<T>(codec: Codec<T>, bytes: Uint8Array, what = 'structure'): T {
+  const reader = new Reader(bytes, what);
+  const value = codec.read(reader);
+  reader.end();
+  return value;
+}
+
+/** A value with the bytes that stand for it. */
+export function embed<T>(codec: Codec<T>, value: T): Embedded<T> {
+  return { bytes: encode(codec, value), value };
+}

@@ -1,0 +1,13 @@
+import { u32, yesNo } from '../codec.js';
+import { command } from '../command.js';
+import { tpmsCapabilityData, tpmsTimeInfo } from '../structures.js';
+
+/** Part 3, sections 29 and 30: clocks and capabilities. */
+
+export const ReadClock = command('ReadClock', { code: 0x181, result: { currentTime: tpmsTimeInfo } });
+
+export const GetCapability = command('GetCapability', {
+  code: 0x17a,
+  params: { capability: u32, property: u32, propertyCount: u32 },
+  result: { moreData: yesNo, capabilityData: tpmsCapabilityData },
+});

@@ -1,0 +1,152 @@
+import {
+  constants,
+  createCipheriv,
+  createDecipheriv,
+  createECDH,
+  createHash,
+  createHmac,
+  publicEncrypt,
+  randomFillSync,
+} from 'node:crypto';
+import { concat, leftPad, u16Bytes, u32Bytes, wipe } from './bytes.js';
+import { encode } from './codec.js';
+import { Alg, Curve, type HashInfo, hashInfo } from './constants.js';
+import { TpmError } from './error.js';
+import { publicKeyObject } from './public-key.js';
+import { type Public, tpmsEccPoint } from './structures.js';
+
+/** The key derivations and encryptions of Part 1, sections 11.4 and annexes B and C. */
+
+export function requireHash(alg: number): HashInfo {
+  const hash = hashInfo(alg);
+  if (hash === undefined)
+    throw new TpmError('usage', `hash algorithm 0x${alg.toString(16)} is not supported`);
+  return hash;
+}
+
+export function digest(hash: HashInfo, ...parts: readonly Uint8Array[]): Buffer {
+  const state = createHash(hash.name);
+  for (const part of parts) state.update(part);
+  return state.digest();
+}
+
+export function hmac(hash: HashInfo, key: Uint8Array, ...parts: readonly Uint8Array[]): Buffer {
+  const state = createHmac(hash.name, key);
+  for (const part of parts) state.update(part);
+  return state.digest();
+}
+
+/** Random bytes in memory of their own. */
+export function random(size: number): Buffer {
+  return randomFillSync(Buffer.alloc(size));
+}
+
+const ZERO = new Uint8Array(1);
+
+/** KDFa: SP 800-108 in counter mode with HMAC (Part 1, 11.4.10.2). `bits` is a multiple of 8. */
+export function kdfa(
+  hash: HashInfo,
+  key: Uint8Array,
+  label: string,
+  contextU: Uint8Array,
+  contextV: Uint8Array,
+  bits: number,
+): Buffer {
+  const fixed = [Buffer.from(label), ZERO, contextU, contextV, u32Bytes(bits)];
+  return expand(hash, bits, (counter) => hmac(hash, key, counter, ...fixed));
+}
+
+/** KDFe: SP 800-56A with a hash (Part 1, 11.4.10.3). */
+export function kdfe(
+  hash: HashInfo,
+  z: Uint8Array,
+  label: string,
+  partyU: Uint8Array,
+  partyV: Uint8Array,
+  bits: number,
+): Buffer {
+  const fixed = [Buffer.from(label), ZERO, partyU, partyV];
+  return expand(hash, bits, (counter) => digest(hash, counter, z, ...fixed));
+}
+
+function expand(hash: HashInfo, bits: number, block: (counter: Buffer) => Buffer): Buffer {
+  const out = Buffer.alloc(bits / 8);
+  for (let counter = 1, at = 0; at < out.length; counter++, at += hash.size) {
+    const bytes = block(u32Bytes(counter));
+    out.set(bytes.subarray(0, out.length - at), at);
+    wipe(bytes);
+  }
+  return out;
+}
+
+/** AES-128-CFB with key and IV from one 32-byte string, as parameter encryption takes it (Part 1, 21.3). */
+export function cfb(direction: 'encrypt' | 'decrypt', keyAndIv: Uint8Array, data: Uint8Array): Buffer {
+  const make = direction === 'encrypt' ? createCipheriv : createDecipheriv;
+  const state = make('aes-128-cfb', keyAndIv.subarray(0, 16), keyAndIv.subarray(16, 32));
+  const body = state.update(data);
+  const out = concat(body, state.final());
+  wipe(body);
+  return out;
+}
+
+/** What a curve is called in node:crypto and in JWK, and how many bytes a coordinate has. */
+export interface CurveInfo {
+  readonly name: string;
+  readonly size: number;
+}
+
+const CURVES: ReadonlyMap<number, CurveInfo> = new Map([
+  [Curve.NIST_P256, { name: 'prime256v1', size: 32 }],
+  [Curve.NIST_P384, { name: 'secp384r1', size: 48 }],
+]);
+
+/** True where `encapsulate` works with this key. */
+export function canEncapsulate(key: Public): boolean {
+  if (hashInfo(key.nameAlg) === undefined) return false;
+  if (key.type === Alg.ECC) return CURVES.has(key.parameters.curveID);
+  return key.type === Alg.RSA && key.parameters.keyBits >= 2048;
+}
+
+/**
+ * A fresh secret that only the TPM holding the key can read, with the bytes to send for it (Part 1, B.10 and C.6).
+ * @param label SECRET for a session's salt, IDENTITY for credentials, DUPLICATE for import
+ * @returns a secret of the size of the key's nameAlg; the content of a TPM2B_ENCRYPTED_SECRET
+ */
+export function encapsulate(key: Public, label: string): { secret: Buffer; encrypted: Buffer } {
+  const hash = requireHash(key.nameAlg);
+  if (key.type === Alg.RSA) {
+    const secret = random(hash.size);
+    const encrypted = publicEncrypt(
+      {
+        key: publicKeyObject(key),
+        padding: constants.RSA_PKCS1_OAEP_PADDING,
+        oaepHash: hash.name,
+        oaepLabel: Buffer.from(`${label}\0`),
+      },
+      secret,
+    );
+    return { secret, encrypted };
+  }
+  if (key.type !== Alg.ECC) throw new TpmError('usage', 'only ECC and RSA keys can receive a secret');
+  const curve = CURVES.get(key.parameters.curveID);
+  if (curve === undefined) {
+    throw new TpmError('usage', `curve 0x${key.parameters.curveID.toString(16)} is not supported`);
+  }
+  const x = leftPad(key.unique.x, curve.size);
+  const ephemeral = createECDH(curve.name);
+  const own = ephemeral.generateKeys();
+  const ownX = own.subarray(1, 1 + curve.size);
+  // computeSecret refuses a point that is not on the curve.
+  const z = ephemeral.computeSecret(concat(Buffer.of(4), x, leftPad(key.unique.y, curve.size)));
+  const secret = kdfe(hash, z, label, ownX, x, hash.size * 8);
+  wipe(z);
+  return {
+    secret,
+    encrypted: encode(tpmsEccPoint, { x: Buffer.from(ownX), y: Buffer.from(own.subarray(1 + curve.size)) }),
+  };
+}
+
+/** nameAlg and the digest of the public area (Part 1, 16). */
+export function nameOf(nameAlg: number, bytes: Uint8Array): Buffer {
+  return concat(u16Bytes(nameAlg), digest(requireHash(nameAlg), bytes));
+}

@@ -1,0 +1,175 @@
+import {
+  type Codec,
+  type Embedded,
+  embed,
+  embedded,
+  list,
+  sized,
+  struct,
+  tagged,
+  tpm2b,
+  u8,
+  u16,
+  u32,
+  u64,
+  type ValueOf,
+  yesNo,
+} from './codec.js';
+import { Alg, Cap } from './constants.js';
+import { TpmError } from './error.js';
+
+/** Wire structures in the order and with the field names of Part 2. */
+
+const nothing = struct({});
+const hashOnly = struct({ hashAlg: u16 });
+
+/** TPMS_PCR_SELECT with its bank: which registers of one bank (Part 2, 10.6.2). */
+export interface PcrBankSelection {
+  readonly hash: number;
+  /** Register numbers, ascending. */
+  readonly pcrs: readonly number[];
+}
+
+/** Bytes of the bit map that are sent: registers 0 to 23, what every PC client TPM has. */
+const SELECT_BYTES = 3;
+
+const tpmsPcrSelection: Codec<PcrBankSelection> = {
+  write(writer, value) {
+    const map = Buffer.alloc(SELECT_BYTES);
+    for (const pcr of value.pcrs) {
+      if (!Number.isInteger(pcr) || pcr < 0 || pcr >= 8 * SELECT_BYTES)
+        throw new TpmError('usage', `there is no PCR ${pcr}`);
+      map[pcr >>> 3] = (map[pcr >>> 3] ?? 0) | (1 << (pcr & 7));
+    }
+    u16.write(writer, value.hash);
+    u8.write(writer, map.length);
+    writer.bytes(map);
+  },
+  read(reader) {
+    const hash = u16.read(reader);
+    const map = reader.bytes(u8.read(reader));
+    const pcrs: number[] = [];
+    map.forEach((byte, at) => {
+      for (let bit = 0; bit < 8; bit++) if ((byte & (1 << bit)) !== 0) pcrs.push(8 * at + bit);
+    });
+    return { hash, pcrs };
+  },
+};
+
+export const tpmlPcrSelection = list(tpmsPcrSelection);
+export type PcrSelection = ValueOf<typeof tpmlPcrSelection>;
+
+export const tpmlDigest = list(tpm2b);
+
+/** TPMT_SYM_DEF and TPMT_SYM_DEF_OBJECT (Part 2, 11.1.6 and 11.1.7). */
+export const tpmtSymDef = tagged('algorithm', u16, {
+  [Alg.NULL]: nothing,
+  [Alg.AES]: struct({ keyBits: u16, mode: u16 }),
+});
+
+/** TPMT_SIG_SCHEME (Part 2, 11.2.1.5). */
+export const tpmtSigScheme = tagged('scheme', u16, {
+  [Alg.NULL]: nothing,
+  [Alg.RSASSA]: hashOnly,
+  [Alg.RSAPSS]: hashOnly,
+  [Alg.ECDSA]: hashOnly,
+  [Alg.HMAC]: hashOnly,
+});
+
+/** TPMT_RSA_SCHEME and TPMT_ECC_SCHEME of a key (Part 2, 11.2.4.2 and 11.2.5.6). */
+const tpmtAsymScheme = tagged('scheme', u16, {
+  [Alg.NULL]: nothing,
+  [Alg.RSASSA]: hashOnly,
+  [Alg.RSAES]: nothing,
+  [Alg.RSAPSS]: hashOnly,
+  [Alg.OAEP]: hashOnly,
+  [Alg.ECDSA]: hashOnly,
+  [Alg.ECDH]: hashOnly,
+});
+
+const tpmtKdfScheme = tagged('scheme', u16, {
+  [Alg.NULL]: nothing,
+  [Alg.KDF1_SP800_56A]: hashOnly,
+  [Alg.KDF1_SP800_108]: hashOnly,
+});
+
+const tpmtKeyedHashScheme = tagged('scheme', u16, {
+  [Alg.NULL]: nothing,
+  [Alg.HMAC]: hashOnly,
+  [Alg.XOR]: struct({ hashAlg: u16, kdf: u16 }),
+});
+
+/** TPMS_ECC_POINT (Part 2, 11.2.5.2). */
+export const tpmsEccPoint = struct({ x: tpm2b, y: tpm2b });
+
+const publicHead = { nameAlg: u16, objectAttributes: u32, authPolicy: tpm2b };
+
+/** TPMT_PUBLIC (Part 2, 12.2.4). */
+export const tpmtPublic = tagged('type', u16, {
+  [Alg.ECC]: struct({
+    ...publicHead,
+    parameters: struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, curveID: u16, kdf: tpmtKdfScheme }),
+    unique: tpmsEccPoint,
+  }),
+  [Alg.RSA]: struct({
+    ...publicHead,
+    parameters: struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, keyBits: u16, exponent: u32 }),
+    unique: tpm2b,
+  }),
+  [Alg.KEYEDHASH]: struct({
+    ...publicHead,
+    parameters: struct({ scheme: tpmtKeyedHashScheme }),
+    unique: tpm2b,
+  }),
+  [Alg.SYMCIPHER]: struct({ ...publicHead, parameters: struct({ sym: tpmtSymDef }), unique: tpm2b }),
+});
+export type Public = ValueOf<typeof tpmtPublic>;
+/** A public area with the bytes that its Name is over. */
+export type PublicArea = Embedded<Public>;
+
+export const tpm2bPublic = embedded(tpmtPublic);
+
+export function publicArea(value: Public): PublicArea {
+  return embed(tpmtPublic, value);
+}
+
+/** TPM2B_SENSITIVE_CREATE (Part 2, 11.1.16). */
+export const tpm2bSensitiveCreate = sized(struct({ userAuth: tpm2b, data: tpm2b }));
+
+/** TPMT_SIGNATURE (Part 2, 11.3.4). */
+export const tpmtSignature = tagged('sigAlg', u16, {
+  [Alg.RSASSA]: struct({ hash: u16, sig: tpm2b }),
+  [Alg.RSAPSS]: struct({ hash: u16, sig: tpm2b }),
+  [Alg.ECDSA]: struct({ hash: u16, signatureR: tpm2b, signatureS: tpm2b }),
+});
+export type Signature = ValueOf<typeof tpmtSignature>;
+
+/** TPMT_TK_CREATION, _VERIFIED, _AUTH and _HASHCHECK (Part 2, 10.7): proofs only their TPM can check. */
+export const tpmtTicket = struct({ tag: u16, hierarchy: u32, digest: tpm2b });
+
+/** TPMS_NV_PUBLIC (Part 2, 13.5). */
+export const tpmsNvPublic = struct({
+  nvIndex: u32,
+  nameAlg: u16,
+  attributes: u32,
+  authPolicy: tpm2b,
+  dataSize: u16,
+});
+export type NvPublic = ValueOf<typeof tpmsNvPublic>;
+export const tpm2bNvPublic = embedded(tpmsNvPublic);
+
+/** TPMS_CLOCK_INFO (Part 2, 10.11.1). `clock` is in milliseconds. */
+export const tpmsClockInfo = struct({ clock: u64, resetCount: u32, restartCount: u32, safe: yesNo });
+
+/** TPMS_TIME_INFO (Part 2, 10.11.2). `time` is in milliseconds since the TPM got power. */
+export const tpmsTimeInfo = struct({ time: u64, clockInfo: tpmsClockInfo });
+
+/** TPMS_CAPABILITY_DATA (Part 2, 10.10.2). */
+export const tpmsCapabilityData = tagged('capability', u32, {
+  [Cap.ALGS]: struct({ algorithms: list(struct({ alg: u16, algProperties: u32 })) }),
+  [Cap.HANDLES]: struct({ handles: list(u32) }),
+  [Cap.COMMANDS]: struct({ commands: list(u32) }),
+  [Cap.PCRS]: struct({ assignedPCR: tpmlPcrSelection }),
+  [Cap.TPM_PROPERTIES]: struct({ properties: list(struct({ property: u32, value: u32 })) }),
+  [Cap.ECC_CURVES]: struct({ curves: list(u16) }),
+});

@@ -1,0 +1,297 @@
+import { concat, u16Bytes, u32Bytes, wipe } from './bytes.js';
+import { encode, Reader, tpm2b } from './codec.js';
+import type { Command, HandleArguments, HandleNames } from './command.js';
+import { Rh, SessionAttribute, St } from './constants.js';
+import type { Authorized, Entity } from './entity.js';
+import { Rc, TpmError } from './error.js';
+import { Session } from './session.js';
+import { retrying } from './transport/retry.js';
+import type { Transport } from './transport/transport.js';
+
+/** A TPM. Commands are executed one after the other in the order they were asked for. */
+export interface Tpm {
+  /**
+   * Executes a command.
+   * @param handles one entry per handle of the command, those that need it with an authorisation
+   * @param sessions further sessions, which only encrypt or authenticate; three in all
+   * @throws TpmError
+   */
+  run<H extends HandleNames, P, R>(
+    command: Command<H, P, R>,
+    handles: HandleArguments<H>,
+    params: P,
+    sessions?: readonly Session[],
+  ): Promise<R>;
+  /** Waits for the commands under way, then closes the transport. */
+  close(): Promise<void>;
+}
+
+/** A client on a transport, which it owns from now on. */
+export function createTpm(transport: Transport): Tpm {
+  return new QueuedTpm(retrying(transport));
+}
+
+/** One entry of the authorisation area. */
+interface Use {
+  readonly by: Session | 'password';
+  /** What it authorises; undefined for a further session. */
+  readonly entity: Entity | undefined;
+}
+
+const MAX_SESSIONS = 3;
+const NO_NONCE = Buffer.alloc(0);
+
+class QueuedTpm implements Tpm {
+  #last: Promise<unknown> = Promise.resolve();
+  constructor(private readonly transport: Transport) {}
+
+  run<H extends HandleNames, P, R>(
+    command: Command<H, P, R>,
+    handles: HandleArguments<H>,
+    params: P,
+    sessions: readonly Session[] = [],
+  ): Promise<R> {
+    // Nonces roll with each command, so a command is built only when its turn has come.
+    const turn = this.#last.then(() => this.#execute(command, handles, params, sessions));
+    this.#last = turn.catch(() => undefined);
+    return turn;
+  }
+
+  async close(): Promise<void> {
+    await this.#last;
+    await this.transport.close();
+  }
+
+  async #execute<H extends HandleNames, P, R>(
+    command: Command<H, P, R>,
+    handles: HandleArguments<H>,
+    params: P,
+    extra: readonly Session[],
+  ): Promise<R> {
+    const { entities, uses } = collect(command, handles, extra);
+    const used = uses.flatMap((use) => (use.by === 'password' ? [] : [use.by]));
+    const request = build(command, entities, uses, params);
+    let response: Buffer | undefined;
+    try {
+      try {
+        response = await this.transport.transmit(request.bytes);
+      } finally {
+        wipe(request.bytes);
+      }
+      const result = parse(command, uses, request, response);
+      for (const entity of entities) {
+        if (entity instanceof Session && command.policyEffect !== undefined)
+          entity.policyEffect(command.policyEffect);
+      }
+      return result;
+    } catch (error) {
+      // An error the TPM answered with leaves its sessions as they were; after any other the two sides may disagree.
+      if (!(error instanceof TpmError && error.code === 'tpm')) for (const session of used) session.poison();
+      throw error;
+    } finally {
+      wipe(response);
+    }
+  }
+}
+
+/** The handle area and the authorisation area of a command, in order. */
+function collect<H extends HandleNames, P, R>(
+  command: Command<H, P, R>,
+  handles: HandleArguments<H>,
+  extra: readonly Session[],
+): { entities: Entity[]; uses: Use[] } {
+  const uses: Use[] = [];
+  const given = handles as Readonly<Record<string, Entity | Authorized>>;
+  const entities = command.handles.map((name) => {
+    const value = given[name.replace('!', '')];
+    if (value === undefined) throw new TpmError('usage', `TPM2_${command.name}: ${name} is missing`);
+    if (!('by' in value)) return value;
+    uses.push({ by: value.by, entity: value.entity });
+    return value.entity;
+  });
+  for (const session of extra) uses.push({ by: session, entity: undefined });
+  if (uses.length > MAX_SESSIONS) {
+    throw new TpmError('usage', `TPM2_${command.name}: more than ${MAX_SESSIONS} sessions`);
+  }
+  const sessions = uses.filter((use) => use.by !== 'password').map((use) => use.by);
+  if (new Set(sessions).size !== sessions.length) {
+    throw new TpmError('usage', `TPM2_${command.name}: the same session twice`);
+  }
+  return { entities, uses };
+}
+
+interface Request {
+  readonly bytes: Buffer;
+  /** Whose session the TPM encrypts the first response parameter with. */
+  readonly encrypting: Use | undefined;
+}
+
+function build<P>(
+  command: Command<HandleNames, P, unknown>,
+  entities: readonly Entity[],
+  uses: readonly Use[],
+  params: P,
+): Request {
+  const nonces = uses.map((use) => (use.by === 'password' ? NO_NONCE : use.by.begin(command.name)));
+  const find = (wanted: (session: Session) => boolean): Use | undefined =>
+    uses.find((use) => use.by !== 'password' && wanted(use.by));
+  const decrypting = command.encryptable.in ? find((session) => session.encryptsIn) : undefined;
+  const encrypting = command.encryptable.out ? find((session) => session.encryptsOut) : undefined;
+
+  const plain = encode(command.params, params);
+  const parameters = decrypting === undefined ? plain : encryptFirst(decrypting, plain);
+  if (parameters !== plain) wipe(plain);
+
+  const authorisations: Buffer[] = [];
+  uses.forEach((use, at) => {
+    const nonce = nonces[at] ?? NO_NONCE;
+    const attributes = attributesOf(use, decrypting, encrypting);
+    const proof = prove(
+      command,
+      entities,
+      use,
+      parameters,
+      attributes,
+      at === 0 ? others(uses, decrypting, encrypting) : [],
+    );
+    authorisations.push(
+      u32Bytes(use.by === 'password' ? Rh.PASSWORD : use.by.handle),
+      encode(tpm2b, nonce),
+      Buffer.of(attributes),
+      encode(tpm2b, proof),
+    );
+  });
+
+  const authorisation = concat(...authorisations);
+  const body = concat(
+    ...entities.map((entity) => u32Bytes(entity.handle)),
+    ...(uses.length > 0 ? [u32Bytes(authorisation.length), authorisation] : []),
+    parameters,
+  );
+  const bytes = concat(
+    u16Bytes(uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS),
+    u32Bytes(10 + body.length),
+    u32Bytes(command.code),
+    body,
+  );
+  wipe(parameters, body, authorisation, ...authorisations);
+  return { bytes, encrypting };
+}
+
+/**
+ * A session that neither authorises nor encrypts has to audit (Part 1, 19.7: otherwise TPM_RC_ATTRIBUTES). Then its
+ * HMAC still proves the answer.
+ */
+function attributesOf(use: Use, decrypting: Use | undefined, encrypting: Use | undefined): number {
+  const attributes =
+    SessionAttribute.continueSession |
+    (use === decrypting ? SessionAttribute.decrypt : 0) |
+    (use === encrypting ? SessionAttribute.encrypt : 0);
+  if (use.by === 'password' || use.entity !== undefined || attributes !== SessionAttribute.continueSession) {
+    return attributes;
+  }
+  use.by.audit();
+  return attributes | SessionAttribute.audit;
+}
+
+/** The password itself, or the HMAC over command code, Names and parameters (Part 1, 16 and 19.6.5). */
+function prove(
+  command: Command<HandleNames, unknown, unknown>,
+  entities: readonly Entity[],
+  use: Use,
+  parameters: Buffer,
+  attributes: number,
+  extraNonces: readonly Buffer[],
+): Buffer {
+  if (use.by === 'password') return concat(use.entity?.authValue ?? NO_NONCE);
+  const names = entities.map((entity) => {
+    if (entity.name === undefined) {
+      throw new TpmError('usage', `TPM2_${command.name}: the Name of a handle is not known`);
+    }
+    return entity.name;
+  });
+  const cpHash = use.by.parameterHash(u32Bytes(command.code), ...names, parameters);
+  return use.by.commandHmac(use.entity, cpHash, attributes, extraNonces);
+}
+
+/**
+ * The nonceTPM of encrypting sessions other than the first, which the first one's HMAC covers so that none of them can
+ * be taken away: decrypt, then encrypt, once if they are the same (Part 1, 19.6.5).
+ */
+function others(uses: readonly Use[], decrypting: Use | undefined, encrypting: Use | undefined): Buffer[] {
+  const first = uses[0];
+  return [...new Set([decrypting, encrypting])].flatMap((use) =>
+    use === undefined || use === first || use.by === 'password' ? [] : [use.by.nonceTpm],
+  );
+}
+
+function encryptFirst(use: Use, parameters: Buffer): Buffer {
+  if (use.by === 'password') return parameters;
+  const size = 2 + parameters.readUInt16BE();
+  const encrypted = use.by.encrypt(use.entity, parameters.subarray(2, size));
+  return concat(parameters.subarray(0, 2), encrypted, parameters.subarray(size));
+}
+
+function parse<R>(
+  command: Command<HandleNames, unknown, R>,
+  uses: readonly Use[],
+  request: Request,
+  response: Buffer,
+): R {
+  const what = `answer to TPM2_${command.name}`;
+  const reader = new Reader(response, what);
+  const tag = reader.unsigned(2);
+  const size = reader.unsigned(4);
+  const rc = reader.unsigned(4);
+  if (size !== response.length) {
+    throw new TpmError('malformed', `${what}: ${response.length} bytes, ${size} announced`);
+  }
+  if (rc !== Rc.SUCCESS) throw TpmError.fromResponse(command.name, rc);
+  if (tag !== (uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS)) {
+    throw new TpmError('malformed', `${what}: tag 0x${tag.toString(16)}`);
+  }
+  const handles = command.resultHandles.map((name) => [name, reader.unsigned(4)] as const);
+  const parameters = reader.bytes(uses.length > 0 ? reader.unsigned(4) : reader.left);
+  let plain: Buffer | undefined;
+  try {
+    if (uses.length > 0) acceptSessions(command.code, uses, parameters, reader);
+    reader.end();
+    plain =
+      request.encrypting === undefined ? parameters : decryptFirst(request.encrypting, parameters, what);
+    const inner = new Reader(plain, what);
+    const result = command.result.read(inner);
+    inner.end();
+    return { ...Object.fromEntries(handles), ...(result as object) } as R;
+  } finally {
+    wipe(parameters, plain);
+  }
+}
+
+/** Every session's HMAC is checked before anything of the answer is used. */
+function acceptSessions(code: number, uses: readonly Use[], parameters: Buffer, reader: Reader): void {
+  for (const { by, entity } of uses) {
+    const nonceTpm = reader.bytes(reader.unsigned(2));
+    const attributes = reader.unsigned(1);
+    const proof = reader.bytes(reader.unsigned(2));
+    if (by === 'password') {
+      if (nonceTpm.length + proof.length > 0) throw new TpmError('malformed', 'a password has no HMAC');
+      continue;
+    }
+    const rpHash = by.parameterHash(u32Bytes(Rc.SUCCESS), u32Bytes(code), parameters);
+    by.acceptResponse(entity, rpHash, nonceTpm, attributes, proof);
+  }
+}
+
+function decryptFirst(use: Use, parameters: Buffer, what: string): Buffer {
+  if (use.by === 'password') return parameters;
+  const size = parameters.length < 2 ? 0 : 2 + parameters.readUInt16BE();
+  if (size < 2 || size > parameters.length) {
+    throw new TpmError('malformed', `${what}: the encrypted parameter is too short`);
+  }
+  const decrypted = use.by.decrypt(use.entity, parameters.subarray(2, size));
+  try {
+    return concat(parameters.subarray(0, 2), decrypted, parameters.subarray(size));
+  } finally {
+    wipe(decrypted);
+  }
+}

@@ -1,0 +1,31 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+import { parseResponseCode } from '../error.js';
+import { HEADER, type Transport } from './transport.js';
+
+export interface RetryOptions {
+  /** Milliseconds before the first further try; each later pause is twice as long, up to `longest`. */
+  readonly first?: number;
+  readonly longest?: number;
+  /** After that many milliseconds of pauses the TPM's answer is passed on. */
+  readonly total?: number;
+}
+
+/**
+ * Sends a command again while the TPM says that it did not execute it and that it may be sent again (RETRY, YIELDED,
+ * TESTING, NV_RATE). Never for other codes: a failed authorisation moves the dictionary attack counter.
+ */
+export function retrying(transport: Transport, options: RetryOptions = {}): Transport {
+  const { first = 20, longest = 2000, total = 60_000 } = options;
+  return {
+    async transmit(command) {
+      for (let pause = first, waited = 0; ; pause = Math.min(pause * 2, longest)) {
+        const response = await transport.transmit(command);
+        const isError = response.length === HEADER && parseResponseCode(response.readUInt32BE(6)).retryable;
+        if (!isError || waited >= total) return response;
+        await sleep(pause);
+        waited += pause;
+      }
+    },
+    close: () => transport.close(),
+  };
+}
