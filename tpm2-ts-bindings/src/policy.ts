@@ -10,6 +10,7 @@ import {
 import { Alg, type HashInfo } from './constants.js';
 import { digest, requireHash } from './crypto.js';
 import type { Authorized } from './entity.js';
+import { TpmError } from './error.js';
 import type { Session } from './session.js';
 import { type PcrSelection, tpmlPcrSelection } from './structures.js';
 import type { Tpm } from './tpm.js';
@@ -19,8 +20,8 @@ export type PolicyStep =
   | {
       readonly assert: 'pcr';
       readonly selection: PcrSelection;
-      /** Digest over the values (`pcrDigest`), with the policy's hash. Wanted offline; on the TPM the current ones count. */
-      readonly digest: Buffer;
+      /** Over the values, with the policy's hash (`pcrDigest`). Needed offline; on the TPM the current values count. */
+      readonly digest?: Buffer;
     }
   | { readonly assert: 'command-code'; readonly code: number }
   | { readonly assert: 'auth-value' }
@@ -37,6 +38,8 @@ export function policyDigest(steps: readonly PolicyStep[], hashAlg: number = Alg
 function fold(hash: HashInfo, old: Buffer, step: PolicyStep): Buffer {
   switch (step.assert) {
     case 'pcr':
+      if (step.digest === undefined)
+        throw new TpmError('usage', 'the digest of the PCR values is needed offline');
       return digest(
         hash,
         old,

@@ -1,0 +1,111 @@
+import {
+  ObjectAttribute as A,
+  Alg,
+  CreatePrimary,
+  canEncapsulate,
+  type Entity,
+  EvictControl,
+  flush,
+  inSession,
+  type ObjectEntity,
+  objectEntity,
+  permanent,
+  Rc,
+  Rh,
+  readObject,
+  srkTemplate,
+  type Tpm,
+  TpmError,
+  withSession,
+} from 'tpm2-ts-bindings';
+import { ManagerError } from '../error.js';
+import { hexHandle } from './enrolment.js';
+
+/** Persistent handles that the owner may use (TCG Handle Registry): 0x81000000 to 0x817fffff. */
+const OWNER_PERSISTENT = [0x81000000, 0x817fffff] as const;
+
+/** The storage root key at `handle`; made there where nothing is. What is there is never replaced. */
+export async function findOrCreateSrk(
+  tpm: Tpm,
+  handle: number,
+  ownerAuth: Uint8Array,
+): Promise<{ srk: ObjectEntity; created: boolean }> {
+  if (!(handle >= OWNER_PERSISTENT[0] && handle <= OWNER_PERSISTENT[1])) {
+    throw new ManagerError(
+      'bad-request',
+      `the SRK handle has to be between ${hexHandle(OWNER_PERSISTENT[0])} and ${hexHandle(OWNER_PERSISTENT[1])}`,
+    );
+  }
+  const existing = await readObject(tpm, handle);
+  if (existing !== undefined) {
+    const flaw = unfitness(existing);
+    if (flaw !== undefined) throw unfit(handle, flaw);
+    return { srk: existing, created: false };
+  }
+  await createSrk(tpm, handle, permanent(Rh.OWNER, ownerAuth));
+  const srk = await readObject(tpm, handle);
+  if (srk === undefined) throw new ManagerError('tpm-fault', 'the TPM did not keep the SRK it made');
+  return { srk, created: true };
+}
+
+/** The error for an object at the SRK's handle that cannot serve. */
+export function unfit(handle: number, flaw: string, cause?: unknown): ManagerError {
+  return new ManagerError(
+    'tpm-unfit',
+    `the object at ${hexHandle(handle)} cannot be the storage root key: ${flaw}. It is left as it is; ` +
+      'choose a free handle or another storage key with --srk-handle',
+    { cause },
+  );
+}
+
+/** Why an object is no storage key to seal under; undefined where it is one. */
+function unfitness({ publicArea }: ObjectEntity): string | undefined {
+  const key = publicArea.value;
+  const has = (mask: number): boolean => (key.objectAttributes & mask) === mask;
+  if (key.type !== Alg.ECC && key.type !== Alg.RSA) return 'it is neither an ECC nor an RSA key';
+  if (!has(A.restricted | A.decrypt) || has(A.sign)) return 'it is not a storage key';
+  if (!has(A.fixedTPM | A.fixedParent)) return 'it could leave this TPM';
+  if (!has(A.sensitiveDataOrigin)) return 'the TPM did not make it';
+  if (!has(A.userWithAuth)) return 'it needs a policy';
+  if (!canEncapsulate(key)) return 'its algorithm is too weak or not supported';
+  return undefined;
+}
+
+async function createSrk(tpm: Tpm, handle: number, owner: Entity): Promise<void> {
+  const nothing = Buffer.alloc(0);
+  // An HMAC session even though there is no key to salt it to yet: it keeps the owner password off the bus.
+  await inSession(tpm, { kind: 'hmac' }, async (session) => {
+    const authorized = withSession(owner, session);
+    const created = await tpm
+      .run(
+        CreatePrimary,
+        { primaryHandle: authorized },
+        {
+          inSensitive: { userAuth: nothing, data: nothing },
+          inPublic: srkTemplate(),
+          outsideInfo: nothing,
+          creationPCR: [],
+        },
+      )
+      .catch(explainOwner);
+    try {
+      await tpm.run(
+        EvictControl,
+        { auth: authorized, objectHandle: objectEntity(created.objectHandle, created.outPublic) },
+        { persistentHandle: handle },
+      );
+    } finally {
+      await flush(tpm, created.objectHandle);
+    }
+  });
+}
+
+/** @throws ManagerError where the owner's authorisation was the reason */
+export function explainOwner(error: unknown): never {
+  if (TpmError.is(error, Rc.AUTH_FAIL, Rc.BAD_AUTH)) {
+    throw new ManagerError('bad-request', 'the TPM has another owner password; give the right one', {
+      cause: error,
+    });
+  }
+  throw error;
+}
