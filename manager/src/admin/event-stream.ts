@@ -1,0 +1,25 @@
+import type { ServerResponse } from 'node:http';
+import type { VtpmEvents } from '../ownership/events.js';
+
+const HEARTBEAT_MS = 10_000;
+/** A reader that lags this far is cut off: it asks again and lists anew. */
+const MAX_BACKLOG_BYTES = 1024 * 1024;
+
+/** One JSON object a line until the caller hangs up. */
+export function streamEvents(response: ServerResponse, events: VtpmEvents, instance: string): void {
+  response.writeHead(200, { 'content-type': 'application/x-ndjson' });
+  const write = (value: object): void => {
+    response.write(`${JSON.stringify(value)}\n`);
+    if (response.writableLength > MAX_BACKLOG_BYTES) response.destroy();
+  };
+  write({ type: 'hello', instance });
+  const unsubscribe = events.subscribe(({ type, id, epoch, generation }) => {
+    write({ type, id, epoch: Number(epoch), generation: Number(generation) });
+  });
+  const heartbeat = setInterval(() => write({ type: 'heartbeat' }), HEARTBEAT_MS);
+  heartbeat.unref();
+  response.once('close', () => {
+    clearInterval(heartbeat);
+    unsubscribe();
+  });
+}

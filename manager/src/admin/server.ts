@@ -1,0 +1,108 @@
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
+import type { Socket } from 'node:net';
+import type { Logger } from 'vtpm-common';
+import { ManagerError } from '../error.js';
+import { listenLocally } from '../local-socket.js';
+import { streamEvents } from './event-stream.js';
+import { errorAnswer, readJson, sendJson } from './http.js';
+import { type AdminService, route } from './routes.js';
+
+/** What `GET /health` says. */
+export interface Health {
+  readonly status: 'starting' | 'ready' | 'locked';
+  /** Why it is locked: an error code and its sentence. */
+  readonly reason?: string;
+  readonly message?: string;
+  readonly version: string;
+  readonly managerId: string;
+  readonly storeId: string;
+  readonly tpm: {
+    readonly kind: string;
+    readonly path: string;
+    readonly manufacturer: string;
+    readonly hardwareProtected: boolean;
+  };
+  readonly pcrSelection: string;
+  readonly vtpms: number | null;
+  /** Random, new in each process. */
+  readonly instance: string;
+}
+
+export interface AdminOptions {
+  readonly path: string;
+  readonly log: Logger;
+  health(): Health;
+  /** @throws ManagerError `locked` where only /health works */
+  service(): AdminService;
+}
+
+export interface AdminPlane {
+  close(): Promise<void>;
+}
+
+const REQUEST_TIMEOUT_MS = 10_000;
+const MAX_HEADER_BYTES = 16 * 1024;
+
+/** HTTP + JSON for the operator on a unix socket of mode 0600. Every change is in the log with the caller's uid. */
+export async function serveAdmin(options: AdminOptions): Promise<AdminPlane> {
+  const callers = new WeakMap<Socket, number>();
+  const server = createServer(
+    { requestTimeout: REQUEST_TIMEOUT_MS, maxHeaderSize: MAX_HEADER_BYTES },
+    (request, response) => {
+      response.on('error', () => undefined);
+      void answer(request, response, options, callers.get(request.socket));
+    },
+  );
+  const listener = await listenLocally(options.path, options.log, (socket, peer) => {
+    callers.set(socket, peer.uid);
+    server.emit('connection', socket);
+  });
+  return {
+    close: async () => {
+      await listener.close();
+      server.closeAllConnections();
+    },
+  };
+}
+
+/** Never rejects. */
+async function answer(
+  request: IncomingMessage,
+  response: ServerResponse,
+  options: AdminOptions,
+  uid: number | undefined,
+): Promise<void> {
+  try {
+    const url = new URL(request.url ?? '/', 'http://localhost');
+    const path = url.pathname.split('/').filter((part) => part !== '');
+    const method = request.method ?? 'GET';
+    const call = `${method} /${path.join('/')}`;
+    if (call === 'GET /health') return sendJson(response, { status: 200, body: options.health() });
+    const service = options.service();
+    if (call === 'GET /events') {
+      return streamEvents(response, service.registry.events, options.health().instance);
+    }
+    const found = await route(
+      {
+        method,
+        path,
+        query: url.searchParams,
+        body: () => readJson(request),
+        audit: (action, facts) => options.log.info({ audit: action, uid, ...facts }, `admin: ${action}`),
+      },
+      service,
+    );
+    sendJson(
+      response,
+      found ?? { status: 404, body: { error: { code: 'bad-request', message: `there is no ${call}` } } },
+    );
+  } catch (error) {
+    const known = error instanceof ManagerError;
+    if (!known) options.log.error({ err: error }, 'an admin call failed');
+    const reason = known
+      ? error
+      : new ManagerError('internal', 'the manager failed to do this; its log says why');
+    if (response.headersSent) response.destroy();
+    else sendJson(response, errorAnswer(reason));
+  }
+}

@@ -1,0 +1,199 @@
+import { randomBytes } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { setTimeout as delay } from 'node:timers/promises';
+import { type Logger, type Paths, VERSION } from 'vtpm-common';
+import { type AdminPlane, type Health, serveAdmin } from './admin/server.js';
+import { type Enrolment, readEnrolment, type UnverifiedEnrolment } from './enrolment.js';
+import { ManagerError } from './error.js';
+import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
+import { deriveKeys, type KeyHierarchy, wipe } from './keys/index.js';
+import { acquireLock } from './lock.js';
+import { openPlatform, type Platform } from './platform.js';
+import { openService, type Service } from './service.js';
+
+export interface DaemonOptions {
+  readonly paths: Paths;
+  readonly log: Logger;
+  readonly storeSandbox: boolean;
+}
+
+export interface Daemon {
+  /** Ends streams, store, TPM and sockets, in this order. */
+  stop(): Promise<void>;
+}
+
+/**
+ * `starting`: the sockets answer, the store is not open yet. `locked`: it cannot be used, and `reason` says why; the
+ * admin plane stays up so that the operator can help.
+ */
+type State =
+  | { readonly status: 'starting' }
+  | { readonly status: 'locked'; readonly reason: ManagerError }
+  | { readonly status: 'ready'; readonly service: Service };
+
+/**
+ * Starts the manager. Resolves when it is ready, or locked because the platform policy refuses the root key.
+ * @throws ManagerError for everything else that is not as init left it
+ */
+export async function startDaemon(options: DaemonOptions): Promise<Daemon> {
+  const paths = options.paths.manager;
+  if (!existsSync(paths.directory)) readEnrolment(paths);
+  const release = acquireLock(paths);
+  const manager = new Manager(options, release);
+  try {
+    await manager.start();
+    return manager;
+  } catch (error) {
+    await manager.stop();
+    throw error;
+  }
+}
+
+/** Milliseconds before each attempt to open a store again whose process ended. */
+const REOPEN_AFTER_MS = [0, 500, 2_000, 10_000];
+
+class Manager implements Daemon {
+  readonly #instance = randomBytes(16).toString('hex');
+  readonly #log: Logger;
+  readonly #paths: Paths['manager'];
+  #state: State = { status: 'starting' };
+  #keys: KeyHierarchy | undefined;
+  #platform: Platform | undefined;
+  #admin: AdminPlane | undefined;
+  #listeners: GrpcListener[] = [];
+  #stopping: Promise<void> | undefined;
+
+  constructor(
+    private readonly options: DaemonOptions,
+    private readonly releaseLock: () => void,
+  ) {
+    this.#log = options.log;
+    this.#paths = options.paths.manager;
+  }
+
+  async start(): Promise<void> {
+    const file = readEnrolment(this.#paths);
+    this.#admin = await serveAdmin({
+      path: this.#paths.adminSocket,
+      log: this.#log,
+      health: () => this.#health(file.enrolment),
+      service: () => this.#service(),
+    });
+    try {
+      this.#keys = await this.#unlock(file);
+      this.#state = { status: 'ready', service: await this.#openService(this.#keys) };
+    } catch (error) {
+      // Any other refusal ends the start: only this one the operator resolves with the manager's help.
+      if (!(error instanceof ManagerError) || error.code !== 'platform-policy') throw error;
+      this.#lock(error);
+    }
+    this.#listeners.push(
+      await serveWorkers(this.#paths.workerSocket, () => this.#service().registry, this.#log),
+      await serveToolstack(this.#paths.toolstackSocket, this.#log),
+    );
+    this.#log.info(
+      { status: this.#state.status, vtpms: this.#vtpms(), home: this.options.paths.home },
+      `the manager is ${this.#state.status}`,
+    );
+  }
+
+  stop(): Promise<void> {
+    this.#stopping ??= this.#end();
+    return this.#stopping;
+  }
+
+  async #end(): Promise<void> {
+    const service = this.#state.status === 'ready' ? this.#state.service : undefined;
+    this.#lock(new ManagerError('shutting-down', 'the manager is shutting down; try again when it is back'));
+    await service?.close();
+    for (const listener of this.#listeners) await listener.close();
+    await this.#admin?.close();
+    this.#keys?.wipe();
+    await this.#platform?.close();
+    this.releaseLock();
+  }
+
+  /** @throws ManagerError `platform-policy`, or what is not as init left it */
+  async #unlock({ enrolment, verify }: UnverifiedEnrolment): Promise<KeyHierarchy> {
+    const { kind, path } = enrolment.tpm;
+    this.#platform = await openPlatform({ kind, path }, this.#paths, this.#log, false);
+    const rootKey = await this.#platform.tpm.releaseRootKey(enrolment.tpm);
+    const keys = deriveKeys(rootKey, Buffer.from(enrolment.storeId, 'hex'));
+    wipe(rootKey);
+    verify(keys.enrolmentMacKey);
+    return keys;
+  }
+
+  #openService(keys: KeyHierarchy): Promise<Service> {
+    return openService(keys, {
+      paths: this.#paths,
+      log: this.#log,
+      storeSandbox: this.options.storeSandbox,
+      onLost: (error) => void this.#reopen(keys, error),
+    });
+  }
+
+  /**
+   * The store process is gone. The store is verified again from the beginning before anything is served from it; until
+   * then workers hold their guests. Never rejects.
+   */
+  async #reopen(keys: KeyHierarchy, lost: ManagerError): Promise<void> {
+    if (this.#stopping || this.#state.status !== 'ready') return;
+    const { service } = this.#state;
+    this.#lock(lost);
+    await service.close(new ManagerError('locked', lost.message)).catch(() => undefined);
+    for (const pause of REOPEN_AFTER_MS) {
+      await delay(pause);
+      if (this.#stopping) return;
+      try {
+        const next = await this.#openService(keys);
+        if (this.#stopping) return await next.close();
+        this.#state = { status: 'ready', service: next };
+        this.#log.warn('the store was verified and is open again');
+        return;
+      } catch (error) {
+        this.#lock(ManagerError.from(error, 'the store cannot be opened again'));
+      }
+    }
+  }
+
+  #lock(reason: ManagerError): void {
+    this.#state = { status: 'locked', reason };
+    if (reason.code !== 'shutting-down') {
+      this.#log.error({ reason: reason.code }, `the manager is locked: ${reason.message}`);
+    }
+  }
+
+  /** @throws ManagerError `locked`, `shutting-down` */
+  #service(): Service {
+    const state = this.#state;
+    if (state.status === 'ready') return state.service;
+    if (state.status === 'starting') throw new ManagerError('locked', 'the manager is starting; try again');
+    if (state.reason.code === 'shutting-down') throw state.reason;
+    throw new ManagerError('locked', `the manager is locked (${state.reason.code}): ${state.reason.message}`);
+  }
+
+  #vtpms(): number | null {
+    return this.#state.status === 'ready' ? this.#state.service.registry.count : null;
+  }
+
+  #health({ managerId, storeId, tpm }: Enrolment): Health {
+    const state = this.#state;
+    return {
+      status: state.status,
+      ...(state.status === 'locked' ? { reason: state.reason.code, message: state.reason.message } : {}),
+      version: VERSION,
+      managerId,
+      storeId,
+      tpm: {
+        kind: tpm.kind,
+        path: tpm.path,
+        manufacturer: tpm.manufacturer,
+        hardwareProtected: tpm.kind === 'device',
+      },
+      pcrSelection: tpm.pcrSelection,
+      vtpms: this.#vtpms(),
+      instance: this.#instance,
+    };
+  }
+}

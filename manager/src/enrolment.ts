@@ -1,0 +1,149 @@
+import { createHmac, timingSafeEqual } from 'node:crypto';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
+import { type Paths, writeFileDurably } from 'vtpm-common';
+import { ManagerError } from './error.js';
+import type { RootTpmEnrolment } from './root-tpm/index.js';
+
+const ENROLMENT_FORMAT = 1;
+
+/**
+ * What init wrote down of this installation: which TPM, which store, who the manager is. It holds no secret. The mac is
+ * under a key from the root key, so that whoever edits the file is found out once the TPM has released that key.
+ */
+export interface Enrolment {
+  readonly format: number;
+  readonly createdAt: string;
+  /** The manager's box public key, hex of 32 bytes. */
+  readonly managerId: string;
+  /** Hex of 16 bytes. */
+  readonly storeId: string;
+  readonly tpm: RootTpmEnrolment;
+}
+
+/**
+ * Written last in init: an init that was interrupted leaves nothing that starts.
+ * @param macKey 32 bytes
+ */
+export function writeEnrolment(path: string, enrolment: Enrolment, macKey: Uint8Array): void {
+  const file = { enrolment, mac: enrolmentMac(enrolment, macKey).toString('hex') };
+  writeFileDurably(path, `${JSON.stringify(file, undefined, 2)}\n`);
+}
+
+/** An enrolment that was read and not yet verified: the key for that comes from the TPM it names. */
+export interface UnverifiedEnrolment {
+  readonly enrolment: Enrolment;
+  /** @throws ManagerError `store-corrupt` where the file is not the one that init wrote */
+  verify(macKey: Uint8Array): void;
+}
+
+/** @throws ManagerError `not-initialised`, `store-missing`, `store-corrupt`, `newer-format` */
+export function readEnrolment(paths: Paths['manager']): UnverifiedEnrolment {
+  const text = readText(paths);
+  const file = parse(paths.enrolment, text);
+  if (isMissingOrEmpty(paths.store)) {
+    throw new ManagerError(
+      'store-missing',
+      `${paths.enrolment} names an installation but its store ${paths.store} is missing or empty; restore it from a backup. A new store is never made by itself`,
+    );
+  }
+  return {
+    enrolment: file.enrolment,
+    verify: (macKey) => {
+      const expected = enrolmentMac(file.enrolment, macKey);
+      const mac = Buffer.from(file.mac, 'hex');
+      if (mac.length !== expected.length || !timingSafeEqual(mac, expected)) {
+        throw unreadable(paths.enrolment, 'was changed since init');
+      }
+    },
+  };
+}
+
+/** @throws ManagerError `already-initialised`, also where an init did not finish or an enrolment was lost */
+export function checkNotEnrolled(paths: Paths['manager']): void {
+  if (existsSync(paths.enrolment)) {
+    throw new ManagerError(
+      'already-initialised',
+      `${paths.enrolment} exists: this installation is initialised. Start it, or choose another --home`,
+    );
+  }
+  const leftovers = [paths.store, paths.softtpm].filter((path) => !isMissingOrEmpty(path));
+  if (leftovers.length > 0) {
+    throw new ManagerError(
+      'already-initialised',
+      `there is no ${paths.enrolment}, but ${leftovers.join(' and ')}: an init that did not finish, or an enrolment that was lost. ` +
+        'If vTPMs were ever saved here, restore the enrolment from a backup; if not, remove what is left and run init again',
+    );
+  }
+}
+
+function readText(paths: Paths['manager']): string {
+  try {
+    return readFileSync(paths.enrolment, 'utf8');
+  } catch (cause) {
+    if ((cause as NodeJS.ErrnoException).code !== 'ENOENT') {
+      throw unreadable(paths.enrolment, `cannot be read (${(cause as Error).message})`);
+    }
+  }
+  if (!isMissingOrEmpty(paths.store)) {
+    throw new ManagerError(
+      'not-initialised',
+      `there is a store ${paths.store} but no ${paths.enrolment}; restore the enrolment from a backup`,
+    );
+  }
+  throw new ManagerError(
+    'not-initialised',
+    `${paths.directory} is not initialised; run: vtpmctl init (or vtpm-managerd init)`,
+  );
+}
+
+interface EnrolmentFile {
+  readonly enrolment: Enrolment;
+  readonly mac: string;
+}
+
+function parse(path: string, text: string): EnrolmentFile {
+  let file: Partial<EnrolmentFile> | null;
+  try {
+    file = JSON.parse(text) as Partial<EnrolmentFile> | null;
+  } catch {
+    throw unreadable(path, 'is not JSON');
+  }
+  const { enrolment, mac } = file ?? {};
+  const format: unknown = enrolment?.format;
+  if (typeof format === 'number' && format > ENROLMENT_FORMAT) {
+    throw new ManagerError(
+      'newer-format',
+      `${path} has format ${format}, this version knows ${ENROLMENT_FORMAT}; run the version that wrote it`,
+    );
+  }
+  const isWhole =
+    enrolment !== undefined &&
+    format === ENROLMENT_FORMAT &&
+    isHex(mac, 32) &&
+    isHex(enrolment.managerId, 32) &&
+    isHex(enrolment.storeId, 16) &&
+    typeof enrolment.tpm === 'object' &&
+    enrolment.tpm !== null;
+  if (!isWhole) throw unreadable(path, 'is not an enrolment');
+  return { enrolment, mac: mac as string };
+}
+
+function isHex(value: unknown, bytes: number): boolean {
+  return typeof value === 'string' && value.length === 2 * bytes && /^[0-9a-f]*$/.test(value);
+}
+
+function isMissingOrEmpty(directory: string): boolean {
+  return !existsSync(directory) || readdirSync(directory).length === 0;
+}
+
+/** Over the file's own text form: parsing and writing keeps the order of keys. */
+function enrolmentMac(enrolment: Enrolment, macKey: Uint8Array): Buffer {
+  return createHmac('sha256', macKey)
+    .update('vtpm.v1 enrolment\0')
+    .update(JSON.stringify(enrolment))
+    .digest();
+}
+
+function unreadable(path: string, what: string): ManagerError {
+  return new ManagerError('store-corrupt', `${path} ${what}; restore it from a backup`);
+}

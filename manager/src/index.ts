@@ -1,0 +1,1 @@
+export { ManagerError, type ManagerErrorCode } from './error.js';

@@ -1,0 +1,4 @@
+export * from './data-key.js';
+export * from './hierarchy.js';
+export * from './part-seal.js';
+export * from './secret.js';

@@ -1,0 +1,222 @@
+import { createHash } from 'node:crypto';
+import { barrier } from 'vtpm-common';
+import {
+  bytesEqual,
+  decode,
+  encode,
+  type ManagerFrameType,
+  ProtoError,
+  type SaveBody,
+  type SessionCipher,
+  type WorkerFrame,
+} from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import { type KeyHierarchy, wipe } from '../keys/index.js';
+import { applySave, encodeRecord, PART_LIMITS, type VtpmRecord, withoutSession } from '../records/index.js';
+import type { AnchoredStore } from '../store/anchored-store.js';
+import type { SaveLink } from './registry.js';
+import type { Slot } from './slot.js';
+
+const EMPTY = new Uint8Array(0);
+const MAX_VERSION_LENGTH = 64;
+
+/** The record as it was last read or written, with the store's version of it. */
+export interface HeldRecord {
+  readonly version: number;
+  readonly record: VtpmRecord;
+}
+
+export interface SessionParts {
+  readonly slot: Slot;
+  readonly storeKey: string;
+  readonly keys: KeyHierarchy;
+  readonly store: AnchoredStore;
+  readonly cipher: SessionCipher;
+  readonly link: SaveLink;
+  readonly linkNumber: bigint;
+  readonly held: HeldRecord;
+  onSaved(record: VtpmRecord): void;
+  onFenced(record: VtpmRecord): void;
+}
+
+/**
+ * A worker's session while its Save stream is connected. The record in memory is this session's: nobody else writes
+ * it, and the store refuses a write that is not on top of the version it came from.
+ */
+export class LiveSession {
+  #held: HeldRecord;
+  #isOver = false;
+  #controlFrames = 0n;
+  #onFrozen: (() => void) | undefined;
+
+  constructor(private readonly parts: SessionParts) {
+    this.#held = parts.held;
+  }
+
+  get record(): VtpmRecord {
+    return this.#held.record;
+  }
+
+  /** Answers HELLO and RESUME: what is committed of this session. */
+  greet(): Promise<void> {
+    return this.#send('ACK', this.parts.linkNumber, this.#ack());
+  }
+
+  /**
+   * One frame after the first. Resolves when it is answered.
+   * @throws ManagerError that ends the stream: `bad-request`, `too-large`, `fenced`, or the store's
+   */
+  async receive(frame: WorkerFrame): Promise<void> {
+    const payload = openFrame(this.parts.cipher, frame);
+    try {
+      if (frame.type === 'SAVE') {
+        const ack = await this.parts.slot.inOrder(() => this.#save(frame.sequence, payload));
+        // Outside the order: a worker that does not read holds up nobody but itself.
+        await this.#send('ACK', frame.sequence, ack);
+      } else if (frame.type === 'FROZEN') {
+        this.#onFrozen?.();
+        this.#onFrozen = undefined;
+      } else {
+        throw new ManagerError('bad-request', `${frame.type} is only the first frame of a stream`);
+      }
+    } finally {
+      wipe(payload);
+    }
+  }
+
+  /** Asks the worker to stop between two commands. Resolves when it says so: its last save is acknowledged then. */
+  async freeze(): Promise<void> {
+    const frozen = new Promise<void>((resolve) => {
+      this.#onFrozen = resolve;
+    });
+    await this.#control('FREEZE', EMPTY);
+    await frozen;
+  }
+
+  thaw(): Promise<void> {
+    return this.#control('THAW', EMPTY);
+  }
+
+  /** Tells the worker that the session is over, and ends the stream. Does not wait for the worker. */
+  fence(message: string): void {
+    if (this.#isOver) return;
+    this.#isOver = true;
+    this.parts.onFenced(this.record);
+    // Where the worker is gone the end of the stream says the same.
+    this.#control('FENCED', encode('Fenced', { reason: 'fenced', message })).catch(() => undefined);
+    this.parts.link.end(new ManagerError('fenced', message));
+  }
+
+  /** The stream is ending for another reason than the session's; a new link may resume it. */
+  end(error: ManagerError): void {
+    this.#isOver = true;
+    this.parts.link.end(error);
+  }
+
+  /** @returns the acknowledgement to send */
+  async #save(sequence: bigint, payload: Uint8Array): Promise<Buffer> {
+    if (this.#isOver) throw new ManagerError('fenced', 'the session is over');
+    const digest = createHash('sha256').update(payload).digest();
+    const { session } = this.record.header;
+    const last = session?.lastSequence ?? 0n;
+    if (session && sequence === last && bytesEqual(session.lastDigest, digest)) {
+      // The acknowledgement was lost with the link.
+      return this.#ack();
+    }
+    if (sequence <= last) {
+      const message = `save ${sequence} is older than save ${last} or has other content: two workers, or a replay`;
+      // Durable before it is said, so that no later link revives the session.
+      await this.#commit(withoutSession(this.record));
+      this.fence(message);
+      throw new ManagerError('fenced', message);
+    }
+    if (sequence !== last + 1n) {
+      throw new ManagerError('bad-request', `save ${sequence} came after save ${last}; resume the session`);
+    }
+    const body = readBody(payload);
+    checkBody(body, this.record);
+    await this.#commit(
+      applySave(this.parts.keys, this.record, { body, sequence, digest, now: BigInt(Date.now()) }),
+    );
+    this.parts.onSaved(this.record);
+    return this.#ack();
+  }
+
+  async #commit(record: VtpmRecord): Promise<void> {
+    const bytes = encodeRecord(this.parts.keys, record);
+    try {
+      barrier('manager-before-commit');
+      const version = await this.parts.store.write(this.parts.storeKey, this.#held.version, bytes);
+      barrier('manager-after-commit');
+      this.#held = { version, record };
+    } catch (error) {
+      // Whether it was written is not known: only a new link, which reads the record again, may go on.
+      this.#isOver = true;
+      throw error;
+    }
+  }
+
+  #ack(): Buffer {
+    const { generation, session } = this.record.header;
+    return encode('Ack', {
+      generation,
+      digest: session?.lastDigest ?? EMPTY,
+      committed: session?.lastSequence ?? 0n,
+    });
+  }
+
+  /** Numbered link by link: links have rising numbers, so no number comes twice in a session. */
+  #control(type: Exclude<ManagerFrameType, 'ACK'>, payload: Uint8Array): Promise<void> {
+    this.#controlFrames += 1n;
+    const sequence = ((this.parts.linkNumber & 0xffffffffn) << 32n) | this.#controlFrames;
+    return this.#send(type, sequence, payload);
+  }
+
+  async #send(type: ManagerFrameType, sequence: bigint, payload: Uint8Array): Promise<void> {
+    await this.parts.link.send(this.parts.cipher.sealManager(type, sequence, payload));
+  }
+}
+
+/** @throws ManagerError `bad-request`: the frame is not of this session */
+export function openFrame(cipher: SessionCipher, frame: WorkerFrame): Buffer {
+  try {
+    return cipher.openWorker(frame);
+  } catch (error) {
+    if (!(error instanceof ProtoError)) throw error;
+    throw new ManagerError('bad-request', `the frame is refused: ${error.message}`, { cause: error });
+  }
+}
+
+function readBody(payload: Uint8Array): SaveBody {
+  try {
+    return decode('SaveBody', payload);
+  } catch (error) {
+    if (!(error instanceof ProtoError)) throw error;
+    throw new ManagerError('bad-request', `the save is not readable: ${error.message}`, { cause: error });
+  }
+}
+
+function checkBody(body: SaveBody, record: VtpmRecord): void {
+  const sizes = {
+    permanent: body.permanent?.length,
+    volatile: body.volatile?.length,
+    journal: body.journal && body.journal.request.length + body.journal.response.length,
+  };
+  for (const part of ['permanent', 'volatile', 'journal'] as const) {
+    const size = sizes[part];
+    if (size === undefined) continue;
+    if (size > PART_LIMITS[part]) {
+      throw new ManagerError(
+        'too-large',
+        `a ${part} part has ${size} bytes, at most ${PART_LIMITS[part]} are taken`,
+      );
+    }
+    if (size === 0) throw new ManagerError('bad-request', `the ${part} part of the save is empty`);
+  }
+  if (!body.permanent && record.header.generation === 0n) {
+    throw new ManagerError('bad-request', 'the first save has no permanent part');
+  }
+  if (body.libtpmsVersion.length > MAX_VERSION_LENGTH) {
+    throw new ManagerError('bad-request', 'the libtpms version of the save is too long');
+  }
+}

@@ -1,0 +1,389 @@
+import { randomBytes } from 'node:crypto';
+import { bootId, monotonicMs } from 'vtpm-common';
+import {
+  bytesEqual,
+  decode,
+  expectLength,
+  type Hello,
+  type LoadRequest,
+  type LoadResponse,
+  type ManagerFrame,
+  ProtoError,
+  type RecordHeader,
+  type Session,
+  sealBox,
+  sessionCipher,
+  uuidToBytes,
+  uuidToText,
+  type WorkerFrame,
+} from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import { type KeyHierarchy, wipe } from '../keys/index.js';
+import {
+  applyLoad,
+  decodeRecord,
+  encodeRecord,
+  type LoadFacts,
+  newRecord,
+  openState,
+  retire,
+  savedBytes,
+  type VtpmRecord,
+} from '../records/index.js';
+import type { AnchoredStore } from '../store/anchored-store.js';
+import type { TrustStore } from '../trust/trust-configuration.js';
+import { VtpmEvents } from './events.js';
+import { type HeldRecord, LiveSession, openFrame } from './live-session.js';
+import { Slot } from './slot.js';
+import { type CheckedLoad, checkAgainstRecord, checkTicket, type TicketEnvironment } from './ticket-check.js';
+
+/** One connection of a worker. It carries one session: a second vTPM on it is refused. */
+export interface WorkerConnection {
+  session?: { readonly vtpmUuid: Uint8Array; readonly sessionId: Uint8Array };
+  isLoading?: boolean;
+}
+
+/** The manager's half of a Save stream. */
+export interface SaveLink {
+  /** Resolves when the stream takes more. */
+  send(frame: ManagerFrame): Promise<void>;
+  end(error: ManagerError): void;
+}
+
+/** A Save stream whose first frame was accepted. */
+export interface AttachedStream {
+  receive(frame: WorkerFrame): Promise<void>;
+  /** The stream has ended. */
+  detach(): void;
+}
+
+/** What an operator may know of a vTPM. */
+export interface VtpmView {
+  readonly header: RecordHeader;
+  readonly savedBytes: number;
+  readonly isConnected: boolean;
+}
+
+export interface RegistryOptions {
+  readonly keys: KeyHierarchy;
+  readonly store: AnchoredStore;
+  readonly trust: TrustStore;
+  /** For tests: another boot, another time. */
+  readonly clock?: Pick<TicketEnvironment, 'bootId' | 'monotonicMs'>;
+}
+
+const PREFIX = 'vtpm/';
+
+/**
+ * Who owns each vTPM. A Load is a compare-and-set on the epoch; only the session of the newest epoch saves, and only
+ * the save that follows the last one.
+ */
+export class VtpmRegistry {
+  readonly events = new VtpmEvents();
+  readonly #slots = new Map<string, Slot>();
+  readonly #environment: TicketEnvironment;
+  #isClosing = false;
+
+  constructor(private readonly options: RegistryOptions) {
+    const clock = options.clock ?? { bootId, monotonicMs };
+    this.#environment = { identity: options.keys.identity, trust: options.trust, ...clock };
+  }
+
+  /** Gives the vTPM on the ticket to the worker on the ticket. The answer is durable before it is returned. */
+  async load(request: LoadRequest, connection: WorkerConnection): Promise<LoadResponse> {
+    this.#checkOpen();
+    if (connection.session || connection.isLoading) {
+      throw new ManagerError(
+        'bad-request',
+        'this connection has its session already; one Load per connection',
+      );
+    }
+    const checked = checkTicket(request, this.#environment);
+    connection.isLoading = true;
+    try {
+      const slot = this.#slot(checked.vtpmUuid);
+      return await slot.exclusively('load', () => this.#loadInto(slot, checked, connection));
+    } finally {
+      connection.isLoading = false;
+    }
+  }
+
+  /**
+   * Begins a Save stream with its first frame, HELLO or RESUME, and answers it.
+   * @throws ManagerError `bad-request`; `fenced` where the session is not the vTPM's (any more), with nothing said
+   * about the vTPM; `wrong-worker` where the frame is not from the session's worker; `rollback-detected`
+   */
+  async attach(first: WorkerFrame, link: SaveLink, connection: WorkerConnection): Promise<AttachedStream> {
+    this.#checkOpen();
+    if (first.type !== 'HELLO' && first.type !== 'RESUME') {
+      throw new ManagerError('bad-request', `a Save stream begins with HELLO or RESUME, not ${first.type}`);
+    }
+    const vtpmUuid = readUuid(first);
+    const bound = connection.session;
+    if (
+      bound &&
+      !(bytesEqual(bound.vtpmUuid, first.vtpmUuid) && bytesEqual(bound.sessionId, first.sessionId))
+    ) {
+      throw new ManagerError('wrong-worker', 'this connection belongs to another session');
+    }
+    const slot = this.#slot(vtpmUuid);
+    const live = await slot.inOrder(() => this.#attachTo(slot, first, link, connection));
+    await live.greet();
+    return {
+      receive: (frame) => live.receive(frame),
+      detach: () => {
+        if (slot.live !== live) return;
+        slot.live = undefined;
+        this.#emit('link-lost', live.record.header);
+      },
+    };
+  }
+
+  /** Asks the connected worker to stop between two commands. */
+  async freeze(vtpmUuid: string): Promise<void> {
+    await this.#liveSession(vtpmUuid).freeze();
+  }
+
+  async thaw(vtpmUuid: string): Promise<void> {
+    await this.#liveSession(vtpmUuid).thaw();
+  }
+
+  /** Final: key and state are dropped. @throws ManagerError `unknown-vtpm`, `busy` while a worker is connected */
+  async retire(vtpmUuid: string): Promise<void> {
+    this.#checkOpen();
+    const slot = this.#slot(vtpmUuid);
+    await slot.exclusively('retire', async () => {
+      if (slot.live) {
+        throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
+      }
+      const held = await this.#read(vtpmUuid);
+      if (!held) throw unknownVtpm(vtpmUuid);
+      if (held.record.header.kind === 'RETIRED') return;
+      const record = retire(held.record);
+      await this.#write(vtpmUuid, held.version, record);
+      this.#emit('retired', record.header);
+    });
+  }
+
+  /** @throws ManagerError `unknown-vtpm` */
+  async view(vtpmUuid: string): Promise<VtpmView> {
+    const live = this.#slots.get(vtpmUuid)?.live;
+    const record = live?.record ?? (await this.#read(vtpmUuid))?.record;
+    if (!record) throw unknownVtpm(vtpmUuid);
+    return { header: record.header, savedBytes: savedBytes(record), isConnected: live !== undefined };
+  }
+
+  /** UUIDs in order, behind `after`. */
+  list(after: string | undefined, limit: number): string[] {
+    return this.options.store
+      .keys(PREFIX + (after ?? ''), limit)
+      .filter((key) => key.startsWith(PREFIX))
+      .map((key) => key.slice(PREFIX.length));
+  }
+
+  get count(): number {
+    return this.list(undefined, Number.MAX_SAFE_INTEGER).length;
+  }
+
+  /** Ends every stream; resolves when no operation is under way. Workers resume with the next manager. */
+  async close(
+    error = new ManagerError('shutting-down', 'the manager is shutting down; resume when it is back'),
+  ) {
+    this.#isClosing = true;
+    for (const slot of this.#slots.values()) {
+      await slot.idle();
+      slot.live?.end(error);
+    }
+  }
+
+  async #loadInto(slot: Slot, checked: CheckedLoad, connection: WorkerConnection): Promise<LoadResponse> {
+    this.#checkOpen();
+    const { keys } = this.options;
+    const { ticket, claim, vtpmUuid } = checked;
+    const held = await this.#read(vtpmUuid);
+    const mode = checkAgainstRecord(checked, held?.record.header);
+    const session: Session = {
+      sessionId: randomBytes(16),
+      workerKey: Buffer.from(ticket.workerPublicKey),
+      lastSequence: 0n,
+      lastDigest: new Uint8Array(0),
+      imageDigest: Buffer.from(ticket.imageDigest),
+      isolation: ticket.isolation,
+    };
+    const facts: LoadFacts = {
+      vmRunId: ticket.vmRunId,
+      bootId: ticket.bootId,
+      session,
+      libtpmsVersion: claim.libtpmsVersion,
+      keepsVolatile: mode === 'resume',
+    };
+    const record = held ? applyLoad(held.record, facts) : newRecord(keys, ticket, facts, BigInt(Date.now()));
+    // Sealed before the epoch is taken: state that does not open never costs the ticket.
+    const response = this.#grant(checked, record, mode === 'manufacture');
+    await this.#write(vtpmUuid, held?.version ?? 0, record);
+    connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
+    const { live } = slot;
+    slot.live = undefined;
+    this.#emit('loaded', record.header);
+    live?.fence(`vTPM ${vtpmUuid} was loaded by another worker, epoch ${record.header.epoch}`);
+    return response;
+  }
+
+  #grant({ ticket, claim }: CheckedLoad, record: VtpmRecord, manufacture: boolean): LoadResponse {
+    const { keys } = this.options;
+    const { header } = record;
+    const session = sessionOf(header);
+    const sessionKey = keys.sessionKey({ ...session, vtpmUuid: header.vtpmUuid, epoch: header.epoch });
+    const { permanent, volatile } = openState(keys, record);
+    try {
+      if (header.generation > 0n && !permanent) {
+        throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
+      }
+      return sealBox(
+        'LoadGrant',
+        {
+          loadId: claim.loadId,
+          sessionId: session.sessionId,
+          sessionKey,
+          epoch: header.epoch,
+          generation: header.generation,
+          permanent: permanent ?? new Uint8Array(0),
+          volatile: volatile ?? new Uint8Array(0),
+          manufacture,
+        },
+        ticket.workerPublicKey,
+        keys.identity,
+      );
+    } finally {
+      wipe(sessionKey, permanent, volatile);
+    }
+  }
+
+  async #attachTo(
+    slot: Slot,
+    first: WorkerFrame,
+    link: SaveLink,
+    connection: WorkerConnection,
+  ): Promise<LiveSession> {
+    this.#checkOpen();
+    const { keys, store } = this.options;
+    const held = await this.#read(slot.vtpmUuid);
+    const header = held?.record.header;
+    if (!held || !header?.session || !bytesEqual(header.session.sessionId, first.sessionId)) {
+      throw new ManagerError('fenced', 'this session is over');
+    }
+    const { session } = header;
+    const key = keys.sessionKey({ ...session, vtpmUuid: header.vtpmUuid, epoch: header.epoch });
+    const cipher = sessionCipher(key, session.sessionId, header.epoch);
+    wipe(key);
+    checkFirstFrame(slot, session, first, readHello(cipher, first));
+    slot.newestLink = { sessionId: Buffer.from(session.sessionId), number: first.sequence };
+    slot.live?.end(new ManagerError('busy', 'another link of this session took over'));
+    const live = new LiveSession({
+      slot,
+      storeKey: PREFIX + slot.vtpmUuid,
+      keys,
+      store,
+      cipher,
+      link,
+      linkNumber: first.sequence,
+      held,
+      onSaved: (record) => this.#emit('saved', record.header),
+      onFenced: (record) => this.#emit('fenced', record.header),
+    });
+    slot.live = live;
+    connection.session = {
+      vtpmUuid: Buffer.from(header.vtpmUuid),
+      sessionId: Buffer.from(session.sessionId),
+    };
+    this.#emit('link-up', header);
+    return live;
+  }
+
+  async #read(vtpmUuid: string): Promise<HeldRecord | undefined> {
+    const entry = await this.options.store.read(PREFIX + vtpmUuid);
+    return (
+      entry && {
+        version: entry.version,
+        record: decodeRecord(this.options.keys, uuidToBytes(vtpmUuid), entry.value),
+      }
+    );
+  }
+
+  async #write(vtpmUuid: string, version: number, record: VtpmRecord): Promise<void> {
+    await this.options.store.write(PREFIX + vtpmUuid, version, encodeRecord(this.options.keys, record));
+  }
+
+  #slot(vtpmUuid: string): Slot {
+    let slot = this.#slots.get(vtpmUuid);
+    if (!slot) {
+      slot = new Slot(vtpmUuid);
+      this.#slots.set(vtpmUuid, slot);
+    }
+    return slot;
+  }
+
+  #liveSession(vtpmUuid: string): LiveSession {
+    const live = this.#slots.get(vtpmUuid)?.live;
+    if (!live) throw new ManagerError('unknown-vtpm', `no worker is connected to vTPM ${vtpmUuid}`);
+    return live;
+  }
+
+  #checkOpen(): void {
+    if (this.#isClosing) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
+  }
+
+  #emit(type: Parameters<VtpmEvents['emit']>[0]['type'], header: RecordHeader): void {
+    const { epoch, generation } = header;
+    this.events.emit({ type, id: uuidToText(header.vtpmUuid), epoch, generation });
+  }
+}
+
+function readUuid(first: WorkerFrame): string {
+  try {
+    expectLength('session id', first.sessionId, 16);
+    return uuidToText(first.vtpmUuid);
+  } catch (error) {
+    throw new ManagerError('bad-request', `${first.type}: ${(error as Error).message}`, { cause: error });
+  }
+}
+
+function readHello(cipher: ReturnType<typeof sessionCipher>, first: WorkerFrame): Hello {
+  try {
+    return decode('Hello', openFrame(cipher, first));
+  } catch (error) {
+    if (error instanceof ManagerError && error.code === 'bad-request') {
+      throw new ManagerError('wrong-worker', error.message, { cause: error });
+    }
+    if (!(error instanceof ProtoError)) throw error;
+    throw new ManagerError('bad-request', `${first.type}: ${error.message}`, { cause: error });
+  }
+}
+
+/** A recorded first frame is no use later: its link number is used up, or it knows less than the record. */
+function checkFirstFrame(slot: Slot, session: Session, first: WorkerFrame, hello: Hello): void {
+  const newest = slot.newestLink;
+  const isReplay =
+    newest && bytesEqual(newest.sessionId, session.sessionId) && first.sequence <= newest.number;
+  if (isReplay || hello.lastSent < session.lastSequence) {
+    throw new ManagerError(
+      'wrong-worker',
+      `${first.type} of link ${first.sequence} was used before; count links up`,
+    );
+  }
+  if (hello.lastAcknowledged > session.lastSequence) {
+    throw new ManagerError(
+      'rollback-detected',
+      `the worker has an acknowledgement of save ${hello.lastAcknowledged}, the store ends at ${session.lastSequence}: the store is an older one`,
+    );
+  }
+}
+
+function sessionOf(header: RecordHeader): Session {
+  if (!header.session) throw new ManagerError('internal', 'a loaded record has no session');
+  return header.session;
+}
+
+function unknownVtpm(vtpmUuid: string): ManagerError {
+  return new ManagerError('unknown-vtpm', `there is no vTPM ${vtpmUuid} here`);
+}

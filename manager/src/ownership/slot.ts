@@ -1,0 +1,45 @@
+import { ManagerError } from '../error.js';
+import type { LiveSession } from './live-session.js';
+
+/**
+ * The place of one vTPM in memory. Operations on it run one after the other; Load and retire are exclusive: a second
+ * one does not wait, it is told who holds the vTPM and for how long.
+ */
+export class Slot {
+  /** The session whose Save stream is connected now. */
+  live: LiveSession | undefined;
+  /** The newest link of the session named here; an older one is a replay. */
+  newestLink: { readonly sessionId: Uint8Array; readonly number: bigint } | undefined;
+  #holder: { readonly operation: string; readonly since: number } | undefined;
+  #tail: Promise<unknown> = Promise.resolve();
+
+  constructor(readonly vtpmUuid: string) {}
+
+  inOrder<T>(operation: () => Promise<T>): Promise<T> {
+    const run = this.#tail.then(operation);
+    this.#tail = run.catch(() => undefined);
+    return run;
+  }
+
+  /** @throws ManagerError `busy` with holder and age */
+  async exclusively<T>(name: string, operation: () => Promise<T>): Promise<T> {
+    if (this.#holder) {
+      const age = Math.round(performance.now() - this.#holder.since);
+      throw new ManagerError(
+        'busy',
+        `vTPM ${this.vtpmUuid} is busy: a ${this.#holder.operation} has been running for ${age} ms; try again`,
+      );
+    }
+    this.#holder = { operation: name, since: performance.now() };
+    try {
+      return await this.inOrder(operation);
+    } finally {
+      this.#holder = undefined;
+    }
+  }
+
+  /** Resolves when nothing runs any more. */
+  async idle(): Promise<void> {
+    await this.#tail;
+  }
+}

@@ -1,0 +1,156 @@
+import {
+  type BoxKeyPair,
+  bytesEqual,
+  type LoadClaim,
+  type LoadRequest,
+  openBox,
+  ProtoError,
+  type RecordHeader,
+  type Ticket,
+  ticketDigest,
+  type VerifiedTicket,
+  verifyTicketChain,
+} from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import type { TrustStore } from '../trust/trust-configuration.js';
+
+/** Both ends read the same clock of the same host; the skew allows for a supervisor in another time namespace. */
+const CLOCK_SKEW_MS = 60_000n;
+const MAX_VERSION_LENGTH = 64;
+
+/** What the ticket is held against. */
+export interface TicketEnvironment {
+  readonly identity: BoxKeyPair;
+  readonly trust: Pick<TrustStore, 'isToolstackKeyTrusted' | 'isImageAllowed'>;
+  /** 16 bytes */
+  bootId(): Uint8Array;
+  /** CLOCK_MONOTONIC */
+  monotonicMs(): bigint;
+}
+
+/** A Load whose ticket, worker and time are in order; the vTPM's record has not been looked at. */
+export interface CheckedLoad {
+  readonly ticket: Ticket;
+  readonly vtpmUuid: string;
+  readonly claim: LoadClaim;
+}
+
+/**
+ * Everything about a Load that does not need the vTPM's record, so that a ticket that is no good never holds the vTPM.
+ * Who signed comes first: nothing of an unsigned ticket is believed, not even its time.
+ * @throws ManagerError `bad-request`, `newer-format`, `ticket-forged`, `unknown-toolstack-key`, `wrong-manager`,
+ * `ticket-expired`, `image-not-allowed`, `wrong-worker`
+ */
+export function checkTicket(request: LoadRequest, environment: TicketEnvironment): CheckedLoad {
+  const { ticket, delegation, vtpmUuid } = verifyChain(request);
+  if (!environment.trust.isToolstackKeyTrusted(delegation.toolstackKey, ticket.vtpmUuid)) {
+    throw new ManagerError(
+      'unknown-toolstack-key',
+      `the ticket for vTPM ${vtpmUuid} comes from a toolstack key this manager does not trust; use the toolstack that was named at init`,
+    );
+  }
+  if (!bytesEqual(ticket.managerId, environment.identity.publicKey)) {
+    throw new ManagerError('wrong-manager', `the ticket for vTPM ${vtpmUuid} is for another manager`);
+  }
+  checkTime(ticket, vtpmUuid, environment);
+  if (!environment.trust.isImageAllowed(ticket.imageDigest)) {
+    const digest = Buffer.from(ticket.imageDigest).toString('hex');
+    throw new ManagerError(
+      'image-not-allowed',
+      `the worker image ${digest} is not allowed; check it, then run: vtpmctl image allow ${digest}`,
+    );
+  }
+  return { ticket, vtpmUuid, claim: openClaim(request, ticket, environment) };
+}
+
+/**
+ * What the vTPM's record says to a Load.
+ * @returns `manufacture` where the worker makes a new TPM, `resume` where it may have volatile state, else `cold`
+ * @throws ManagerError `retired`, `wrong-vm`, `stale-epoch`, `verb-missing`, `already-manufactured`
+ */
+export function checkAgainstRecord(
+  { ticket, vtpmUuid }: CheckedLoad,
+  header: RecordHeader | undefined,
+): 'manufacture' | 'cold' | 'resume' {
+  if (header?.kind === 'RETIRED') {
+    throw new ManagerError('retired', `vTPM ${vtpmUuid} was retired for good; create a new one`);
+  }
+  if (header && !bytesEqual(header.vmUuid, ticket.vmUuid)) {
+    throw new ManagerError('wrong-vm', `vTPM ${vtpmUuid} belongs to another VM than the ticket names`);
+  }
+  const epoch = header?.epoch ?? 0n;
+  if (ticket.expectedEpoch !== epoch) {
+    throw new ManagerError(
+      'stale-epoch',
+      `vTPM ${vtpmUuid} is at epoch ${epoch}, the ticket expects ${ticket.expectedEpoch}; the ticket was used or is old, sign a new one`,
+    );
+  }
+  const has = (verb: Ticket['verbs'][number]): boolean => ticket.verbs.includes(verb);
+  if ((header?.generation ?? 0n) === 0n) {
+    if (has('MANUFACTURE')) return 'manufacture';
+    throw new ManagerError(
+      'verb-missing',
+      `vTPM ${vtpmUuid} has no saved state and the ticket does not have the verb manufacture`,
+    );
+  }
+  if (has('RESUME')) return 'resume';
+  if (has('COLD')) return 'cold';
+  if (has('MANUFACTURE')) {
+    throw new ManagerError(
+      'already-manufactured',
+      `vTPM ${vtpmUuid} has saved state and is never manufactured again; ask for the verb cold`,
+    );
+  }
+  throw new ManagerError('verb-missing', `the ticket for vTPM ${vtpmUuid} has neither verb cold nor resume`);
+}
+
+const TICKET_REFUSAL = {
+  malformed: 'bad-request',
+  forged: 'ticket-forged',
+  'newer-format': 'newer-format',
+} as const;
+
+function verifyChain(request: LoadRequest): VerifiedTicket {
+  if (!request.ticket) throw new ManagerError('bad-request', 'the Load has no ticket');
+  try {
+    return verifyTicketChain(request.ticket);
+  } catch (error) {
+    if (!(error instanceof ProtoError)) throw error;
+    throw new ManagerError(TICKET_REFUSAL[error.code], `the ticket is refused: ${error.message}`, {
+      cause: error,
+    });
+  }
+}
+
+function checkTime(ticket: Ticket, vtpmUuid: string, environment: TicketEnvironment): void {
+  if (!bytesEqual(ticket.bootId, environment.bootId())) {
+    throw new ManagerError(
+      'ticket-expired',
+      `the ticket for vTPM ${vtpmUuid} is of another boot of the host`,
+    );
+  }
+  if (ticket.expiresAtMonotonicMs + CLOCK_SKEW_MS < environment.monotonicMs()) {
+    throw new ManagerError('ticket-expired', `the ticket for vTPM ${vtpmUuid} has expired; sign a new one`);
+  }
+}
+
+/** The claim proves that the caller has the secret half of the worker key, and means this very ticket. */
+function openClaim(request: LoadRequest, ticket: Ticket, { identity }: TicketEnvironment): LoadClaim {
+  let claim: LoadClaim;
+  try {
+    claim = openBox('LoadClaim', request, ticket.workerPublicKey, identity);
+  } catch (error) {
+    if (!(error instanceof ProtoError)) throw error;
+    const code = error.code === 'forged' ? 'wrong-worker' : 'bad-request';
+    throw new ManagerError(code, `the Load is not from the worker on the ticket: ${error.message}`, {
+      cause: error,
+    });
+  }
+  if (!request.ticket || !bytesEqual(claim.ticketDigest, ticketDigest(request.ticket))) {
+    throw new ManagerError('wrong-worker', 'the Load was made for another ticket');
+  }
+  if (claim.loadId.length !== 16 || claim.libtpmsVersion.length > MAX_VERSION_LENGTH) {
+    throw new ManagerError('bad-request', 'the Load claim has a load id or version of the wrong length');
+  }
+  return claim;
+}

@@ -1,0 +1,121 @@
+import { createHash, createHmac, timingSafeEqual } from 'node:crypto';
+import {
+  bytesEqual,
+  decode,
+  encode,
+  ProtoError,
+  type RecordHeader,
+  type SealedPart,
+  type StoredRecord,
+  uuidToText,
+} from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import { type KeyHierarchy, WRAPPED_KEY_BYTES } from '../keys/index.js';
+
+/** Format number of records; a newer one is refused by name. */
+export const RECORD_FORMAT = 1;
+
+/** A verified record. Parts are sealed; the header is in the clear and authenticated. */
+export interface VtpmRecord {
+  readonly header: RecordHeader;
+  readonly parts: readonly SealedPart[];
+}
+
+/** @returns the bytes to store under the vTPM's uuid */
+export function encodeRecord(keys: KeyHierarchy, record: VtpmRecord): Buffer {
+  const header = encode('RecordHeader', record.header);
+  const parts = [...record.parts];
+  return encode('StoredRecord', {
+    header,
+    parts,
+    mac: recordMac(keys, record.header.vtpmUuid, header, parts),
+  });
+}
+
+/**
+ * @param vtpmUuid the 16-byte uuid the bytes were stored under
+ * @throws ManagerError `newer-format`; `store-corrupt` for a record that was changed, or is another vTPM's or store's
+ */
+export function decodeRecord(keys: KeyHierarchy, vtpmUuid: Uint8Array, bytes: Uint8Array): VtpmRecord {
+  const name = uuidToText(vtpmUuid);
+  try {
+    const stored = decode('StoredRecord', bytes);
+    checkFormat(name, stored.header);
+    verifyMac(keys, name, vtpmUuid, stored);
+    const header = decode('RecordHeader', stored.header);
+    checkHeader(keys, name, vtpmUuid, header);
+    return { header, parts: stored.parts };
+  } catch (error) {
+    if (!(error instanceof ProtoError)) throw error;
+    throw corrupt(name, `is not readable (${error.message})`, error);
+  }
+}
+
+/**
+ * Looks at the format number before anything else is read or verified: a newer version may have changed all of it.
+ * The writer puts field 1 first (tag byte 0x08, then a varint).
+ */
+function checkFormat(name: string, header: Uint8Array): void {
+  const { format } = header[0] === 0x08 ? decodeFormat(header) : { format: 0 };
+  if (format > RECORD_FORMAT) {
+    throw new ManagerError(
+      'newer-format',
+      `vTPM ${name} has a record of format ${format}, this version knows ${RECORD_FORMAT}; run the version that wrote it`,
+    );
+  }
+  if (format !== RECORD_FORMAT) throw corrupt(name, `has format ${format}`);
+}
+
+function decodeFormat(header: Uint8Array): { format: number } {
+  let format = 0;
+  for (let index = 1; index < Math.min(header.length, 6); index++) {
+    const byte = header[index] ?? 0;
+    format += (byte & 0x7f) * 2 ** (7 * (index - 1));
+    if (byte < 0x80) break;
+  }
+  return { format };
+}
+
+function verifyMac(keys: KeyHierarchy, name: string, vtpmUuid: Uint8Array, stored: StoredRecord): void {
+  const expected = recordMac(keys, vtpmUuid, stored.header, stored.parts);
+  if (stored.mac.length !== expected.length || !timingSafeEqual(stored.mac, expected)) {
+    throw corrupt(name, 'does not authenticate: it was changed, or belongs to another vTPM or store');
+  }
+}
+
+function checkHeader(keys: KeyHierarchy, name: string, vtpmUuid: Uint8Array, header: RecordHeader): void {
+  if (!bytesEqual(header.vtpmUuid, vtpmUuid)) throw corrupt(name, 'is the record of another vTPM');
+  if (!bytesEqual(header.storeId, keys.storeId)) throw corrupt(name, 'is a record of another store');
+  const isLive = header.kind === 'LIVE';
+  if (header.wrappedDataKey.length !== (isLive ? WRAPPED_KEY_BYTES : 0)) {
+    throw corrupt(name, 'has a data key that does not fit its kind');
+  }
+}
+
+/**
+ * HMAC-SHA256 over a domain, the uuid, and the SHA-256 of the header and of each serialised part. Every item has a
+ * fixed length, so that nothing can be shifted from one into another.
+ */
+function recordMac(
+  keys: KeyHierarchy,
+  vtpmUuid: Uint8Array,
+  header: Uint8Array,
+  parts: readonly SealedPart[],
+): Buffer {
+  const mac = createHmac('sha256', keys.recordMacKey)
+    .update('vtpm.v1 record\0')
+    .update(vtpmUuid)
+    .update(createHash('sha256').update(header).digest());
+  for (const part of parts) {
+    mac.update(createHash('sha256').update(encode('SealedPart', part)).digest());
+  }
+  return mac.digest();
+}
+
+function corrupt(name: string, what: string, cause?: unknown): ManagerError {
+  return new ManagerError(
+    'store-corrupt',
+    `the record of vTPM ${name} ${what}; restore the store from a backup`,
+    cause === undefined ? {} : { cause },
+  );
+}

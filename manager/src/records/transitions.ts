@@ -1,0 +1,206 @@
+import {
+  bytesEqual,
+  decode,
+  encode,
+  type PartKind,
+  type RecordHeader,
+  type SaveBody,
+  type SealedPart,
+  type Session,
+} from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import {
+  type KeyHierarchy,
+  newDataKey,
+  openPart,
+  STORE_KEY_ID,
+  sealPart,
+  unwrapDataKey,
+  wipe,
+  wrapDataKey,
+} from '../keys/index.js';
+import { RECORD_FORMAT, type VtpmRecord } from './format.js';
+
+const EMPTY = new Uint8Array(0);
+
+/** Sizes a save may have, in bytes. libtpms's largest permanent state is 143 KB, its volatile state 11 KB. */
+export const PART_LIMITS = { permanent: 256 * 1024, volatile: 64 * 1024, journal: 64 * 1024 } as const;
+
+/** What a Load brings into the record. */
+export interface LoadFacts {
+  readonly vmRunId: Uint8Array;
+  readonly bootId: Uint8Array;
+  readonly session: Session;
+  readonly libtpmsVersion: string;
+  /** False for a power-on: volatile state of the past is dropped for good. */
+  readonly keepsVolatile: boolean;
+}
+
+/** The record of a vTPM's first Load: epoch 1, generation 0, a data key and no state. */
+export function newRecord(
+  keys: KeyHierarchy,
+  names: { readonly vtpmUuid: Uint8Array; readonly vmUuid: Uint8Array },
+  load: LoadFacts,
+  now: bigint,
+): VtpmRecord {
+  const dataKey = newDataKey();
+  const wrappedDataKey = wrapDataKey(keys.storeKey, dataKey, {
+    format: RECORD_FORMAT,
+    keyId: STORE_KEY_ID,
+    storeId: keys.storeId,
+    vtpmUuid: names.vtpmUuid,
+  });
+  wipe(dataKey);
+  const header: RecordHeader = {
+    format: RECORD_FORMAT,
+    kind: 'LIVE',
+    storeId: keys.storeId,
+    vtpmUuid: names.vtpmUuid,
+    vmUuid: names.vmUuid,
+    vmRunId: load.vmRunId,
+    generation: 0n,
+    epoch: 1n,
+    keyId: STORE_KEY_ID,
+    wrappedDataKey,
+    session: load.session,
+    libtpmsVersion: load.libtpmsVersion,
+    bootId: load.bootId,
+    marks: [],
+    savedAt: 0n,
+    createdAt: now,
+  };
+  return { header, parts: [] };
+}
+
+/** The next epoch, owned by a new session. */
+export function applyLoad(record: VtpmRecord, load: LoadFacts): VtpmRecord {
+  const isSameRun = bytesEqual(record.header.vmRunId, load.vmRunId);
+  return {
+    header: {
+      ...record.header,
+      vmRunId: load.vmRunId,
+      bootId: load.bootId,
+      epoch: record.header.epoch + 1n,
+      session: load.session,
+    },
+    parts: isSameRun && load.keepsVolatile ? record.parts : ofKind(record.parts, 'PERMANENT'),
+  };
+}
+
+/** The next generation: the parts of one save become one record. */
+export function applySave(
+  keys: KeyHierarchy,
+  record: VtpmRecord,
+  save: {
+    readonly body: SaveBody;
+    readonly sequence: bigint;
+    readonly digest: Uint8Array;
+    readonly now: bigint;
+  },
+): VtpmRecord {
+  const { session } = record.header;
+  if (!session) throw new ManagerError('fenced', 'the vTPM has no session');
+  const header: RecordHeader = {
+    ...record.header,
+    generation: record.header.generation + 1n,
+    session: { ...session, lastSequence: save.sequence, lastDigest: save.digest },
+    libtpmsVersion: save.body.libtpmsVersion,
+    savedAt: save.now,
+  };
+  const dataKey = openDataKey(keys, record.header);
+  try {
+    return { header, parts: partsAfter(dataKey, header, record.parts, save.body) };
+  } finally {
+    wipe(dataKey);
+  }
+}
+
+/** The session is over; nobody saves until the next Load. */
+export function withoutSession(record: VtpmRecord): VtpmRecord {
+  const { session: _session, ...header } = record.header;
+  return { ...record, header };
+}
+
+/** The tombstone: data key and state are gone, generation and epoch stay to be compared with. */
+export function retire(record: VtpmRecord): VtpmRecord {
+  const { header } = withoutSession(record);
+  return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY }, parts: [] };
+}
+
+/** State in the clear; the caller wipes it. `volatile` is there only for the VM run that the record is at. */
+export function openState(
+  keys: KeyHierarchy,
+  record: VtpmRecord,
+): { permanent: Buffer | undefined; volatile: Buffer | undefined } {
+  const dataKey = openDataKey(keys, record.header);
+  try {
+    const open = (kind: PartKind): Buffer | undefined => {
+      const part = ofKind(record.parts, kind)[0];
+      return part && openPart(dataKey, part, { ...contextOf(record.header, kind) });
+    };
+    return { permanent: open('PERMANENT'), volatile: open('VOLATILE') };
+  } finally {
+    wipe(dataKey);
+  }
+}
+
+/** Bytes of the sealed parts. */
+export function savedBytes(record: VtpmRecord): number {
+  return record.parts.reduce((sum, part) => sum + part.sealed.length, 0);
+}
+
+/**
+ * A part that the save brings replaces the old one. Without a permanent part the old one stays. A volatile part belongs
+ * to the permanent part it was saved with: a new permanent part alone makes the old volatile one worthless.
+ */
+function partsAfter(
+  dataKey: Uint8Array,
+  header: RecordHeader,
+  old: readonly SealedPart[],
+  body: SaveBody,
+): SealedPart[] {
+  const seal = (kind: PartKind, plain: Uint8Array): SealedPart[] => [
+    sealPart(dataKey, contextOf(header, kind), plain),
+  ];
+  const { permanent, volatile, journal } = body;
+  const keptVolatile = permanent ? [] : ofKind(old, 'VOLATILE');
+  return [
+    ...(permanent ? seal('PERMANENT', permanent) : ofKind(old, 'PERMANENT')),
+    ...(volatile ? seal('VOLATILE', volatile) : keptVolatile),
+    ...(journal ? seal('JOURNAL', encode('Journal', journal)) : []),
+  ];
+}
+
+function contextOf(header: RecordHeader, kind: PartKind) {
+  return {
+    format: RECORD_FORMAT,
+    kind,
+    keyId: header.keyId,
+    storeId: header.storeId,
+    vtpmUuid: header.vtpmUuid,
+    vmUuid: header.vmUuid,
+    vmRunId: kind === 'PERMANENT' ? EMPTY : header.vmRunId,
+    generation: header.generation,
+    epoch: header.epoch,
+    libtpmsVersion: header.libtpmsVersion,
+  };
+}
+
+function ofKind(parts: readonly SealedPart[], kind: PartKind): SealedPart[] {
+  return parts.filter((part) => decode('PartContext', part.context).kind === kind);
+}
+
+function openDataKey(keys: KeyHierarchy, header: RecordHeader): Buffer {
+  if (header.keyId !== STORE_KEY_ID) {
+    throw new ManagerError(
+      'newer-format',
+      `the record is under store key ${header.keyId}, which is not known here`,
+    );
+  }
+  return unwrapDataKey(keys.storeKey, header.wrappedDataKey, {
+    format: header.format,
+    keyId: header.keyId,
+    storeId: header.storeId,
+    vtpmUuid: header.vtpmUuid,
+  });
+}

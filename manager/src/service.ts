@@ -1,0 +1,49 @@
+import type { Logger, Paths } from 'vtpm-common';
+import type { ManagerError } from './error.js';
+import type { KeyHierarchy } from './keys/index.js';
+import { VtpmRegistry } from './ownership/registry.js';
+import { openAnchoredStore, openLmdbStore } from './store/index.js';
+import { openTrustStore, type TrustStore } from './trust/trust-configuration.js';
+
+/** What the manager does while it is unlocked and its store is in order. */
+export interface Service {
+  readonly registry: VtpmRegistry;
+  readonly trust: TrustStore;
+  /** Ends the streams with `error`, then closes the store. */
+  close(error?: ManagerError): Promise<void>;
+}
+
+export interface ServiceOptions {
+  readonly paths: Paths['manager'];
+  readonly log: Logger;
+  readonly storeSandbox: boolean;
+  /** The store process ended unasked; the service is of no use any more. */
+  onLost(error: ManagerError): void;
+}
+
+/** @throws ManagerError `store-missing`, `store-corrupt`, `rollback-detected`, `newer-format` */
+export async function openService(keys: KeyHierarchy, options: ServiceOptions): Promise<Service> {
+  const raw = await openLmdbStore({
+    directory: options.paths.store,
+    create: false,
+    sandbox: options.storeSandbox,
+    log: options.log,
+    onLost: options.onLost,
+  });
+  try {
+    const store = await openAnchoredStore(raw, keys);
+    const trust = await openTrustStore(keys, store);
+    const registry = new VtpmRegistry({ keys, store, trust });
+    return {
+      registry,
+      trust,
+      close: async (error) => {
+        await registry.close(error);
+        await store.close();
+      },
+    };
+  } catch (error) {
+    await raw.close();
+    throw error;
+  }
+}
