@@ -22,7 +22,7 @@ export function receiveNow(fd: number, buffer: Buffer): number {
 /** Writes what fits. @returns the number of bytes, 0 where none fits or the write failed */
 export function sendNow(fd: number, bytes: Buffer): number {
   const sent = Number(send(fd, bytes, bytes.length, MSG_DONTWAIT | MSG_NOSIGNAL));
-  return sent > 0 ? sent : 0;
+  return Math.max(sent, 0);
 }
 
 /** Waits for something to read. @returns false after the timeout, and where the descriptor has an error */

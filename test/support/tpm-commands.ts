@@ -1,0 +1,60 @@
+/** TPM commands as bytes, for tests below the typed client. */
+
+function command(code: number, body: string, tag = 0x8001): Buffer {
+  const rest = Buffer.from(body.replaceAll(' ', ''), 'hex');
+  const out = Buffer.alloc(10 + rest.length);
+  out.writeUInt16BE(tag, 0);
+  out.writeUInt32BE(out.length, 2);
+  out.writeUInt32BE(code, 6);
+  out.set(rest, 10);
+  return out;
+}
+
+const PASSWORD = '00000009 40000009 0000 00 0000';
+const hex32 = (value: number): string => value.toString(16).padStart(8, '0');
+const hex16 = (value: number): string => value.toString(16).padStart(4, '0');
+
+export const getRandom = (bytes = 16): Buffer => command(0x17b, hex16(bytes));
+export const readClock = (): Buffer => command(0x181, '');
+/** A P-256 storage primary in the owner hierarchy. */
+export const createPrimaryEcc = (): Buffer =>
+  command(
+    0x131,
+    `40000001 ${PASSWORD} 0004 0000 0000 001a 0023 000b 00030072 0000 0006 0080 0043 0010 0003 0010 0000 0000 0000 00000000`,
+    0x8002,
+  );
+/** An RSA-2048 storage primary in the owner hierarchy: slow. */
+export const createPrimaryRsa = (): Buffer =>
+  command(
+    0x131,
+    `40000001 ${PASSWORD} 0004 0000 0000 001a 0001 000b 00030072 0000 0006 0080 0043 0010 0800 00000000 0000 0000 00000000`,
+    0x8002,
+  );
+export const startAuthSession = (): Buffer =>
+  command(0x176, `40000007 40000007 0010 ${'11'.repeat(16)} 0000 00 0010 000b`);
+export const flushContext = (handle: number): Buffer => command(0x165, hex32(handle));
+export const contextSave = (handle: number): Buffer => command(0x162, hex32(handle));
+export const contextLoad = (context: Buffer): Buffer => command(0x161, context.toString('hex'));
+export const nvDefineCounter = (index: number): Buffer =>
+  // TPMA_NV: OWNERWRITE | AUTHWRITE | COUNTER | OWNERREAD | AUTHREAD | NO_DA
+  command(0x12a, `40000001 ${PASSWORD} 0000 000e ${hex32(index)} 000b 02060016 0000 0008`, 0x8002);
+export const nvIncrement = (index: number): Buffer =>
+  command(0x134, `${hex32(index)} ${hex32(index)} ${PASSWORD}`, 0x8002);
+export const nvReadCounter = (index: number): Buffer =>
+  command(0x14e, `${hex32(index)} ${hex32(index)} ${PASSWORD} 0008 0000`, 0x8002);
+/** TPM_CAP_HANDLES from `first`: the handles that exist there. */
+export const getHandles = (first: number): Buffer => command(0x17a, `00000001 ${hex32(first)} 000000fe`);
+
+export const responseCode = (response: Buffer): number => response.readUInt32BE(6);
+
+/** The value of a counter from the answer to `nvReadCounter`. */
+export function counterOf(response: Buffer): bigint {
+  // Header, parameter size, size of the data, data.
+  return response.readBigUInt64BE(10 + 4 + 2);
+}
+
+/** Handles from the answer to `getHandles`. */
+export function handlesOf(response: Buffer): number[] {
+  const count = response.readUInt32BE(15);
+  return Array.from({ length: count }, (_, index) => response.readUInt32BE(19 + 4 * index));
+}
