@@ -4,6 +4,7 @@ import { socketFd } from 'vtpm-common/libc';
 import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
 import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
 import { CommandReader } from './command-reader.js';
+import type { HandleOwner } from './handle-owners.js';
 import { receiveNow, sendNow, waitReadable } from './socket-io.js';
 
 /** After an answer: how long the next command is waited for outside of the event loop, in microseconds. */
@@ -33,6 +34,7 @@ export class TpmConnection implements CommandSource {
   readonly #queue: CommandQueue;
   readonly #onClosed: (connection: TpmConnection) => void;
   readonly #reader = new CommandReader();
+  #commands = 0;
   #isWaiting = false;
   #isEnded = false;
   #isClosed = false;
@@ -42,8 +44,14 @@ export class TpmConnection implements CommandSource {
   /**
    * @param peer a descriptor, owned by the connection from now on, or an accepted socket that allows half-open
    * @param onClosed called once: the connection is closed and none of its commands runs
+   * @param owner of what its commands load, where that is to be flushed
    */
-  constructor(peer: number | Socket, queue: CommandQueue, onClosed: (connection: TpmConnection) => void) {
+  constructor(
+    peer: number | Socket,
+    queue: CommandQueue,
+    onClosed: (connection: TpmConnection) => void,
+    readonly owner?: HandleOwner,
+  ) {
     this.#queue = queue;
     this.#onClosed = onClosed;
     if (peer instanceof Socket) {
@@ -74,6 +82,11 @@ export class TpmConnection implements CommandSource {
       if (!this.#isWaiting) this.#onClosed(this);
     });
     this.#socket.resume();
+  }
+
+  /** How many commands came. */
+  get commands(): number {
+    return this.#commands;
   }
 
   get isGone(): boolean {
@@ -159,6 +172,7 @@ export class TpmConnection implements CommandSource {
 
   #submit(command: Buffer): void {
     this.#isWaiting = true;
+    this.#commands++;
     this.command = command;
     this.#queue.submit(this);
   }

@@ -1,4 +1,5 @@
 import { barrier } from 'vtpm-common/barrier';
+import type { HandleOwner } from '../channels/handle-owners.js';
 import { commandCode, HEADER_BYTES, isSlow } from '../engine/command.js';
 import type { Processed, TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
@@ -7,6 +8,8 @@ import { VtpmdError } from '../error.js';
 export interface CommandSource {
   /** The command, of HEADER_BYTES at least. The queue replaces it by a copy where it has to wait. */
   command: Buffer;
+  /** Of what the command loads into the TPM. */
+  readonly owner?: HandleOwner | undefined;
   /** True once nobody waits for the answer: a command that did not run yet is dropped. */
   readonly isGone: boolean;
   /** The command's own answer, a view that is valid during the call. */

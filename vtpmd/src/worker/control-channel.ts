@@ -16,7 +16,9 @@ export type WorkerMessage =
 export type SupervisorMessage =
   | { type: 'identity'; fields: Record<string, unknown> }
   | { type: 'link'; fd: number }
-  | { type: 'connection'; door: string; id: number; fd: number }
+  /** `peer`: process id of the client, where the supervisor says when it is gone. */
+  | { type: 'connection'; door: string; id: number; peer: number | undefined; fd: number }
+  | { type: 'peer-gone'; peer: number }
   | { type: 'stop' };
 
 export interface ControlChannel {
@@ -75,13 +77,16 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     case 'link':
       return { type: 'link', fd: takeDescriptor(descriptors, 'link') };
     case 'connection': {
-      const { door, id } = fields;
+      const { door, id, peer } = fields;
       const fd = takeDescriptor(descriptors, 'connection');
       if (typeof door !== 'string' || typeof id !== 'number') {
         throw new VtpmdError('protocol', 'a connection has no door or id');
       }
-      return { type: 'connection', door, id, fd };
+      return { type: 'connection', door, id, peer: typeof peer === 'number' ? peer : undefined, fd };
     }
+    case 'peer-gone':
+      if (typeof fields.peer !== 'number') throw new VtpmdError('protocol', 'nobody is named to be gone');
+      return { type: 'peer-gone', peer: fields.peer };
     default:
       throw new VtpmdError('protocol', `unknown control message "${String(fields.type).slice(0, 40)}"`);
   }

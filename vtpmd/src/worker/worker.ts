@@ -2,7 +2,8 @@ import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { forbidCoreDumps } from 'vtpm-common/libc';
 import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
-import { Doors, HandleOwners, isDoorKind } from '../channels/doors.js';
+import { Doors, isDoorKind } from '../channels/doors.js';
+import { HandleOwners } from '../channels/handle-owners.js';
 import { responseCode, shutdownClear, startupClear, TPM_RC_SUCCESS } from '../engine/command.js';
 import { startEngine, type TpmEngine } from '../engine/engine.js';
 import { loadLibtpms } from '../engine/libtpms.js';
@@ -75,7 +76,10 @@ class Worker {
         this.#serving.session.attach(openManagerLink(new Socket({ fd: message.fd })));
         return;
       case 'connection':
-        this.#openDoor(message.door, message.id, message.fd);
+        this.#openDoor(message);
+        return;
+      case 'peer-gone':
+        this.#serving?.doors.peerGone(message.peer);
         return;
       case 'stop':
         this.#stop().catch((error: unknown) => this.#fail(error));
@@ -83,14 +87,14 @@ class Worker {
     }
   }
 
-  #openDoor(door: string, id: number, fd: number): void {
+  #openDoor({ door, id, peer, fd }: SupervisorMessage & { type: 'connection' }): void {
     if (!this.#serving || !this.#isOpen || !isDoorKind(door)) {
       closeSync(fd);
       this.#log('warn', 'a connection was refused', { door, id });
       this.#control.send({ type: 'connection-closed', id });
       return;
     }
-    this.#serving.doors.open(door, fd, () => this.#control.send({ type: 'connection-closed', id }));
+    this.#serving.doors.open(door, fd, peer, () => this.#control.send({ type: 'connection-closed', id }));
   }
 
   async #serve(identity: Identity): Promise<void> {
@@ -141,7 +145,7 @@ class Worker {
     const queue = new CommandQueue({
       engine,
       persist: (permanent) => session.save(permanent),
-      observe: (source, command, response) => owners.observe(source, command, response),
+      observe: (source, command, response) => owners.observe(source.owner, command, response),
       onFailure: (error) => this.#fail(error),
     });
     queue.hold('link');
