@@ -23,8 +23,6 @@ export interface ImageFile {
 }
 
 const NODE = '/usr/bin/node';
-/** Opened by name at run time, so no program lists them. */
-const LOADED_BY_NAME = ['libtpms.so.0', 'libcrypto.so.3'];
 
 /** The manifest that the worker's build writes beside its bundle. */
 export function defaultManifest(): string {
@@ -33,7 +31,7 @@ export function defaultManifest(): string {
 
 /**
  * The manifest's files, the interpreter that runs this supervisor, the dynamic loader and every shared library that
- * any of them needs. @throws ToolstackError `not-initialised` | `corrupt` | `missing-package`
+ * any of them needs. @throws ToolstackError `missing-package` | `corrupt` | `newer-format`
  */
 export function collectSources(manifestPath: string): ImageSources {
   const manifest = readManifest(manifestPath);
@@ -47,7 +45,7 @@ export function collectSources(manifestPath: string): ImageSources {
     );
   }
   const directory = dirname(libc);
-  const named = LOADED_BY_NAME.map((name) => findLibrary(name, directory));
+  const named = manifest.libraries.map((name) => findLibrary(name, directory));
   const libraries = new Map<string, string>();
   const natives = manifest.files.filter(({ from }) => /\.(node|so)$/.test(from)).map(({ from }) => from);
   for (const path of [
@@ -79,8 +77,12 @@ export function collectSources(manifestPath: string): ImageSources {
   };
 }
 
+/** The format number of the manifest; a newer one is refused by name. */
+const MANIFEST_FORMAT = 1;
+
 interface Manifest {
-  readonly files: readonly { from: string; to: string }[];
+  readonly files: readonly { readonly from: string; readonly to: string }[];
+  readonly libraries: readonly string[];
   readonly argv: readonly string[];
   readonly env: Readonly<Record<string, string>>;
 }
@@ -91,38 +93,62 @@ function readManifest(path: string): Manifest {
     content = JSON.parse(readFileSync(path, 'utf8'));
   } catch (cause) {
     if ((cause as NodeJS.ErrnoException).code === 'ENOENT') {
-      throw new ToolstackError('not-initialised', `${path} does not exist; run "npm run build" first`, {
-        cause,
-      });
+      throw new ToolstackError('missing-package', `${path} is missing; build it: npm run build`, { cause });
     }
-    throw new ToolstackError('corrupt', `${path} is not a worker manifest: ${(cause as Error).message}`, {
-      cause,
-    });
-  }
-  const { files, argv, env = {} } = (content ?? {}) as Record<string, unknown>;
-  const isText = (value: unknown): value is string => typeof value === 'string';
-  const isFile = (value: unknown): value is { from: string; to: string } => {
-    const { from, to } = (value ?? {}) as Record<string, unknown>;
-    return isText(from) && isText(to) && to.startsWith('/') && normalize(to) === to;
-  };
-  const isEnv = typeof env === 'object' && env !== null && Object.values(env).every(isText);
-  if (
-    !Array.isArray(files) ||
-    !files.every(isFile) ||
-    !Array.isArray(argv) ||
-    !argv.every(isText) ||
-    !isEnv
-  ) {
     throw new ToolstackError(
       'corrupt',
-      `${path} is not a worker manifest: it must hold files [{from, to}], argv [text] and env {name: text}`,
+      `${path} cannot be read: ${(cause as Error).message}; build it: npm run build`,
+      {
+        cause,
+      },
     );
   }
+  const { format, files, libraries, nodeArguments, main, environment } = (content ?? {}) as Record<
+    string,
+    unknown
+  >;
+  if (typeof format === 'number' && format > MANIFEST_FORMAT) {
+    throw new ToolstackError(
+      'newer-format',
+      `${path} has format ${format}, this version knows ${MANIFEST_FORMAT}`,
+    );
+  }
+  const start =
+    Array.isArray(files) && files.every(isFile) ? files.find(({ name }) => name === main) : undefined;
+  if (!start || !isTextList(libraries) || !isTextList(nodeArguments) || !isEnvironment(environment)) {
+    throw new ToolstackError('corrupt', `${path} is not the manifest of a worker; build it: npm run build`);
+  }
   return {
-    files: files.map(({ from, to }) => ({ from: resolve(dirname(path), from), to })),
-    argv,
-    env: env as Record<string, string>,
+    files: (files as ManifestFile[]).map(({ source, target }) => ({
+      from: resolve(dirname(path), source),
+      to: target,
+    })),
+    libraries,
+    argv: [...nodeArguments, start.target],
+    env: environment,
   };
+}
+
+interface ManifestFile {
+  readonly name: string;
+  /** Relative to the manifest. */
+  readonly source: string;
+  /** Absolute, inside the image. */
+  readonly target: string;
+}
+
+function isFile(value: unknown): value is ManifestFile {
+  const { name, source, target } = (value ?? {}) as Record<string, unknown>;
+  const isPlace = typeof target === 'string' && target.startsWith('/') && normalize(target) === target;
+  return typeof name === 'string' && typeof source === 'string' && isPlace;
+}
+
+function isTextList(value: unknown): value is string[] {
+  return Array.isArray(value) && value.every((item) => typeof item === 'string');
+}
+
+function isEnvironment(value: unknown): value is Record<string, string> {
+  return typeof value === 'object' && value !== null && isTextList(Object.values(value));
 }
 
 /** The loader and the shared libraries of a program or library, as ldd(1) resolves them. */
@@ -160,9 +186,6 @@ function findLibrary(name: string, libcDirectory: string): string {
     const path = join(directory, name);
     if (existsSync(path)) return path;
   }
-  const debian = name.startsWith('libtpms') ? 'libtpms0' : 'libssl3';
-  throw new ToolstackError(
-    'missing-package',
-    `${name} is not installed; on Debian: apt-get install ${debian}`,
-  );
+  const hint = name.startsWith('libtpms') ? '; on Debian: apt-get install libtpms0' : '';
+  throw new ToolstackError('missing-package', `${name} is not installed${hint}`);
 }

@@ -4,7 +4,6 @@ import {
   closeSync,
   constants,
   copyFileSync,
-  existsSync,
   fstatSync,
   mkdirSync,
   mkdtempSync,
@@ -15,7 +14,8 @@ import {
   rmSync,
 } from 'node:fs';
 import { dirname, join } from 'node:path';
-import { type Logger, privateDirectory, syncDirectory } from 'vtpm-common';
+import { privateDirectory, syncDirectory } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
 import type { ImageFile, ImageSources } from './image-sources.js';
 import { type ImageCommand, SANDBOX_TEMPLATE } from './sandbox.js';
 
@@ -46,29 +46,31 @@ const EMPTY_DIRECTORIES = ['proc', 'dev'];
  * runs. A copy that is there already is measured again. Copies of other digests are removed, so call it only while
  * no worker runs.
  */
-export function prepareImage(sources: ImageSources, directory: string, log: Logger): WorkerImage {
+export function prepareImage(sources: ImageSources, directory: string): WorkerImage {
   privateDirectory(directory);
-  // The sources' digest only says where to look for a copy.
-  const expected = digestOf(
-    sources.files.map((file) => partOf(file.to, file.from, modeOf(file))),
-    sources,
-  );
-  const existing = join(directory, expected);
-  const parts = measure(join(existing, 'root'));
-  if (parts && digestOf(parts, sources) === expected) {
-    removeOthers(directory, expected);
-    return imageOf(expected, parts, existing, sources);
-  }
-  if (existsSync(existing))
-    log.warn({ path: existing }, 'the copy of the worker image was changed or torn; replacing it');
-  removeOthers(directory);
+  const existing = findCopy(sources, directory);
+  removeOthers(directory, existing?.digest);
+  if (existing) return existing;
   const building = mkdtempSync(join(directory, 'building-'));
   copyInto(join(building, 'root'), sources.files);
-  const copied = measure(join(building, 'root')) ?? [];
+  const copied = measure(join(building, 'root'));
+  if (!copied) throw new ToolstackError('internal', `${building} does not hold what was copied into it`);
   const digest = digestOf(copied, sources);
   renameSync(building, join(directory, digest));
   syncDirectory(directory);
   return imageOf(digest, copied, join(directory, digest), sources);
+}
+
+/** @returns undefined where there is no copy, or one that is torn or was changed */
+function findCopy(sources: ImageSources, directory: string): WorkerImage | undefined {
+  if (readdirSync(directory).length === 0) return undefined;
+  // The digest of the sources only says where to look.
+  const files = sources.files.map((file) => partOf(file.to, file.from, modeOf(file)));
+  const place = join(directory, digestOf(files, sources));
+  const parts = measure(join(place, 'root'));
+  return parts && place === join(directory, digestOf(parts, sources))
+    ? imageOf(digestOf(parts, sources), parts, place, sources)
+    : undefined;
 }
 
 /** Over all that decides what a worker does: every file, node's arguments, the environment and the sandbox. */

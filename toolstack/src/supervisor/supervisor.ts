@@ -65,7 +65,7 @@ export class Supervisor {
     if (left > 0)
       log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
     const { list, delegateKey } = openState(paths);
-    const image = prepareImage(collectSources(options.manifest), paths.supervisor.images, log);
+    const image = prepareImage(collectSources(options.manifest), paths.supervisor.images);
     const admin = new AdminClient(paths.manager.adminSocket);
     const office = createTicketOffice({
       admin,

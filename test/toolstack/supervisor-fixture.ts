@@ -1,0 +1,270 @@
+import { type ChildProcess, spawn } from 'node:child_process';
+import { randomUUID } from 'node:crypto';
+import { once } from 'node:events';
+import { copyFileSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { createServer as createHttpServer, request } from 'node:http';
+import { createRequire } from 'node:module';
+import { createConnection, createServer, type Socket } from 'node:net';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { build } from 'esbuild';
+import { type Paths, pathsOf } from 'vtpm-common';
+import {
+  type Delegation,
+  decode,
+  signDelegation,
+  signingKeyFromSeed,
+  type Ticket,
+  uuidToBytes,
+  type Verb,
+  verifyTicketChain,
+} from 'vtpm-proto';
+
+export const toolstackKey = signingKeyFromSeed(Buffer.alloc(32, 7));
+export const MANAGER_ID = 'ab'.repeat(32);
+
+/** A short path: a unix socket takes 107 bytes. */
+export function temporaryDirectory(): string {
+  return mkdtempSync(join(tmpdir(), 'vtpm-'));
+}
+
+/** Makes the image of stub-worker.ts as the worker's own build does. @returns path of the manifest */
+export async function buildStubImage(directory: string): Promise<string> {
+  mkdirSync(join(directory, 'node_modules'), { recursive: true });
+  await build({
+    entryPoints: [fileURLToPath(new URL('./stub-worker.js', import.meta.url))],
+    outfile: join(directory, 'stub.mjs'),
+    bundle: true,
+    platform: 'node',
+    format: 'esm',
+    banner: { js: "import{createRequire as __cr}from'node:module';const require=__cr(import.meta.url);" },
+    logLevel: 'warning',
+  });
+  const addon = createRequire(import.meta.url).resolve(`@koromix/koffi-linux-${process.arch}`);
+  copyFileSync(
+    join(dirname(addon), `linux_${process.arch}`, 'koffi.node'),
+    join(directory, 'node_modules/koffi.node'),
+  );
+  return writeManifest(directory, ['stub.mjs', 'node_modules/koffi.node']);
+}
+
+export function writeManifest(
+  directory: string,
+  files: string[],
+  change: Partial<Record<string, unknown>> = {},
+): string {
+  const path = join(directory, 'image.json');
+  const manifest = {
+    format: 1,
+    files: files.map((name) => ({ name, source: name, target: `/app/${name}` })),
+    libraries: ['libc.so.6'],
+    nodeArguments: ['--no-warnings'],
+    main: files[0],
+    environment: { MALLOC_ARENA_MAX: '1' },
+    ...change,
+  };
+  writeFileSync(path, JSON.stringify(manifest));
+  return path;
+}
+
+export interface StubRecord {
+  vmUuid: string;
+  kind: 'live' | 'retired';
+  epoch: number;
+  generation: number;
+}
+
+/** The manager's side of the contract: the admin plane, and a worker socket that loads by compare-and-set on the epoch. */
+export class StubManager {
+  readonly records = new Map<string, StubRecord>();
+  readonly tickets: Ticket[] = [];
+  status = 'ready';
+  /** The next Load is answered with this refusal. */
+  refuse: { reason: string; message: string } | undefined;
+  readonly #links = new Set<Socket>();
+  readonly #paths: Paths;
+  #close: (() => Promise<void>)[] = [];
+
+  constructor(paths: Paths) {
+    this.#paths = paths;
+  }
+
+  async start(): Promise<void> {
+    mkdirSync(dirname(this.#paths.manager.workerSocket), { recursive: true });
+    const admin = createHttpServer((call, response) => {
+      if (call.url === '/events') {
+        response.writeHead(200);
+        response.write(`${JSON.stringify({ type: 'hello', instance: 'x' })}\n`);
+        return;
+      }
+      const record = this.records.get(call.url?.slice('/vtpms/'.length) ?? '');
+      const body =
+        call.url === '/health'
+          ? { status: this.status, managerId: MANAGER_ID, message: 'the platform changed' }
+          : (record ?? { error: { code: 'unknown-vtpm', message: 'none' } });
+      response.writeHead('error' in body ? 404 : 200).end(JSON.stringify(body));
+    });
+    const worker = createServer((link) => this.#serve(link));
+    await once(admin.listen(this.#paths.manager.adminSocket), 'listening');
+    await once(worker.listen(this.#paths.manager.workerSocket), 'listening');
+    this.#close = [admin, worker].map((server) => async () => {
+      if ('closeAllConnections' in server) server.closeAllConnections();
+      for (const link of this.#links) link.destroy();
+      await new Promise((resolve) => server.close(resolve));
+    });
+  }
+
+  async stop(): Promise<void> {
+    for (const close of this.#close.splice(0)) await close();
+  }
+
+  #serve(link: Socket): void {
+    this.#links.add(link);
+    link.on('error', () => {});
+    link.on('close', () => this.#links.delete(link));
+    link.write(`${JSON.stringify({ type: 'greeting' })}\n`);
+    link.setEncoding('utf8');
+    link.on('data', (line: string) => link.write(`${JSON.stringify(this.#load(JSON.parse(line)))}\n`));
+  }
+
+  #load({ ticket: text, managerKey }: { ticket: string; managerKey: string }): object {
+    const { ticket, vtpmUuid } = verifyTicketChain(decode('SignedTicket', Buffer.from(text, 'base64')));
+    this.tickets.push(ticket);
+    if (managerKey !== MANAGER_ID) return { type: 'failed', reason: 'wrong-manager', message: managerKey };
+    if (this.refuse) return { type: 'failed', ...this.refuse };
+    const record = this.records.get(vtpmUuid) ?? { vmUuid: '', kind: 'live', epoch: 0, generation: 0 };
+    if (BigInt(record.epoch) !== ticket.expectedEpoch) {
+      return { type: 'failed', reason: 'stale-epoch', message: 'another epoch owns the vTPM' };
+    }
+    const vmUuid = Buffer.from(ticket.vmUuid)
+      .toString('hex')
+      .replace(/^(.{8})(.{4})(.{4})(.{4})(.*)$/, '$1-$2-$3-$4-$5');
+    const loaded = { ...record, vmUuid, epoch: record.epoch + 1, generation: record.generation + 1 };
+    this.records.set(vtpmUuid, loaded);
+    return { type: 'serving', epoch: loaded.epoch, generation: loaded.generation };
+  }
+}
+
+export interface Answer {
+  status: number;
+  // biome-ignore lint/suspicious/noExplicitAny: what a test expects of it is the test.
+  body: any;
+}
+
+/** A real vtpm-supervisord. */
+export class SupervisorProcess {
+  readonly paths: Paths;
+  readonly #child: ChildProcess;
+  #stderr = '';
+
+  constructor(home: string, manifest: string, flags: string[] = []) {
+    this.paths = pathsOf(home, join(home, 'run'));
+    const program = fileURLToPath(new URL('../../../toolstack/bin/vtpm-supervisord.js', import.meta.url));
+    const { NODE_EXTRA_CA_CERTS: _, ...env } = process.env;
+    this.#child = spawn(
+      process.execPath,
+      [program, '--home', home, '--run-dir', this.paths.run, '--worker-manifest', manifest, ...flags],
+      { stdio: ['ignore', 'ignore', 'pipe'], env },
+    );
+    this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
+      this.#stderr += text;
+    });
+  }
+
+  get pid(): number {
+    return this.#child.pid ?? -1;
+  }
+
+  get stderr(): string {
+    return this.#stderr;
+  }
+
+  /** Resolves when it serves; rejects with what it wrote where it ends instead. */
+  async ready(): Promise<this> {
+    while (!this.#stderr.includes('"msg":"ready"')) {
+      if (this.#child.exitCode !== null) throw new Error(this.#stderr);
+      await Promise.race([
+        once(this.#child.stderr as NodeJS.ReadableStream, 'data'),
+        once(this.#child, 'close'),
+      ]);
+    }
+    return this;
+  }
+
+  /** @returns exit status, null where a signal ended it */
+  async end(signal?: NodeJS.Signals): Promise<number | null> {
+    if (signal) this.#child.kill(signal);
+    if (this.#child.exitCode === null && this.#child.signalCode === null) await once(this.#child, 'close');
+    return this.#child.exitCode;
+  }
+
+  call(method: string, path: string, body?: unknown): Promise<Answer> {
+    return new Promise((resolve, reject) => {
+      const call = request(
+        { socketPath: this.paths.supervisor.socket, method, path, agent: false },
+        async (response) => {
+          let text = '';
+          for await (const chunk of response) text += String(chunk);
+          resolve({ status: response.statusCode ?? 0, body: JSON.parse(text) });
+        },
+      );
+      call.on('error', reject);
+      call.end(body === undefined ? undefined : typeof body === 'string' ? body : JSON.stringify(body));
+    });
+  }
+
+  /** Registers a vTPM as vtpmctl does. */
+  async create(name: string, change: Record<string, unknown> = {}): Promise<Answer> {
+    const { delegateKey } = (await this.call('GET', '/health')).body;
+    return await this.call('POST', '/vtpms', newVtpm(name, Buffer.from(delegateKey, 'hex'), change));
+  }
+}
+
+export function newVtpm(name: string, delegateKey: Uint8Array, change: Record<string, unknown> = {}): object {
+  const id = randomUUID();
+  const vmUuid = randomUUID();
+  const verbs: Verb[] = ['MANUFACTURE', 'COLD'];
+  const content: Delegation = {
+    format: 1,
+    toolstackKey: toolstackKey.publicKey,
+    delegateKey,
+    vtpmUuid: uuidToBytes(id),
+    vmUuid: uuidToBytes(vmUuid),
+    verbs,
+  };
+  const { delegation, signature } = signDelegation(toolstackKey, content);
+  return {
+    id,
+    name,
+    vmUuid,
+    isolation: 'sandbox',
+    autostart: false,
+    startup: 'clear',
+    delegation: delegation.toString('base64'),
+    delegationSignature: signature.toString('base64'),
+    ...change,
+  };
+}
+
+/** Connects to a door. */
+export async function connectDoor(path: string): Promise<Socket> {
+  const socket = createConnection(path);
+  await once(socket, 'connect');
+  return socket;
+}
+
+export async function exchange(socket: Socket, text: string): Promise<string> {
+  socket.write(text);
+  const [data] = (await once(socket, 'data')) as [Buffer];
+  return data.toString();
+}
+
+/** Resolves when `condition` holds. */
+export async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
+  while (!(await condition())) await new Promise((resolve) => setTimeout(resolve, 10));
+}
+
+export function removeDirectory(path: string): void {
+  rmSync(path, { recursive: true, force: true });
+}

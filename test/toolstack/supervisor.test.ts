@@ -1,0 +1,313 @@
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { isAlive, type ProcessId, processId } from 'vtpm-toolstack/supervisor/processes';
+import { bareCommand } from 'vtpm-toolstack/supervisor/sandbox';
+import {
+  buildStubImage,
+  connectDoor,
+  exchange,
+  MANAGER_ID,
+  removeDirectory,
+  StubManager,
+  SupervisorProcess,
+  temporaryDirectory,
+  until,
+} from './supervisor-fixture.js';
+
+describe('vtpm-supervisord', function () {
+  this.timeout(120_000);
+  let image: string;
+  let manifest: string;
+  let home: string;
+  let supervisor: SupervisorProcess;
+  let manager: StubManager;
+
+  before(async () => {
+    image = temporaryDirectory();
+    manifest = await buildStubImage(image);
+  });
+  after(() => removeDirectory(image));
+  beforeEach(async () => {
+    home = temporaryDirectory();
+    supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
+    manager = new StubManager(supervisor.paths);
+    await manager.start();
+  });
+  afterEach(async () => {
+    await supervisor.end('SIGKILL');
+    await manager.stop();
+    removeDirectory(home);
+  });
+
+  /** Every process that runs out of this installation's image. */
+  function workers(): ProcessId[] {
+    const images = supervisor.paths.supervisor.images;
+    const roots = readdirSync(images).map((name) => identity(join(images, name, 'root')));
+    return readdirSync('/proc')
+      .map(Number)
+      .filter((pid) => pid > 0 && roots.includes(identity(`/proc/${pid}/root/`)))
+      .flatMap((pid) => processId(pid) ?? []);
+  }
+  function identity(path: string): string {
+    try {
+      const { dev, ino } = statSync(path);
+      return `${dev}:${ino}`;
+    } catch {
+      return path;
+    }
+  }
+
+  it('starts a worker in the sandbox, passes descriptors through its doors and stops it', async () => {
+    const created = await supervisor.create('web1');
+    assert.equal(created.status, 201);
+    assert.equal(created.body.state, 'stopped');
+    const { status, body } = await supervisor.call('POST', '/vtpms/web1/start');
+    assert.equal(status, 200, JSON.stringify(body));
+    assert.equal(body.state, 'running');
+    assert.equal(body.epoch, 1);
+    for (const layer of [
+      'namespace:user',
+      'namespace:net',
+      'namespace:pid',
+      'no-capabilities',
+      'no-new-privileges',
+      'read-only-root',
+    ]) {
+      assert.ok(body.worker.layers.includes(layer), `${layer} in ${body.worker.layers}`);
+    }
+    assert.equal(statSync(body.sockets.tpm).mode & 0o777, 0o600);
+    assert.equal(statSync(join(body.sockets.tpm, '..')).mode & 0o777, 0o700);
+    for (const path of [body.sockets.tpm, body.sockets.tcti, `${body.sockets.tcti}.ctrl`]) {
+      const guest = await connectDoor(path);
+      assert.equal(await exchange(guest, `through ${path}`), `through ${path}`);
+      guest.end();
+      await once(guest, 'close');
+    }
+    const [ticket] = manager.tickets;
+    assert.deepEqual(ticket?.verbs, ['MANUFACTURE', 'COLD']);
+    assert.equal(Buffer.from(ticket?.managerId ?? '').toString('hex'), MANAGER_ID);
+    assert.equal(ticket?.isolation, 'sandbox');
+    const stopped = await supervisor.call('POST', '/vtpms/web1/stop');
+    assert.deepEqual([stopped.body.state, stopped.body.reason, stopped.body.worker], ['stopped', null, null]);
+    assert.deepEqual(workers(), []);
+  });
+
+  it('never asks for a new TPM once one was made, and gives each power-on its own VM run', async () => {
+    await supervisor.create('web1');
+    const first = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    await supervisor.call('POST', '/vtpms/web1/stop');
+    const second = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    assert.notEqual(second.vmRunId, first.vmRunId);
+    assert.deepEqual(manager.tickets[1]?.verbs, ['COLD']);
+    assert.equal(manager.tickets[1]?.expectedEpoch, 1n);
+    await supervisor.call('POST', '/vtpms/web1/stop');
+    manager.records.clear();
+    const lost = await supervisor.call('POST', '/vtpms/web1/start');
+    assert.equal(lost.body.error.code, 'corrupt');
+    assert.equal(manager.tickets.length, 2, 'no ticket was given out');
+  });
+
+  it('shows a worker that died as crashed, closes its doors, and starts it only when asked', async () => {
+    await supervisor.create('web1', { autostart: true });
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
+    assert.equal(await exchange(guest, 'x'), 'x');
+    guest.write('crash');
+    guest.on('error', () => {});
+    await once(guest, 'close');
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'crashed');
+    assert.match((await supervisor.call('GET', '/vtpms/web1')).body.reason, /exit status 7/);
+    await assert.rejects(connectDoor(sockets.tpm));
+    await supervisor.end('SIGTERM');
+    supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
+    assert.equal((await supervisor.call('GET', '/vtpms/web1')).body.state, 'crashed');
+    const again = await supervisor.call('POST', '/vtpms/web1/start');
+    assert.equal(again.body.state, 'running', JSON.stringify(again.body));
+    assert.equal(again.body.epoch, 2);
+  });
+
+  it('leaves no worker behind when it is killed, and its successor does not restart what ran (I-3)', async () => {
+    await supervisor.create('web1', { autostart: true });
+    await supervisor.create('dev1', { isolation: 'none' });
+    await supervisor.call('POST', '/vtpms/web1/start');
+    const bare = (await supervisor.call('POST', '/vtpms/dev1/start')).body;
+    assert.deepEqual(
+      bare.worker.layers.filter((layer: string) => layer.startsWith('namespace')),
+      [],
+    );
+    const before = [...workers(), processId(bare.worker.pid)].filter((id) => id !== undefined);
+    assert.ok(before.length >= 2);
+    await supervisor.end('SIGKILL');
+    await until(() => !before.some(isAlive));
+    supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
+    const { body } = await supervisor.call('GET', '/vtpms');
+    assert.deepEqual(
+      body.vtpms.map((vtpm: { name: string; state: string }) => [vtpm.name, vtpm.state]),
+      [
+        ['web1', 'crashed'],
+        ['dev1', 'crashed'],
+      ],
+    );
+  });
+
+  it('ends workers that an earlier supervisor left before it does anything else', async () => {
+    await supervisor.create('web1');
+    const { worker } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    // Stopped processes do not notice that their supervisor is gone; PR_SET_PDEATHSIG ends them all the same, so
+    // a process of the image that has no such parent stands in for one that was missed.
+    process.kill(worker.pid, 'SIGSTOP');
+    const images = supervisor.paths.supervisor.images;
+    const root = join(images, readdirSync(images)[0] ?? '', 'root');
+    const libc = '/lib/x86_64-linux-gnu';
+    const command = bareCommand({
+      root,
+      node: '/usr/bin/node',
+      loader: readdirSync(root).includes('lib64')
+        ? '/lib64/ld-linux-x86-64.so.2'
+        : '/lib/ld-linux-aarch64.so.1',
+      libraries: readdirSync(join(root, 'lib')).includes('x86_64-linux-gnu')
+        ? libc
+        : '/lib/aarch64-linux-gnu',
+      argv: ['-e', 'console.log(1);setInterval(()=>{},1000)'],
+      env: {},
+    });
+    const orphan = spawn(command.file, command.args, { stdio: ['ignore', 'pipe', 'ignore'] });
+    await once(orphan.stdout, 'data');
+    await supervisor.end('SIGKILL');
+    const next = new SupervisorProcess(home, manifest, ['--log-format', 'json']);
+    const [, signal] = orphan.signalCode ? [0, orphan.signalCode] : await once(orphan, 'exit');
+    supervisor = await next.ready();
+    assert.equal(signal, 'SIGKILL');
+    assert.deepEqual(workers(), []);
+  });
+
+  it('hands a worker a new manager link for as long as it takes', async () => {
+    await supervisor.create('web1');
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
+    for (let round = 0; round < 2; round++) {
+      await manager.stop();
+      await until(() => supervisor.stderr.split('the worker holds what must be saved').length === round + 2);
+      assert.equal(await exchange(guest, 'still there'), 'still there');
+      await manager.start();
+      await until(() => supervisor.stderr.split('connected to the manager again').length === round + 2);
+    }
+    await until(async () => (await supervisor.call('GET', '/health')).body.managerConnected);
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/stop')).body.reason, null);
+  });
+
+  it('tells why a start failed, and leaves nothing running', async () => {
+    await supervisor.create('web1');
+    manager.refuse = { reason: 'image-not-allowed', message: 'allow the image first' };
+    const refused = await supervisor.call('POST', '/vtpms/web1/start');
+    assert.deepEqual([refused.status, refused.body.error.code], [403, 'image-not-allowed']);
+    assert.match(refused.body.error.message, /allow the image first/);
+    manager.refuse = undefined;
+    manager.status = 'locked';
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.error.code, 'locked');
+    manager.status = 'ready';
+    await manager.stop();
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.error.code, 'manager-unreachable');
+    assert.deepEqual(workers(), []);
+    assert.equal((await supervisor.call('GET', '/vtpms/web1')).body.state, 'stopped');
+    await manager.start();
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
+  });
+
+  it('kills a worker that does not stop, or that breaks the protocol', async () => {
+    await supervisor.end('SIGTERM');
+    const flags = ['--log-format', 'json', '--worker-stop-timeout', '300'];
+    supervisor = await new SupervisorProcess(home, manifest, flags).ready();
+    await supervisor.create('web1');
+    const started = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(started.sockets.tpm);
+    guest.on('error', () => {});
+    assert.equal(await exchange(guest, 'hang'), 'hang');
+    const stopped = (await supervisor.call('POST', '/vtpms/web1/stop')).body;
+    assert.equal(stopped.state, 'stopped');
+    assert.match(stopped.reason, /did not stop cleanly within 300 ms/);
+    assert.deepEqual(workers(), []);
+    await supervisor.call('POST', '/vtpms/web1/start');
+    const other = await connectDoor(started.sockets.tpm);
+    other.on('error', () => {});
+    other.write('babble');
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'crashed');
+    assert.match((await supervisor.call('GET', '/vtpms/web1')).body.reason, /broke the protocol/);
+  });
+
+  it('does one operation per vTPM at a time and refuses what does not fit its state', async () => {
+    await supervisor.create('web1');
+    const both = await Promise.all([
+      supervisor.call('POST', '/vtpms/web1/start'),
+      supervisor.call('POST', '/vtpms/web1/start'),
+    ]);
+    assert.deepEqual(both.map(({ status }) => status).sort(), [200, 409]);
+    assert.equal(both.find(({ status }) => status === 409)?.body.error.code, 'busy');
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.error.code, 'already-running');
+    assert.equal((await supervisor.call('DELETE', '/vtpms/web1')).body.error.code, 'not-stopped');
+    await supervisor.call('POST', '/vtpms/web1/stop');
+    assert.equal((await supervisor.create('web1')).body.error.code, 'name-taken');
+    assert.equal((await supervisor.call('DELETE', '/vtpms/web1')).status, 200);
+    assert.equal((await supervisor.call('GET', '/vtpms/web1')).status, 404);
+  });
+
+  it('refuses bad input by name (I-10)', async () => {
+    const delegated = await supervisor.create('ok');
+    for (const [what, change] of Object.entries({
+      name: { name: '../etc' },
+      id: { id: 'x' },
+      isolation: { isolation: 'vm' },
+      unknown: { color: 'red' },
+      delegation: { delegation: 'AAAA' },
+      'another vTPM': { id: delegated.body.id.replace(/^./, '0') },
+    })) {
+      const { status, body } = await supervisor.create('web1', change);
+      assert.deepEqual([what, status, body.error?.code], [what, 400, 'bad-request']);
+    }
+    assert.equal((await supervisor.call('POST', '/vtpms', '{')).status, 400);
+    assert.equal((await supervisor.call('POST', '/vtpms', `"${'x'.repeat(70_000)}"`)).status, 400);
+    assert.equal((await supervisor.call('GET', '/vtpms/%ff')).status, 400);
+    assert.equal((await supervisor.call('PUT', '/health')).status, 400);
+    assert.equal((await supervisor.call('GET', '/vtpms/none')).body.error.code, 'unknown-vtpm');
+  });
+
+  it('is refused where another one holds the installation', async () => {
+    const second = new SupervisorProcess(home, manifest);
+    assert.equal(await second.end(), 1);
+    assert.match(second.stderr, /\[in-use\]/);
+    assert.equal((await supervisor.call('GET', '/health')).status, 200);
+  });
+
+  it('does not take a lost or damaged list for a first start (I-9)', async () => {
+    await supervisor.create('web1');
+    await supervisor.end('SIGTERM');
+    const { vtpms } = supervisor.paths.supervisor;
+    const content = readFileSync(vtpms, 'utf8');
+    for (const damage of ['lost', 'damaged'] as const) {
+      rmSync(vtpms, { force: true });
+      if (damage === 'damaged') writeFileSync(vtpms, content.replace('web1', 'web2'));
+      const refused = new SupervisorProcess(home, manifest);
+      assert.equal(await refused.end(), 1);
+      assert.match(refused.stderr, /\[corrupt\]/);
+    }
+  });
+
+  it('starts what is marked for it when the manager comes, and stops all on SIGTERM', async () => {
+    await supervisor.create('web1', { autostart: true });
+    await supervisor.create('web2');
+    await supervisor.end('SIGTERM');
+    await manager.stop();
+    supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
+    assert.equal((await supervisor.call('GET', '/vtpms/web1')).body.state, 'stopped');
+    await manager.start();
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'running');
+    assert.equal((await supervisor.call('GET', '/vtpms/web2')).body.state, 'stopped');
+    assert.equal(await supervisor.end('SIGTERM'), 0);
+    assert.deepEqual(workers(), []);
+    supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
+    assert.notEqual((await supervisor.call('GET', '/vtpms/web1')).body.state, 'crashed');
+  });
+});

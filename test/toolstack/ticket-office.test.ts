@@ -1,0 +1,96 @@
+import assert from 'node:assert/strict';
+import { monotonicMs } from 'vtpm-common';
+import { signingKeyFromSeed, verifyTicketChain } from 'vtpm-proto';
+import type { ToolstackError } from 'vtpm-toolstack/error';
+import type { ManagerHealth, ManagerRecord } from 'vtpm-toolstack/supervisor/admin-client';
+import { type Entry, newEntry, parseNewEntry } from 'vtpm-toolstack/supervisor/entry';
+import { createTicketOffice, type TicketOffice } from 'vtpm-toolstack/supervisor/ticket-office';
+import { MANAGER_ID, newVtpm } from './supervisor-fixture.js';
+
+describe('the ticket office', () => {
+  const delegateKey = signingKeyFromSeed(Buffer.alloc(32, 3));
+  const workerKey = Buffer.alloc(32, 5);
+  const imageDigest = 'cd'.repeat(32);
+  const fresh = (change: Partial<Entry> = {}): Entry => ({
+    ...newEntry(parseNewEntry(newVtpm('web1', delegateKey.publicKey))),
+    vmRunId: '01234567-89ab-cdef-0123-456789abcdef',
+    ...change,
+  });
+  function office(record?: Partial<ManagerRecord>, health: Partial<ManagerHealth> = {}): TicketOffice {
+    return createTicketOffice({
+      admin: {
+        health: async () => ({ status: 'ready', managerId: MANAGER_ID, ...health }),
+        vtpm: async () => record && { kind: 'live', vmUuid: '', epoch: 0, generation: 0, ...record },
+      },
+      delegateKey,
+      imageDigest,
+      lifetimeSeconds: 60,
+    });
+  }
+  const hasCode = (code: string) => (error: unknown) => (error as ToolstackError).code === code;
+
+  it('signs what the manager checks, for this worker, image and boot', async () => {
+    const entry = fresh();
+    const before = monotonicMs();
+    const { ticket: signed, managerKey, generation } = await office().issue(entry, workerKey);
+    const { ticket, vtpmUuid } = verifyTicketChain(signed);
+    assert.equal(vtpmUuid, entry.id);
+    assert.equal(managerKey, MANAGER_ID);
+    assert.equal(generation, 0);
+    assert.equal(Buffer.from(ticket.imageDigest).toString('hex'), imageDigest);
+    assert.deepEqual(Buffer.from(ticket.workerPublicKey), workerKey);
+    assert.deepEqual([ticket.expectedEpoch, ticket.verbs], [0n, ['MANUFACTURE', 'COLD']]);
+    assert.ok(
+      ticket.expiresAtMonotonicMs >= before + 60_000n &&
+        ticket.expiresAtMonotonicMs <= monotonicMs() + 60_000n,
+    );
+  });
+
+  it('allows a new TPM only where there is none: at the manager and in the list (I-9)', async () => {
+    const verbsOf = async (entry: Entry, record?: Partial<ManagerRecord>) => {
+      const { ticket } = await office(record && { vmUuid: entry.vmUuid, ...record }).issue(entry, workerKey);
+      const { verbs, expectedEpoch } = verifyTicketChain(ticket).ticket;
+      return [verbs, expectedEpoch];
+    };
+    assert.deepEqual(await verbsOf(fresh(), { epoch: 1, generation: 0 }), [['MANUFACTURE', 'COLD'], 1n]);
+    assert.deepEqual(await verbsOf(fresh(), { epoch: 1, generation: 1 }), [['COLD'], 1n]);
+    assert.deepEqual(await verbsOf(fresh({ manufactured: true }), { epoch: 8, generation: 90 }), [
+      ['COLD'],
+      8n,
+    ]);
+    await assert.rejects(verbsOf(fresh({ manufactured: true })), hasCode('corrupt'));
+    await assert.rejects(
+      verbsOf(fresh({ manufactured: true }), { epoch: 8, generation: 0 }),
+      hasCode('corrupt'),
+    );
+  });
+
+  it('refuses what the manager would refuse', async () => {
+    const entry = fresh();
+    await assert.rejects(
+      office({ vmUuid: entry.vmUuid, kind: 'retired' }).issue(entry, workerKey),
+      hasCode('manager-refused'),
+    );
+    await assert.rejects(office({ vmUuid: entry.id }).issue(entry, workerKey), hasCode('manager-refused'));
+    await assert.rejects(office(undefined, { status: 'locked' }).issue(entry, workerKey), hasCode('locked'));
+    await assert.rejects(
+      office(undefined, { status: 'starting' }).issue(entry, workerKey),
+      hasCode('manager-unreachable'),
+    );
+  });
+
+  it('takes only delegations that are signed, for its own key and for that vTPM', () => {
+    const good = newVtpm('web1', delegateKey.publicKey) as Entry;
+    office().checkDelegation(good);
+    const other = newVtpm('web1', delegateKey.publicKey) as Entry;
+    for (const [what, bad] of Object.entries({
+      'another key': newVtpm('web1', signingKeyFromSeed(Buffer.alloc(32, 4)).publicKey) as Entry,
+      'another signature': { ...good, delegationSignature: other.delegationSignature },
+      'another vTPM': { ...good, id: other.id },
+      'another VM': { ...good, vmUuid: other.vmUuid },
+      nothing: { ...good, delegation: '', delegationSignature: '' },
+    })) {
+      assert.throws(() => office().checkDelegation(bad), hasCode('bad-request'), what);
+    }
+  });
+});

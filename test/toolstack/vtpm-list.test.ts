@@ -1,0 +1,115 @@
+import assert from 'node:assert/strict';
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import fc from 'fast-check';
+import type { ToolstackError } from 'vtpm-toolstack/error';
+import { type Entry, parseEntry } from 'vtpm-toolstack/supervisor/entry';
+import { LIST_FORMAT, VtpmList } from 'vtpm-toolstack/supervisor/vtpm-list';
+import { removeDirectory, temporaryDirectory } from './supervisor-fixture.js';
+
+const uuid = fc.uuid();
+const base64 = fc.uint8Array({ maxLength: 200 }).map((bytes) => Buffer.from(bytes).toString('base64'));
+const entry: fc.Arbitrary<Entry> = fc.record({
+  id: uuid,
+  name: fc.stringMatching(/^[a-z0-9][a-z0-9._-]{0,62}$/),
+  vmUuid: uuid,
+  isolation: fc.constantFrom('sandbox' as const, 'none' as const),
+  autostart: fc.boolean(),
+  startup: fc.constantFrom('clear' as const, 'none' as const),
+  delegation: base64,
+  delegationSignature: base64,
+  manufactured: fc.boolean(),
+  vmRunId: fc.option(uuid),
+  epoch: fc.option(fc.nat()),
+  runningInBoot: fc.option(fc.stringMatching(/^[0-9a-f]{32}$/)),
+  crashed: fc.option(fc.string()),
+  restart: fc.constant('never' as const),
+});
+const entries = fc
+  .uniqueArray(entry, { selector: (item) => item.id, maxLength: 5 })
+  .map((items) => items.map((item, index) => ({ ...item, name: `${index}${item.name}`.slice(0, 63) })));
+
+describe('the list of vTPMs', () => {
+  let directory: string;
+  let path: string;
+  beforeEach(() => {
+    directory = temporaryDirectory();
+    path = join(directory, 'vtpms.json');
+  });
+  afterEach(() => removeDirectory(directory));
+
+  function write(items: readonly Entry[]): VtpmList {
+    const list = VtpmList.create(path);
+    for (const item of items) list.add(item);
+    return list;
+  }
+  const hasCode = (code: string) => (error: unknown) => (error as ToolstackError).code === code;
+
+  it('reads back what was added, changed and removed', () => {
+    fc.assert(
+      fc.property(entries, (items) => {
+        const list = write(items);
+        assert.deepEqual(VtpmList.open(path)?.all(), items);
+        const [first] = items;
+        if (!first) return;
+        const changed = list.update(first.id, { manufactured: true, epoch: 9, crashed: 'x' });
+        assert.deepEqual(VtpmList.open(path)?.get(first.id), changed);
+        list.remove(first.id);
+        assert.deepEqual(VtpmList.open(path)?.all(), items.slice(1));
+      }),
+      { numRuns: 30 },
+    );
+  });
+
+  it('never reads a damaged file as something else (I-9)', () => {
+    fc.assert(
+      fc.property(entries, fc.nat(), fc.nat({ max: 7 }), fc.nat(), (items, at, bit, cut) => {
+        write(items);
+        const good = readFileSync(path);
+        const flipped = Buffer.from(good);
+        flipped.writeUInt8(flipped.readUInt8(at % good.length) ^ (1 << bit), at % good.length);
+        for (const damaged of [flipped, good.subarray(0, cut % (good.length - 1))]) {
+          writeFileSync(path, damaged);
+          let read: Entry[] | undefined;
+          try {
+            read = VtpmList.open(path)?.all();
+          } catch (error) {
+            // A flipped bit can make the format number 3, or any other.
+            assert.ok(['corrupt', 'newer-format'].includes((error as ToolstackError).code));
+            continue;
+          }
+          // Only white space is left to be damaged.
+          assert.deepEqual(read, items);
+        }
+      }),
+      { numRuns: 60 },
+    );
+  });
+
+  it('refuses a newer format by name, and is undefined only where there is no file', () => {
+    assert.equal(VtpmList.open(path), undefined);
+    writeFileSync(path, JSON.stringify({ format: LIST_FORMAT + 1, anything: true }));
+    assert.throws(() => VtpmList.open(path), hasCode('newer-format'));
+    writeFileSync(path, '');
+    assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
+  });
+
+  it('keeps ids and names apart, and keeps what it had where a change is refused', () => {
+    const [one] = fc.sample(entry, 1) as [Entry];
+    const list = write([one]);
+    const other = { ...one, id: one.id.replace(/^./, one.id.startsWith('0') ? '1' : '0') };
+    assert.throws(() => list.add(other), hasCode('name-taken'));
+    assert.throws(() => list.add({ ...one, name: `${one.name.slice(0, 62)}x` }), hasCode('name-taken'));
+    assert.deepEqual(list.all(), [one]);
+    removeDirectory(directory);
+    assert.throws(() => list.update(one.id, { epoch: 77 }));
+    assert.notEqual(list.get(one.id)?.epoch, 77);
+  });
+
+  it('takes no name that could leave its directory or be taken for an option', () => {
+    const [one] = fc.sample(entry, 1) as [Entry];
+    for (const name of ['', '.', '..', '-a', 'a/b', 'A', 'a b', 'a\n', `a${'b'.repeat(63)}`, 'ä']) {
+      assert.throws(() => parseEntry({ ...one, name }), hasCode('bad-request'), name);
+    }
+  });
+});

@@ -1,0 +1,173 @@
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { chmodSync, existsSync, readdirSync, statSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import type { ToolstackError } from 'vtpm-toolstack/error';
+import { prepareImage, type WorkerImage } from 'vtpm-toolstack/supervisor/image';
+import { collectSources } from 'vtpm-toolstack/supervisor/image-sources';
+import {
+  bareCommand,
+  type Command,
+  SANDBOX_TEMPLATE,
+  sandboxCommand,
+} from 'vtpm-toolstack/supervisor/sandbox';
+import { removeDirectory, temporaryDirectory, writeManifest } from './supervisor-fixture.js';
+
+describe('the worker image', function () {
+  this.timeout(120_000);
+  let directory: string;
+  let images: string;
+  const program =
+    "console.log(JSON.stringify({ said: 'measured', env: process.env, args: process.argv.slice(2) }))";
+
+  beforeEach(() => {
+    directory = temporaryDirectory();
+    images = join(directory, 'images');
+    writeFileSync(join(directory, 'main.mjs'), program);
+  });
+  afterEach(() => removeDirectory(directory));
+
+  function prepare(change: Record<string, unknown> = {}): WorkerImage {
+    return prepareImage(collectSources(writeManifest(directory, ['main.mjs'], change)), images);
+  }
+  function run({ file, args, env }: Command): string {
+    return execFileSync(file, args, { env, encoding: 'utf8' });
+  }
+
+  it('runs the copy that was measured, not the source it was made from', () => {
+    const { command } = prepare();
+    assert.match(run(sandboxCommand(command)), /measured/);
+    writeFileSync(join(directory, 'main.mjs'), "console.log('swapped')");
+    assert.match(run(sandboxCommand(command)), /measured/);
+    assert.match(run(bareCommand(command)), /measured/);
+    // The same method does see another program where the copy itself is another one.
+    assert.match(run(sandboxCommand(prepare().command)), /swapped/);
+  });
+
+  it('has another digest when anything that is executed is another', () => {
+    const digests = [prepare().digest];
+    digests.push(prepare({ nodeArguments: ['--no-warnings', '--no-deprecation'] }).digest);
+    digests.push(prepare({ environment: { MALLOC_ARENA_MAX: '2' } }).digest);
+    writeFileSync(join(directory, 'other.txt'), '');
+    digests.push(
+      prepare({
+        files: [
+          { name: 'main.mjs', source: 'main.mjs', target: '/app/main.mjs' },
+          { name: 'other.txt', source: 'other.txt', target: '/app/other.txt' },
+        ],
+      }).digest,
+    );
+    writeFileSync(join(directory, 'main.mjs'), `${program} `);
+    digests.push(prepare().digest);
+    assert.equal(new Set(digests).size, digests.length);
+    writeFileSync(join(directory, 'main.mjs'), program);
+    assert.equal(prepare().digest, digests[0]);
+  });
+
+  it('holds node, the loader, every library and the manifest files, read-only, and no other copy', () => {
+    const first = prepare();
+    writeFileSync(join(directory, 'main.mjs'), `${program} `);
+    const { digest, parts, command } = prepare();
+    assert.notEqual(first.digest, digest);
+    assert.deepEqual(readdirSync(images), [digest]);
+    for (const name of ['/usr/bin/node', '/app/main.mjs', command.loader, `${command.libraries}/libc.so.6`]) {
+      const mode = parts.find((part) => part.name === name)?.mode;
+      assert.equal(mode, name.startsWith('/usr/bin') || name === command.loader ? '555' : '444', name);
+    }
+    const withTpm = prepare({ libraries: ['libtpms.so.0'] });
+    for (const library of ['libtpms.so.0', 'libcrypto.so.3']) {
+      assert.ok(
+        withTpm.parts.some(({ name }) => name === `${command.libraries}/${library}`),
+        library,
+      );
+    }
+  });
+
+  it('measures a copy that is there again, and replaces one that was changed', () => {
+    const first = prepare();
+    const place = join(first.command.root, 'app/main.mjs');
+    const made = statSync(place).ino;
+    assert.deepEqual(prepare(), first);
+    assert.equal(statSync(place).ino, made, 'a good copy is kept');
+    chmodSync(place, 0o644);
+    writeFileSync(place, "console.log('tampered')");
+    chmodSync(place, 0o444);
+    const again = prepare();
+    assert.deepEqual(again, first);
+    assert.match(run(sandboxCommand(again.command)), /measured/);
+    writeFileSync(join(first.command.root, 'added'), '');
+    prepare();
+    assert.equal(existsSync(join(first.command.root, 'added')), false);
+  });
+
+  it('refuses a manifest that is missing, damaged or newer', () => {
+    const hasCode = (code: string) => (error: unknown) => (error as ToolstackError).code === code;
+    assert.throws(() => collectSources(join(directory, 'none.json')), hasCode('missing-package'));
+    const cases: [Record<string, unknown>, string][] = [
+      [{ format: 2 }, 'newer-format'],
+      [{ main: 'none' }, 'corrupt'],
+      [{ files: [{ name: 'main.mjs', source: 'main.mjs', target: '/app/../main.mjs' }] }, 'corrupt'],
+      [{ environment: { A: 1 } }, 'corrupt'],
+      [{ libraries: ['libnone.so.9'] }, 'missing-package'],
+    ];
+    for (const [change, code] of cases)
+      assert.throws(() => prepare(change), hasCode(code), JSON.stringify(change));
+  });
+
+  describe('in the sandbox', () => {
+    const probe = `
+      import { readFileSync, readdirSync, writeFileSync } from 'node:fs';
+      const tried = {};
+      for (const path of ['/x', '/app/main.mjs', '/dev/x', '/dev/shm/x', '/proc/sys/kernel/hostname', '/proc/self/comm']) {
+        try { writeFileSync(path, 'x'); tried[path] = 'written'; } catch (error) { tried[path] = error.code; }
+      }
+      const status = Object.fromEntries(readFileSync('/proc/self/status', 'utf8').split('\\n').map((l) => l.split(':\\t')));
+      const net = readFileSync('/proc/net/dev', 'utf8').split('\\n').slice(2).map((l) => l.split(':')[0].trim()).filter(Boolean);
+      console.log(JSON.stringify({ tried, status, net, env: process.env, root: readdirSync('/'), uid: process.getuid() }));
+    `;
+
+    it('can write nothing, see no network and no environment, and has no capability', () => {
+      writeFileSync(join(directory, 'main.mjs'), probe);
+      const { command } = prepare();
+      const seen = JSON.parse(run(sandboxCommand(command)));
+      assert.deepEqual(new Set(Object.values(seen.tried)), new Set(['EROFS']), JSON.stringify(seen.tried));
+      assert.deepEqual(seen.net, ['lo']);
+      assert.deepEqual(seen.env, { MALLOC_ARENA_MAX: '1', PWD: '/' });
+      assert.equal(seen.uid, 4242);
+      for (const set of ['CapEff', 'CapPrm', 'CapBnd']) assert.match(seen.status[set], /^0+$/);
+      assert.equal(seen.status.NoNewPrivs, '1');
+      assert.equal(seen.root.includes('etc'), false);
+    });
+
+    it('would let root write the kernel settings in /proc without the remount (positive control)', function () {
+      if (process.getuid?.() !== 0) this.skip();
+      writeFileSync(join(directory, 'main.mjs'), probe);
+      const { file, args, env } = sandboxCommand(prepare().command);
+      const at = args.indexOf('/proc', args.indexOf('--remount-ro'));
+      const weaker = args.filter((_, index) => index !== at && index !== at - 1);
+      const seen = JSON.parse(run({ file, args: weaker, env }));
+      assert.equal(seen.tried['/proc/sys/kernel/hostname'], 'written');
+    });
+
+    it('is asked for with every layer that bubblewrap has', () => {
+      for (const argument of [
+        '--unshare-all',
+        '--unshare-user',
+        '--disable-userns',
+        '--new-session',
+        '--die-with-parent',
+        '--clearenv',
+      ]) {
+        assert.ok(SANDBOX_TEMPLATE.includes(argument), argument);
+      }
+      const { args, env } = sandboxCommand(prepare().command);
+      assert.deepEqual(env, {});
+      assert.deepEqual(args.slice(args.indexOf('--')), [
+        '--',
+        '/usr/bin/node',
+        '--no-warnings',
+        '/app/main.mjs',
+      ]);
+    });
+  });
+});
