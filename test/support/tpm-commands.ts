@@ -45,6 +45,15 @@ export const nvReadCounter = (index: number): Buffer =>
 /** TPM_CAP_HANDLES from `first`: the handles that exist there. */
 export const getHandles = (first: number): Buffer => command(0x17a, `00000001 ${hex32(first)} 000000fe`);
 
+/** SHA-256 bank. */
+export const pcrRead = (pcr: number): Buffer => {
+  const select = Buffer.alloc(3);
+  select.writeUInt8(1 << (pcr % 8), pcr >> 3);
+  return command(0x17e, `00000001 000b 03 ${select.toString('hex')}`);
+};
+export const pcrExtend = (pcr: number, digest: Buffer): Buffer =>
+  command(0x182, `${hex32(pcr)} ${PASSWORD} 00000001 000b ${digest.toString('hex')}`, 0x8002);
+
 export const responseCode = (response: Buffer): number => response.readUInt32BE(6);
 
 /** The value of a counter from the answer to `nvReadCounter`. */

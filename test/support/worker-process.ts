@@ -83,19 +83,22 @@ export class WorkerProcess {
   }
 
   /** A guest's connection through a door. */
-  connect(door: 'tpm' | 'tcti' | 'tcti-ctrl'): TpmClient {
+  connect(door: 'tpm' | 'tcti' | 'tcti-ctrl', peer?: number): TpmClient {
     const [here, there] = socketPair();
-    this.pass(door, there);
+    this.pass(door, there, peer);
     return new TpmClient(new Socket({ fd: here, allowHalfOpen: true }));
   }
 
-  /** Hands `fd` over and closes it here. */
-  pass(door: string, fd: number): number {
-    const id = this.#nextId++;
+  /** Hands a copy of `fd` over. */
+  passCopy(door: string, fd: number, peer?: number): void {
     sendDescriptor(this.#descriptors, fd);
+    this.send({ type: 'connection', door, id: this.#nextId++, peer });
+  }
+
+  /** Hands `fd` over and closes it here. */
+  pass(door: string, fd: number, peer?: number): void {
+    this.passCopy(door, fd, peer);
     closeSync(fd);
-    this.send({ type: 'connection', door, id });
-    return id;
   }
 
   /** A new link to the manager. */

@@ -42,13 +42,18 @@ export function openManagerLink(socket: Socket): ManagerLink {
   };
 }
 
+/** @throws VtpmdError `link-lost` where the session is closed already */
 function startCall(session: ClientHttp2Session, path: string): ClientHttp2Stream {
-  return session.request({
-    ':method': 'POST',
-    ':path': path,
-    'content-type': 'application/grpc',
-    te: 'trailers',
-  });
+  try {
+    return session.request({
+      ':method': 'POST',
+      ':path': path,
+      'content-type': 'application/grpc',
+      te: 'trailers',
+    });
+  } catch (cause) {
+    throw new VtpmdError('link-lost', 'the link to the manager broke', { cause });
+  }
 }
 
 /**
@@ -118,9 +123,8 @@ function openSave(
   let stream: ClientHttp2Stream;
   try {
     stream = startCall(session, SAVE_PATH);
-  } catch (cause) {
-    // The session was closed before the stream was opened.
-    queueMicrotask(() => onEnd(new VtpmdError('link-lost', 'the link to the manager broke', { cause })));
+  } catch (error) {
+    queueMicrotask(() => onEnd(VtpmdError.from(error)));
     return { send: () => {} };
   }
   receive(

@@ -178,8 +178,9 @@ export class SaveSession {
       throw new VtpmdError('protocol', `save ${ack.committed} has another digest at the manager`);
     }
     this.#state = 'open';
-    this.#events.up();
+    // Before `up`, which may start a save that sends itself.
     this.#sendInFlight();
+    this.#events.up();
   }
 
   #committed(save: InFlight, ack: Ack): void {
