@@ -228,7 +228,7 @@ describe('vtpm-supervisord', function () {
     assert.equal(await exchange(guest, 'hang'), 'hang');
     const stopped = (await supervisor.call('POST', '/vtpms/web1/stop')).body;
     assert.equal(stopped.state, 'stopped');
-    assert.match(stopped.reason, /did not stop cleanly within 300 ms/);
+    assert.match(stopped.reason, /did not stop within 300 ms/);
     assert.deepEqual(workers(), []);
     await supervisor.call('POST', '/vtpms/web1/start');
     const other = await connectDoor(started.sockets.tpm);

@@ -15,8 +15,13 @@ const MAX_BODY_BYTES = 64 * 1024;
 
 /** HTTP and JSON on a unix socket, for root and the supervisor's own user. Errors are `{error: {code, message}}`. */
 export async function serveApi(supervisor: Supervisor, path: string, log: Logger): Promise<SupervisorApi> {
+  let isClosing = false;
   const server = createServer((request, response) => {
-    void answer(supervisor, request, response, log);
+    if (isClosing) {
+      send(response, 503, { error: { code: 'busy', message: 'the supervisor is stopping; start it again' } });
+    } else {
+      void answer(supervisor, request, response, log);
+    }
   });
   server.requestTimeout = 10_000;
   server.headersTimeout = 5_000;
@@ -26,6 +31,7 @@ export async function serveApi(supervisor: Supervisor, path: string, log: Logger
   return {
     close: () =>
       new Promise((resolve) => {
+        isClosing = true;
         server.close(() => resolve());
         server.closeIdleConnections();
       }),

@@ -1,6 +1,6 @@
 import { readdirSync, readFileSync, readlinkSync, renameSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { bootId } from 'vtpm-common';
+import { bootId, type Logger } from 'vtpm-common';
 import { killAndWait, type ProcessId, processId } from './processes.js';
 
 /**
@@ -9,10 +9,12 @@ import { killAndWait, type ProcessId, processId } from './processes.js';
  */
 export class WorkerLedger {
   readonly #path: string;
+  readonly #log: Logger;
   readonly #workers = new Map<number, ProcessId>();
 
-  constructor(path: string) {
+  constructor(path: string, log: Logger) {
     this.#path = path;
+    this.#log = log;
   }
 
   add(processes: readonly ProcessId[]): void {
@@ -25,11 +27,18 @@ export class WorkerLedger {
     this.#write();
   }
 
-  /** Not synced: it needs to outlive the supervisor, not the kernel. */
+  /** Not synced: it needs to outlive the supervisor, not the kernel. A full disk is no reason to end a worker. */
   #write(): void {
     const content = { boot: bootId().toString('hex'), workers: [...this.#workers.values()] };
-    writeFileSync(`${this.#path}.new`, JSON.stringify(content), { mode: 0o600 });
-    renameSync(`${this.#path}.new`, this.#path);
+    try {
+      writeFileSync(`${this.#path}.new`, JSON.stringify(content), { mode: 0o600 });
+      renameSync(`${this.#path}.new`, this.#path);
+    } catch (error) {
+      this.#log.warn(
+        { path: this.#path, reason: (error as Error).message },
+        "the workers' ledger cannot be written",
+      );
+    }
   }
 }
 

@@ -31,8 +31,9 @@ export interface SupervisorOptions {
   readonly log: Logger;
 }
 
-/** Workers that are stopped or started side by side. More would only share the same processors. */
-const PARALLEL = 4;
+/** Starting costs processor time: more side by side would only share it. Stopping is mostly waiting. */
+const PARALLEL_STARTS = 4;
+const PARALLEL_STOPS = 32;
 const AUTOSTART_RETRY_MS = 500;
 
 /** The parent of every worker of an installation. */
@@ -73,7 +74,7 @@ export class Supervisor {
       imageDigest: image.digest,
       lifetimeSeconds: settings['ticket-lifetime'],
     });
-    const context = { list, image, office, ledger: new WorkerLedger(ledgerPath), paths, settings, log };
+    const context = { list, image, office, ledger: new WorkerLedger(ledgerPath, log), paths, settings, log };
     return new Supervisor(context, delegateKey, admin);
   }
 
@@ -142,7 +143,7 @@ export class Supervisor {
   async close(): Promise<void> {
     this.#closing.abort();
     await this.#events.close();
-    await inParallel(this.all(), async (vtpm) => {
+    await inParallel(PARALLEL_STOPS, this.all(), async (vtpm) => {
       await vtpm.shutDown().catch((error: unknown) => {
         this.#context.log.error({ vtpm: vtpm.entry.name, reason: String(error) }, 'not stopped in order');
       });
@@ -169,7 +170,7 @@ export class Supervisor {
       if (health?.status === 'ready') break;
       await delay(AUTOSTART_RETRY_MS, undefined, { signal }).catch(() => undefined);
     }
-    await inParallel(vtpms, async (vtpm) => {
+    await inParallel(PARALLEL_STARTS, vtpms, async (vtpm) => {
       if (signal.aborted || vtpm.state !== 'stopped') return;
       // The reason is in the log and in the vTPM's view.
       await vtpm.start().catch(() => undefined);
@@ -212,10 +213,14 @@ function openState(paths: Paths): { list: VtpmList; delegateKey: SigningKey } {
   return { list, delegateKey: key ?? createDelegateKey(keyPath) };
 }
 
-async function inParallel<T>(items: readonly T[], run: (item: T) => Promise<void>): Promise<void> {
+async function inParallel<T>(
+  lanes: number,
+  items: readonly T[],
+  run: (item: T) => Promise<void>,
+): Promise<void> {
   const queue = [...items];
   const lane = async (): Promise<void> => {
     for (let item = queue.shift(); item !== undefined; item = queue.shift()) await run(item);
   };
-  await Promise.all(Array.from({ length: PARALLEL }, lane));
+  await Promise.all(Array.from({ length: lanes }, lane));
 }

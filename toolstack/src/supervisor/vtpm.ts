@@ -66,6 +66,7 @@ export interface VtpmView {
 const READY_LIMIT_MS = 30_000;
 const SERVING_LIMIT_MS = 60_000;
 const PASS_RETRY_MS = 50;
+const LINK_PAUSE_MS = 200;
 
 /** One vTPM: its entry in the list, and its worker while it has one. */
 export class Vtpm {
@@ -77,6 +78,8 @@ export class Vtpm {
   #lingering: readonly ProcessId[] = [];
   #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #hasNoLink = false;
+  #awaitsLinkUp = false;
+  #linkedAt = Number.NEGATIVE_INFINITY;
 
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
@@ -165,7 +168,7 @@ export class Vtpm {
         const end = await worker.stop(limit);
         doors.close();
         this.#lingering = end.lingering;
-        const reason = end.clean ? null : `it did not stop cleanly within ${limit} ms (${end.reason})`;
+        const reason = end.clean ? null : `it did not stop cleanly (${end.reason})`;
         if (reason) this.#log.warn({ reason }, 'stopped by force');
         else this.#log.info('stopped');
         this.#state = { kind: 'stopped', reason };
@@ -252,9 +255,9 @@ export class Vtpm {
 
   #take(worker: WorkerProcess, message: WorkerMessage): void {
     if (message.type === 'link-lost') {
-      this.#log.warn('the manager is away: the worker holds what must be saved');
       void this.#newLink(worker);
-    } else if (message.type === 'link-up') {
+    } else if (message.type === 'link-up' && this.#awaitsLinkUp) {
+      this.#awaitsLinkUp = false;
       this.#log.info('the worker is connected to the manager again');
     } else if (message.type === 'connection-closed' && 'doors' in this.#state) {
       this.#state.doors.forget(message.id);
@@ -264,6 +267,9 @@ export class Vtpm {
   async #newLink(worker: WorkerProcess): Promise<void> {
     if (this.#hasNoLink) return;
     this.#hasNoLink = true;
+    this.#log.warn('the manager is away: the worker holds what must be saved');
+    // A worker that keeps losing links gets them, and the log its lines, at a bounded rate.
+    if (performance.now() - this.#linkedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
     const { workerSocket } = this.#context.paths.manager;
     while (this.#hasNoLink) {
       const link = await connectWorkerLinkAgain(workerSocket, () => !worker.hasEnded);
@@ -271,6 +277,8 @@ export class Vtpm {
       try {
         if (link) worker.pass(socketFd(link), { type: 'link' });
         this.#hasNoLink = false;
+        this.#linkedAt = performance.now();
+        this.#awaitsLinkUp = link !== undefined;
       } catch (error) {
         this.#log.debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
         await delay(PASS_RETRY_MS);

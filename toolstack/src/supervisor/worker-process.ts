@@ -1,5 +1,5 @@
 import { type ChildProcess, spawn } from 'node:child_process';
-import { closeSync, openSync } from 'node:fs';
+import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { sendDescriptor, socketPair } from 'vtpm-common';
@@ -13,6 +13,7 @@ import {
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
 import type { Command } from './sandbox.js';
+import { keepLog } from './worker-log.js';
 
 export interface WorkerOptions {
   readonly command: Command;
@@ -36,6 +37,10 @@ export interface WorkerEnd {
   readonly lingering: readonly ProcessId[];
 }
 
+/** In all for a burst, and per pause after it: 2,000 messages a second. */
+const MAX_MESSAGES_AT_ONCE = 200;
+const PAUSE_MS = 100;
+
 type Waiter = { type: WorkerMessage['type']; resolve(message: WorkerMessage): void };
 
 /** One worker and what is around it: its sandbox, its control channel and its descriptor channel. */
@@ -53,18 +58,19 @@ export class WorkerProcess {
   #saidStopped = false;
   #spawnError: Error | undefined;
   #hasEnded = false;
+  #overTime: number | undefined;
+  #recentMessages = 0;
 
   /** @throws ToolstackError `internal` where no process can be made */
   constructor(options: WorkerOptions) {
     this.#options = options;
-    const log = openSync(options.logPath, 'a', 0o600);
     const [ours, theirs] = socketPair();
     this.#descriptors = ours;
     try {
       // Its own session: an interrupt typed at the supervisor's terminal is for the supervisor, which stops its
       // workers in order.
       this.#child = spawn(options.command.file, options.command.args, {
-        stdio: ['ignore', 'ignore', log, options.link, 'pipe', theirs],
+        stdio: ['ignore', 'ignore', 'pipe', options.link, 'pipe', theirs],
         env: { ...options.command.env },
         detached: true,
       });
@@ -74,7 +80,6 @@ export class WorkerProcess {
         cause,
       });
     } finally {
-      closeSync(log);
       closeSync(theirs);
       options.link.destroy();
     }
@@ -88,6 +93,7 @@ export class WorkerProcess {
       );
     }
     this.#control = control as Socket;
+    if (this.#child.stderr) keepLog(this.#child.stderr, options.logPath);
     this.#listen();
     this.#noteProcesses();
     this.ended = this.#waitForEnd();
@@ -148,7 +154,10 @@ export class WorkerProcess {
     this.send({ type: 'stop' });
     const timeout = new AbortController();
     const late = delay(limitMs, undefined, { signal: timeout.signal }).then(
-      () => this.kill(),
+      () => {
+        this.#overTime = limitMs;
+        return this.kill();
+      },
       () => undefined,
     );
     const end = await this.ended;
@@ -168,7 +177,9 @@ export class WorkerProcess {
     const reader = new LineReader();
     this.#control.on('data', (chunk: Buffer) => {
       try {
-        for (const line of reader.push(chunk)) this.#take(parseWorkerMessage(line));
+        const lines = reader.push(chunk);
+        for (const line of lines) this.#take(parseWorkerMessage(line));
+        this.#slowDown(lines.length);
       } catch (error) {
         this.#failure ??= {
           reason: 'protocol',
@@ -183,6 +194,17 @@ export class WorkerProcess {
     this.#child.on('error', (error) => {
       this.#spawnError = error;
     });
+  }
+
+  /** A worker that talks without end waits; the supervisor has others. */
+  #slowDown(messages: number): void {
+    this.#recentMessages += messages;
+    if (this.#recentMessages < MAX_MESSAGES_AT_ONCE || this.#control.isPaused()) return;
+    this.#control.pause();
+    setTimeout(() => {
+      this.#recentMessages = 0;
+      this.#control.resume();
+    }, PAUSE_MS).unref();
   }
 
   #take(message: WorkerMessage): void {
@@ -228,15 +250,19 @@ export class WorkerProcess {
     closeSync(this.#descriptors);
     this.#descriptors = -1;
     if (lingering.length === 0) this.#options.ledger.remove(this.#processes);
-    const reason = this.#failure
-      ? `${this.#failure.reason}: ${this.#failure.message}`
-      : `the worker ended by itself (${status})`;
     return {
-      reason: this.#spawnError ? `the worker could not be started: ${this.#spawnError.message}` : reason,
+      reason: this.#reasonOf(status),
       failure: this.#failure,
       clean: this.#saidStopped && status === 'exit status 0',
       lingering,
     };
+  }
+
+  #reasonOf(status: string): string {
+    if (this.#failure) return `${this.#failure.reason}: ${this.#failure.message}`;
+    if (this.#spawnError) return `the worker could not be started: ${this.#spawnError.message}`;
+    if (this.#overTime !== undefined) return `it did not stop within ${this.#overTime} ms and was killed`;
+    return `the worker ended by itself (${status})`;
   }
 }
 
