@@ -1,0 +1,225 @@
+import { Command, CommanderError, Option } from 'commander';
+import { CONFIG_KEYS, defaultHome, libtpmsVersion, VERSION } from 'vtpm-common';
+import { showConfig } from './commands/config.js';
+import { type CreateFlags, create } from './commands/create.js';
+import { down } from './commands/down.js';
+import { exec } from './commands/exec.js';
+import { allowImage, listImages, removeImage } from './commands/image.js';
+import { type InitFlags, init } from './commands/init.js';
+import { remove, start, stop } from './commands/lifecycle.js';
+import { list, show } from './commands/list.js';
+import { type LogsFlags, logs } from './commands/logs.js';
+import { up } from './commands/up.js';
+import type { Context } from './context.js';
+import { EXIT } from './exit-status.js';
+
+/** The flags that every command takes, before or after its name. */
+export interface GlobalFlags {
+  readonly home?: string;
+  readonly runDir?: string;
+  readonly json?: boolean;
+  readonly logLevel?: string;
+  readonly logFormat?: string;
+}
+
+/** A command's work; a number is the exit status where it is not 0. */
+export type Work = (context: Context) => Promise<number> | Promise<void> | void;
+/** Does the work with the context that the flags of `command` make. */
+export type Run = (command: Command, work: Work) => Promise<void>;
+
+const EXIT_STATUSES = `
+Exit status:
+  ${EXIT.ok}  done
+  ${EXIT.failed}  refused or failed
+  ${EXIT.usage}  wrong usage: a flag, an argument or the configuration file
+  ${EXIT.notRunning}  not running or not reachable
+  ${EXIT.locked}  locked: the platform is not in the state that releases the manager's keys
+  exec ends with the status of the program it ran.`;
+
+/** vtpmctl's commands, flags, arguments and help. Wrong usage is thrown as a CommanderError. */
+export function createProgram(run: Run, isJson: boolean): Command {
+  const program = new Command('vtpmctl')
+    // With --json what is wrong is said once, as JSON, by the caller.
+    .configureOutput(isJson ? { writeErr: () => {} } : {})
+    .description('Makes, runs and inspects the virtual TPMs of this host.')
+    .enablePositionalOptions()
+    .exitOverride()
+    .showHelpAfterError('(--help shows the usage)')
+    .configureHelp({ showGlobalOptions: true })
+    .option('-V, --version', 'versions of vtpmctl and of libtpms')
+    .on('option:version', () => {
+      process.stdout.write(`vtpmctl ${VERSION}\n${sayLibtpms()}\n`);
+      throw new CommanderError(0, 'commander.version', '');
+    })
+    .addHelpText(
+      'after',
+      `
+Examples:
+  vtpmctl init --tpm auto                          once: enrol with the TPM of this machine
+  vtpmctl up                                       start manager and supervisor in the background
+  vtpmctl create web1 && vtpmctl start web1
+  vtpmctl exec web1 -- tpm2_getrandom --hex 8      any TPM program, on web1
+${EXIT_STATUSES}`,
+    );
+  for (const option of globalOptions()) program.addOption(option);
+
+  const add = (parent: Command, usage: string, description: string, examples: readonly string[]): Command => {
+    const command = parent
+      .command(usage)
+      .description(description)
+      .addHelpText('after', `\nExamples:\n${examples.map((example) => `  ${example}`).join('\n')}`);
+    for (const option of globalOptions()) command.addOption(option.hideHelp());
+    return command;
+  };
+
+  const initCommand = add(program, 'init', 'makes an installation: enrols with a TPM, makes keys and store', [
+    'vtpmctl init --tpm auto                     the TPM chip of this machine',
+    'vtpmctl init --tpm device:/dev/tpmrm0 --pcrs sha256:0,2,7',
+    'vtpmctl init --tpm embedded                 a software TPM: for trying things, protects nothing',
+    'vtpmctl --home /srv/second init --tpm auto  a second installation beside the first',
+  ])
+    .requiredOption('--tpm <tpm>', 'auto, device:PATH, unix:PATH or embedded')
+    .option('--yes-embedded', 'let auto take the embedded TPM where there is no chip')
+    .option('--pcrs <selection>', 'platform state that releases the root key (default: sha256:7)')
+    .option('--srk-handle <handle>', 'persistent handle of the storage root key (default: 0x81000001)')
+    .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one");
+  initCommand.action((flags: InitFlags) => run(initCommand, (context) => init(flags, context)));
+
+  const upCommand = add(program, 'up', 'starts manager and supervisor in the background', [
+    'vtpmctl up',
+    'vtpmctl up --log-level debug',
+  ]);
+  upCommand.action(() => run(upCommand, up));
+
+  const downCommand = add(program, 'down', 'stops all vTPMs, the supervisor and the manager', [
+    'vtpmctl down',
+  ]);
+  downCommand.action(() => run(downCommand, down));
+
+  const createCommand = add(program, 'create', 'registers a vTPM; its TPM is made by the first start', [
+    'vtpmctl create web1',
+    'vtpmctl create web1 --vm-uuid 0b8f7a52-3c1d-4f0e-9a6b-2f3c4d5e6f70 --autostart',
+  ])
+    .argument('<name>', '1 to 63 of a-z, 0-9, ".", "_" and "-"')
+    .option('--vm-uuid <uuid>', 'the VM it belongs to (default: a new UUID)')
+    .addOption(new Option('--isolation <kind>', CONFIG_KEYS.isolation.help).choices(['sandbox', 'none']))
+    .option('--autostart', 'start it with the supervisor')
+    .addOption(
+      new Option(
+        '--startup <kind>',
+        'clear: send TPM2_Startup(CLEAR) before the doors open; none: the firmware does',
+      )
+        .choices(['clear', 'none'])
+        .default('clear'),
+    );
+  createCommand.action((name: string, flags: CreateFlags) =>
+    run(createCommand, (context) => create(name, flags, context)),
+  );
+
+  const startCommand = add(program, 'start', 'starts a vTPM and waits until its doors are open', [
+    'vtpmctl start web1',
+  ]).argument('<name>', 'name or id');
+  startCommand.action((name: string) => run(startCommand, (context) => start(name, context)));
+
+  const stopCommand = add(program, 'stop', 'stops a vTPM in order; its state is kept', [
+    'vtpmctl stop web1',
+  ]).argument('<name>', 'name or id');
+  stopCommand.action((name: string) => run(stopCommand, (context) => stop(name, context)));
+
+  const deleteCommand = add(program, 'delete', 'destroys a vTPM with its keys and state, for good', [
+    'vtpmctl delete web1',
+    'vtpmctl delete web1 --yes',
+    'vtpmctl delete 0b8f7a52-3c1d-4f0e-9a6b-2f3c4d5e6f70   an orphan that vtpmctl list shows',
+  ])
+    .argument('<name>', 'name or id')
+    .option('--yes', 'do not ask');
+  deleteCommand.action((name: string, flags: { yes?: boolean }) =>
+    run(deleteCommand, (context) => remove(name, flags, context)),
+  );
+
+  const listCommand = add(program, 'list', 'shows all vTPMs, and those that only one of the daemons knows', [
+    'vtpmctl list',
+    'vtpmctl list --json',
+  ]).alias('ls');
+  listCommand.action(() => run(listCommand, list));
+
+  const showCommand = add(program, 'show', 'shows everything about one vTPM', [
+    'vtpmctl show web1',
+    'vtpmctl show web1 --json',
+  ]).argument('<name>', 'name or id');
+  showCommand.action((name: string) => run(showCommand, (context) => show(name, context)));
+
+  const execCommand = add(program, 'exec', 'runs a program whose TPM is the vTPM', [
+    'vtpmctl exec web1 -- tpm2_getrandom --hex 8',
+    'vtpmctl exec web1 -- tpm2_pcrread sha256:7',
+    'vtpmctl exec web1 -- bash                      a shell in which every tpm2_ command uses web1',
+  ])
+    .argument('<name>', 'name or id')
+    .argument('[program...]', 'the program and its arguments, after --')
+    .passThroughOptions();
+  execCommand.action((name: string, command: string[]) =>
+    run(execCommand, (context) => exec(name, command, context)),
+  );
+
+  const logsCommand = add(program, 'logs', 'shows what the daemons logged, or what concerns one vTPM', [
+    'vtpmctl logs',
+    'vtpmctl logs web1 -f',
+  ])
+    .argument('[name]', 'name or id')
+    .option('-f, --follow', 'go on until interrupted')
+    .option('-n, --lines <count>', 'lines to begin with', '200');
+  logsCommand.action((name: string | undefined, flags: LogsFlags) =>
+    run(logsCommand, (context) => logs(name, flags, context)),
+  );
+
+  const imageCommand = program
+    .command('image')
+    .description('the worker images to which the manager gives state');
+  for (const option of globalOptions()) imageCommand.addOption(option.hideHelp());
+  const imageList = add(imageCommand, 'list', 'shows the allowed worker images', ['vtpmctl image list']);
+  imageList.action(() => run(imageList, listImages));
+  const imageAllow = add(imageCommand, 'allow', 'allows a worker image', [
+    'vtpmctl image allow                                the one that the supervisor runs',
+    'vtpmctl image allow DIGEST --note "release 1.2"',
+  ])
+    .argument('[digest]', '64 hex digits (default: the image that the supervisor runs)')
+    .option('--note <text>', 'why, for who reads the list later');
+  imageAllow.action((digest: string | undefined, flags: { note?: string }) =>
+    run(imageAllow, (context) => allowImage(digest, flags, context)),
+  );
+  const imageRemove = add(imageCommand, 'remove', 'no vTPM starts from this image any more', [
+    'vtpmctl image remove DIGEST',
+  ]).argument('<digest>', '64 hex digits');
+  imageRemove.action((digest: string) => run(imageRemove, (context) => removeImage(digest, context)));
+
+  const configCommand = program.command('config').description('the settings of this installation');
+  for (const option of globalOptions()) configCommand.addOption(option.hideHelp());
+  const configShow = add(configCommand, 'show', 'shows every setting and where its value comes from', [
+    'vtpmctl config show',
+    'VTPM_LOG_LEVEL=debug vtpmctl config show --json',
+  ]);
+  configShow.action(() => run(configShow, showConfig));
+  return program;
+}
+
+function globalOptions(): Option[] {
+  return [
+    new Option('--home <dir>', `directory of the installation (default: ${defaultHome()})`),
+    new Option('--run-dir <dir>', 'directory of its sockets'),
+    new Option('--json', 'results as JSON, errors as JSON on standard error'),
+    new Option('--log-level <level>', 'of the daemons that up starts').choices([
+      ...(CONFIG_KEYS['log-level'].values ?? []),
+    ]),
+    new Option('--log-format <format>', 'of the daemons that up starts').choices([
+      ...(CONFIG_KEYS['log-format'].values ?? []),
+    ]),
+  ];
+}
+
+function sayLibtpms(): string {
+  try {
+    return `libtpms ${libtpmsVersion()}`;
+  } catch (error) {
+    return (error as Error).message;
+  }
+}

@@ -1,0 +1,58 @@
+import { randomUUID } from 'node:crypto';
+import { join } from 'node:path';
+import { checkSocketPath } from 'vtpm-common';
+import { ToolstackError } from '../../error.js';
+import type { Context } from '../context.js';
+import { isUuid } from '../inventory.js';
+import { fields } from '../output.js';
+import { delegate, readToolstackKey } from '../toolstack-key.js';
+
+export interface CreateFlags {
+  readonly vmUuid?: string;
+  readonly isolation?: string;
+  readonly autostart?: boolean;
+  readonly startup: string;
+}
+
+/** As the supervisor has it. Upper case is refused so that two names never differ by that alone. */
+const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
+
+/** Registers a vTPM; its TPM comes into being with the first start. */
+export async function create(name: string, flags: CreateFlags, context: Context): Promise<void> {
+  const { configuration, output, supervisor } = context;
+  if (!NAME.test(name) || isUuid(name)) {
+    throw new ToolstackError(
+      'usage',
+      `a name has 1 to 63 of a-z, 0-9, ".", "_" and "-", begins with a letter or digit and is no UUID; "${name}" is not one`,
+    );
+  }
+  if (flags.vmUuid !== undefined && !isUuid(flags.vmUuid)) {
+    throw new ToolstackError('usage', `--vm-uuid takes a UUID, not "${flags.vmUuid}"`);
+  }
+  try {
+    checkSocketPath(join(configuration.paths.supervisor.doors, name, 'tcti.sock.ctrl'));
+  } catch (cause) {
+    throw new ToolstackError('usage', `${(cause as Error).message}, or a shorter name`, { cause });
+  }
+  const key = readToolstackKey(configuration.paths);
+  const { delegateKey } = await supervisor.health();
+  const id = randomUUID();
+  const vmUuid = flags.vmUuid?.toLowerCase() ?? randomUUID();
+  const vtpm = await supervisor.create({
+    id,
+    name,
+    vmUuid,
+    isolation: flags.isolation ?? configuration.settings.isolation,
+    autostart: flags.autostart === true,
+    startup: flags.startup,
+    ...delegate(key, { id, vmUuid, delegateKey }),
+  });
+  output.result(
+    vtpm,
+    `${fields([
+      ['created', vtpm.name],
+      ['id', vtpm.id],
+      ['VM', vtpm.vmUuid],
+    ])}\nnext: vtpmctl start ${vtpm.name}`,
+  );
+}

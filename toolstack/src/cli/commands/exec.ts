@@ -1,0 +1,60 @@
+import { spawn } from 'node:child_process';
+import { ToolstackError } from '../../error.js';
+import type { Context } from '../context.js';
+
+const FORWARDED = ['SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'] as const;
+/** A terminal sends these to the program as well, and programs treat the second one differently. */
+const FROM_TERMINAL: ReadonlySet<string> = new Set(['SIGINT', 'SIGQUIT']);
+
+/**
+ * Runs a program whose TPM is the vTPM: tpm2-tss and tpm2-tools read these variables.
+ * @returns the program's exit status; a program ended by a signal ends vtpmctl by the same one
+ */
+export async function exec(
+  nameOrId: string,
+  command: readonly string[],
+  { supervisor }: Context,
+): Promise<number> {
+  const [program, ...args] = command[0] === '--' ? command.slice(1) : command;
+  if (program === undefined) {
+    throw new ToolstackError(
+      'usage',
+      `no program to run; for example: vtpmctl exec ${nameOrId} -- tpm2_getrandom --hex 8`,
+    );
+  }
+  const vtpm = await supervisor.vtpm(nameOrId);
+  if (vtpm.state !== 'running' || vtpm.sockets.tcti === null) {
+    throw new ToolstackError(
+      'not-running',
+      `${vtpm.name} is ${vtpm.state}; start it: vtpmctl start ${vtpm.name}`,
+    );
+  }
+  const tcti = `swtpm:path=${vtpm.sockets.tcti}`;
+  const child = spawn(program, args, {
+    stdio: 'inherit',
+    env: { ...process.env, TPM2TOOLS_TCTI: tcti, TSS2_TCTI: tcti },
+  });
+  for (const signal of FORWARDED) {
+    process.on(signal, () => {
+      if (!(process.stdin.isTTY && FROM_TERMINAL.has(signal))) child.kill(signal);
+    });
+  }
+  return await new Promise((resolve, reject) => {
+    child.once('error', (cause: NodeJS.ErrnoException) => {
+      reject(
+        new ToolstackError(
+          'bad-request',
+          cause.code === 'ENOENT'
+            ? `there is no program "${program}"; install it (tpm2_… are in the package tpm2-tools) or give its path`
+            : `"${program}" cannot be run: ${cause.message}`,
+          { cause },
+        ),
+      );
+    });
+    child.once('exit', (code, signal) => {
+      for (const name of FORWARDED) process.removeAllListeners(name);
+      if (signal) process.kill(process.pid, signal);
+      resolve(code ?? 1);
+    });
+  });
+}

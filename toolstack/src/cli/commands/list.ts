@@ -1,0 +1,77 @@
+import type { ToolstackError } from '../../error.js';
+import type { Context } from '../context.js';
+import { exitStatus } from '../exit-status.js';
+import { type Entry, findEntry, type Orphan, takeInventory } from '../inventory.js';
+import { bytes, fields, table, time } from '../output.js';
+
+const ORPHANS: Readonly<Record<Orphan, string>> = {
+  'no-name':
+    'orphan: the manager keeps its state, the supervisor does not know it; vtpmctl delete ID retires it',
+  'no-state': 'orphan: it has run, but the manager has no state of it; vtpmctl delete removes it',
+  retired: 'orphan: the manager retired it; vtpmctl delete removes it',
+};
+
+/** @returns the exit status: what could be learnt is shown even where one of the daemons does not answer */
+export async function list({ supervisor, manager, output }: Context): Promise<number> {
+  const { entries, missing } = await takeInventory(supervisor, manager);
+  const rows = entries.map((entry) => [
+    entry.name ?? '-',
+    entry.id,
+    entry.state,
+    entry.generation === null ? '-' : String(entry.generation),
+    bytes(entry.savedBytes),
+    time(entry.savedAt),
+    note(entry),
+  ]);
+  output.result(
+    { vtpms: entries, missing: missing.map(({ code, message }) => ({ code, message })) },
+    rows.length === 0
+      ? 'no vTPMs; make one with: vtpmctl create NAME'
+      : table(['NAME', 'ID', 'STATE', 'GENERATION', 'SIZE', 'SAVED', ''], rows),
+  );
+  return sayMissing(missing, output);
+}
+
+/** @returns the exit status, as `list` */
+export async function show(nameOrId: string, { supervisor, manager, output }: Context): Promise<number> {
+  const { entry, missing } = await findEntry(nameOrId, supervisor, manager);
+  output.result(
+    entry,
+    fields([
+      ['name', entry.name ?? '-'],
+      ['id', entry.id],
+      ['VM', entry.vmUuid],
+      ['state', entry.state],
+      ['note', note(entry)],
+      ['VM run', entry.vmRunId],
+      ['epoch', entry.epoch],
+      ['generation', entry.generation],
+      ['saved', entry.savedAt === null ? null : `${time(entry.savedAt)}, ${bytes(entry.savedBytes)}`],
+      ['created', entry.createdAt === null ? null : time(entry.createdAt)],
+      ['libtpms', entry.libtpmsVersion],
+      ['marks', entry.marks.join(', ')],
+      ['isolation', entry.isolation],
+      ['autostart', entry.autostart === null ? null : entry.autostart ? 'yes' : 'no'],
+      ['startup', entry.startup],
+      ['worker', entry.worker ? `process ${entry.worker.pid}` : null],
+      ['layers', entry.worker?.layers.join(', ')],
+      ['tpm', entry.sockets.tpm],
+      ['tcti', entry.sockets.tcti],
+      ['control', entry.sockets.control],
+      ['ring', entry.sockets.ring],
+    ]),
+  );
+  return sayMissing(missing, output);
+}
+
+function note(entry: Entry): string {
+  if (entry.orphan) return ORPHANS[entry.orphan];
+  if (entry.reason) return entry.reason;
+  return entry.generation === 0 && entry.state === 'stopped' ? 'never started' : '';
+}
+
+function sayMissing(missing: readonly ToolstackError[], output: Context['output']): number {
+  for (const error of missing) output.note(`vtpmctl: incomplete: ${error.message}`);
+  const first = missing[0];
+  return first ? exitStatus(first.code) : 0;
+}

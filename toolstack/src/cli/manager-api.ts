@@ -1,0 +1,91 @@
+import { DaemonClient } from './http.js';
+
+export interface ManagerHealth {
+  readonly status: 'ready' | 'locked' | 'starting';
+  readonly reason?: string;
+  readonly message?: string;
+  readonly version: string;
+  readonly managerId: string;
+  readonly storeId: string;
+  readonly tpm: {
+    readonly kind: string;
+    readonly path: string;
+    readonly manufacturer?: string;
+    readonly hardwareProtected?: boolean;
+  };
+  readonly pcrSelection: string;
+}
+
+/** A vTPM as the manager knows it: the truth about saved state. */
+export interface ManagerVtpm {
+  readonly id: string;
+  readonly vmUuid: string;
+  readonly kind: 'live' | 'retired';
+  readonly generation: number;
+  readonly epoch: number;
+  readonly savedAt: string | null;
+  readonly createdAt: string | null;
+  readonly savedBytes: number;
+  readonly marks: readonly string[];
+  readonly libtpmsVersion: string;
+  readonly session: {
+    readonly connected: boolean;
+    readonly imageDigest: string;
+    readonly isolation: string;
+  } | null;
+}
+
+export interface AllowedImage {
+  readonly digest: string;
+  readonly note: string;
+  readonly allowedAt: string | null;
+}
+
+/** The manager's admin plane. Errors as in DaemonClient. */
+export class ManagerApi {
+  readonly #client: DaemonClient;
+  constructor(socketPath: string) {
+    this.#client = new DaemonClient('manager', socketPath);
+  }
+
+  async health(timeout?: number): Promise<ManagerHealth> {
+    return await this.#client.call('GET', '/health', timeout === undefined ? {} : { timeout });
+  }
+
+  /** All of them, page by page. */
+  async vtpms(): Promise<ManagerVtpm[]> {
+    const all: ManagerVtpm[] = [];
+    let after: string | undefined;
+    do {
+      const query = after === undefined ? '' : `&after=${encodeURIComponent(after)}`;
+      const page = await this.#client.call<{ vtpms: ManagerVtpm[]; next?: string | null }>(
+        'GET',
+        `/vtpms?limit=200${query}`,
+      );
+      all.push(...page.vtpms);
+      // A page that does not move on would be asked for without end.
+      after = page.next === after ? undefined : (page.next ?? undefined);
+    } while (after !== undefined);
+    return all;
+  }
+
+  async vtpm(id: string): Promise<ManagerVtpm> {
+    return await this.#client.call('GET', `/vtpms/${encodeURIComponent(id)}`);
+  }
+
+  async retire(id: string): Promise<void> {
+    await this.#client.call('POST', `/vtpms/${encodeURIComponent(id)}/retire`);
+  }
+
+  async images(): Promise<AllowedImage[]> {
+    return (await this.#client.call<{ images: AllowedImage[] }>('GET', '/images')).images;
+  }
+
+  async allowImage(digest: string, note: string): Promise<void> {
+    await this.#client.call('POST', '/images', { body: { digest, note } });
+  }
+
+  async removeImage(digest: string): Promise<void> {
+    await this.#client.call('DELETE', `/images/${encodeURIComponent(digest)}`);
+  }
+}

@@ -1,0 +1,56 @@
+/** Where a command writes its result and its remarks; tests put their own here. */
+export interface Output {
+  readonly isJson: boolean;
+  /** The result: `value` as one JSON document with --json, `text` otherwise. */
+  result(value: unknown, text: string): void;
+  /** Something the reader should know that is not the result. */
+  note(text: string): void;
+}
+
+export function createOutput(
+  isJson: boolean,
+  stdout: Pick<NodeJS.WritableStream, 'write'> = process.stdout,
+  stderr: Pick<NodeJS.WritableStream, 'write'> = process.stderr,
+): Output {
+  return {
+    isJson,
+    result(value, text) {
+      stdout.write(isJson ? `${JSON.stringify(value, null, 2)}\n` : `${text}\n`);
+    },
+    note(text) {
+      stderr.write(`${text}\n`);
+    },
+  };
+}
+
+/** Columns as wide as their widest cell; the last one is not padded. */
+export function table(head: readonly string[], rows: readonly (readonly string[])[]): string {
+  const widths = head.map((title, column) =>
+    Math.max(title.length, ...rows.map((row) => row[column]?.length ?? 0)),
+  );
+  return [head, ...rows]
+    .map((row) =>
+      row
+        .map((cell, column) => (column === row.length - 1 ? cell : cell.padEnd(widths[column] ?? 0)))
+        .join('  ')
+        .trimEnd(),
+    )
+    .join('\n');
+}
+
+/** `name  value` lines; those without a value are left out. */
+export function fields(pairs: readonly (readonly [string, string | number | null | undefined])[]): string {
+  const shown = pairs.filter(([, value]) => value !== null && value !== undefined && value !== '');
+  const width = Math.max(...shown.map(([name]) => name.length));
+  return shown.map(([name, value]) => `${name.padEnd(width)}  ${String(value)}`).join('\n');
+}
+
+export function bytes(count: number | null): string {
+  if (count === null) return '-';
+  return count < 1024 ? `${count} B` : `${(count / 1024).toFixed(1)} KiB`;
+}
+
+/** An ISO time to the second, in UTC. */
+export function time(iso: string | null): string {
+  return iso === null ? '-' : iso.replace(/\.\d+Z$/, 'Z');
+}

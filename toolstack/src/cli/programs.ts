@@ -1,0 +1,49 @@
+import { existsSync, readFileSync, realpathSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { ToolstackError } from '../error.js';
+
+const toolstack = fileURLToPath(new URL('../..', import.meta.url));
+
+/** The files of the daemons, found the way Node finds packages: no PATH is asked. @throws ToolstackError `missing-package` */
+export function managerProgram(): string {
+  let description: string;
+  try {
+    description = createRequire(import.meta.url).resolve('vtpm-manager/package.json');
+  } catch (cause) {
+    throw new ToolstackError(
+      'missing-package',
+      'the package vtpm-manager is not installed beside vtpmctl; run npm ci in the checkout',
+      { cause },
+    );
+  }
+  return built(
+    join(dirname(description), 'bin', 'vtpm-managerd.js'),
+    join(dirname(description), 'dist/main.js'),
+  );
+}
+
+export function supervisorProgram(): string {
+  return built(join(toolstack, 'bin', 'vtpm-supervisord.js'), join(toolstack, 'dist', 'supervisor-main.js'));
+}
+
+/** Whether this is a working tree of the project: its worker image changes with each build. */
+export function isCheckout(directory: string = toolstack): boolean {
+  const root = join(realpathSync(directory), '..');
+  try {
+    const { workspaces } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as {
+      workspaces?: unknown;
+    };
+    return Array.isArray(workspaces);
+  } catch {
+    return false;
+  }
+}
+
+function built(program: string, code: string): string {
+  if (!existsSync(code)) {
+    throw new ToolstackError('missing-package', `${code} is missing; build it: npm run build`);
+  }
+  return program;
+}

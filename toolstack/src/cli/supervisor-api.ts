@@ -1,0 +1,96 @@
+import { DaemonClient } from './http.js';
+
+/** Starting waits for a worker, a Load and the first durable save; stopping for the last one. */
+const LIFECYCLE_TIMEOUT_MS = 120_000;
+
+export interface SupervisorHealth {
+  readonly status: string;
+  readonly version: string;
+  readonly delegateKey: string;
+  readonly managerConnected: boolean;
+  readonly imageDigest: string;
+}
+
+export interface SupervisorVtpm {
+  readonly id: string;
+  readonly name: string;
+  readonly vmUuid: string;
+  readonly isolation: string;
+  readonly autostart: boolean;
+  readonly startup: string;
+  readonly state: 'stopped' | 'starting' | 'running' | 'stopping' | 'crashed';
+  readonly reason?: string | null;
+  readonly vmRunId: string | null;
+  readonly epoch: number | null;
+  readonly worker: {
+    readonly pid: number;
+    readonly isolation: string;
+    readonly layers: readonly string[];
+    readonly startedAt?: string;
+  } | null;
+  readonly sockets: {
+    readonly tpm: string | null;
+    readonly tcti: string | null;
+    readonly control: string | null;
+    readonly ring: string | null;
+  };
+}
+
+export interface NewVtpm {
+  readonly id: string;
+  readonly name: string;
+  readonly vmUuid: string;
+  readonly isolation: string;
+  readonly autostart: boolean;
+  readonly startup: string;
+  /** base64 */
+  readonly delegation: string;
+  /** base64 */
+  readonly delegationSignature: string;
+}
+
+/** The supervisor's API. Errors as in DaemonClient. */
+export class SupervisorApi {
+  readonly #client: DaemonClient;
+  constructor(socketPath: string) {
+    this.#client = new DaemonClient('supervisor', socketPath);
+  }
+
+  async health(timeout?: number): Promise<SupervisorHealth> {
+    return await this.#client.call('GET', '/health', timeout === undefined ? {} : { timeout });
+  }
+
+  async image(): Promise<{ digest: string }> {
+    return await this.#client.call('GET', '/image');
+  }
+
+  async create(vtpm: NewVtpm): Promise<SupervisorVtpm> {
+    return await this.#client.call('POST', '/vtpms', { body: vtpm });
+  }
+
+  async vtpms(): Promise<SupervisorVtpm[]> {
+    return (await this.#client.call<{ vtpms: SupervisorVtpm[] }>('GET', '/vtpms')).vtpms;
+  }
+
+  async vtpm(nameOrId: string): Promise<SupervisorVtpm> {
+    return await this.#client.call('GET', `/vtpms/${encodeURIComponent(nameOrId)}`);
+  }
+
+  async start(nameOrId: string): Promise<SupervisorVtpm> {
+    return await this.#lifecycle(nameOrId, 'start');
+  }
+
+  async stop(nameOrId: string): Promise<SupervisorVtpm> {
+    return await this.#lifecycle(nameOrId, 'stop');
+  }
+
+  async forget(nameOrId: string): Promise<void> {
+    await this.#client.call('DELETE', `/vtpms/${encodeURIComponent(nameOrId)}`);
+  }
+
+  async #lifecycle(nameOrId: string, verb: 'start' | 'stop'): Promise<SupervisorVtpm> {
+    return await this.#client.call('POST', `/vtpms/${encodeURIComponent(nameOrId)}/${verb}`, {
+      timeout: LIFECYCLE_TIMEOUT_MS,
+    });
+  }
+}
