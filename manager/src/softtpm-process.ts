@@ -44,8 +44,8 @@ export async function startSoftTpm(options: SoftTpmOptions): Promise<SoftTpmProc
 }
 
 /**
- * With a clean environment. It ends with this process: its standard input closes, and the kernel sends it SIGTERM
- * (setpriv(1), --pdeathsig) so that it stops in order even where this process is killed.
+ * With a clean environment. The kernel sends it SIGTERM when this process ends (setpriv(1), --pdeathsig), so that it
+ * stops in order even where this process is killed.
  */
 function launch({ state, socket, create }: SoftTpmOptions): ChildProcess {
   const command = [
@@ -56,7 +56,7 @@ function launch({ state, socket, create }: SoftTpmOptions): ChildProcess {
   const [program = '', ...args] = existsSync(SETPRIV)
     ? [SETPRIV, '--pdeathsig', 'TERM', ...command]
     : command;
-  return spawn(program, args, { cwd: '/', env: {}, stdio: ['pipe', 'pipe', 'pipe'] });
+  return spawn(program, args, { cwd: '/', env: {}, stdio: ['ignore', 'pipe', 'pipe'] });
 }
 
 /** The `vtpm-softtpm` command of the vtpmd package, by its path: no code of it is loaded here. */

@@ -45,7 +45,10 @@ export function deriveKeys(rootKey: Uint8Array, storeId: Uint8Array): KeyHierarc
   const sessionRoot = ofStore('session root');
   // These two outlive a store.
   const enrolmentMacKey = hkdf(rootKey, NO_SALT, 'vtpm.v1 enrolment mac');
-  const identity = boxKeyPair(hkdf(rootKey, NO_SALT, 'vtpm.v1 manager identity'));
+  const identitySecret = hkdf(rootKey, NO_SALT, 'vtpm.v1 manager identity');
+  const identity = boxKeyPair(identitySecret);
+  // The pair has its own copy.
+  wipe(identitySecret);
   return {
     storeId: Buffer.from(storeId),
     storeKey,

@@ -42,6 +42,9 @@ export function decodeRecord(keys: KeyHierarchy, vtpmUuid: Uint8Array, bytes: Ui
     const stored = decode('StoredRecord', bytes);
     checkFormat(name, stored.header);
     verifyMac(keys, name, vtpmUuid, stored);
+    // protobuf has many encodings of one message; only the one that was written is taken.
+    if (!bytesEqual(encode('StoredRecord', stored), bytes))
+      throw corrupt(name, 'is not encoded as it was written');
     const header = decode('RecordHeader', stored.header);
     checkHeader(keys, name, vtpmUuid, header);
     return { header, parts: stored.parts };

@@ -1,0 +1,221 @@
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import fc from 'fast-check';
+import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
+import { deriveKeys } from 'vtpm-manager/keys/index';
+import {
+  applyLoad,
+  applySave,
+  decodeRecord,
+  encodeRecord,
+  type LoadFacts,
+  newRecord,
+  openState,
+  retire,
+  type VtpmRecord,
+} from 'vtpm-manager/records/index';
+import { decode, encode, type SaveBody, type StoredRecord } from 'vtpm-proto';
+
+const keys = deriveKeys(randomBytes(32), randomBytes(16));
+const names = { vtpmUuid: randomBytes(16), vmUuid: randomBytes(16) };
+const RUN_1 = Buffer.alloc(16, 1);
+const RUN_2 = Buffer.alloc(16, 2);
+
+const refused =
+  (code: ManagerErrorCode) =>
+  (error: unknown): boolean =>
+    error instanceof ManagerError && error.code === code;
+
+function facts(changes: Partial<LoadFacts> = {}): LoadFacts {
+  return {
+    vmRunId: RUN_1,
+    bootId: Buffer.alloc(16, 7),
+    session: {
+      sessionId: randomBytes(16),
+      workerKey: randomBytes(32),
+      lastSequence: 0n,
+      lastDigest: new Uint8Array(0),
+      imageDigest: randomBytes(32),
+      isolation: 'sandbox',
+    },
+    libtpmsVersion: '0.9.2',
+    keepsVolatile: false,
+    ...changes,
+  };
+}
+
+function saved(record: VtpmRecord, body: Partial<SaveBody>): VtpmRecord {
+  const sequence = (record.header.session?.lastSequence ?? 0n) + 1n;
+  return applySave(keys, record, {
+    body: { libtpmsVersion: '0.9.2', ...body },
+    sequence,
+    digest: randomBytes(32),
+    now: 1000n,
+  });
+}
+
+const text = (bytes: Uint8Array | undefined): string | undefined =>
+  bytes && Buffer.from(bytes).toString('utf8');
+const first = newRecord(keys, names, facts(), 500n);
+
+describe('records', () => {
+  it('begin at epoch 1, generation 0, without state', () => {
+    assert.equal(first.header.epoch, 1n);
+    assert.equal(first.header.generation, 0n);
+    assert.deepEqual(openState(keys, first), { permanent: undefined, volatile: undefined });
+  });
+
+  it('come back as they were written, the state not in the clear', () => {
+    fc.assert(
+      fc.property(
+        fc.uint8Array({ minLength: 16, maxLength: 4000 }),
+        fc.option(fc.uint8Array({ minLength: 16, maxLength: 1000 }), { nil: undefined }),
+        (permanent, volatile) => {
+          const record = saved(first, { permanent, ...(volatile && { volatile }) });
+          const bytes = encodeRecord(keys, record);
+          assert.ok(!bytes.includes(Buffer.from(permanent)));
+          const read = decodeRecord(keys, names.vtpmUuid, bytes);
+          assert.equal(read.header.generation, 1n);
+          const state = openState(keys, read);
+          assert.deepEqual(state.permanent, Buffer.from(permanent));
+          assert.deepEqual(state.volatile, volatile && Buffer.from(volatile));
+        },
+      ),
+    );
+  });
+
+  it('are refused with any bit flipped', () => {
+    const bytes = encodeRecord(
+      keys,
+      saved(first, { permanent: Buffer.from('state'), volatile: Buffer.from('v') }),
+    );
+    fc.assert(
+      fc.property(fc.nat(bytes.length * 8 - 1), (bit) => {
+        const changed = Buffer.from(bytes);
+        changed[bit >> 3] = (changed[bit >> 3] ?? 0) ^ (1 << (bit & 7));
+        assert.throws(
+          () => decodeRecord(keys, names.vtpmUuid, changed),
+          (error) => refused('store-corrupt')(error) || refused('newer-format')(error),
+        );
+      }),
+      { numRuns: 1000 },
+    );
+  });
+
+  it('are refused with any byte cut off, and with garbage', () => {
+    const bytes = encodeRecord(keys, saved(first, { permanent: Buffer.from('state') }));
+    for (let length = 0; length < bytes.length; length++) {
+      assert.throws(
+        () => decodeRecord(keys, names.vtpmUuid, bytes.subarray(0, length)),
+        refused('store-corrupt'),
+      );
+    }
+    fc.assert(
+      fc.property(fc.uint8Array({ maxLength: 300 }), (garbage) => {
+        assert.throws(() => decodeRecord(keys, names.vtpmUuid, garbage), ManagerError);
+      }),
+    );
+  });
+
+  it('of another vTPM or another store are refused', () => {
+    const bytes = encodeRecord(keys, first);
+    decodeRecord(keys, names.vtpmUuid, bytes);
+    assert.throws(() => decodeRecord(keys, randomBytes(16), bytes), refused('store-corrupt'));
+    const root = randomBytes(32);
+    const [a, b] = [deriveKeys(root, Buffer.alloc(16, 1)), deriveKeys(root, Buffer.alloc(16, 2))];
+    const other = encodeRecord(a, newRecord(a, names, facts(), 1n));
+    decodeRecord(a, names.vtpmUuid, other);
+    assert.throws(() => decodeRecord(b, names.vtpmUuid, other), refused('store-corrupt'));
+  });
+
+  it('of a newer format are refused by name before their mac', () => {
+    const header = encode('RecordHeader', { ...first.header, format: 300 });
+    const bytes = encode('StoredRecord', { header, mac: Buffer.alloc(32), parts: [] });
+    assert.throws(() => decodeRecord(keys, names.vtpmUuid, bytes), refused('newer-format'));
+    const older = encode('RecordHeader', { ...first.header, format: 0 });
+    const old = encode('StoredRecord', { header: older, mac: Buffer.alloc(32), parts: [] });
+    assert.throws(() => decodeRecord(keys, names.vtpmUuid, old), refused('store-corrupt'));
+  });
+
+  it('do not take a part of an older record of the same vTPM', () => {
+    const one = saved(first, { permanent: Buffer.from('one') });
+    const two = saved(one, { permanent: Buffer.from('two') });
+    const stored = decode('StoredRecord', encodeRecord(keys, two));
+    const mixed: StoredRecord = { ...stored, parts: [...one.parts] };
+    assert.throws(
+      () => decodeRecord(keys, names.vtpmUuid, encode('StoredRecord', mixed)),
+      refused('store-corrupt'),
+    );
+  });
+});
+
+describe('saves', () => {
+  it('keep the old permanent part where they bring none', () => {
+    const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
+    const two = saved(one, { volatile: Buffer.from('V2') });
+    assert.equal(two.header.generation, 2n);
+    const state = openState(keys, two);
+    assert.equal(text(state.permanent), 'P1');
+    assert.equal(text(state.volatile), 'V2');
+  });
+
+  it('never pair a new permanent part with an old volatile one', () => {
+    const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
+    const state = openState(keys, saved(one, { permanent: Buffer.from('P2') }));
+    assert.equal(text(state.permanent), 'P2');
+    assert.equal(state.volatile, undefined);
+  });
+
+  it('keep a journal for one save', () => {
+    const journal = { sequence: 1n, request: Buffer.from('q'), response: Buffer.from('r') };
+    const one = saved(first, { permanent: Buffer.from('P1'), journal });
+    assert.equal(one.parts.length, 2);
+    assert.equal(saved(one, { permanent: Buffer.from('P2') }).parts.length, 1);
+  });
+
+  it('count generations and note session, version and time', () => {
+    const one = saved(first, { permanent: Buffer.from('P1'), libtpmsVersion: '0.9.7' });
+    assert.equal(one.header.session?.lastSequence, 1n);
+    assert.equal(one.header.libtpmsVersion, '0.9.7');
+    assert.equal(one.header.savedAt, 1000n);
+    assert.equal(one.header.createdAt, 500n);
+  });
+});
+
+describe('loads', () => {
+  const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
+
+  it('of the same VM run that resume keep volatile state', () => {
+    const next = applyLoad(one, facts({ keepsVolatile: true }));
+    assert.equal(next.header.epoch, 2n);
+    assert.equal(next.header.generation, 1n);
+    assert.equal(text(openState(keys, next).volatile), 'V1');
+  });
+
+  it('of another VM run drop volatile state, resume or not', () => {
+    for (const keepsVolatile of [true, false]) {
+      const next = applyLoad(one, facts({ vmRunId: RUN_2, keepsVolatile }));
+      assert.equal(openState(keys, next).volatile, undefined);
+      assert.equal(text(openState(keys, next).permanent), 'P1');
+      assert.equal(next.parts.length, 1);
+    }
+  });
+
+  it('that are cold drop volatile state for good', () => {
+    const cold = applyLoad(one, facts());
+    assert.equal(openState(keys, cold).volatile, undefined);
+    assert.equal(openState(keys, applyLoad(cold, facts({ keepsVolatile: true }))).volatile, undefined);
+  });
+});
+
+describe('retiring', () => {
+  it('leaves a tombstone without key or state', () => {
+    const one = saved(first, { permanent: Buffer.from('P1') });
+    const stone = decodeRecord(keys, names.vtpmUuid, encodeRecord(keys, retire(one)));
+    assert.equal(stone.header.kind, 'RETIRED');
+    assert.equal(stone.header.generation, 1n);
+    assert.equal(stone.header.wrappedDataKey.length, 0);
+    assert.equal(stone.header.session, undefined);
+    assert.deepEqual(stone.parts, []);
+  });
+});
