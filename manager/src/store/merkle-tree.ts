@@ -65,7 +65,7 @@ class ArrayMerkleTree implements MerkleTree {
   readonly #buckets: string[][] = Array.from({ length: BUCKETS }, () => []);
   readonly #sorted: string[] = [];
   /** Node 1 is the root, node i has the children 2i and 2i + 1, bucket b is node BUCKETS + b. */
-  readonly #nodes = Buffer.alloc(2 * BUCKETS * DIGEST);
+  readonly #nodes = Buffer.from(EMPTY_NODES);
   #revision = 0;
 
   constructor(leaves: Iterable<LeafChange>) {
@@ -75,13 +75,11 @@ class ArrayMerkleTree implements MerkleTree {
       this.#buckets[bucketOf(leaf.key)]?.push(leaf.key);
     }
     this.#sorted.sort(byCode);
-    for (const [bucket, keys] of this.#buckets.entries()) {
-      keys.sort(byCode);
-      this.#setNode(BUCKETS + bucket, this.#bucketDigest(keys, NOTHING));
-    }
-    for (let node = BUCKETS - 1; node >= 1; node--) {
-      this.#setNode(node, nodeDigest(this.#node(2 * node), this.#node(2 * node + 1)));
-    }
+    for (const keys of this.#buckets) keys.sort(byCode);
+    const filled = this.#buckets.flatMap((keys, bucket): [number, string[]][] =>
+      keys.length > 0 ? [[bucket, keys]] : [],
+    );
+    for (const [node, digest] of this.#digestsAbove(filled, NOTHING)) this.#setNode(node, digest);
   }
 
   get size(): number {
@@ -126,12 +124,20 @@ class ArrayMerkleTree implements MerkleTree {
       if (!this.#slots.has(key)) news.push(key);
       added.set(bucket, news);
     }
-    const nodes = new Map<number, Buffer>();
-    for (const [bucket, news] of added) {
+    const buckets = [...added].map(([bucket, news]): [number, string[]] => {
       const old = this.#buckets[bucket] ?? [];
-      const keys = news.length === 0 ? old : [...old, ...news].sort(byCode);
-      nodes.set(BUCKETS + bucket, this.#bucketDigest(keys, changed));
-    }
+      return [bucket, news.length === 0 ? old : [...old, ...news].sort(byCode)];
+    });
+    return this.#digestsAbove(buckets, changed);
+  }
+
+  /** The digests of some buckets, which hold these keys, and of all nodes above them. */
+  #digestsAbove(
+    buckets: readonly [number, readonly string[]][],
+    changed: ReadonlyMap<string, LeafChange>,
+  ): Map<number, Buffer> {
+    const nodes = new Map<number, Buffer>();
+    for (const [bucket, keys] of buckets) nodes.set(BUCKETS + bucket, this.#bucketDigest(keys, changed));
     const current = (node: number): Uint8Array => nodes.get(node) ?? this.#node(node);
     let level = new Set([...nodes.keys()].map((node) => node >> 1));
     while (level.size > 0 && !level.has(0)) {
@@ -197,6 +203,17 @@ class ArrayMerkleTree implements MerkleTree {
   }
 }
 
+/** The nodes of a tree without records: one digest for each level. */
+function emptyNodes(): Buffer {
+  const nodes = Buffer.alloc(2 * BUCKETS * DIGEST);
+  let digest: Uint8Array = valueDigest(BUCKET_TAG);
+  for (let first = BUCKETS; first >= 1; first >>= 1) {
+    nodes.fill(digest, first * DIGEST, 2 * first * DIGEST);
+    digest = nodeDigest(digest, digest);
+  }
+  return nodes;
+}
+
 const NOTHING: ReadonlyMap<string, LeafChange> = new Map();
 
 function nodeDigest(left: Uint8Array, right: Uint8Array): Buffer {
@@ -219,3 +236,5 @@ function upperBound(sorted: readonly string[], key: string): number {
   }
   return low;
 }
+
+const EMPTY_NODES = emptyNodes();

@@ -1,0 +1,31 @@
+/**
+ * Stands in for a manager that is killed or traced: makes a store, then writes records and says on standard output
+ * which ones were acknowledged.
+ *
+ *     node store-writer.js DIRECTORY STORE_ID ANCHOR_KEY sandbox|plain COUNT
+ */
+import { createLogger } from 'vtpm-common';
+import { createAnchoredStore, openLmdbStore } from 'vtpm-manager/store/index';
+import { contentOf } from './store-fixture.js';
+
+const [directory = '', storeId = '', anchorKey = '', mode = '', count = ''] = process.argv.slice(2);
+const store = await openLmdbStore({
+  directory,
+  create: true,
+  sandbox: mode === 'sandbox',
+  log: createLogger('writer', { 'log-level': 'silent', 'log-format': 'json' }),
+  onLost: (error) => {
+    throw error;
+  },
+});
+const anchored = await createAnchoredStore(store, {
+  storeId: Buffer.from(storeId, 'hex'),
+  anchorKey: Buffer.from(anchorKey, 'hex'),
+});
+for (let i = 0; i < Number(count); i++) {
+  const key = `vtpm/${i % 10}`;
+  const version = Math.floor(i / 10);
+  await anchored.write(key, version, contentOf(key, version + 1));
+  process.stdout.write(`${key} ${version + 1}\n`);
+}
+await anchored.close();
