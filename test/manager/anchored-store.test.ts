@@ -333,7 +333,7 @@ describe('anchored store', () => {
       ['a record removed', 'rollback-detected', (db) => db.removeSync('k/1')],
       ['a record added', 'rollback-detected', (db) => db.putSync('k/2', contentOf('k/2', 1), 1)],
       ['the anchor removed', 'store-corrupt', (db) => db.removeSync('anchor')],
-      ['a version that is none', 'store-corrupt', (db) => db.putSync('k/0', contentOf('k/0', 2), 0.5)],
+      ['a version that is none', 'store-corrupt', (db) => db.putSync('k/0', contentOf('k/0', 2), 2.5)],
       ['a key that is none', 'store-corrupt', (db) => db.putSync('two words', Buffer.from('x'), 1)],
       [
         'everything removed',

@@ -17,6 +17,7 @@ import {
   ProtocolError,
   Request,
 } from './child-protocol.js';
+import { isStoreKey } from './limits.js';
 import { childScript, environment, sandboxCommand } from './sandbox.js';
 import { checkWrite, type StateStore, type StoreEntry, type StoreWrite } from './state-store.js';
 
@@ -155,7 +156,12 @@ class LmdbStore implements StateStore {
   }
 
   async get(key: string): Promise<StoreEntry | undefined> {
-    return this.#entries(await this.#request(Request.get, [encodeKey(key)]))[0];
+    if (!isStoreKey(key)) throw new ManagerError('bad-request', 'this is no key of a record');
+    const [entry, ...others] = this.#entries(await this.#request(Request.get, [encodeKey(key)]));
+    if (others.length > 0 || (entry && entry.key !== key)) {
+      throw this.#distrust(new ProtocolError('another record than was asked for'));
+    }
+    return entry;
   }
 
   async commit(writes: readonly StoreWrite[]): Promise<boolean> {
@@ -207,13 +213,15 @@ class LmdbStore implements StateStore {
   #settle(frame: Frame): void {
     const pending = this.#pending.get(frame.id);
     if (!pending) throw new ProtocolError('an answer to nothing');
+    const isAnswer = frame.code === Answer.done || frame.code === Answer.stale;
+    const code = ERROR_CODES.get(frame.code);
+    // Until here it is pending: distrust fails it with the others.
+    if (!isAnswer && !code) throw new ProtocolError(`there is no answer ${frame.code}`);
     this.#pending.delete(frame.id);
-    if (frame.code === Answer.done || frame.code === Answer.stale) {
+    if (!code) {
       pending.resolve(frame);
       return;
     }
-    const code = ERROR_CODES.get(frame.code);
-    if (!code) throw new ProtocolError(`there is no answer ${frame.code}`);
     const detail = frame.body.toString('utf8');
     pending.reject(
       new ManagerError(code, `the store ${this.options.directory}: ${detail}${ADVICE[code] ?? ''}`),
@@ -224,19 +232,17 @@ class LmdbStore implements StateStore {
     try {
       return decodeEntries(frame.body);
     } catch (error) {
-      this.#distrust(error);
-      throw this.#lost ?? error;
+      throw this.#distrust(error);
     }
   }
 
   /** The process says what it never should: damaged memory, or somebody else's code. */
-  #distrust(cause: unknown): void {
-    this.#lose(
-      new ManagerError('store-corrupt', `the store process answers nonsense: ${(cause as Error).message}`, {
-        cause,
-      }),
-    );
+  #distrust(cause: unknown): ManagerError {
+    const what = `the store process answers nonsense: ${(cause as Error).message}`;
+    const error = new ManagerError('store-corrupt', what, { cause });
+    this.#lose(error);
     this.child.kill('SIGKILL');
+    return error;
   }
 
   #lose(error: ManagerError): void {

@@ -19,7 +19,10 @@ export function sandboxCommand(script: string, args: readonly string[], director
     ...readable.flatMap((path) => ['--ro-bind', path, path]),
     ...['--proc', '/proc', '--dev', '/dev'],
     ...['--bind', directory, directory],
-    ...['--remount-ro', '/', '--chdir', '/', '--'],
+    // A process of the host's root may write to /proc/sys without any capability (sysctl_perm in the kernel), and with
+    // /proc/sys/kernel/core_pattern it would be out.
+    ...['/proc', '/dev', '/'].flatMap((path) => ['--remount-ro', path]),
+    ...['--chdir', '/', '--'],
     ...[process.execPath, script, ...args],
   ];
 }
