@@ -13,6 +13,7 @@ if (process.argv.includes('--clean')) {
     'vtpmd',
     'frontend-driver',
     'toolstack',
+    'quickstart',
     'test',
   ]) {
     rmSync(`${root}${name}/dist`, { recursive: true, force: true });

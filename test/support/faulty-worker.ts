@@ -1,0 +1,41 @@
+import { copyFileSync, mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { build } from 'esbuild';
+import { REPOSITORY } from './installation.js';
+
+/** Where a worker can be killed: names of `barrier` calls in its source. */
+export const WORKER_BARRIERS = ['before-process', 'after-process', 'after-ack', 'half-answer'] as const;
+
+/** Source of a program's prelude: the process kills itself the `count`th time it comes to `barrier`. */
+export function killAt(barrier: string, count: number): string {
+  return `let left = ${count};
+globalThis[Symbol.for('vtpm.barrier')] = (name) => {
+  if (name === ${JSON.stringify(barrier)} && --left === 0) process.kill(process.pid, 'SIGKILL');
+};`;
+}
+
+/**
+ * A worker image like the product's, but with a prelude that runs before everything else.
+ * @returns the path of its manifest
+ */
+export async function buildFaultyWorker(directory: string, prelude: string): Promise<string> {
+  const product = join(REPOSITORY, 'vtpmd/dist/bundle');
+  mkdirSync(join(directory, 'node_modules'), { recursive: true });
+  writeFileSync(join(directory, 'prelude.mjs'), prelude);
+  copyFileSync(join(product, 'image.json'), join(directory, 'image.json'));
+  copyFileSync(join(product, 'node_modules/koffi.node'), join(directory, 'node_modules/koffi.node'));
+  await build({
+    stdin: {
+      contents: `import './prelude.mjs';\nimport ${JSON.stringify(join(product, 'vtpmd.mjs'))};`,
+      resolveDir: directory,
+    },
+    outfile: join(directory, 'vtpmd.mjs'),
+    bundle: true,
+    platform: 'node',
+    format: 'esm',
+    target: 'node20',
+    banner: { js: "import{createRequire as __cr2}from'node:module';const require=__cr2(import.meta.url);" },
+    logLevel: 'warning',
+  });
+  return join(directory, 'image.json');
+}
