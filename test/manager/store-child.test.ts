@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { execFileSync, spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
 import {
   copyFileSync,
   existsSync,
@@ -331,6 +332,22 @@ describe('store process', () => {
     });
   }
 
+  it('a manager killed with -9 takes along even a process that hangs', async () => {
+    const { storeId, anchorKey } = fixture.anchor;
+    const writer = spawn(
+      process.execPath,
+      [WRITER, fixture.directory, storeId.toString('hex'), anchorKey.toString('hex'), 'sandbox', '1000000'],
+      { stdio: ['ignore', 'pipe', 'inherit'] },
+    );
+    const lines = createInterface({ input: writer.stdout });
+    await once(lines, 'line');
+    process.kill(fixture.childPid(), 'SIGSTOP');
+    writer.kill('SIGKILL');
+    const anchored = await fixture.reopen();
+    assert.ok(anchored.size > 0);
+    await anchored.close();
+  });
+
   it('I-4 acknowledges a commit only after fdatasync of the data and a synced meta page', async () => {
     const trace = join(fixture.parent, 'trace');
     const { storeId, anchorKey } = fixture.anchor;
@@ -465,16 +482,16 @@ describe('store process', () => {
   it('a refused directory is an error with its name', async () => {
     const path = join(fixture.parent, 'file');
     copyFileSync(WRITER, path);
-    await assert.rejects(
+    const open = (create: boolean) =>
       openLmdbStore({
         directory: path,
-        create: false,
+        create,
         sandbox: true,
         log: undefined as never,
         onLost: () => undefined,
-      }),
-      refusal('store-missing', /file does not exist/),
-    );
+      });
+    await assert.rejects(open(false), refusal('store-missing', /file does not exist/));
+    await assert.rejects(open(true), refusal('internal', /file cannot be opened/));
   });
 });
 

@@ -40,22 +40,27 @@ export interface LmdbStoreOptions {
  * `internal` where the process cannot be started
  */
 export async function openLmdbStore(options: LmdbStoreOptions): Promise<StateStore> {
+  try {
+    const store = await startStore(options);
+    await store.opened.catch(async (error: unknown) => {
+      await store.close();
+      throw error;
+    });
+    return store;
+  } catch (error) {
+    throw ManagerError.from(error, `the store ${options.directory} cannot be opened`);
+  }
+}
+
+async function startStore(options: LmdbStoreOptions): Promise<LmdbStore> {
   const directory = prepareDirectory(options.directory, options.create);
   const lock = await takeLock(directory);
-  let store: LmdbStore;
   try {
-    store = new LmdbStore(startChild(directory, options, lock), options);
+    return new LmdbStore(startChild(directory, options, lock), options);
   } finally {
     // The process has its own copy, and with it the lock ends when the process does.
     closeSync(lock);
   }
-  try {
-    await store.opened;
-  } catch (error) {
-    await store.close();
-    throw error;
-  }
-  return store;
 }
 
 const LOCK_WAIT_MS = 5000;
