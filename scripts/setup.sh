@@ -10,7 +10,7 @@ purpose=${1:-run}
 
 packages=(libtpms0 bubblewrap)
 if [ "$purpose" = test ]; then
-  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0)
+  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace)
 fi
 
 die() { printf '%s\n' "$@" >&2; exit 1; }
@@ -22,6 +22,7 @@ present() {
   case "$1" in
     libtpms0) [[ $libraries == *'libtpms.so.0 '* ]] ;;
     bubblewrap) command -v bwrap >/dev/null ;;
+    strace) command -v strace >/dev/null ;;
     swtpm) command -v swtpm >/dev/null ;;
     swtpm-tools) command -v swtpm_setup >/dev/null ;;
     tpm2-tools) command -v tpm2_getrandom >/dev/null ;;
