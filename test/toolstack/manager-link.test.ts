@@ -1,0 +1,46 @@
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { createConnection, createServer, type Server } from 'node:net';
+import { join } from 'node:path';
+import type { ToolstackError } from 'vtpm-toolstack/error';
+import { connectWorkerLink, connectWorkerLinkAgain } from 'vtpm-toolstack/supervisor/manager-link';
+import { removeDirectory, temporaryDirectory, until } from './supervisor-fixture.js';
+
+describe('a manager link', () => {
+  let directory: string;
+  let path: string;
+  let server: Server;
+  beforeEach(() => {
+    directory = temporaryDirectory();
+    path = join(directory, 'worker.sock');
+    server = createServer((socket) => socket.on('error', () => {}).end('greeting'));
+  });
+  afterEach(() => {
+    server.close();
+    removeDirectory(directory);
+  });
+
+  it('still holds all that the manager said when a worker gets it', async () => {
+    await once(server.listen(path), 'listening');
+    const link = await connectWorkerLink(path);
+    // Positive control: the same wait is enough for a connection that is read.
+    const other = createConnection(path);
+    await until(() => other.bytesRead > 0);
+    assert.equal(link.bytesRead, 0);
+    link.resume();
+    assert.equal(String((await once(link, 'data'))[0]), 'greeting');
+    link.destroy();
+    other.destroy();
+  });
+
+  it('is refused by name while the manager is away, and made when it comes', async () => {
+    await assert.rejects(
+      connectWorkerLink(path),
+      (error) => (error as ToolstackError).code === 'manager-unreachable',
+    );
+    const link = connectWorkerLinkAgain(path, () => true);
+    await once(server.listen(path), 'listening');
+    (await link)?.destroy();
+    assert.equal(await connectWorkerLinkAgain(path, () => false), undefined);
+  });
+});
