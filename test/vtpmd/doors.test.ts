@@ -64,6 +64,24 @@ describe('worker: doors', () => {
     client.close();
   });
 
+  it('wait for a client that does not take its answers', async () => {
+    const client = worker.connect('tpm');
+    client.socket.pause();
+    const count = 20_000;
+    // 960 KB of answers: more than the socket holds.
+    client.send(Buffer.concat(Array.from({ length: count }, () => getRandom(32))));
+    const other = worker.connect('tpm');
+    for (let round = 0; round < 50; round++) {
+      assert.equal(responseCode(await other.transmit(getRandom())), 0);
+    }
+    client.socket.resume();
+    for (let answer = 0; answer < count; answer++) {
+      assert.equal((await client.response()).readUInt16BE(10), 32);
+    }
+    other.close();
+    client.close();
+  });
+
   it('answer many clients at once, each its own', async () => {
     await Promise.all(
       Array.from({ length: 12 }, async (_, index) => {

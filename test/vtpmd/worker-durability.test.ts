@@ -152,13 +152,16 @@ describe('worker: durable before visible', () => {
     await saved;
     manager.send('FREEZE');
     const frozen = manager.next('FROZEN');
+    const control = worker.connect('tcti-ctrl');
+    control.send('00000001');
+    await control.bytes(8);
+    assert.ok(!manager.received.includes('FROZEN'));
     manager.release();
     await frozen;
     assert.equal(responseCode(await client.response()), 0);
 
     const count = manager.saves.length;
     client.send(nvIncrement(INDEX));
-    const control = worker.connect('tcti-ctrl');
     control.send('00000001');
     await control.bytes(8);
     assert.equal(client.received.length, 0);

@@ -39,6 +39,7 @@ export class TpmConnection implements CommandSource {
   #isEnded = false;
   #isClosed = false;
   #isClosing = false;
+  #isPaused = false;
   #isStaying = false;
 
   /**
@@ -117,17 +118,17 @@ export class TpmConnection implements CommandSource {
   #onData(chunk: Buffer): boolean {
     this.#receive(chunk);
     if (this.#isAtRest()) this.#stay();
-    return !(this.#isWaiting && this.#reader.pendingBytes >= MAX_COMMAND_BYTES);
+    this.#isPaused = this.#isBlocked() && this.#reader.pendingBytes >= MAX_COMMAND_BYTES;
+    return !this.#isPaused;
+  }
+
+  /** The next command waits: for the answer to the one before it, or until the client takes its answers. */
+  #isBlocked(): boolean {
+    return this.#isWaiting || this.#socket.writableLength > 0;
   }
 
   #isAtRest(): boolean {
-    return (
-      !this.#isWaiting &&
-      !this.#isClosing &&
-      !this.#isClosed &&
-      this.#reader.pendingBytes === 0 &&
-      this.#socket.writableLength === 0
-    );
+    return !this.#isBlocked() && !this.#isClosing && !this.#isClosed && this.#reader.pendingBytes === 0;
   }
 
   /** Takes commands straight from the descriptor while the client keeps them coming. */
@@ -148,7 +149,7 @@ export class TpmConnection implements CommandSource {
   #receive(chunk: Buffer): void {
     if (this.#isClosing) return;
     const isOneCommand =
-      !this.#isWaiting &&
+      !this.#isBlocked() &&
       this.#reader.pendingBytes === 0 &&
       chunk.length >= HEADER_BYTES &&
       chunk.readUInt32BE(2) === chunk.length;
@@ -157,16 +158,20 @@ export class TpmConnection implements CommandSource {
       return;
     }
     this.#reader.push(chunk);
-    if (!this.#isWaiting) this.#next();
+    this.#next();
   }
 
   #next(): void {
+    if (this.#isBlocked() || this.#isClosing || this.#isClosed) return;
     const command = this.#reader.next();
     if (command) {
       this.#submit(command);
       return;
     }
-    if (this.#socket.isPaused()) this.#socket.resume();
+    if (this.#isPaused) {
+      this.#isPaused = false;
+      this.#socket.resume();
+    }
     if (!this.#isStaying) this.#closeIfDone();
   }
 
@@ -177,7 +182,7 @@ export class TpmConnection implements CommandSource {
     this.#queue.submit(this);
   }
 
-  /** A direct write; what does not fit goes through the event loop, and so does everything behind it. */
+  /** A direct write; what does not fit goes through the event loop, and the next command waits for that. */
   #write(response: Buffer): void {
     if (isHooked) {
       const half = response.length >> 1;
@@ -191,12 +196,12 @@ export class TpmConnection implements CommandSource {
 
   #writeDirect(bytes: Buffer): void {
     const sent = this.#socket.writableLength === 0 ? sendNow(this.#fd, bytes) : 0;
-    if (sent < bytes.length) this.#socket.write(Buffer.from(bytes.subarray(sent)));
+    if (sent < bytes.length) this.#socket.write(Buffer.from(bytes.subarray(sent)), () => this.#next());
   }
 
   /** After the client's last command is answered, or after a frame that nothing can follow. */
   #closeIfDone(): void {
-    if (this.#isWaiting || this.#isClosing || this.#isClosed) return;
+    if (this.#isBlocked() || this.#isClosing || this.#isClosed) return;
     if (!this.#isEnded && !this.#reader.isBroken) return;
     this.#isClosing = true;
     this.#socket.end(() => this.#socket.destroy());
