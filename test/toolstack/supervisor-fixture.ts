@@ -85,6 +85,7 @@ export class StubManager {
   readonly #links = new Set<Socket>();
   readonly #paths: Paths;
   #close: (() => Promise<void>)[] = [];
+  #drop: () => void = () => {};
 
   constructor(paths: Paths) {
     this.#paths = paths;
@@ -108,15 +109,20 @@ export class StubManager {
     const worker = createServer((link) => this.#serve(link));
     await once(admin.listen(this.#paths.manager.adminSocket), 'listening');
     await once(worker.listen(this.#paths.manager.workerSocket), 'listening');
-    this.#close = [admin, worker].map((server) => async () => {
-      if ('closeAllConnections' in server) server.closeAllConnections();
+    this.#close = [admin, worker].map(
+      (server) => () => new Promise((resolve) => server.close(() => resolve())),
+    );
+    this.#drop = () => {
+      admin.closeAllConnections();
       for (const link of this.#links) link.destroy();
-      await new Promise((resolve) => server.close(resolve));
-    });
+    };
   }
 
   async stop(): Promise<void> {
-    for (const close of this.#close.splice(0)) await close();
+    // Nobody listens any more before the first link is cut, as when a process ends.
+    const closed = this.#close.splice(0).map((close) => close());
+    this.#drop();
+    await Promise.all(closed);
   }
 
   #serve(link: Socket): void {

@@ -18,7 +18,7 @@ import {
 } from './supervisor-fixture.js';
 
 describe('vtpm-supervisord', function () {
-  this.timeout(120_000);
+  this.timeout(60_000);
   let image: string;
   let manifest: string;
   let home: string;
