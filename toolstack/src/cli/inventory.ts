@@ -13,7 +13,8 @@ export interface Entry {
   readonly id: string;
   readonly name: string | null;
   readonly vmUuid: string;
-  readonly state: SupervisorVtpm['state'] | 'unknown';
+  /** As the supervisor says; where it does not know the vTPM, whether the manager retired it. */
+  readonly state: SupervisorVtpm['state'] | 'retired' | 'unknown';
   readonly reason: string | null;
   readonly kind: ManagerVtpm['kind'] | null;
   readonly generation: number | null;
@@ -140,7 +141,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     id: record.id,
     name: null,
     vmUuid: record.vmUuid,
-    state: 'unknown',
+    state: record.kind === 'retired' ? 'retired' : 'unknown',
     reason: null,
     kind: record.kind,
     generation: record.generation,

@@ -3,8 +3,9 @@ import type { ToolstackErrorCode } from '../error.js';
 const STEPS: Partial<Record<ToolstackErrorCode, string>> = {
   'not-initialised': 'vtpmctl init makes an installation',
   'unknown-vtpm': 'vtpmctl list shows what there is',
-  'name-taken': 'choose another name; vtpmctl list shows those in use',
+  'name-taken': 'vtpmctl list shows the names in use',
   'not-stopped': 'stop it first: vtpmctl stop NAME',
+  'already-running': 'vtpmctl show NAME shows its sockets',
   busy: 'try again in a moment',
   'image-not-allowed': 'vtpmctl image allow allows the image that the supervisor runs',
   'worker-failed': 'vtpmctl logs NAME shows what the worker said',
