@@ -103,6 +103,10 @@ describe('worker: durable before visible', () => {
     await lost;
     client.send(getRandom());
     client.send(nvDefineCounter(INDEX));
+    const control = worker.connect('tcti-ctrl');
+    control.send('00000001');
+    await control.bytes(8);
+    assert.equal(client.received.length, 0);
     const up = worker.next('link-up');
     worker.relink();
     await up;
