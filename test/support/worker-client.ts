@@ -205,6 +205,11 @@ export class SaveStreamClient {
     throw (await this.ended) ?? new Error('the stream ended');
   }
 
+  /** Reads no more. */
+  pause(): void {
+    this.call.pause();
+  }
+
   end(): void {
     this.call.end();
   }

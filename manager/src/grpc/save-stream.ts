@@ -15,67 +15,87 @@ type Call = ServerDuplexStream<Buffer, Buffer>;
 
 /**
  * Runs one Save stream: frame by frame, the next one read when the last one is answered, so that what a worker sends
- * ahead waits in its own socket. Never rejects.
+ * ahead waits in its own socket.
  */
-export async function serveSaveStream(
+export function serveSaveStream(
   call: Call,
   service: () => WorkerService,
   connection: WorkerConnection,
   log: Logger,
-): Promise<void> {
+): void {
   const link = new GrpcLink(call);
   let attached: AttachedStream | undefined;
+  let isGone = false;
   const timer = setTimeout(() => {
     link.end(new ManagerError('bad-request', `no HELLO or RESUME within ${FIRST_FRAME_MS} ms`));
   }, FIRST_FRAME_MS);
-  try {
-    for await (const bytes of call as AsyncIterable<Buffer>) {
-      const frame = readMessage('WorkerFrame', bytes);
-      if (attached) {
-        await attached.receive(frame);
-      } else {
-        clearTimeout(timer);
-        attached = await service().attach(frame, link, connection);
-      }
-    }
-    link.finish();
-  } catch (error) {
-    if (!link.isEnded && !call.cancelled) {
-      const reason = refusal(error);
-      log.warn({ reason: reason.code, cause: (reason.cause as Error | undefined)?.message }, reason.message);
-      link.end(reason);
-    }
-  } finally {
+
+  const take = async (bytes: Buffer): Promise<void> => {
+    const frame = readMessage('WorkerFrame', bytes);
+    if (attached) return await attached.receive(frame);
     clearTimeout(timer);
+    attached = await service().attach(frame, link, connection);
+    // It went while it was let in.
+    if (isGone) attached.detach();
+  };
+  const refuse = (error: unknown): void => {
+    if (link.isEnded || call.cancelled) return;
+    const reason = refusal(error);
+    log.warn({ reason: reason.code, cause: (reason.cause as Error | undefined)?.message }, reason.message);
+    link.end(reason);
+  };
+  // Not an async iterator: it destroys the stream when it stops, and the status with it.
+  call.on('data', (bytes: Buffer) => {
+    if (link.isEnded) return;
+    call.pause();
+    take(bytes).then(() => call.resume(), refuse);
+  });
+  call.once('end', () => link.finish());
+  const gone = (): void => {
+    isGone = true;
+    clearTimeout(timer);
+    link.abandon();
     attached?.detach();
-  }
+  };
+  link.onEnd = gone;
+  call.once('cancelled', gone);
+  call.once('close', gone);
 }
 
 class GrpcLink implements SaveLink {
-  isEnded = false;
+  onEnd: () => void = () => undefined;
+  readonly #over = new AbortController();
 
   constructor(private readonly call: Call) {}
 
-  async send(frame: ManagerFrame): Promise<void> {
-    if (this.isEnded || this.call.cancelled) throw new ManagerError('fenced', 'the stream has ended');
-    if (this.call.write(encode('ManagerFrame', frame))) return;
-    await once(this.call, 'drain', { signal: this.#ended.signal });
+  get isEnded(): boolean {
+    return this.#over.signal.aborted;
   }
 
-  /** Frames that were sent before go out first (the status is written after them). */
+  async send(frame: ManagerFrame): Promise<void> {
+    if (this.isEnded) throw new ManagerError('fenced', 'the stream has ended');
+    if (this.call.write(encode('ManagerFrame', frame))) return;
+    await once(this.call, 'drain', { signal: this.#over.signal });
+  }
+
+  /** Frames that were sent before go out first: the status is written after them. */
   end(error: ManagerError): void {
     if (this.isEnded) return;
-    this.isEnded = true;
-    this.#ended.abort();
+    this.#over.abort();
     this.call.emit('error', statusOf(error));
+    this.onEnd();
   }
 
+  /** The worker has ended its half in order. */
   finish(): void {
     if (this.isEnded) return;
-    this.isEnded = true;
-    this.#ended.abort();
+    this.#over.abort();
     this.call.end();
+    this.onEnd();
   }
 
-  readonly #ended = new AbortController();
+  /** The worker is gone: who waits for it to read waits no longer. */
+  abandon(): void {
+    this.#over.abort();
+  }
 }

@@ -69,7 +69,7 @@ export async function serveWorkers(
     );
   };
   const save: handleBidiStreamingCall<Buffer, Buffer> = (call) => {
-    void serveSaveStream(call, service, connectionOf(connections, call.getPeer()), log);
+    serveSaveStream(call, service, connectionOf(connections, call.getPeer()), log);
   };
   server.addService(workerServiceDefinition, { Load: load, Save: save });
   return await listen(server, path, log, (socket, name) => {
