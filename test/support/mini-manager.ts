@@ -54,6 +54,7 @@ export class MiniManager {
   #call: SaveCall | undefined;
   #held: { sequence: bigint; body: Buffer }[] = [];
   #committed = 0n;
+  #controlFrames = 0n;
   #baseGeneration = 0n;
   readonly #sockets = new Set<Socket>();
   readonly #waiters: { type: WorkerFrame['type']; resolve: () => void }[] = [];
@@ -159,11 +160,15 @@ export class MiniManager {
   }
 
   send(type: 'FREEZE' | 'THAW'): void {
-    this.#write(type, 7n, new Uint8Array(0));
+    this.#write(type, ++this.#controlFrames, new Uint8Array(0));
   }
 
   fence(reason: string): void {
-    this.#write('FENCED', 0n, encode('Fenced', { reason, message: 'another epoch owns the vTPM' }));
+    this.#write(
+      'FENCED',
+      ++this.#controlFrames,
+      encode('Fenced', { reason, message: 'another epoch owns the vTPM' }),
+    );
   }
 
   stop(): void {

@@ -50,7 +50,7 @@ export class SaveSession {
   #lastAcknowledged = 0n;
   #lastDigest: Uint8Array = new Uint8Array(0);
   #inFlight: InFlight | undefined;
-  #freezeSequence = 0n;
+  #lastControl = 0n;
   #generation: bigint;
 
   constructor(grant: LoadGrant, vtpmUuid: Uint8Array, libtpmsVersion: string, events: SaveSessionEvents) {
@@ -110,7 +110,7 @@ export class SaveSession {
   /** Tells the manager that its freeze holds. */
   frozen(): void {
     if (this.#state !== 'open') return;
-    this.#stream?.send(this.#cipher.sealWorker('FROZEN', this.#freezeSequence, new Uint8Array(0)));
+    this.#stream?.send(this.#cipher.sealWorker('FROZEN', this.#lastControl, new Uint8Array(0)));
   }
 
   close(): void {
@@ -129,7 +129,7 @@ export class SaveSession {
       if (this.#state === 'over') return;
       switch (frame.type) {
         case 'ACK':
-          this.#acknowledged(decode('Ack', payload));
+          this.#acknowledged(frame.sequence, decode('Ack', payload));
           return;
         case 'FENCED': {
           const { reason, message } = decode('Fenced', payload);
@@ -137,10 +137,11 @@ export class SaveSession {
           return;
         }
         case 'FREEZE':
-          this.#freezeSequence = frame.sequence;
+          this.#takeControl(frame.sequence);
           this.#events.freeze();
           return;
         case 'THAW':
+          this.#takeControl(frame.sequence);
           this.#events.thaw();
           return;
       }
@@ -152,13 +153,24 @@ export class SaveSession {
     }
   }
 
-  #acknowledged(ack: Ack): void {
+  /** FREEZE and THAW have rising numbers over the whole session: an old one says nothing. */
+  #takeControl(sequence: bigint): void {
+    if (sequence <= this.#lastControl) {
+      throw new VtpmdError('protocol', `control frame ${sequence} came after ${this.#lastControl}`);
+    }
+    this.#lastControl = sequence;
+  }
+
+  #acknowledged(sequence: bigint, ack: Ack): void {
     if (this.#state === 'greeting') {
+      if (sequence !== this.#linkNumber) {
+        throw new VtpmdError('protocol', `the answer to link ${sequence} came on link ${this.#linkNumber}`);
+      }
       this.#greeted(ack);
       return;
     }
     const save = this.#inFlight;
-    if (!save || ack.committed !== save.sequence) {
+    if (!save || ack.committed !== save.sequence || sequence !== save.sequence) {
       throw new VtpmdError('protocol', `an acknowledgement of save ${ack.committed}, which is not in flight`);
     }
     this.#committed(save, ack);
