@@ -75,7 +75,7 @@ async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>
       ...(options.ownerAuth && { ownerAuth: options.ownerAuth }),
     });
     const keys = deriveKeys(rootKey, storeId);
-    wipe(rootKey);
+    wipe(rootKey, options.ownerAuth);
     try {
       await makeStore(options, keys);
       const enrolment: Enrolment = {
