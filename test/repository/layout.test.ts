@@ -46,6 +46,21 @@ describe('the repository', () => {
     assert.doesNotMatch(read('package-lock.json'), /"resolved": "https?:/);
   });
 
+  it("locks every platform's optional packages: without one `npm ci` refuses the whole lock file", () => {
+    const lock = JSON.parse(read('package-lock.json')) as {
+      packages: Record<string, { optionalDependencies?: Record<string, string> }>;
+    };
+    for (const [path, { optionalDependencies = {} }] of Object.entries(lock.packages)) {
+      for (const name of Object.keys(optionalDependencies)) {
+        const places = [`${path}/node_modules/${name}`, `node_modules/${name}`];
+        assert.ok(
+          places.some((place) => place in lock.packages),
+          `${path} names ${name}, which has no entry`,
+        );
+      }
+    }
+  });
+
   it('has imports that run one way', () => {
     for (const file of tracked.filter((name) => name.endsWith('.ts'))) {
       const allowed = MAY_IMPORT[file.split('/')[0] ?? ''];
