@@ -87,8 +87,9 @@ export class ManagerInstallation {
   }
 
   async remove(): Promise<void> {
-    await this.stop('SIGKILL');
-    rmSync(this.home, { recursive: true, force: true });
+    // In order: it waits for its embedded TPM, which would go on writing into the directory otherwise.
+    await this.stop();
+    rmSync(this.home, { recursive: true, force: true, maxRetries: 20, retryDelay: 50 });
   }
 
   #spawn(args: string[]): ChildProcess {
