@@ -61,7 +61,7 @@ fi
 
 if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modules/.package-lock.json ]; then
   echo 'Installing npm packages (nothing is compiled)'
-  npm ci --loglevel=error
+  npm ci --loglevel=error >/dev/null
   touch node_modules/.package-lock.json
 fi
 

@@ -261,6 +261,16 @@ describe('tpm2-tools against a vTPM', () => {
     assert.equal((await tool('tpm2_getcap', 'handles-loaded-session')).trim(), '');
   });
 
+  it('lets two clients at once keep what each has loaded', async () => {
+    const chain = async (client: string) => {
+      for (let i = 0; i < 4; i++) {
+        await tool('tpm2_createprimary', '-C', 'o', '-G', 'ecc', '-c', file(`${client}.ctx`));
+        await tool('tpm2_readpublic', '-c', file(`${client}.ctx`));
+      }
+    };
+    await Promise.all([chain('first'), chain('second')]);
+  });
+
   it('works the same through vtpmctl exec, which passes the exit code on', async () => {
     const random = await installation.ctl('exec', 'web1', '--', 'tpm2_getrandom', '--hex', '8');
     assert.equal(random.code, 0, random.stderr);

@@ -22,8 +22,15 @@ export type SupervisorMessage =
     }
   /** A new manager link was passed on the descriptor channel. */
   | { readonly type: 'link' }
-  /** A guest's connection was passed on the descriptor channel. */
-  | { readonly type: 'connection'; readonly door: DoorName; readonly id: number }
+  /** A guest's connection was passed on the descriptor channel. `peer`: process id of its client, as the host sees it. */
+  | {
+      readonly type: 'connection';
+      readonly door: DoorName;
+      readonly id: number;
+      readonly peer: number | undefined;
+    }
+  /** That process has ended. */
+  | { readonly type: 'peer-gone'; readonly peer: number }
   | { readonly type: 'stop' };
 
 export type DoorName = 'tpm' | 'tcti' | 'tcti-ctrl';

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { checkSocketPath, privateDirectory } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
+import { DoorClients } from './door-clients.js';
 
 const FILES: Readonly<Record<DoorName, string>> = {
   tpm: 'tpm.sock',
@@ -13,6 +14,14 @@ const FILES: Readonly<Record<DoorName, string>> = {
 
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
 const MAX_CONNECTIONS = 64;
+
+/** What the worker is told of the connections it gets. */
+export interface DoorEvents {
+  /** `peer`: the client's process, undefined where it cannot be known. Where it throws, the connection is closed. */
+  connected(door: DoorName, id: number, peer: number | undefined, socket: Socket): void;
+  /** The process of former connections has ended. */
+  peerGone(peer: number): void;
+}
 
 export interface DoorPaths {
   readonly tpm: string;
@@ -31,23 +40,18 @@ export class Doors {
   readonly #servers: Server[] = [];
   readonly #connections = new Map<number, Socket>();
   readonly #directory: string;
-  readonly #hand: (door: DoorName, id: number, socket: Socket) => void;
+  readonly #clients = new DoorClients();
+  readonly #events: DoorEvents;
   #nextId = 1;
 
-  private constructor(directory: string, hand: (door: DoorName, id: number, socket: Socket) => void) {
+  private constructor(directory: string, events: DoorEvents) {
     this.#directory = directory;
-    this.#hand = hand;
+    this.#events = events;
   }
 
-  /**
-   * @param hand passes a connection to the worker; where it throws, the connection is closed
-   * @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made
-   */
-  static async open(
-    directory: string,
-    hand: (door: DoorName, id: number, socket: Socket) => void,
-  ): Promise<Doors> {
-    const doors = new Doors(directory, hand);
+  /** @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made */
+  static async open(directory: string, events: DoorEvents): Promise<Doors> {
+    const doors = new Doors(directory, events);
     try {
       privateDirectory(directory);
       for (const door of Object.keys(FILES) as DoorName[]) await doors.#listen(door);
@@ -106,7 +110,9 @@ export class Doors {
     this.#connections.set(id, socket);
     socket.on('error', () => this.forget(id));
     try {
-      this.#hand(door, id, socket);
+      // The dead first: what they left makes room for the new one.
+      for (const peer of this.#clients.takeGone()) this.#events.peerGone(peer);
+      this.#events.connected(door, id, this.#clients.add(socket), socket);
     } catch {
       this.forget(id);
     }

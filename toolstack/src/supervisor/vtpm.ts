@@ -240,9 +240,11 @@ export class Vtpm {
         throw new ToolstackError('worker-failed', 'the worker wants to serve a TPM that is not saved yet');
       }
       this.#update({ manufactured: true, epoch });
-      const doors = await Doors.open(this.#directory(), (door, id, socket) =>
-        worker.pass(socketFd(socket), { type: 'connection', door, id }),
-      );
+      const doors = await Doors.open(this.#directory(), {
+        connected: (door, id, peer, socket) =>
+          worker.pass(socketFd(socket), { type: 'connection', door, id, peer }),
+        peerGone: (peer) => worker.send({ type: 'peer-gone', peer }),
+      });
       this.#state = { kind: 'running', worker, doors };
       void worker.ended.then((end) => this.#ended(worker, end));
       this.#log.info({ epoch, generation, pid: worker.pid }, 'running');
