@@ -20,7 +20,15 @@ export class Stage {
   #chipProcess: ChildProcess | undefined;
 
   async startChip(): Promise<void> {
-    const args = ['--state', join(this.directory, 'chip'), '--socket', this.chip, '--create', '--log-level', 'warn'];
+    const args = [
+      '--state',
+      join(this.directory, 'chip'),
+      '--socket',
+      this.chip,
+      '--create',
+      '--log-level',
+      'warn',
+    ];
     const child = spawn(process.execPath, [programOf('vtpmd', 'vtpm-softtpm.js'), ...args], {
       stdio: ['ignore', 'pipe', 'inherit'],
     });
