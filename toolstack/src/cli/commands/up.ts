@@ -32,9 +32,8 @@ export async function up(context: Context): Promise<void> {
   if (manager.status === 'locked') {
     throw new ToolstackError(
       'locked',
-      `the manager is locked: ${manager.message ?? manager.reason ?? 'the platform is not in the state it was enrolled in'}. ` +
-        'It stays up, gives no vTPM out, and the supervisor is not started. ' +
-        'Bring the platform back to that state and restart: vtpmctl down, then vtpmctl up',
+      `the manager is locked: ${(manager.message ?? 'the platform is not in the state it was enrolled in').replace(/\.$/, '')}. ` +
+        'It stays up meanwhile and gives nothing out; afterwards: vtpmctl down, then vtpmctl up',
     );
   }
   if (manager.tpm.hardwareProtected === false && manager.tpm.kind === 'embedded') {
