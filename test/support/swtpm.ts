@@ -1,8 +1,10 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync, mkdtempSync, rmSync, watch } from 'node:fs';
+import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { until } from './until.js';
 
 /** A software TPM of its own process that stands in for a chip. One client at a time on its data socket. */
 export interface Swtpm {
@@ -78,10 +80,24 @@ async function launch(directory: string, socket: string, flags: string): Promise
   child.once('exit', (code) => failed.abort(new Error(`swtpm ended with ${code}: ${complaint}`)));
   await exists(`${socket}.ctrl`, directory, failed.signal);
   await exists(socket, directory, failed.signal);
+  await until('swtpm listens', () => {
+    failed.signal.throwIfAborted();
+    return accepts(socket);
+  });
   return child;
 }
 
-/** Waits for a file in a directory. Both sockets listen from the moment that they exist. */
+/** A bound socket is there a moment before it listens. swtpm goes on to the next client when this one is gone. */
+function accepts(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const probe = connect(path, () => probe.end());
+    probe.on('error', () => resolve(false));
+    probe.on('close', (hadError) => resolve(!hadError));
+    probe.resume();
+  });
+}
+
+/** Waits for a file in a directory. */
 async function exists(path: string, directory: string, signal: AbortSignal): Promise<void> {
   await new Promise<void>((resolve, reject) => {
     const watcher = watch(directory);
