@@ -1,7 +1,6 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdtempSync, rmSync, watch } from 'node:fs';
-import { connect } from 'node:net';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { until } from './until.js';
@@ -75,42 +74,27 @@ async function launch(directory: string, socket: string, flags: string): Promise
   child.stderr?.on('data', (chunk: Buffer) => {
     complaint += chunk.toString();
   });
-  const failed = new AbortController();
-  child.once('error', (error) => failed.abort(error));
-  child.once('exit', (code) => failed.abort(new Error(`swtpm ended with ${code}: ${complaint}`)));
-  await exists(`${socket}.ctrl`, directory, failed.signal);
-  await exists(socket, directory, failed.signal);
+  let failure: Error | undefined;
+  child.once('error', (error) => {
+    failure = error;
+  });
+  child.once('exit', (code) => {
+    failure ??= new Error(`swtpm ended with ${code}: ${complaint}`);
+  });
   await until('swtpm listens', () => {
-    failed.signal.throwIfAborted();
-    return accepts(socket);
+    if (failure !== undefined) throw failure;
+    return isListening(socket) && isListening(`${socket}.ctrl`);
   });
   return child;
 }
 
-/** A bound socket is there a moment before it listens. swtpm goes on to the next client when this one is gone. */
-function accepts(path: string): Promise<boolean> {
-  return new Promise((resolve) => {
-    const probe = connect(path, () => probe.end());
-    probe.on('error', () => resolve(false));
-    probe.on('close', (hadError) => resolve(!hadError));
-    probe.resume();
-  });
-}
-
-/** Waits for a file in a directory. */
-async function exists(path: string, directory: string, signal: AbortSignal): Promise<void> {
-  await new Promise<void>((resolve, reject) => {
-    const watcher = watch(directory);
-    const settle = (done: () => void): void => {
-      watcher.close();
-      done();
-    };
-    const check = (): void => {
-      if (existsSync(path)) settle(resolve);
-      else if (signal.aborted) settle(() => reject(signal.reason as Error));
-    };
-    watcher.on('change', check);
-    signal.addEventListener('abort', check, { once: true });
-    check();
-  });
+/**
+ * True where a unix socket takes connections. The file is there a moment before that, and a connection to find out would
+ * take the place of the one client.
+ */
+function isListening(path: string): boolean {
+  // The fourth field has the flags; 00010000 is __SO_ACCEPTCON.
+  return readFileSync('/proc/net/unix', 'utf8')
+    .split('\n')
+    .some((line) => line.endsWith(` ${path}`) && line.split(' ')[3] === '00010000');
 }
