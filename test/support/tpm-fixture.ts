@@ -1,0 +1,51 @@
+import assert from 'node:assert/strict';
+import {
+  CreatePrimary,
+  createTpm,
+  flush,
+  Ht,
+  listHandles,
+  type ObjectEntity,
+  objectEntity,
+  openSocket,
+  type PublicArea,
+  permanent,
+  Rh,
+  type Tpm,
+  withPassword,
+} from 'tpm2-ts-bindings';
+
+export const NOTHING = Buffer.alloc(0);
+
+/** A client of a TPM's data socket. */
+export async function connectTpm(path: string): Promise<Tpm> {
+  return createTpm(await openSocket(path));
+}
+
+/** A primary object of the owner, flushed after `body`. */
+export async function withPrimary<T>(
+  tpm: Tpm,
+  template: PublicArea,
+  body: (key: ObjectEntity) => Promise<T>,
+  userAuth: Buffer = NOTHING,
+): Promise<T> {
+  const created = await tpm.run(
+    CreatePrimary,
+    { primaryHandle: withPassword(permanent(Rh.OWNER)) },
+    { inSensitive: { userAuth, data: NOTHING }, inPublic: template, outsideInfo: NOTHING, creationPCR: [] },
+  );
+  const key = objectEntity(created.objectHandle, created.outPublic, userAuth);
+  try {
+    assert.deepEqual(key.name, created.name, 'the Name computed here is the one the TPM computed');
+    return await body(key);
+  } finally {
+    await flush(tpm, key.handle);
+  }
+}
+
+/** No object or session was left in the TPM. */
+export async function assertNothingLeaked(tpm: Tpm): Promise<void> {
+  for (const type of [Ht.TRANSIENT, Ht.HMAC_SESSION, Ht.POLICY_SESSION]) {
+    assert.deepEqual(await listHandles(tpm, type), [], `handles of type 0x${type.toString(16)} were left`);
+  }
+}
