@@ -44,9 +44,15 @@ export function testVtpm(id: string = randomUUID()): TestVtpm {
 
 /** A toolstack with its key, a delegate and one worker image: signs tickets for a manager. */
 export class TestToolstack {
-  readonly key: SigningKey = signingKeyFromSeed(randomBytes(32));
+  readonly key: SigningKey;
   readonly delegateKey: SigningKey = signingKeyFromSeed(randomBytes(32));
-  readonly imageDigest = randomBytes(32);
+  readonly imageDigest: Buffer;
+
+  /** @param seed of a toolstack key that a manager trusts already @param imageDigest of an image it allows */
+  constructor(seed: Uint8Array = randomBytes(32), imageDigest: Buffer = randomBytes(32)) {
+    this.key = signingKeyFromSeed(seed);
+    this.imageDigest = imageDigest;
+  }
 
   /** A ticket that is good in everything that `changes` does not spoil. */
   ticket(
