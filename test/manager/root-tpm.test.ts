@@ -31,6 +31,7 @@ import {
   readObject,
   rsaSrkTemplate,
   runPolicy,
+  StartAuthSession,
   srkTemplate,
   type Tpm,
   TpmError,
@@ -217,6 +218,10 @@ describe('manager: root TPM', () => {
       assert.deepEqual(await root((tpm) => tpm.releaseRootKey(enrolment), bus.path), rootKey);
       const captured = Buffer.concat([bus.sent(), bus.received()]);
       assert.ok(bus.commands.some((command) => commandCode(command) === Unseal.code));
+      // Every session to the enrolled SRK is salted to it: without, the key would follow from nonces on the bus.
+      const sessions = bus.commands.filter((command) => commandCode(command) === StartAuthSession.code);
+      const salted = sessions.filter((command) => command.readUInt32BE(10) === SRK);
+      assert.deepEqual([sessions.length, salted.length], [4, 3], 'the one before there is an SRK is not');
 
       // Positive control: the same capture of an unsalted, unencrypted session shows both halves.
       bus.forget();
@@ -291,7 +296,7 @@ describe('manager: root TPM', () => {
         root((tpm) => tpm.releaseRootKey(enrolment), bus.path),
         refuses('tpm-fault', /Name and public area/),
       );
-      const started = bus.commands.filter((command) => commandCode(command) === 0x176);
+      const started = bus.commands.filter((command) => commandCode(command) === StartAuthSession.code);
       assert.equal(started.length, 0, 'no session was opened to the wrong key');
     } finally {
       await bus.close();

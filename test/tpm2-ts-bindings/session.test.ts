@@ -277,6 +277,9 @@ describe('tpm2-ts-bindings: sessions', () => {
     // @ts-expect-error the options do not type-check
     const options: SessionOptions = { kind: 'hmac', encrypt: 'out' };
     await assert.rejects(openSession(tpm, options), has('usage'));
+    // An empty authValue is no secret.
+    const bind = permanent(Rh.OWNER);
+    await assert.rejects(openSession(tpm, { kind: 'hmac', encrypt: 'out', bind }), has('usage'));
   });
 
   it('misuse is refused before anything is sent', async () => {

@@ -32,8 +32,9 @@ const NOTHING = Buffer.alloc(0);
 /** Opens a session. Close it: a TPM without a resource manager has three or so. */
 export async function openSession(tpm: Tpm, options: SessionOptions): Promise<Session> {
   const { salt, bind } = options;
-  if (options.encrypt !== undefined && salt === undefined && bind === undefined) {
-    throw new TpmError('usage', 'a session that encrypts needs a salt or a bind entity');
+  // The type cannot say it of an empty authValue: binding to that adds nothing either.
+  if (options.encrypt !== undefined && salt === undefined && !bind?.authValue.length) {
+    throw new TpmError('usage', 'a session that encrypts needs a salt, or a bind entity with an authValue');
   }
   const hash = requireHash(options.authHash ?? Alg.SHA256);
   const nonceCaller = random(hash.size);
