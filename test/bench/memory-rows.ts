@@ -1,0 +1,58 @@
+import { Installation } from '../support/installation.js';
+import { type Swtpm, startSwtpm } from '../support/swtpm.js';
+import { getRandom, nvDefineCounter, nvIncrement, pcrExtend, pcrRead } from '../support/tpm-commands.js';
+import { BlockingClient } from './blocking-client.js';
+import { privateMiB } from './process-figures.js';
+import { type RowContext, row, type Suite } from './row.js';
+
+const IDLE = 'Private memory, idle';
+const USED = 'Private memory, used';
+const INDEX = 0x01500021;
+const SAVES = 500;
+const COMMANDS = 10_000;
+
+/** What each further worker costs: a second one runs, so that what workers share is not counted. */
+export const memorySuite: Suite = {
+  names: [IDLE, USED],
+  async run({ report }: RowContext): Promise<void> {
+    const swtpm = await startSwtpm();
+    const second = await startSwtpm();
+    const installation = await Installation.create();
+    try {
+      await installation.start();
+      await installation.vtpm('neighbour');
+      const door = await installation.vtpm('measured');
+      const pid = await installation.workerPid('measured');
+      const figures = (): [number, number] => [privateMiB(pid), privateMiB(pidOf(swtpm))];
+      const add = (name: string, [ours, peer]: [number, number], note: string): void =>
+        report(row(name, 'MiB', { p50: ours, p99: ours }, { name: 'swtpm', p50: peer, p99: peer }, note));
+      const here = new BlockingClient(door);
+      const there = new BlockingClient(swtpm.socket);
+      for (const client of [here, there]) client.succeed(getRandom());
+      add(IDLE, figures(), 'the worker process, one answer given; another worker runs');
+      for (const client of [here, there]) work(client);
+      add(USED, figures(), `after ${COMMANDS} commands with ${SAVES} Saves`);
+      here.close();
+      there.close();
+    } finally {
+      await installation.destroy();
+      await second.stop();
+      await swtpm.stop();
+    }
+  },
+};
+
+function work(client: BlockingClient): void {
+  client.succeed(nvDefineCounter(INDEX));
+  const digest = Buffer.alloc(32, 3);
+  for (let save = 0; save < SAVES; save++) {
+    client.succeed(nvIncrement(INDEX));
+    for (let left = COMMANDS / SAVES - 1; left > 0; left--) {
+      client.succeed(left % 3 === 0 ? pcrExtend(16, digest) : left % 3 === 1 ? pcrRead(16) : getRandom(32));
+    }
+  }
+}
+
+function pidOf(swtpm: Swtpm): number {
+  return swtpm.process.pid ?? 0;
+}

@@ -1,0 +1,45 @@
+import { readdirSync, readFileSync } from 'node:fs';
+
+/** USER_HZ: what /proc counts CPU time in. The same on every Linux that Node runs on. */
+const TICKS_PER_SECOND = 100;
+
+/** CPU seconds that the processes used so far, their waited-for children not included (proc(5), stat fields 14, 15). */
+export function cpuSeconds(pids: readonly number[]): number {
+  return pids.reduce((sum, pid) => {
+    const fields = afterName(readFileSync(`/proc/${pid}/stat`, 'utf8'));
+    return sum + (Number(fields[11]) + Number(fields[12])) / TICKS_PER_SECOND;
+  }, 0);
+}
+
+/** MiB that only this process holds (proc(5), smaps_rollup, Private_*). Needs root for a worker. */
+export function privateMiB(pid: number): number {
+  const text = readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8');
+  let kibibytes = 0;
+  for (const [, value] of text.matchAll(/^Private_(?:Clean|Dirty|Hugetlb): +(\d+) kB$/gm)) {
+    kibibytes += Number(value);
+  }
+  return kibibytes / 1024;
+}
+
+/** The process and all processes below it. */
+export function family(root: number): number[] {
+  const parents = new Map<number, number>();
+  for (const name of readdirSync('/proc')) {
+    if (!/^\d+$/.test(name)) continue;
+    try {
+      parents.set(Number(name), Number(afterName(readFileSync(`/proc/${name}/stat`, 'utf8'))[1]));
+    } catch {
+      // It ended meanwhile.
+    }
+  }
+  const members = [root];
+  for (const member of members) {
+    for (const [pid, parent] of parents) if (parent === member) members.push(pid);
+  }
+  return members;
+}
+
+/** Fields 3 and later; the name before them may hold anything. */
+function afterName(stat: string): string[] {
+  return stat.slice(stat.lastIndexOf(')') + 2).split(' ');
+}
