@@ -427,6 +427,51 @@ describe('manager: root TPM', () => {
     await assert.rejects(release(changed), refuses('tpm-fault', /attributes are others/));
   });
 
+  it('an enrolment that cannot be proved leaves no NV index', async () => {
+    const bus = await startRecordingProxy(swtpm.socket, {
+      response: (message, command) => {
+        if (commandCode(command) === Unseal.code) message[20] = (message[20] ?? 0) ^ 0x10;
+        return message;
+      },
+    });
+    try {
+      const options = { installation: INSTALLATION, pcrSelection: PCRS, srkHandle: SRK };
+      await assert.rejects(
+        root((tpm) => tpm.enrol(options), bus.path),
+        refuses('tpm-fault'),
+      );
+    } finally {
+      await bus.close();
+    }
+    assert.deepEqual(await direct((tpm) => listHandles(tpm, Ht.NV_INDEX)), []);
+  });
+
+  it('a PCR extended between policy and use is tried again, not for ever', async () => {
+    const { enrolment, rootKey } = await enrol();
+    for (const [times, outcome] of [
+      [2, 'released'],
+      [100, 'refused'],
+    ] as const) {
+      let left = times;
+      let replaced = false;
+      // The TPM gets another command in place of Unseal, and the client the answer to a PCR that changed.
+      const bus = await startRecordingProxy(swtpm.socket, {
+        command: (message) => {
+          replaced = commandCode(message) === Unseal.code && left-- > 0;
+          return replaced ? Buffer.from('80010000000c0000017b0008', 'hex') : message;
+        },
+        response: (message) => (replaced ? Buffer.from('80010000000a00000128', 'hex') : message),
+      });
+      try {
+        const released = root((tpm) => tpm.releaseRootKey(enrolment), bus.path);
+        if (outcome === 'released') assert.deepEqual(await released, rootKey);
+        else await assert.rejects(released, refuses('platform-policy'));
+      } finally {
+        await bus.close();
+      }
+    }
+  });
+
   it('Startup is sent where a software TPM waits for it', async () => {
     await swtpm.stop();
     swtpm = await startSwtpm({ flags: 'not-need-init' });

@@ -92,6 +92,20 @@ describe('tpm2-ts-bindings: transports', () => {
     }
   });
 
+  it('socket: bytes that nobody asked for end the connection', async () => {
+    let peer: Socket | undefined;
+    const path = await fake((socket) => {
+      peer = socket;
+      socket.write(OK);
+    });
+    const transport = await openSocket(path);
+    await transport.transmit(COMMAND);
+    const closed = new Promise<void>((resolve) => peer?.once('close', () => resolve()));
+    peer?.write(OK);
+    await closed;
+    await assert.rejects(transport.transmit(COMMAND), /nobody asked for/);
+  });
+
   it('socket: one command at a time', async () => {
     const path = await fake((socket) => socket.write(OK));
     const transport = await openSocket(path);

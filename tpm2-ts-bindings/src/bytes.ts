@@ -24,7 +24,7 @@ export function leftPad(value: Uint8Array, length: number): Buffer {
 }
 
 /**
- * An authValue without its trailing zeros, as it enters HMAC keys (Part 1, 17.6.4.2). Zeros inside belong to it.
+ * An authValue without its trailing zeros, as it enters HMAC keys (Part 1, section 17). Zeros inside belong to it.
  */
 export function trimTrailingZeros(value: Uint8Array): Uint8Array {
   let end = value.length;

@@ -8,7 +8,7 @@ import { TpmError } from './error.js';
 export interface Codec<T> {
   write(writer: Writer, value: T): void;
   read(reader: Reader): T;
-  /** It starts with its own two-byte size. Only such a first parameter can be encrypted (Part 1, 21.1). */
+  /** It starts with its own two-byte size. Only such a first parameter can be encrypted (Part 1, section 21). */
   readonly sized?: boolean;
 }
 

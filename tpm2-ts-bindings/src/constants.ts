@@ -1,4 +1,4 @@
-/** Algorithms (TPM_ALG_ID, Part 2 table 9). */
+/** Algorithms (TPM_ALG_ID, Part 2). */
 export const Alg = {
   RSA: 0x0001,
   SHA1: 0x0004,
@@ -23,10 +23,10 @@ export const Alg = {
   CFB: 0x0043,
 } as const;
 
-/** Elliptic curves (TPM_ECC_CURVE, Part 2 table 10). */
+/** Elliptic curves (TPM_ECC_CURVE, Part 2). */
 export const Curve = { NIST_P256: 0x0003, NIST_P384: 0x0004 } as const;
 
-/** Permanent handles (TPM_RH, Part 2 table 28). */
+/** Permanent handles (TPM_RH, Part 2). */
 export const Rh = {
   OWNER: 0x40000001,
   NULL: 0x40000007,
@@ -36,7 +36,7 @@ export const Rh = {
   PLATFORM: 0x4000000c,
 } as const;
 
-/** The first byte of a handle (TPM_HT, Part 2 table 27). */
+/** The first byte of a handle (TPM_HT, Part 2). */
 export const Ht = {
   PCR: 0x00,
   NV_INDEX: 0x01,
@@ -47,7 +47,7 @@ export const Ht = {
   PERSISTENT: 0x81,
 } as const;
 
-/** Structure tags (TPM_ST, Part 2 table 19). */
+/** Structure tags (TPM_ST, Part 2). */
 export const St = {
   NO_SESSIONS: 0x8001,
   SESSIONS: 0x8002,
@@ -69,7 +69,7 @@ export const Su = { CLEAR: 0x0000, STATE: 0x0001 } as const;
 /** Session types (TPM_SE). */
 export const Se = { HMAC: 0x00, POLICY: 0x01, TRIAL: 0x03 } as const;
 
-/** Capability groups (TPM_CAP, Part 2 table 22). */
+/** Capability groups (TPM_CAP, Part 2). */
 export const Cap = {
   ALGS: 0,
   HANDLES: 1,
@@ -79,7 +79,7 @@ export const Cap = {
   ECC_CURVES: 8,
 } as const;
 
-/** Properties (TPM_PT, Part 2 table 23). */
+/** Properties (TPM_PT, Part 2). */
 export const Pt = {
   FAMILY_INDICATOR: 0x100,
   MANUFACTURER: 0x105,
@@ -93,7 +93,7 @@ export const Pt = {
   LOCKOUT_COUNTER: 0x20e,
 } as const;
 
-/** Object attributes (TPMA_OBJECT, Part 2 table 31). */
+/** Object attributes (TPMA_OBJECT, Part 2). */
 export const ObjectAttribute = {
   fixedTPM: 1 << 1,
   stClear: 1 << 2,
@@ -108,7 +108,7 @@ export const ObjectAttribute = {
   sign: 1 << 18,
 } as const;
 
-/** NV attributes (TPMA_NV, Part 2 table 204). The index type is in bits 4 to 7. */
+/** NV attributes (TPMA_NV, Part 2). The index type is in bits 4 to 7. */
 export const NvAttribute = {
   PPWRITE: 1 << 0,
   OWNERWRITE: 1 << 1,
@@ -126,7 +126,7 @@ export const NvAttribute = {
   WRITTEN: 1 << 29,
 } as const;
 
-/** Session attributes (TPMA_SESSION, Part 2 table 33). `decrypt`: the TPM decrypts the first parameter it gets. */
+/** Session attributes (TPMA_SESSION, Part 2). `decrypt`: the TPM decrypts the first parameter it gets. */
 export const SessionAttribute = {
   continueSession: 0x01,
   auditExclusive: 0x02,

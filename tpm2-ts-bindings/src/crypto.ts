@@ -79,7 +79,7 @@ function expand(hash: HashInfo, bits: number, block: (counter: Buffer) => Buffer
   return out;
 }
 
-/** AES-128-CFB with key and IV from one 32-byte string, as parameter encryption takes it (Part 1, 21.3). */
+/** AES-128-CFB with key and IV from one 32-byte string, as parameter encryption takes it (Part 1, section 21). */
 export function cfb(direction: 'encrypt' | 'decrypt', keyAndIv: Uint8Array, data: Uint8Array): Buffer {
   const make = direction === 'encrypt' ? createCipheriv : createDecipheriv;
   const state = make('aes-128-cfb', keyAndIv.subarray(0, 16), keyAndIv.subarray(16, 32));

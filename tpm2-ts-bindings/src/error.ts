@@ -55,7 +55,7 @@ export interface ResponseCode {
   readonly retryable: boolean;
 }
 
-/** Response codes in their canonical form (Part 2, table 16). */
+/** Response codes in their canonical form (Part 2). */
 export const Rc = {
   SUCCESS: 0x000,
   INITIALIZE: 0x100,

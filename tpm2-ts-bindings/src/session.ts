@@ -55,7 +55,7 @@ export async function openSession(tpm: Tpm, options: SessionOptions): Promise<Se
         authHash: hash.alg,
       },
     );
-    // Part 1, 19.6.8: no key where there is neither salt nor bind.
+    // Part 1, section 19: no key where there is neither salt nor bind.
     const key =
       salt === undefined && bind === undefined
         ? NOTHING
@@ -144,7 +144,7 @@ export class Session implements Entity {
     if (this.#state === 'open') this.#state = 'poisoned';
   }
 
-  /** For a command that it audits. The TPM takes the binding away then (Part 1, 19.6.13). @throws TpmError `usage` */
+  /** For a command that it audits. The TPM takes the binding away then (Part 1, section 19). @throws TpmError `usage` */
   audit(): void {
     if (this.kind !== 'hmac')
       throw new TpmError('usage', 'a policy session has nothing to do in this command');
@@ -156,7 +156,7 @@ export class Session implements Entity {
     this.#needsAuthValue = effect === 'auth-value';
   }
 
-  /** The HMAC of a command (Part 1, 19.6.5). `extraNonces`: of other sessions that encrypt, for the first session. */
+  /** The HMAC of a command (Part 1, section 19). `extraNonces`: of other sessions that encrypt, for the first session. */
   commandHmac(
     entity: Entity | undefined,
     cpHash: Buffer,
@@ -185,7 +185,7 @@ export class Session implements Entity {
       throw new TpmError('bad-hmac', 'the answer is not from this TPM or was changed on its way');
     }
     this.tpmNonce = nonceTpm;
-    // A policy session starts anew with each use (Part 1, 19.6.6: policyDigest is reset with the nonce).
+    // A policy session starts anew with each use (Part 1, section 19: policyDigest is reset with the nonce).
     this.#needsAuthValue = false;
   }
 
@@ -204,7 +204,7 @@ export class Session implements Entity {
     return digest(this.hash, ...parts);
   }
 
-  // Part 1, 21.2: the authValue enters the encryption key of every session that authorises, bound, policy or not.
+  // Part 1, section 21: the authValue enters the encryption key of every session that authorises, bound, policy or not.
   #crypt(
     direction: 'encrypt' | 'decrypt',
     entity: Entity | undefined,
@@ -225,7 +225,7 @@ export class Session implements Entity {
     const auth = entity !== undefined && this.#usesAuthValue(entity) ? entity.authValue : NOTHING;
     const key = concat(this.key, auth);
     try {
-      // With nothing to prove, a policy session carries an empty HMAC both ways (Part 1, 19.6.6).
+      // With nothing to prove, a policy session carries an empty HMAC both ways (Part 1, section 19).
       if (key.length === 0 && this.kind === 'policy') return NOTHING;
       return hmac(this.hash, key, ...parts);
     } finally {

@@ -179,7 +179,7 @@ function build<P>(
 }
 
 /**
- * A session that neither authorises nor encrypts has to audit (Part 1, 19.7: otherwise TPM_RC_ATTRIBUTES). Then its
+ * A session that neither authorises nor encrypts has to audit (Part 1, section 19: otherwise TPM_RC_ATTRIBUTES). Then its
  * HMAC still proves the answer.
  */
 function attributesOf(use: Use, decrypting: Use | undefined, encrypting: Use | undefined): number {
@@ -194,7 +194,7 @@ function attributesOf(use: Use, decrypting: Use | undefined, encrypting: Use | u
   return attributes | SessionAttribute.audit;
 }
 
-/** The password itself, or the HMAC over command code, Names and parameters (Part 1, 16 and 19.6.5). */
+/** The password itself, or the HMAC over command code, Names and parameters (Part 1, sections 16 and 19). */
 function prove(
   command: Command<HandleNames, unknown, unknown>,
   entities: readonly Entity[],
@@ -216,7 +216,7 @@ function prove(
 
 /**
  * The nonceTPM of encrypting sessions other than the first, which the first one's HMAC covers so that none of them can
- * be taken away: decrypt, then encrypt, once if they are the same (Part 1, 19.6.5).
+ * be taken away: decrypt, then encrypt, once if they are the same (Part 1, section 19).
  */
 function others(uses: readonly Use[], decrypting: Use | undefined, encrypting: Use | undefined): Buffer[] {
   const first = uses[0];
