@@ -1,0 +1,101 @@
+/** A guard, the same code without it, and the test that must then fail. */
+export interface Mutant {
+  readonly name: string;
+  readonly file: string;
+  /** Source text that occurs exactly once in the file. */
+  readonly guard: string;
+  readonly without: string;
+  readonly test: {
+    /** Below test/, without `.test.ts`. */
+    readonly file: string;
+    /** Part of the test's full name. */
+    readonly name: string;
+  };
+}
+
+export const MUTANTS: readonly Mutant[] = [
+  {
+    name: 'I-4 an answer waits until its save is acknowledged',
+    file: 'vtpmd/src/worker/command-queue.ts',
+    guard: 'if (saving) {',
+    without: 'if (saving && this.#isDead) {',
+    test: { file: 'vtpmd/worker-durability', name: 'I-4: lets no answer leave on any door' },
+  },
+  {
+    name: 'I-4 the store syncs before it acknowledges',
+    file: 'manager/src/store/lmdb-environment.ts',
+    guard: 'overlappingSync: false,',
+    without: 'overlappingSync: false, noSync: true,',
+    test: { file: 'manager/store-child', name: 'I-4 acknowledges a commit only after fdatasync' },
+  },
+  {
+    name: 'I-3 a Load is a compare-and-set on the epoch',
+    file: 'manager/src/ownership/ticket-check.ts',
+    guard: 'if (ticket.expectedEpoch !== epoch) {',
+    without: 'if (ticket.expectedEpoch > epoch + 1_000_000n) {',
+    test: { file: 'manager/ownership', name: 'takes a ticket once: stale-epoch' },
+  },
+  {
+    name: 'I-3 a used sequence with other content ends the session',
+    file: 'manager/src/ownership/live-session.ts',
+    guard: 'if (sequence <= last) {',
+    without: 'if (sequence < 0n) {',
+    test: { file: 'manager/ownership', name: 'with a used sequence and other content ends the session' },
+  },
+  {
+    name: 'I-3 no epoch begins while the last process is there',
+    file: 'toolstack/src/supervisor/leftovers.ts',
+    guard: 'await killAndWait([...found.values()]);',
+    without: 'void killAndWait;',
+    test: { file: 'e2e/one-live-copy', name: 'has no worker left when its next epoch begins' },
+  },
+  {
+    name: 'I-2 the worker key on the ticket opens the Load',
+    file: 'proto/src/identity.ts',
+    guard: 'if (!verify(null, Buffer.concat([domain, message]), key, signature)) {',
+    without: 'if (!verify(null, Buffer.concat([domain, message]), key, signature) && message.length === 0) {',
+    test: { file: 'manager/ownership', name: 'refuses a ticket whose signatures do not hold' },
+  },
+  {
+    name: 'I-2 only allowed images get state',
+    file: 'manager/src/ownership/ticket-check.ts',
+    guard: 'if (!environment.trust.isImageAllowed(ticket.imageDigest)) {',
+    without: 'if (environment.trust.isImageAllowed.length > 9) {',
+    test: { file: 'manager/ownership', name: 'image-not-allowed' },
+  },
+  {
+    name: 'I-5 a record is authenticated as a whole',
+    file: 'manager/src/records/format.ts',
+    guard: 'if (stored.mac.length !== expected.length || !timingSafeEqual(stored.mac, expected)) {',
+    without: 'if (stored.mac.length !== expected.length && !timingSafeEqual(stored.mac, expected)) {',
+    test: { file: 'manager/records', name: 'are refused with any bit flipped' },
+  },
+  {
+    name: 'I-9 a retired vTPM is never loaded again',
+    file: 'manager/src/ownership/ticket-check.ts',
+    guard: "if (header?.kind === 'RETIRED') {",
+    without: "if (header?.kind === 'RETIRED' && header.epoch < 0n) {",
+    test: { file: 'manager/ownership', name: 'refuses what was retired: retired' },
+  },
+  {
+    name: 'I-6 the sealed secret opens by policy alone',
+    file: 'tpm2-ts-bindings/src/templates.ts',
+    guard: 'A.fixedTPM | A.fixedParent | A.adminWithPolicy | A.noDA,',
+    without: 'A.fixedTPM | A.fixedParent | A.adminWithPolicy | A.noDA | A.userWithAuth,',
+    test: { file: 'manager/root-tpm', name: 'I-6 the empty authorisation does not open it' },
+  },
+  {
+    name: 'I-7 the secret crosses the bus in an encrypting session',
+    file: 'manager/src/root-tpm/release.ts',
+    guard: "{ kind: 'policy', encrypt: 'both', salt: srk }",
+    without: "{ kind: 'policy', salt: srk }",
+    test: { file: 'manager/root-tpm', name: 'I-7 the secret is in no byte on the bus' },
+  },
+  {
+    name: 'I-7 nothing is salted to a key of another Name',
+    file: 'manager/src/root-tpm/release.ts',
+    guard: "if (srk.name.toString('hex') !== enrolment.srkName) {",
+    without: 'if (srk.name.length > 99) {',
+    test: { file: 'manager/root-tpm', name: 'a substituted SRK is refused by its Name' },
+  },
+];

@@ -1,0 +1,102 @@
+import { execFileSync, spawnSync } from 'node:child_process';
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { cleanEnvironment, REPOSITORY } from '../support/installation.js';
+import type { Mutant } from './mutants.js';
+
+export interface Verdict {
+  readonly passes: number;
+  readonly failures: number;
+  /** What mocha printed, for the message of a test that fails. */
+  readonly output: string;
+}
+
+/** A copy of the repository in which guards are removed, one at a time. */
+export class Workshop {
+  readonly #directory = mkdtempSync(join(tmpdir(), 'vtpm-mutants-'));
+
+  constructor() {
+    const sources = execFileSync(
+      'git',
+      ['-C', REPOSITORY, 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+      { encoding: 'utf8' },
+    ).split('\0');
+    for (const file of sources.filter(Boolean)) {
+      const target = join(this.#directory, file);
+      mkdirSync(dirname(target), { recursive: true });
+      cpSync(join(REPOSITORY, file), target);
+    }
+    // With its links as they are: the packages of the workspace must be the copies.
+    execFileSync('cp', ['-a', join(REPOSITORY, 'node_modules'), this.#directory]);
+    this.#build();
+  }
+
+  /** The mutant's test in the copy as it is: it must pass. */
+  control(mutant: Mutant): Verdict {
+    return this.#run(mutant);
+  }
+
+  /** The mutant's test without the guard: it must fail. */
+  try(mutant: Mutant): Verdict {
+    const path = join(this.#directory, mutant.file);
+    const original = readFileSync(path, 'utf8');
+    writeFileSync(path, mutate(original, mutant));
+    try {
+      this.#build();
+      return this.#run(mutant);
+    } finally {
+      writeFileSync(path, original);
+      this.#build();
+    }
+  }
+
+  close(): void {
+    rmSync(this.#directory, { recursive: true, force: true });
+  }
+
+  #build(): void {
+    const built = spawnSync(process.execPath, ['scripts/build.mjs'], {
+      cwd: this.#directory,
+      env: cleanEnvironment(),
+      encoding: 'utf8',
+    });
+    if (built.status !== 0)
+      throw new Error(`the mutated copy does not build:\n${built.stdout}${built.stderr}`);
+  }
+
+  #run(mutant: Mutant): Verdict {
+    const report = join(this.#directory, 'report.json');
+    rmSync(report, { force: true });
+    const ran = spawnSync(
+      process.execPath,
+      [
+        'node_modules/mocha/bin/mocha.js',
+        '--no-config',
+        ...['--timeout', '60000', '--exit'],
+        ...['--reporter', 'scripts/mocha-reporter.cjs'],
+        ...['--spec', `test/dist/${mutant.test.file}.test.js`],
+        ...['--fgrep', mutant.test.name],
+      ],
+      {
+        cwd: this.#directory,
+        env: cleanEnvironment({ VTPM_TEST_REPORT: report }),
+        encoding: 'utf8',
+        timeout: 300_000,
+      },
+    );
+    const counts = JSON.parse(readFileSync(report, 'utf8')) as { passes: number; failures: number };
+    return { ...counts, output: ran.stdout + ran.stderr };
+  }
+}
+
+/** @throws Error where the guard is not found exactly once: the code changed and the mutant must follow */
+export function mutate(source: string, mutant: Mutant): string {
+  const parts = source.split(mutant.guard);
+  if (parts.length !== 2) {
+    throw new Error(
+      `${mutant.file}: the guard of "${mutant.name}" is there ${parts.length - 1} times, not once`,
+    );
+  }
+  return parts.join(mutant.without);
+}
