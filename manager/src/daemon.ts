@@ -81,7 +81,7 @@ class Manager implements Daemon {
     });
     try {
       this.#keys = await this.#unlock(file);
-      this.#state = { status: 'ready', service: await this.#openService(this.#keys) };
+      this.#state = { status: 'ready', service: await this.#openService(this.#keys, undefined) };
     } catch (error) {
       // Any other refusal ends the start: only this one the operator resolves with the manager's help.
       if (!(error instanceof ManagerError) || error.code !== 'platform-policy') throw error;
@@ -124,18 +124,19 @@ class Manager implements Daemon {
     return keys;
   }
 
-  #openService(keys: KeyHierarchy): Promise<Service> {
+  #openService(keys: KeyHierarchy, storeRoots: readonly Buffer[] | undefined): Promise<Service> {
     return openService(keys, {
       paths: this.#paths,
       log: this.#log,
       storeSandbox: this.options.storeSandbox,
+      storeRoots,
       onLost: (error) => void this.#reopen(keys, error),
     });
   }
 
   /**
-   * The store process is gone. The store is verified again from the beginning before anything is served from it; until
-   * then workers hold their guests. Never rejects.
+   * The store process is gone. The store is verified again from the beginning before anything is served from it, and it
+   * must be the one that was lost; until then workers hold their guests. Never rejects.
    */
   async #reopen(keys: KeyHierarchy, lost: ManagerError): Promise<void> {
     if (this.#stopping || this.#state.status !== 'ready') return;
@@ -146,7 +147,7 @@ class Manager implements Daemon {
       await delay(pause);
       if (this.#stopping) return;
       try {
-        const next = await this.#openService(keys);
+        const next = await this.#openService(keys, service.storeRoots);
         if (this.#stopping) return await next.close();
         this.#state = { status: 'ready', service: next };
         this.#log.warn('the store was verified and is open again');

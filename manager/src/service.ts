@@ -9,6 +9,8 @@ import { openTrustStore, type TrustStore } from './trust/trust-configuration.js'
 export interface Service {
   readonly registry: VtpmRegistry;
   readonly trust: TrustStore;
+  /** What the store on the disk may be, for `openService` after it was lost; final once `close` has resolved. */
+  readonly storeRoots: readonly Buffer[];
   /** Ends the streams with `error`, then closes the store. */
   close(error?: ManagerError): Promise<void>;
 }
@@ -17,6 +19,8 @@ export interface ServiceOptions {
   readonly paths: Paths['manager'];
   readonly log: Logger;
   readonly storeSandbox: boolean;
+  /** `storeRoots` of the service before, where this process has had one: an older store is refused then. */
+  readonly storeRoots: readonly Buffer[] | undefined;
   /** The store process ended unasked; the service is of no use any more. */
   onLost(error: ManagerError): void;
 }
@@ -31,12 +35,15 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
     onLost: options.onLost,
   });
   try {
-    const store = await openAnchoredStore(raw, keys);
+    const store = await openAnchoredStore(raw, keys, options.storeRoots);
     const trust = await openTrustStore(keys, store);
     const registry = new VtpmRegistry({ keys, store, trust });
     return {
       registry,
       trust,
+      get storeRoots() {
+        return store.roots;
+      },
       close: async (error) => {
         await registry.close(error);
         await store.close();

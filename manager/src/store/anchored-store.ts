@@ -33,6 +33,11 @@ export interface AnchoredStore {
   keys(after: string | undefined, limit: number): string[];
   /** Count of records. */
   readonly size: number;
+  /**
+   * What the disk may hold, as the roots of 32 bytes that an anchor can have: that of the newest commit, and that of one
+   * of which it is not known whether it happened. Whoever opens the store again after it was lost hands them over.
+   */
+  readonly roots: readonly Buffer[];
   /** Writes what was asked for, then closes the StateStore. */
   close(): Promise<void>;
 }
@@ -58,9 +63,15 @@ export async function createAnchoredStore(store: StateStore, options: AnchorOpti
 
 /**
  * Reads the whole store and compares it with its anchor.
+ * @param roots of the same store before it was lost; absent at the start of the manager. An anchor proves that a store
+ * was whole once, not that it is the newest
  * @throws ManagerError `store-missing` (empty), `store-corrupt`, `rollback-detected`, `newer-format`
  */
-export async function openAnchoredStore(store: StateStore, options: AnchorOptions): Promise<AnchoredStore> {
+export async function openAnchoredStore(
+  store: StateStore,
+  options: AnchorOptions,
+  roots?: readonly Uint8Array[],
+): Promise<AnchoredStore> {
   const { leaves, anchor } = await readAll(store);
   if (!anchor) {
     if (leaves.length > 0) throw corrupt('its anchor was removed');
@@ -75,6 +86,12 @@ export async function openAnchoredStore(store: StateStore, options: AnchorOption
     throw new ManagerError(
       'rollback-detected',
       'the store is not what was last written: a record was put back, replaced, removed or added behind the manager',
+    );
+  }
+  if (roots && !roots.some((newest) => bytesEqual(newest, root))) {
+    throw new ManagerError(
+      'rollback-detected',
+      'the store was put back to an older state while the manager was running; restore the newest one',
     );
   }
   return new GroupCommitStore(store, tree, anchor.version, options);
@@ -116,6 +133,8 @@ class GroupCommitStore implements AnchoredStore {
   #committing: Promise<void> | undefined;
   #committingKeys: ReadonlySet<string> = new Set();
   #isScheduled = false;
+  /** The root of a commit of which it is not known whether it is on the disk. */
+  #uncertain: Buffer | undefined;
   /** Why the store refuses everything. */
   #broken: ManagerError | undefined;
   #closing: Promise<void> | undefined;
@@ -133,6 +152,10 @@ class GroupCommitStore implements AnchoredStore {
 
   get size(): number {
     return this.tree.size;
+  }
+
+  get roots(): readonly Buffer[] {
+    return this.#uncertain ? [this.tree.root, this.#uncertain] : [this.tree.root];
   }
 
   keys(after: string | undefined, limit: number): string[] {
@@ -237,11 +260,13 @@ class GroupCommitStore implements AnchoredStore {
     try {
       const staged = await this.#commitStaged(batch);
       staged.apply();
+      this.#uncertain = undefined;
       this.anchorVersion++;
     } catch (cause) {
       const error = ManagerError.from(cause, 'the store cannot be written');
       // Of anything but a full disk it is not known whether it is on the disk.
-      if (error.code !== 'store-full') this.#break(error);
+      if (error.code === 'store-full') this.#uncertain = undefined;
+      else this.#break(error);
       for (const write of batch) write.reject(error);
       return;
     }
@@ -257,6 +282,7 @@ class GroupCommitStore implements AnchoredStore {
       })),
     );
     const anchor = sealAnchor(this.#anchorKey, this.options.storeId, staged.root);
+    this.#uncertain = staged.root;
     barrier('store.commit');
     const isCommitted = await this.store.commit([
       ...batch.map(({ key, expectedVersion, value }) => ({ key, expectedVersion, value })),

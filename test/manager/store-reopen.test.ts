@@ -1,0 +1,108 @@
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import { cpSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { ManagerError } from 'vtpm-manager';
+import { deriveKeys } from 'vtpm-manager/keys/index';
+import { createAnchoredStore, openAnchoredStore } from 'vtpm-manager/store/index';
+import { ManagerInstallation } from '../support/manager-process.js';
+import { MemoryStore, storeFull } from '../support/memory-store.js';
+import { until } from '../support/until.js';
+import { testVtpm } from '../support/worker-client.js';
+
+/** Processes of the store on a directory. */
+function storeProcesses(directory: string): number[] {
+  return readdirSync('/proc')
+    .map(Number)
+    .filter((pid) => {
+      try {
+        const line = readFileSync(`/proc/${pid}/cmdline`, 'utf8').split('\0');
+        return line.some((word) => word.endsWith('/child-main.js')) && line.includes(directory);
+      } catch {
+        return false;
+      }
+    });
+}
+
+describe('the store after its process ended', () => {
+  let manager: ManagerInstallation;
+  let aside: string;
+
+  beforeEach(() => {
+    manager = new ManagerInstallation();
+    aside = mkdtempSync(join(tmpdir(), 'vtpm-aside-'));
+  });
+  afterEach(async () => {
+    await manager.remove();
+    rmSync(aside, { recursive: true });
+  });
+
+  /** A vTPM at generation 2; `aside` has the store's file as it was at generation 1. */
+  async function withOldCopy() {
+    const managerId = String((await manager.init('embedded')).managerId);
+    await manager.start();
+    const image = { digest: manager.toolstack.imageDigest.toString('hex'), note: '' };
+    await manager.admin('POST', '/images', image);
+    const vtpm = testVtpm();
+    const worker = manager.worker(managerId);
+    const grant = await worker.load(manager.toolstack.ticket(worker.managerId, vtpm, worker.keys.publicKey));
+    const session = await worker.session(vtpm, grant);
+    await session.save({ permanent: Buffer.from('P1') });
+    cpSync(join(manager.paths.store, 'data.mdb'), join(aside, 'data.mdb'));
+    await session.save({ permanent: Buffer.from('P2') });
+    worker.close();
+  }
+
+  function endStoreProcess(): void {
+    const pids = storeProcesses(manager.paths.store);
+    assert.ok(pids.length > 0, 'there is a store process');
+    for (const pid of pids) process.kill(pid, 'SIGKILL');
+  }
+
+  it('I-5 an older store that was put in place meanwhile is refused by name', async () => {
+    await withOldCopy();
+    renameSync(join(aside, 'data.mdb'), join(manager.paths.store, 'data.mdb'));
+    endStoreProcess();
+    const said = /rollback-detected|the store was verified and is open again/;
+    await until('the manager has looked at the store', () => said.test(manager.stderr));
+    const { body } = await manager.admin('GET', '/health');
+    assert.equal(body.status, 'locked');
+    assert.equal(body.reason, 'rollback-detected');
+  });
+
+  it('the same store is served again', async () => {
+    await withOldCopy();
+    endStoreProcess();
+    await until('the store is open again', () => manager.stderr.includes('is open again'));
+    const { body } = await manager.admin('GET', '/vtpms');
+    assert.equal((body.vtpms as { generation: number }[])[0]?.generation, 2);
+  });
+
+  it('a commit of which nobody knows whether it happened may be there or not', async () => {
+    const keys = deriveKeys(randomBytes(32), randomBytes(16));
+    for (const isThere of [true, false]) {
+      const disk = new MemoryStore();
+      const store = await createAnchoredStore(disk, keys);
+      await store.write('vtpm/a', 0, Buffer.from('1'));
+      const commit = disk.commit.bind(disk);
+      disk.commit = async (writes) => {
+        if (isThere) await commit(writes);
+        throw new ManagerError('internal', 'the store process ended');
+      };
+      await assert.rejects(store.write('vtpm/a', 1, Buffer.from('2')));
+      disk.commit = commit;
+      const again = await openAnchoredStore(disk, keys, store.roots);
+      assert.equal((await again.read('vtpm/a'))?.value.toString(), isThere ? '2' : '1');
+    }
+  });
+
+  it('a full disk leaves one state only', async () => {
+    const keys = deriveKeys(randomBytes(32), randomBytes(16));
+    const disk = new MemoryStore();
+    const store = await createAnchoredStore(disk, keys);
+    disk.beforeCommit = storeFull;
+    await assert.rejects(store.write('vtpm/a', 0, Buffer.from('1')));
+    assert.equal(store.roots.length, 1);
+  });
+});
