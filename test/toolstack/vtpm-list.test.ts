@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
@@ -16,6 +17,8 @@ const entry: fc.Arbitrary<Entry> = fc.record({
   isolation: fc.constantFrom('sandbox' as const, 'none' as const),
   autostart: fc.boolean(),
   startup: fc.constantFrom('clear' as const, 'none' as const),
+  socketOwner: fc.option(fc.tuple(fc.nat(), fc.nat()).map(([uid, gid]) => `${uid}:${gid}`)),
+  socketMode: fc.constantFrom('0600', '0660'),
   delegation: base64,
   delegationSignature: base64,
   manufactured: fc.boolean(),
@@ -84,6 +87,22 @@ describe('the list of vTPMs', () => {
       }),
       { numRuns: 60 },
     );
+  });
+
+  it('reads the lists of format 1, whose doors belong to the supervisor alone, and no others without a format', () => {
+    const [item] = fc.sample(entry, 1) as [Entry];
+    const { socketOwner: _owner, socketMode: _mode, ...old } = item;
+    const save = (format: number, vtpms: object[]) => {
+      const sha256 = createHash('sha256').update(JSON.stringify(vtpms)).digest('hex');
+      writeFileSync(path, JSON.stringify({ format, sha256, vtpms }));
+    };
+    save(1, [old]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...old, socketOwner: null, socketMode: '0600' }]);
+    // A field that a format does not have, and one that it must have.
+    save(1, [item]);
+    assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
+    save(2, [old]);
+    assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
   });
 
   it('refuses a newer format by name, and is undefined only where there is no file', () => {

@@ -99,6 +99,7 @@ ${EXIT_STATUSES}`,
   const createCommand = add(program, 'create', 'registers a vTPM; its TPM is made by the first start', [
     'vtpmctl create web1',
     'vtpmctl create web1 --vm-uuid 0b8f7a52-3c1d-4f0e-9a6b-2f3c4d5e6f70 --autostart',
+    'vtpmctl create web1 --socket-owner libvirt-qemu:kvm     for the virtual machines that libvirt starts',
   ])
     .argument('<name>', '1 to 63 of a-z, 0-9, ".", "_" and "-"')
     .option('--vm-uuid <uuid>', 'the VM it belongs to (default: a new UUID)')
@@ -111,7 +112,9 @@ ${EXIT_STATUSES}`,
       )
         .choices(['clear', 'none'])
         .default('clear'),
-    );
+    )
+    .option('--socket-owner <user:group>', "whom its sockets belong to (default: the supervisor's user)")
+    .option('--socket-mode <mode>', '0600 or 0660 (default: 0660 with a group in --socket-owner, else 0600)');
   createCommand.action((name: string, flags: CreateFlags) =>
     run(createCommand, (context) => create(name, flags, context)),
   );

@@ -23,6 +23,9 @@ export interface Entry {
   readonly isolation: string | null;
   readonly autostart: boolean | null;
   readonly startup: string | null;
+  /** `uid:gid` in numbers; null: the supervisor's user. */
+  readonly socketOwner: string | null;
+  readonly socketMode: string | null;
   readonly worker: {
     readonly pid: number;
     readonly isolation: string;
@@ -125,6 +128,8 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     isolation: vtpm.isolation,
     autostart: vtpm.autostart,
     startup: vtpm.startup,
+    socketOwner: vtpm.socketOwner ?? null,
+    socketMode: vtpm.socketMode ?? null,
     worker: vtpm.worker,
     sockets: vtpm.sockets,
     savedBytes: record?.savedBytes ?? null,
@@ -150,6 +155,8 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     isolation: null,
     autostart: null,
     startup: null,
+    socketOwner: null,
+    socketMode: null,
     worker: null,
     sockets: { tpm: null, tcti: null, control: null, ring: null },
     savedBytes: record.savedBytes,

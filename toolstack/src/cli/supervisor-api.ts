@@ -18,6 +18,9 @@ export interface SupervisorVtpm {
   readonly isolation: string;
   readonly autostart: boolean;
   readonly startup: string;
+  /** `uid:gid` in numbers. */
+  readonly socketOwner?: string | null;
+  readonly socketMode?: string;
   readonly state: 'stopped' | 'starting' | 'running' | 'stopping' | 'crashed';
   readonly reason?: string | null;
   readonly vmRunId: string | null;
@@ -43,6 +46,9 @@ export interface NewVtpm {
   readonly isolation: string;
   readonly autostart: boolean;
   readonly startup: string;
+  /** `uid:gid` in numbers; absent or null: the supervisor's user. */
+  readonly socketOwner?: string | null;
+  readonly socketMode?: string;
   /** base64 */
   readonly delegation: string;
   /** base64 */

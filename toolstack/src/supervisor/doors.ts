@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { checkSocketPath, privateDirectory } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
+import { applyAccess, type DoorAccess, directoryMode } from './door-access.js';
 import { DoorClients } from './door-clients.js';
 
 const FILES: Readonly<Record<DoorName, string>> = {
@@ -41,19 +42,21 @@ export class Doors {
   readonly #connections = new Map<number, Socket>();
   readonly #directory: string;
   readonly #clients = new DoorClients();
+  readonly #access: DoorAccess;
   readonly #events: DoorEvents;
   #nextId = 1;
 
-  private constructor(directory: string, events: DoorEvents) {
+  private constructor(directory: string, access: DoorAccess, events: DoorEvents) {
     this.#directory = directory;
+    this.#access = access;
     this.#events = events;
   }
 
   /** @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made */
-  static async open(directory: string, events: DoorEvents): Promise<Doors> {
-    const doors = new Doors(directory, events);
+  static async open(directory: string, access: DoorAccess, events: DoorEvents): Promise<Doors> {
+    const doors = new Doors(directory, access, events);
     try {
-      privateDirectory(directory);
+      chmodSync(privateDirectory(directory), directoryMode(access));
       for (const door of Object.keys(FILES) as DoorName[]) await doors.#listen(door);
       return doors;
     } catch (error) {
@@ -99,8 +102,12 @@ export class Doors {
       server.listen(path, () => {
         server.removeListener('error', reject);
         server.on('error', () => undefined);
-        chmodSync(path, 0o600);
-        resolve();
+        try {
+          applyAccess(path, this.#access);
+          resolve();
+        } catch (error) {
+          reject(error);
+        }
       });
     });
   }

@@ -15,6 +15,10 @@ export interface Entry {
   /** Started with the supervisor. */
   readonly autostart: boolean;
   readonly startup: Startup;
+  /** Whom its doors belong to, `uid:gid` in numbers; null: to the supervisor's user. */
+  readonly socketOwner: string | null;
+  /** Permission bits of its doors, `0600` or `0660`. */
+  readonly socketMode: string;
   /** Serialised Delegation to this supervisor's key, base64. */
   readonly delegation: string;
   /** Ed25519 of the toolstack key over it, base64. */
@@ -36,14 +40,27 @@ export interface Entry {
 /** What the caller of `create` says. */
 export type NewEntry = Pick<
   Entry,
-  'id' | 'name' | 'vmUuid' | 'isolation' | 'autostart' | 'startup' | 'delegation' | 'delegationSignature'
+  | 'id'
+  | 'name'
+  | 'vmUuid'
+  | 'isolation'
+  | 'autostart'
+  | 'startup'
+  | 'socketOwner'
+  | 'socketMode'
+  | 'delegation'
+  | 'delegationSignature'
 >;
+
+/** What a caller or a list that knows nothing of it means: the doors are for the supervisor's user alone. */
+const PRIVATE_DOORS = { socketOwner: null, socketMode: '0600' };
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 /** A file name in any directory, never `.` or `..`, and never taken for an option. */
 const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
 const BASE64 = /^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/;
 const BOOT = /^[0-9a-f]{32}$/;
+const OWNER = /^\d{1,10}:\d{1,10}$/;
 
 type Check = readonly [(value: unknown) => boolean, string];
 const text = (pattern: RegExp, what: string): Check => [
@@ -67,6 +84,8 @@ const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
   isolation: oneOf('sandbox', 'none'),
   autostart: flag,
   startup: oneOf('clear', 'none'),
+  socketOwner: orNull(text(OWNER, 'uid:gid in numbers')),
+  socketMode: oneOf('0600', '0660'),
   delegation: text(BASE64, 'base64'),
   delegationSignature: text(BASE64, 'base64'),
 };
@@ -83,12 +102,18 @@ const ENTRY: Readonly<Record<keyof Entry, Check>> = {
 
 /** @throws ToolstackError `bad-request` that names the field */
 export function parseNewEntry(value: unknown): NewEntry {
-  return check(value, NEW_ENTRY) as unknown as NewEntry;
+  const given = typeof value === 'object' && !Array.isArray(value) ? { ...PRIVATE_DOORS, ...value } : value;
+  return check(given, NEW_ENTRY) as unknown as NewEntry;
 }
 
-/** @throws ToolstackError `bad-request` that names the field */
-export function parseEntry(value: unknown): Entry {
-  return check(value, ENTRY) as unknown as Entry;
+/**
+ * @param format of the list that it stands in; one of format 1 knows no owner of doors
+ * @throws ToolstackError `bad-request` that names the field
+ */
+export function parseEntry(value: unknown, format = 2): Entry {
+  if (format > 1) return check(value, ENTRY) as unknown as Entry;
+  const { socketOwner: _owner, socketMode: _mode, ...fields } = ENTRY;
+  return { ...check(value, fields), ...PRIVATE_DOORS } as unknown as Entry;
 }
 
 export function newEntry(given: NewEntry): Entry {

@@ -13,6 +13,7 @@ import type { SigningKey } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
 import { AdminClient } from './admin-client.js';
 import { createDelegateKey, readDelegateKey } from './delegate-key.js';
+import { checkAccess, setPassage } from './door-access.js';
 import { doorPaths } from './doors.js';
 import { newEntry, parseNewEntry } from './entry.js';
 import { prepareImage, type WorkerImage } from './image.js';
@@ -66,6 +67,7 @@ export class Supervisor {
     if (left > 0)
       log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
     const { list, delegateKey } = openState(paths);
+    setPassage(paths, list.all());
     const image = prepareImage(collectSources(options.manifest), paths.supervisor.images);
     const admin = new AdminClient(paths.manager.adminSocket);
     const office = createTicketOffice({
@@ -124,8 +126,10 @@ export class Supervisor {
     } catch (error) {
       throw new ToolstackError('bad-request', (error as Error).message);
     }
+    checkAccess(given, this.#context.paths);
     const entry = newEntry(given);
     this.#context.list.add(entry);
+    setPassage(this.#context.paths, this.#context.list.all());
     const vtpm = new Vtpm(this.#context, entry);
     this.#vtpms.set(entry.id, vtpm);
     return vtpm;
@@ -136,6 +140,7 @@ export class Supervisor {
     return vtpm.remove(() => {
       this.#context.list.remove(vtpm.entry.id);
       this.#vtpms.delete(vtpm.entry.id);
+      setPassage(this.#context.paths, this.#context.list.all());
     });
   }
 

@@ -4,8 +4,8 @@ import { writeFileDurably } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import { type Entry, parseEntry } from './entry.js';
 
-/** Format number of the file; a newer one is refused by name. */
-export const LIST_FORMAT = 1;
+/** Format number of the file; a newer one is refused by name. 1 has no owner and mode of doors, and is still read. */
+export const LIST_FORMAT = 2;
 
 /**
  * The vTPMs of this host as the supervisor knows them. Every change is durable when the method returns. A file that
@@ -118,11 +118,11 @@ function parseList(path: string, text: string): Entry[] {
       `${path} has format ${format}, this version knows ${LIST_FORMAT}; use the newer vtpm-supervisord`,
     );
   }
-  if (format !== LIST_FORMAT) throw corrupt('no known format number');
+  if (format !== 1 && format !== LIST_FORMAT) throw corrupt('no known format number');
   if (!Array.isArray(vtpms) || sha256 !== digestOf(vtpms)) throw corrupt('its digest does not match');
   const entries = vtpms.map((item, index) => {
     try {
-      return parseEntry(item);
+      return parseEntry(item, format);
     } catch (error) {
       throw corrupt(`entry ${index}: ${(error as Error).message}`);
     }

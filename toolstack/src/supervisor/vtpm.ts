@@ -4,6 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { bootId, type Logger, type Paths, type Settings, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { WorkerMessage } from './control-protocol.js';
+import { accessOf } from './door-access.js';
 import { type DoorPaths, Doors, doorPaths } from './doors.js';
 import type { Entry } from './entry.js';
 import type { WorkerImage } from './image.js';
@@ -47,6 +48,8 @@ export interface VtpmView {
   readonly isolation: string;
   readonly autostart: boolean;
   readonly startup: string;
+  readonly socketOwner: string | null;
+  readonly socketMode: string;
   readonly state: VtpmState['kind'];
   /** Why it crashed, or why the last start or stop did not go as asked. */
   readonly reason: string | null;
@@ -99,10 +102,11 @@ export class Vtpm {
 
   view(): VtpmView {
     const { id, name, vmUuid, isolation, autostart, startup, vmRunId, epoch } = this.#entry;
+    const { socketOwner, socketMode } = this.#entry;
     const state = this.#state;
     const worker = state.kind === 'stopped' || state.kind === 'crashed' ? undefined : state.worker;
     return {
-      ...{ id, name, vmUuid, isolation, autostart, startup },
+      ...{ id, name, vmUuid, isolation, autostart, startup, socketOwner, socketMode },
       state: state.kind,
       reason: state.kind === 'stopped' || state.kind === 'crashed' ? state.reason : null,
       ...{ vmRunId, epoch },
@@ -240,7 +244,7 @@ export class Vtpm {
         throw new ToolstackError('worker-failed', 'the worker wants to serve a TPM that is not saved yet');
       }
       this.#update({ manufactured: true, epoch });
-      const doors = await Doors.open(this.#directory(), {
+      const doors = await Doors.open(this.#directory(), accessOf(this.#entry), {
         connected: (door, id, peer, socket) =>
           worker.pass(socketFd(socket), { type: 'connection', door, id, peer }),
         peerGone: (peer) => worker.send({ type: 'peer-gone', peer }),

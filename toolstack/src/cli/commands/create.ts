@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
 import { checkSocketPath } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
+import { parseSocketAccess } from '../accounts.js';
 import type { Context } from '../context.js';
 import { isUuid } from '../inventory.js';
 import { fields } from '../output.js';
@@ -12,6 +13,8 @@ export interface CreateFlags {
   readonly isolation?: string;
   readonly autostart?: boolean;
   readonly startup: string;
+  readonly socketOwner?: string;
+  readonly socketMode?: string;
 }
 
 /** As the supervisor has it. Upper case is refused so that two names never differ by that alone. */
@@ -34,6 +37,7 @@ export async function create(name: string, flags: CreateFlags, context: Context)
   } catch (cause) {
     throw new ToolstackError('usage', `${(cause as Error).message}, or a shorter name`, { cause });
   }
+  const access = parseSocketAccess(flags.socketOwner, flags.socketMode);
   const key = readToolstackKey(configuration.paths);
   const { delegateKey } = await supervisor.health();
   const id = randomUUID();
@@ -45,6 +49,7 @@ export async function create(name: string, flags: CreateFlags, context: Context)
     isolation: flags.isolation ?? configuration.settings.isolation,
     autostart: flags.autostart === true,
     startup: flags.startup,
+    ...access,
     ...delegate(key, { id, vmUuid, delegateKey }),
   });
   output.result(

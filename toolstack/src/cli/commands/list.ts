@@ -53,6 +53,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['isolation', entry.isolation],
       ['autostart', entry.autostart === null ? null : entry.autostart ? 'yes' : 'no'],
       ['startup', entry.startup],
+      ['sockets', entry.socketOwner && `for ${entry.socketOwner}, mode ${entry.socketMode}`],
       ['worker', entry.worker ? `process ${entry.worker.pid}` : null],
       ['layers', entry.worker?.layers.join(', ')],
       ['tpm', entry.sockets.tpm],
