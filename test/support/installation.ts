@@ -193,7 +193,11 @@ export async function run(
   env: NodeJS.ProcessEnv = {},
   input?: Uint8Array,
 ): Promise<Finished> {
-  const child = spawn(program, args, { env: cleanEnvironment(env), stdio: ['pipe', 'pipe', 'pipe'] });
+  const child = spawn(program, args, {
+    cwd: REPOSITORY,
+    env: cleanEnvironment(env),
+    stdio: ['pipe', 'pipe', 'pipe'],
+  });
   let stdout = '';
   let stderr = '';
   child.stdout.on('data', (chunk: Buffer) => {
