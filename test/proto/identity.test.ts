@@ -122,6 +122,24 @@ describe('Load boxes', () => {
     assert.throws(() => openBox('LoadClaim', boxed, worker.publicKey, boxKeyPair()), { code: 'forged' });
   });
 
+  it('are what tweetnacl makes and opens too', () => {
+    const theirs = nacl.box.keyPair.fromSecretKey(worker.secretKey);
+    assert.deepEqual(theirs.publicKey, worker.publicKey);
+    const { nonce, box } = sealBox('LoadClaim', claim, manager.publicKey, worker);
+    const plain = nacl.box.open(box, nonce, worker.publicKey, manager.secretKey);
+    assert.ok(plain);
+    const again = nacl.box(plain, nonce, worker.publicKey, manager.secretKey);
+    assert.deepEqual(again, box);
+    assert.equal(
+      openBox('LoadClaim', { nonce, box: again }, manager.publicKey, worker).libtpmsVersion,
+      '0.9.2',
+    );
+  });
+
+  it('are not made for a key of small order', () => {
+    assert.throws(() => sealBox('LoadClaim', claim, new Uint8Array(32), worker), { code: 'forged' });
+  });
+
   it('are never taken for the other direction', () => {
     const boxed = sealBox('LoadClaim', claim, manager.publicKey, worker);
     assert.throws(() => openBox('LoadGrant', boxed, worker.publicKey, manager), { code: 'forged' });
