@@ -5,20 +5,21 @@
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { connect } from 'node:net';
-import { boxKeyPair, decode } from 'vtpm-proto';
-import { loadVtpm } from 'vtpmd/manager-link/load';
+import { boxKeyPair } from 'vtpm-proto';
+import { loadVtpm, readIdentity } from 'vtpmd/manager-link/load';
 import { openManagerLink } from 'vtpmd/manager-link/manager-link';
 import { SaveSession } from 'vtpmd/manager-link/save-session';
 
 export interface StreamIdentity {
-  /** Hexadecimal, as all others. */
+  /** Hexadecimal. */
   readonly secretKey: string;
+  /** Base64 of the SignedTicket. */
   readonly ticket: string;
-  readonly vtpmUuid: string;
 }
 
 export interface SaveOrder {
   readonly socketPath: string;
+  /** Hexadecimal. */
   readonly managerKey: string;
   readonly stateBytes: number;
   readonly streams: readonly StreamIdentity[];
@@ -66,12 +67,11 @@ async function open(order: SaveOrder, stream: StreamIdentity): Promise<SaveSessi
   const socket = connect(order.socketPath);
   await once(socket, 'connect');
   const link = openManagerLink(socket);
-  const identity = {
-    ticket: decode('SignedTicket', Buffer.from(stream.ticket, 'hex')),
-    vtpmUuid: Buffer.from(stream.vtpmUuid, 'hex'),
-    managerKey: Buffer.from(order.managerKey, 'hex'),
+  const identity = readIdentity({
+    ticket: stream.ticket,
+    managerKey: order.managerKey,
     startup: 'clear',
-  } as const;
+  });
   const keys = boxKeyPair(Buffer.from(stream.secretKey, 'hex'));
   const grant = await loadVtpm(link, identity, keys, LIBTPMS);
   return await new Promise((resolve, reject) => {

@@ -87,8 +87,7 @@ function identityOf(manager: ManagerInstallation, managerId: string): StreamIden
   const ticket = manager.toolstack.ticket(Buffer.from(managerId, 'hex'), vtpm, keys.publicKey);
   return {
     secretKey: Buffer.from(keys.secretKey).toString('hex'),
-    ticket: encode('SignedTicket', ticket).toString('hex'),
-    vtpmUuid: vtpm.uuid.toString('hex'),
+    ticket: encode('SignedTicket', ticket).toString('base64'),
   };
 }
 
