@@ -186,6 +186,10 @@ export class SupervisorProcess {
     return this.#stderr;
   }
 
+  get hasEnded(): boolean {
+    return this.#child.exitCode !== null || this.#child.signalCode !== null;
+  }
+
   /** Resolves when it serves; rejects with what it wrote where it ends instead. */
   async ready(): Promise<this> {
     while (!this.#stderr.includes('"msg":"ready"')) {

@@ -9,7 +9,7 @@ export interface ProcessId {
   readonly startTime: string;
 }
 
-/** @returns undefined where there is no such process */
+/** @returns undefined where there is no such process @throws where that cannot be known, such as EMFILE */
 export function processId(pid: number): ProcessId | undefined {
   const startTime = statFields(`/proc/${pid}/stat`)?.[19];
   return startTime === undefined ? undefined : { pid, startTime };
@@ -20,6 +20,15 @@ export function processId(pid: number): ProcessId | undefined {
  * main thread says nothing about the other threads, so all are looked at.
  */
 export function isAlive(process: ProcessId): boolean {
+  try {
+    return canRun(process);
+  } catch {
+    // Without a free descriptor nothing can be seen, and that is no proof of death.
+    return true;
+  }
+}
+
+function canRun(process: ProcessId): boolean {
   if (statFields(`/proc/${process.pid}/stat`)?.[19] !== process.startTime) return false;
   return listDirectory(`/proc/${process.pid}/task`).some((task) => {
     const state = statFields(`/proc/${process.pid}/task/${task}/stat`)?.[0];
@@ -76,15 +85,23 @@ function statFields(path: string): string[] | undefined {
 function readText(path: string): string {
   try {
     return readFileSync(path, 'utf8').trim();
-  } catch {
-    return '';
+  } catch (error) {
+    if (isGone(error)) return '';
+    throw error;
   }
 }
 
 function listDirectory(path: string): string[] {
   try {
     return readdirSync(path);
-  } catch {
-    return [];
+  } catch (error) {
+    if (isGone(error)) return [];
+    throw error;
   }
+}
+
+/** Of anything else it is not known whether the process is there. */
+function isGone(error: unknown): boolean {
+  const { code } = error as NodeJS.ErrnoException;
+  return code === 'ENOENT' || code === 'ESRCH';
 }

@@ -83,6 +83,9 @@ export class WorkerProcess {
       closeSync(theirs);
       options.link.destroy();
     }
+    this.#child.on('error', (error) => {
+      this.#spawnError = error;
+    });
     // Absent, whatever the types say, where the process ran out of descriptors.
     const control = (this.#child.stdio as ChildProcess['stdio'] | undefined)?.[4];
     if (!control) {
@@ -95,8 +98,16 @@ export class WorkerProcess {
     this.#control = control as Socket;
     if (this.#child.stderr) keepLog(this.#child.stderr, options.logPath);
     this.#listen();
-    this.#noteProcesses();
     this.ended = this.#waitForEnd();
+    try {
+      this.#noteProcesses();
+    } catch (cause) {
+      // A worker that the ledger does not name must not live; it has no ticket yet.
+      this.#child.kill('SIGKILL');
+      throw new ToolstackError('internal', `the worker cannot be watched: ${(cause as Error).message}`, {
+        cause,
+      });
+    }
   }
 
   /** Of node, not of the sandbox around it. */
@@ -168,7 +179,12 @@ export class WorkerProcess {
 
   /** SIGKILL to every process of it. */
   async kill(): Promise<WorkerEnd> {
-    this.#noteProcesses();
+    try {
+      this.#noteProcesses();
+    } catch {
+      // Those that are known, and the one that holds the others.
+      this.#child.kill('SIGKILL');
+    }
     await killAndWait(this.#processes).catch(() => undefined);
     return this.ended;
   }
@@ -191,9 +207,6 @@ export class WorkerProcess {
     });
     // A worker that ends closes it; what that means `ended` says.
     this.#control.on('error', () => undefined);
-    this.#child.on('error', (error) => {
-      this.#spawnError = error;
-    });
   }
 
   /** A worker that talks without end waits; the supervisor has others. */
