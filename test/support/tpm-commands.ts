@@ -11,6 +11,9 @@ function command(code: number, body: string, tag = 0x8001): Buffer {
 }
 
 const PASSWORD = '00000009 40000009 0000 00 0000';
+const sized = (text: string): string => hex16(text.length) + Buffer.from(text).toString('hex');
+const authorisation = (password: string): string =>
+  `${hex32(9 + password.length)} 40000009 0000 00 ${sized(password)}`;
 const hex32 = (value: number): string => value.toString(16).padStart(8, '0');
 const hex16 = (value: number): string => value.toString(16).padStart(4, '0');
 
@@ -42,6 +45,28 @@ export const nvIncrement = (index: number): Buffer =>
   command(0x134, `${hex32(index)} ${hex32(index)} ${PASSWORD}`, 0x8002);
 export const nvReadCounter = (index: number): Buffer =>
   command(0x14e, `${hex32(index)} ${hex32(index)} ${PASSWORD} 0008 0000`, 0x8002);
+/** An index of 8 bytes behind a password that dictionary attack protection guards. */
+export const nvDefineSecret = (index: number, password: string): Buffer =>
+  // TPMA_NV: AUTHWRITE | AUTHREAD
+  command(
+    0x12a,
+    `40000001 ${PASSWORD} ${sized(password)} 000e ${hex32(index)} 000b 00040004 0000 0008`,
+    0x8002,
+  );
+export const nvReadSecret = (index: number, password: string): Buffer =>
+  command(0x14e, `${hex32(index)} ${hex32(index)} ${authorisation(password)} 0008 0000`, 0x8002);
+/** Keeps an object under a persistent handle. */
+export const evictControl = (object: number, persistent: number): Buffer =>
+  command(0x120, `40000001 ${hex32(object)} ${PASSWORD} ${hex32(persistent)}`, 0x8002);
+/** SHA-256, no password. */
+export const sequenceStart = (): Buffer => command(0x186, '0000 000b');
+export const sequenceUpdate = (sequence: number, text: string): Buffer =>
+  command(0x15c, `${hex32(sequence)} ${PASSWORD} ${sized(text)}`, 0x8002);
+export const sequenceComplete = (sequence: number): Buffer =>
+  command(0x13e, `${hex32(sequence)} ${PASSWORD} 0000 40000007`, 0x8002);
+/** TPM_CAP_TPM_PROPERTIES, TPM_PT_LOCKOUT_COUNTER. */
+export const lockoutCounter = (): Buffer => command(0x17a, '00000006 0000020e 00000001');
+export const lockoutCounterOf = (response: Buffer): number => response.readUInt32BE(23);
 /** TPM_CAP_HANDLES from `first`: the handles that exist there. */
 export const getHandles = (first: number): Buffer => command(0x17a, `00000001 ${hex32(first)} 000000fe`);
 

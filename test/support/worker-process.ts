@@ -75,9 +75,9 @@ export class WorkerProcess {
   }
 
   /** Loads the vTPM and waits until the doors may open. */
-  async serve(startup: 'clear' | 'none' = 'clear'): Promise<this> {
+  async serve(startup: 'clear' | 'none' = 'clear', outage?: object): Promise<this> {
     const { publicKey } = await this.heard('ready');
-    this.send(this.#manager.identity(publicKey as string, startup));
+    this.send({ ...this.#manager.identity(publicKey as string, startup), outage });
     await this.heard('serving');
     return this;
   }

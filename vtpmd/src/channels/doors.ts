@@ -85,6 +85,7 @@ export class Doors {
         onClosed();
       },
       owner,
+      'tcti',
     );
   }
 

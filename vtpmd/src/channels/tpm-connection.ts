@@ -3,6 +3,7 @@ import { barrier } from 'vtpm-common/barrier';
 import { socketFd } from 'vtpm-common/libc';
 import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
 import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
+import type { ClientKind } from '../worker/outage-policy.js';
 import { CommandReader } from './command-reader.js';
 import type { HandleOwner } from './handle-owners.js';
 import { receiveNow, sendNow, waitReadable } from './socket-io.js';
@@ -46,12 +47,14 @@ export class TpmConnection implements CommandSource {
    * @param peer a descriptor, owned by the connection from now on, or an accepted socket that allows half-open
    * @param onClosed called once: the connection is closed and none of its commands runs
    * @param owner of what its commands load, where that is to be flushed
+   * @param kind says how long its commands wait for a manager that is away
    */
   constructor(
     peer: number | Socket,
     queue: CommandQueue,
     onClosed: (connection: TpmConnection) => void,
     readonly owner?: HandleOwner,
+    readonly kind: ClientKind = 'tpm',
   ) {
     this.#queue = queue;
     this.#onClosed = onClosed;

@@ -15,6 +15,10 @@ export const TPM_RC_BAD_TAG = 0x1e;
 export const TPM_RC_INITIALIZE = 0x100;
 export const TPM_RC_FAILURE = 0x101;
 export const TPM_RC_COMMAND_SIZE = 0x142;
+export const TPM_RC_RETRY = 0x922;
+/** Format-one codes, without the bits that say which session or parameter is meant. */
+const TPM_RC_AUTH_FAIL = 0x08e;
+const TPM_RC_BAD_AUTH = 0x0a2;
 
 /** Command codes that this package acts on (TPM 2.0 library, part 2, section 6.5.2). */
 export const TPM_CC = {
@@ -24,6 +28,7 @@ export const TPM_CC = {
   SelfTest: 0x143,
   Startup: 0x144,
   Shutdown: 0x145,
+  StirRandom: 0x146,
   Create: 0x153,
   Load: 0x157,
   HmacStart: 0x15b,
@@ -64,6 +69,28 @@ export function commandCode(command: Buffer): number {
 
 export function responseCode(response: Buffer): number {
   return response.readUInt32BE(6);
+}
+
+/** True for a code that says that an authorisation value was wrong, whoever's session it was. */
+export function isWrongAuthorisation(code: number): boolean {
+  // Part 2, section 6.6.2: bit 7 marks format one, bits 6 and 8 to 11 name the session, handle or parameter.
+  const kind = code & 0x0bf;
+  return code <= 0xfff && (kind === TPM_RC_AUTH_FAIL || kind === TPM_RC_BAD_AUTH);
+}
+
+export function hasSessions(command: Buffer): boolean {
+  return command.readUInt16BE(0) === TAG_SESSIONS;
+}
+
+/** TPM2_StirRandom (part 3, section 16.2) with at most 128 bytes. */
+export function stirRandom(bytes: Uint8Array): Buffer {
+  const command = Buffer.alloc(HEADER_BYTES + 2 + bytes.length);
+  command.writeUInt16BE(TAG_NO_SESSIONS, 0);
+  command.writeUInt32BE(command.length, 2);
+  command.writeUInt32BE(TPM_CC.StirRandom, 6);
+  command.writeUInt16BE(bytes.length, HEADER_BYTES);
+  command.set(bytes, HEADER_BYTES + 2);
+  return command;
 }
 
 /** TPM2_Startup(CLEAR) (part 3, section 9.3). */

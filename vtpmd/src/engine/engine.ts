@@ -31,6 +31,17 @@ export interface Processed {
   readonly stored: Buffer | undefined;
 }
 
+/** All that a running TPM is, at one moment. Holds its secrets: `discard` wipes them. */
+export interface Snapshot {
+  readonly permanent: Buffer;
+  readonly volatile: Buffer;
+}
+
+export function discard(snapshot: Snapshot): void {
+  snapshot.permanent.fill(0);
+  snapshot.volatile.fill(0);
+}
+
 /** The one TPM of this process: libtpms keeps all its state in globals. */
 export interface TpmEngine {
   readonly libtpmsVersion: string;
@@ -45,6 +56,12 @@ export interface TpmEngine {
   cancel(): void;
   /** A copy of the volatile state. */
   volatileState(): Buffer;
+  snapshot(): Snapshot;
+  /**
+   * Makes the TPM what it was at the snapshot: objects, sessions, PCRs, counters and clock. Its generator would give the
+   * same random numbers once more: TPM2_StirRandom is the caller's. @throws VtpmdError `engine`; there is no TPM then
+   */
+  restore(snapshot: Snapshot): void;
   /** Powers the TPM off; the engine cannot be used again. */
   terminate(): void;
 }
@@ -214,6 +231,27 @@ class Engine implements TpmEngine {
   volatileState(): Buffer {
     this.#expectIdle();
     return this.#library.volatileState();
+  }
+
+  snapshot(): Snapshot {
+    this.#expectIdle();
+    return { permanent: this.#library.permanentState(), volatile: this.#library.volatileState() };
+  }
+
+  restore({ permanent, volatile }: Snapshot): void {
+    this.#expectIdle();
+    this.#library.terminate();
+    nvram.begin({ permanent, volatile, manufacture: false });
+    const result = this.#library.mainInit();
+    nvram.end();
+    if (result !== TPM_SUCCESS) {
+      this.terminate();
+      throw new VtpmdError('engine', `libtpms does not take its own state back (TPMLIB_MainInit: ${result})`);
+    }
+    const stored = nvram.takeStored();
+    if (stored && !stored.equals(permanent)) {
+      throw new VtpmdError('engine', 'libtpms changed the permanent state that it was given back');
+    }
   }
 
   terminate(): void {

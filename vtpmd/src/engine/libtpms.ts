@@ -6,6 +6,9 @@ export const TPM_SUCCESS = 0;
 export const TPM_FAIL = 9;
 export const TPM_RETRY = 0x800;
 
+/** TPMLIB_STATE_PERMANENT (tpm_library.h). */
+const STATE_PERMANENT = 1;
+
 /** What libtpms calls back with. Each must return a result and never throw. */
 export interface Callbacks {
   /** `data` (u8**) and `length` (u32*) receive memory from `allocate`, which libtpms frees. */
@@ -32,6 +35,8 @@ export interface Libtpms {
   cancelCommand(): void;
   /** TPM_IO_TpmEstablished_Get: whether a dynamic root of trust was measured. */
   isEstablished(): boolean;
+  /** A copy of the permanent state, as the `store` callback gets it. */
+  permanentState(): Buffer;
   /** A copy of the volatile state. */
   volatileState(): Buffer;
 }
@@ -97,9 +102,24 @@ function bind(): Libtpms {
   );
   const cancel = library.func('uint32_t TPMLIB_CancelCommand(void)');
   const established = library.func('uint32_t TPM_IO_TpmEstablished_Get(_Out_ uint8_t *bit)');
+  const getState = library.func(
+    'uint32_t TPMLIB_GetState(int type, _Out_ uint64_t *data, _Out_ uint32_t *length)',
+  );
   const volatileStore = library.func(
     'uint32_t TPMLIB_VolatileAll_Store(_Out_ uint64_t *data, _Out_ uint32_t *length)',
   );
+  const takeCopy = (what: string, ask: (data: bigint[], length: number[]) => unknown): Buffer => {
+    const data = [0n];
+    const length = [0];
+    check(what, Number(ask(data, length)));
+    const address = BigInt(data[0] ?? 0n);
+    const content = viewOf(address, length[0] ?? 0);
+    const copy = Buffer.from(content);
+    // The state holds seeds and keys: none stays behind on the heap.
+    content.fill(0);
+    free(address);
+    return copy;
+  };
   return {
     version: `${(number >> 16) & 0xff}.${(number >> 8) & 0xff}.${number & 0xff}`,
     registerCallbacks(callbacks) {
@@ -126,15 +146,9 @@ function bind(): Libtpms {
       const bit = [0];
       return Number(established(bit)) === TPM_SUCCESS && bit[0] !== 0;
     },
-    volatileState() {
-      const data = [0n];
-      const length = [0];
-      check('TPMLIB_VolatileAll_Store', Number(volatileStore(data, length)));
-      const address = BigInt(data[0] ?? 0n);
-      const copy = Buffer.from(viewOf(address, length[0] ?? 0));
-      free(address);
-      return copy;
-    },
+    permanentState: () =>
+      takeCopy('TPMLIB_GetState', (data, length) => getState(STATE_PERMANENT, data, length)),
+    volatileState: () => takeCopy('TPMLIB_VolatileAll_Store', (data, length) => volatileStore(data, length)),
   };
 }
 

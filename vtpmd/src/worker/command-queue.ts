@@ -1,8 +1,10 @@
 import { barrier } from 'vtpm-common/barrier';
 import type { HandleOwner } from '../channels/handle-owners.js';
-import { commandCode, HEADER_BYTES, isSlow } from '../engine/command.js';
+import { commandCode, errorResponse, HEADER_BYTES, isSlow, TPM_RC_RETRY } from '../engine/command.js';
 import type { Processed, TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
+import type { ClientKind, OutagePolicy } from './outage-policy.js';
+import { expectStirred, freshStir, type Trial, Trials } from './trial.js';
 
 /** Who sends commands: one connection, or the worker itself. It has at most one command in the queue. */
 export interface CommandSource {
@@ -10,9 +12,11 @@ export interface CommandSource {
   command: Buffer;
   /** Of what the command loads into the TPM. */
   readonly owner?: HandleOwner | undefined;
+  /** Absent for commands of the worker itself. */
+  readonly kind?: ClientKind;
   /** True once nobody waits for the answer: a command that did not run yet is dropped. */
   readonly isGone: boolean;
-  /** The command's own answer, a view that is valid during the call. */
+  /** The command's own answer, or RETRY where it did not run; a view that is valid during the call. */
   answer(response: Buffer): void;
   /** Instead of `answer`: the command was dropped and did not run. */
   dropped(): void;
@@ -27,6 +31,8 @@ export interface CommandQueueOptions {
   persist(permanent: Buffer): Promise<void> | undefined;
   /** Sees each command that ran, before its answer leaves. */
   observe?(source: CommandSource, command: Buffer, response: Buffer): void;
+  /** What to do with commands between `outage` and `outageOver`. Without it they only wait. */
+  readonly policy?: OutagePolicy;
   onFailure(error: VtpmdError): void;
 }
 
@@ -35,17 +41,27 @@ export interface CommandQueueOptions {
  * permanent state until that state is durable, no command runs and no answer leaves, on any door. So nobody ever sees,
  * directly or by reading it back, an effect that a crash can undo. A command that ran is answered with its own answer
  * or not at all.
+ *
+ * In an outage nothing can be made durable. A command waits for its time, and then it is tried: if it stored something
+ * the TPM is put back to where it was before, and the answer is TPM_RC_RETRY (try again, the command did not run). What
+ * was running or waited for its acknowledgement when the outage began cannot be put back, because the manager may have
+ * committed it, so it waits to the end, and everything else with it.
  */
 export class CommandQueue {
   readonly #options: CommandQueueOptions;
   readonly #waiting: CommandSource[] = [];
   readonly #holds = new Set<string>();
   readonly #idleWaiters: (() => void)[] = [];
+  readonly #trials: Trials;
+  /** When the commands that wait may be tried; only in an outage. */
+  #due: Map<CommandSource, number> | undefined;
+  #timer: NodeJS.Timeout | undefined;
   #current: CommandSource | undefined;
   #isDead = false;
 
   constructor(options: CommandQueueOptions) {
     this.#options = options;
+    this.#trials = new Trials(options.engine);
   }
 
   /** The source whose command runs or waits to become durable. */
@@ -62,12 +78,14 @@ export class CommandQueue {
     }
     source.command = Buffer.from(source.command);
     this.#waiting.push(source);
+    if (this.#due) this.#schedule(source);
   }
 
   /** As `submit`, before everything that waits. */
   submitFirst(source: CommandSource): void {
     this.#waiting.unshift(source);
-    this.#pump();
+    if (this.#due) this.#schedule(source);
+    else this.#pump();
   }
 
   /** No command starts until `release` with the same reason. What runs goes on to its end. */
@@ -77,6 +95,24 @@ export class CommandQueue {
 
   release(reason: string): void {
     if (this.#holds.delete(reason)) this.#pump();
+  }
+
+  /** From now on nothing can be made durable. */
+  outage(): void {
+    if (this.#due) return;
+    this.#holds.add(OUTAGE);
+    this.#options.policy?.begin();
+    this.#due = new Map();
+    for (const source of this.#waiting) this.#schedule(source);
+  }
+
+  /** Everything goes on. */
+  outageOver(): void {
+    if (!this.#due) return;
+    this.#due = undefined;
+    clearTimeout(this.#timer);
+    if (this.#trials.mustStir) this.#waiting.unshift(this.#stirSource());
+    this.release(OUTAGE);
   }
 
   /** Nothing runs and nothing is answered from now on, not even what ran already. */
@@ -95,6 +131,10 @@ export class CommandQueue {
   }
 
   #pump(): void {
+    if (this.#due) {
+      this.#tryDue();
+      return;
+    }
     for (let ran = 0; this.#canRun(); ran++) {
       // Clients that never pause must not keep the supervisor and the manager waiting.
       if (ran === PUMP_BUDGET) {
@@ -143,12 +183,109 @@ export class CommandQueue {
     this.#finish(source, response, stored !== undefined, wasAsync);
   }
 
+  #schedule(source: CommandSource): void {
+    const { policy } = this.#options;
+    if (!policy || !this.#due) return;
+    this.#due.set(source, performance.now() + policy.holdTime(source));
+    this.#setTimer();
+  }
+
+  #setTimer(): void {
+    clearTimeout(this.#timer);
+    if (!this.#due || this.#due.size === 0) return;
+    const first = Math.min(...this.#due.values());
+    if (first === Number.POSITIVE_INFINITY) return;
+    this.#timer = setTimeout(
+      () => this.#guard(() => this.#tryDue()),
+      Math.max(0, Math.ceil(first - performance.now())),
+    );
+  }
+
+  /** Tries what has waited long enough, where nothing but the outage is in the way. */
+  #tryDue(): void {
+    while (this.#due && !this.#isDead && !this.#current && this.#holds.size === 1) {
+      const now = performance.now();
+      const index = this.#waiting.findIndex((one) => one.isGone || (this.#due?.get(one) ?? now + 1) <= now);
+      const source = this.#waiting[index];
+      if (!source) {
+        this.#setTimer();
+        return;
+      }
+      if (!source.isGone && !this.#options.policy?.mayTry(source.command)) {
+        this.#due.set(source, Number.POSITIVE_INFINITY);
+        continue;
+      }
+      this.#waiting.splice(index, 1);
+      this.#due.delete(source);
+      if (source.isGone) source.dropped();
+      else this.#try(source);
+    }
+  }
+
+  #try(source: CommandSource): void {
+    this.#current = source;
+    this.#guard(() => {
+      barrier('before-process');
+      const trial = this.#trials.begin();
+      const { engine } = this.#options;
+      if (isSlow(commandCode(source.command))) {
+        engine.processAsync(source.command).then(
+          (processed) => this.#guard(() => this.#tried(source, trial, processed, true)),
+          (error: unknown) => this.#fail(error),
+        );
+        return;
+      }
+      this.#tried(source, trial, engine.process(source.command), false);
+    });
+  }
+
+  #tried(source: CommandSource, trial: Trial, processed: Processed, wasAsync: boolean): void {
+    if (this.#isDead) return;
+    const stored = processed.stored ?? trial.stored;
+    if (stored === undefined || !this.#due) {
+      // Nothing to save, or somebody to save it again.
+      trial.keep();
+      this.#processed(source, { response: processed.response, stored }, wasAsync);
+      return;
+    }
+    const mustWait = this.#options.policy?.undone(processed.response) || source.kind === undefined;
+    stored.fill(0);
+    trial.undo();
+    this.#current = undefined;
+    if (mustWait) {
+      // It runs when the manager is back, whether somebody still waits for its answer or not.
+      const kept = stayingSource(source);
+      this.#waiting.unshift(kept);
+      this.#due.set(kept, Number.POSITIVE_INFINITY);
+    } else {
+      source.answer(errorResponse(TPM_RC_RETRY));
+    }
+    this.#notifyIdle();
+    if (wasAsync) this.#pump();
+  }
+
+  #stirSource(): CommandSource {
+    return {
+      command: freshStir(),
+      isGone: false,
+      answer: (response) => {
+        expectStirred(response);
+        this.#trials.stirred();
+      },
+      dropped: () => {},
+    };
+  }
+
+  #notifyIdle(): void {
+    if (this.#idleWaiters.length > 0) for (const resolve of this.#idleWaiters.splice(0)) resolve();
+  }
+
   #finish(source: CommandSource, response: Buffer, wasStored: boolean, mustPump: boolean): void {
     if (this.#isDead) return;
     if (wasStored) barrier('after-ack');
     source.answer(response);
     this.#current = undefined;
-    if (this.#idleWaiters.length > 0) for (const resolve of this.#idleWaiters.splice(0)) resolve();
+    this.#notifyIdle();
     if (mustPump) this.#pump();
   }
 
@@ -164,6 +301,20 @@ export class CommandQueue {
     this.#isDead = true;
     this.#options.onFailure(VtpmdError.from(error));
   }
+}
+
+const OUTAGE = 'outage';
+
+/** The same command, which runs even where its sender is gone by then. */
+function stayingSource(source: CommandSource): CommandSource {
+  return {
+    command: source.command,
+    owner: source.owner,
+    ...(source.kind !== undefined && { kind: source.kind }),
+    isGone: false,
+    answer: (response) => source.answer(response),
+    dropped: () => source.dropped(),
+  };
 }
 
 /** Commands that run before the event loop gets a turn. */

@@ -14,6 +14,7 @@ import { SaveSession } from '../manager-link/save-session.js';
 import { CommandQueue } from './command-queue.js';
 import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
 import type { Log } from './log.js';
+import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
 
 /** Descriptors that a worker inherits, connected. It opens nothing itself. */
@@ -66,7 +67,9 @@ class Worker {
       case 'identity':
         if (this.#isIdentified) throw new VtpmdError('protocol', 'a second identity');
         this.#isIdentified = true;
-        this.#serve(readIdentity(message.fields)).catch((error: unknown) => this.#fail(error));
+        this.#serve(readIdentity(message.fields), readHoldTimes(message.fields.outage)).catch(
+          (error: unknown) => this.#fail(error),
+        );
         return;
       case 'link':
         if (!this.#serving) {
@@ -97,14 +100,14 @@ class Worker {
     this.#serving.doors.open(door, fd, peer, () => this.#control.send({ type: 'connection-closed', id }));
   }
 
-  async #serve(identity: Identity): Promise<void> {
+  async #serve(identity: Identity, holdTimes: HoldTimes): Promise<void> {
     const grant = await loadVtpm(this.#link, identity, this.#keys, loadLibtpms().version);
     this.#keys.secretKey.fill(0);
     const engine = startEngine({
       permanent: grant.manufacture ? undefined : grant.permanent,
       manufacture: grant.manufacture,
     });
-    const serving = this.#compose(grant, identity, engine);
+    const serving = this.#compose(grant, identity, holdTimes, engine);
     grant.permanent.fill(0);
     grant.sessionKey.fill(0);
     serving.session.attach(this.#link);
@@ -116,20 +119,21 @@ class Worker {
     this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
   }
 
-  #compose(grant: LoadGrant, identity: Identity, engine: TpmEngine): Serving {
+  #compose(grant: LoadGrant, identity: Identity, holdTimes: HoldTimes, engine: TpmEngine): Serving {
     const owners = new HandleOwners();
+    const policy = new OutagePolicy(holdTimes, identity.startup === 'none');
     let isLost = false;
     const session = new SaveSession(grant, identity.vtpmUuid, engine.libtpmsVersion, {
       up: () => {
         if (isLost) this.#control.send({ type: 'link-up' });
         isLost = false;
+        queue.outageOver();
         queue.release('link');
       },
       lost: (error) => {
-        // Whether a command stores cannot be told before it runs, so none runs while it could not be made durable.
-        queue.hold('link');
+        queue.outage();
         isLost = true;
-        this.#log('warn', 'the manager is away: commands wait', { reason: error.reason });
+        this.#log('warn', 'the manager is away: nothing can be saved', { reason: error.reason });
         this.#control.send({ type: 'link-lost', message: error.message });
       },
       over: (error) => this.#fail(error),
@@ -145,9 +149,14 @@ class Worker {
     const queue = new CommandQueue({
       engine,
       persist: (permanent) => session.save(permanent),
-      observe: (source, command, response) => owners.observe(source.owner, command, response),
+      observe: (source, command, response) => {
+        owners.observe(source.owner, command, response);
+        policy.ran(command, response);
+      },
+      policy,
       onFailure: (error) => this.#fail(error),
     });
+    // Until the first link is up.
     queue.hold('link');
     this.#serving = { engine, queue, session, doors: new Doors(engine, queue, owners) };
     return this.#serving;
