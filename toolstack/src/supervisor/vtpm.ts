@@ -80,6 +80,7 @@ export class Vtpm {
   /** What a kill could not end. No start while it is there. */
   #lingering: readonly ProcessId[] = [];
   #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
+  #isRemoved = false;
   #hasNoLink = false;
   #awaitsLinkUp = false;
   #linkedAt = Number.NEGATIVE_INFINITY;
@@ -195,6 +196,7 @@ export class Vtpm {
         );
       }
       forget();
+      this.#isRemoved = true;
     });
   }
 
@@ -334,6 +336,10 @@ export class Vtpm {
     if (this.#operation) {
       const { name } = this.#operation;
       throw new ToolstackError('busy', `vTPM ${this.#entry.name} is being ${name}; try again later`);
+    }
+    if (this.#isRemoved) {
+      // Another one may have its id by now, and with it the right to run the only worker (I-3).
+      throw new ToolstackError('unknown-vtpm', `vTPM ${this.#entry.name} was removed`);
     }
     const running = run();
     this.#operation = { name: operation, settled: running.catch(() => undefined) };
