@@ -126,17 +126,22 @@ export class VtpmRegistry {
     ) {
       throw new ManagerError('wrong-worker', 'this connection belongs to another session');
     }
+    await this.#checkKnown(vtpmUuid, new ManagerError('fenced', 'this session is over'));
     const slot = this.#slot(vtpmUuid);
     const live = await slot.inOrder(() => this.#attachTo(slot, first, link, connection));
-    await live.greet();
-    return {
-      receive: (frame) => live.receive(frame),
-      detach: () => {
-        if (slot.live !== live) return;
-        slot.live = undefined;
-        this.#emit('link-lost', live.record.header);
-      },
+    const detach = (): void => {
+      if (slot.live !== live) return;
+      slot.live = undefined;
+      this.#emit('link-lost', live.record.header);
     };
+    try {
+      await live.greet();
+    } catch (error) {
+      // The worker went while it was let in: nobody else would say so.
+      detach();
+      throw error;
+    }
+    return { receive: (frame) => live.receive(frame), detach };
   }
 
   /** Asks the connected worker to stop between two commands. */
@@ -151,6 +156,7 @@ export class VtpmRegistry {
   /** Final: key and state are dropped. @throws ManagerError `unknown-vtpm`, `busy` while a worker is connected */
   async retire(vtpmUuid: string): Promise<void> {
     this.#checkOpen();
+    await this.#checkKnown(vtpmUuid, unknownVtpm(vtpmUuid));
     const slot = this.#slot(vtpmUuid);
     await slot.exclusively('retire', async () => {
       if (slot.live) {
@@ -312,6 +318,11 @@ export class VtpmRegistry {
 
   async #write(vtpmUuid: string, version: number, record: VtpmRecord): Promise<void> {
     await this.options.store.write(PREFIX + vtpmUuid, version, encodeRecord(this.options.keys, record));
+  }
+
+  /** A slot stays for ever: who proved nothing must not make one for each uuid that he thinks of. */
+  async #checkKnown(vtpmUuid: string, refusal: ManagerError): Promise<void> {
+    if (!this.#slots.has(vtpmUuid) && !(await this.#read(vtpmUuid))) throw refusal;
   }
 
   #slot(vtpmUuid: string): Slot {
