@@ -94,7 +94,8 @@ export class TpmConnection implements CommandSource {
   }
 
   get isGone(): boolean {
-    return this.#isClosed;
+    // From this moment the descriptor is closed, and its number may be another connection's; `close` comes later.
+    return this.#socket.destroyed;
   }
 
   answer(response: Buffer): void {
@@ -103,13 +104,14 @@ export class TpmConnection implements CommandSource {
       this.#onClosed(this);
       return;
     }
+    if (this.isGone) return;
     this.#write(response);
     this.#next();
   }
 
   dropped(): void {
     this.#isWaiting = false;
-    this.#onClosed(this);
+    if (this.#isClosed) this.#onClosed(this);
   }
 
   /** Closes at once; a command that runs goes on without anybody to hear its answer. */
@@ -131,7 +133,7 @@ export class TpmConnection implements CommandSource {
   }
 
   #isAtRest(): boolean {
-    return !this.#isBlocked() && !this.#isClosing && !this.#isClosed && this.#reader.pendingBytes === 0;
+    return !this.#isBlocked() && !this.#isClosing && !this.isGone && this.#reader.pendingBytes === 0;
   }
 
   /** Takes commands straight from the descriptor while the client keeps them coming. */
@@ -165,7 +167,7 @@ export class TpmConnection implements CommandSource {
   }
 
   #next(): void {
-    if (this.#isBlocked() || this.#isClosing || this.#isClosed) return;
+    if (this.#isBlocked() || this.#isClosing || this.isGone) return;
     const command = this.#reader.next();
     if (command) {
       this.#submit(command);
@@ -204,7 +206,7 @@ export class TpmConnection implements CommandSource {
 
   /** After the client's last command is answered, or after a frame that nothing can follow. */
   #closeIfDone(): void {
-    if (this.#isBlocked() || this.#isClosing || this.#isClosed) return;
+    if (this.#isBlocked() || this.#isClosing || this.isGone) return;
     if (!this.#isEnded && !this.#reader.isBroken) return;
     this.#isClosing = true;
     this.#socket.end(() => this.#socket.destroy());
