@@ -79,6 +79,8 @@ export const pcrRead = (pcr: number): Buffer => {
 export const pcrExtend = (pcr: number, digest: Buffer): Buffer =>
   command(0x182, `${hex32(pcr)} ${PASSWORD} 00000001 000b ${digest.toString('hex')}`, 0x8002);
 
+export const pcrReset = (pcr: number): Buffer => command(0x13d, `${hex32(pcr)} ${PASSWORD}`, 0x8002);
+
 export const responseCode = (response: Buffer): number => response.readUInt32BE(6);
 
 /** The value of a counter from the answer to `nvReadCounter`. */

@@ -9,6 +9,7 @@ import {
   nvReadCounter,
   pcrExtend,
   pcrRead,
+  pcrReset,
   responseCode,
 } from '../support/tpm-commands.js';
 
@@ -46,6 +47,13 @@ describe('vtpmd engine', () => {
     const { response } = startNew().process(pcrRead(0));
     assert.equal(responseCode(response), 0);
     assert.ok(response.length > 40, 'a digest is in the answer');
+  });
+
+  it('runs commands at locality 0', () => {
+    const tpm = startNew();
+    // Part 3, section 22.8. PCR 16 may be reset from anywhere, PCR 20 from localities 2 to 4 alone: TPM_RC_LOCALITY.
+    assert.equal(responseCode(tpm.process(pcrReset(16)).response), 0);
+    assert.equal(responseCode(tpm.process(pcrReset(20)).response), 0x907);
   });
 
   it('tells which commands stored permanent state', () => {

@@ -5,7 +5,6 @@ import {
   type Callbacks,
   type Libtpms,
   loadLibtpms,
-  readPointer,
   TPM_FAIL,
   TPM_RETRY,
   TPM_SUCCESS,
@@ -268,7 +267,9 @@ class Engine implements TpmEngine {
 
   #prepare(command: Uint8Array): Processed | undefined {
     this.#expectIdle();
-    const frame = Buffer.from(command.buffer, command.byteOffset, command.length);
+    const frame = Buffer.isBuffer(command)
+      ? command
+      : Buffer.from(command.buffer, command.byteOffset, command.length);
     const code = frame.length < HEADER_BYTES ? -1 : checkFrame(frame);
     if (code !== TPM_RC_SUCCESS) {
       if (code === -1) throw new VtpmdError('engine', 'a command without a header cannot be answered');
@@ -281,7 +282,7 @@ class Engine implements TpmEngine {
   #finish(result: number): Processed {
     const m = this.#memory;
     if (result !== TPM_SUCCESS) throw new VtpmdError('engine', `TPMLIB_Process failed with ${result}`);
-    const address = readPointer(m.responsePointer);
+    const address = m.fields.readBigUInt64LE(0);
     if (address !== m.response) {
       // libtpms put another buffer in place; the old one is freed.
       m.response = address;

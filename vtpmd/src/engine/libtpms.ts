@@ -53,10 +53,6 @@ export function viewOf(address: bigint, length: number): Buffer {
   return Buffer.from(koffi.view(address, length));
 }
 
-export function readPointer(address: bigint): bigint {
-  return BigInt(koffi.decode.uint64(address));
-}
-
 export function writePointer(address: bigint, value: bigint): void {
   koffi.encode(address, 'uint64_t', value);
 }
@@ -158,7 +154,8 @@ function check(what: string, result: number): void {
 
 /**
  * struct libtpms_callbacks on 64-bit Linux: int sizeOfStruct (64 bytes with padding), then seven pointers. The struct
- * is copied by libtpms; the registered functions live as long as the process.
+ * is copied by libtpms; the registered functions live as long as the process. The last two stay NULL: without them
+ * libtpms takes locality 0 and no physical presence, and does not come here to ask with each command.
  */
 function callbackTable(callbacks: Callbacks): Buffer {
   const initialise = koffi.proto('uint32_t TpmsInit(void)');
@@ -167,8 +164,6 @@ function callbackTable(callbacks: Callbacks): Buffer {
     'uint32_t TpmsStore(void *data, uint32_t length, uint32_t tpm, const char *name)',
   );
   const remove = koffi.proto('uint32_t TpmsDelete(uint32_t tpm, const char *name, uint8_t mustExist)');
-  const locality = koffi.proto('uint32_t TpmsLocality(void *locality, uint32_t tpm)');
-  const presence = koffi.proto('uint32_t TpmsPresence(void *presence, uint32_t tpm)');
   const address = (callback: (...args: never[]) => number, type: ReturnType<typeof koffi.proto>): bigint =>
     koffi.register(guarded(callback), koffi.pointer(type));
   const table = Buffer.alloc(64);
@@ -185,14 +180,6 @@ function callbackTable(callbacks: Callbacks): Buffer {
     ),
     address((_tpm: number, name: string) => callbacks.remove(name), remove),
     address(() => TPM_SUCCESS, initialise),
-    address((out: bigint) => {
-      writeU32(out, 0);
-      return TPM_SUCCESS;
-    }, locality),
-    address((out: bigint) => {
-      koffi.encode(out, 'uint8_t', 0);
-      return TPM_SUCCESS;
-    }, presence),
   ];
   entries.forEach((entry, index) => {
     table.writeBigUInt64LE(entry, 8 + 8 * index);
