@@ -1,9 +1,20 @@
-import { closeSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, writeSync } from 'node:fs';
+import { closeSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, statSync, writeSync } from 'node:fs';
 import { dirname } from 'node:path';
 
-/** Creates a directory that only its owner may enter. */
+/**
+ * Creates a directory that only its owner may enter, and the directories above it; one that is there stays as it is.
+ * Step by step: in a file system that refuses directories Node's `recursive` does not end (/proc) or gives another reason.
+ */
 export function privateDirectory(path: string): string {
-  mkdirSync(path, { recursive: true, mode: 0o700 });
+  if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) return path;
+  const parent = dirname(path);
+  if (parent !== path) privateDirectory(parent);
+  try {
+    mkdirSync(path, { mode: 0o700 });
+  } catch (error) {
+    // Perhaps another process made it meanwhile.
+    if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw error;
+  }
   return path;
 }
 
