@@ -77,7 +77,7 @@ async function enrolledSrk(tpm: Tpm, enrolment: RootTpmEnrolment): Promise<Objec
     throw new ManagerError(
       'tpm-emptied',
       `the storage root key at ${hexHandle(enrolment.srkHandle)} is gone: this is another TPM, or it was cleared. ` +
-        'Put the enrolled TPM back, or use the recovery key',
+        'Put the enrolled TPM back',
     );
   }
   if (srk.name.toString('hex') !== enrolment.srkName) {
@@ -96,13 +96,13 @@ async function enrolledIndex(tpm: Tpm, enrolment: RootTpmEnrolment, authPolicy: 
   if (index === undefined) {
     throw new ManagerError(
       'tpm-emptied',
-      `${where} is gone: it was removed or the TPM was cleared. Use the recovery key`,
+      `${where} is gone: it was removed or the TPM was cleared. What is sealed to it cannot be opened again`,
     );
   }
   if (index.name.toString('hex') !== enrolment.nvName || nvHalfFlaw(index, authPolicy) !== undefined) {
     throw new ManagerError(
       'tpm-changed',
-      `${where} was made anew with other properties. Use the recovery key`,
+      `${where} was made anew with other properties. What is sealed to it cannot be opened again`,
     );
   }
   return index;
@@ -160,7 +160,7 @@ async function underPolicy<T>(
       throw new ManagerError(
         'platform-policy',
         `the TPM refuses the root key: a PCR of ${enrolment.pcrSelection} has another value than at enrolment. ` +
-          'Boot the enrolled firmware, kernel and settings again, or approve this state with the recovery key',
+          'Boot the enrolled firmware, kernel and settings again',
         { cause: error },
       );
     }
