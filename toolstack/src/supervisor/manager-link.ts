@@ -20,7 +20,9 @@ export function connectWorkerLink(path: string): Promise<Socket> {
       reject(
         new ToolstackError(
           'manager-unreachable',
-          `vtpm-managerd does not answer at ${path} (${cause.message}); start it, then try again`,
+          isAbsent(cause)
+            ? 'the manager is not running; start it: vtpmctl up'
+            : `the manager cannot be reached at ${path} (${cause.message})`,
           { cause },
         ),
       );
@@ -31,6 +33,10 @@ export function connectWorkerLink(path: string): Promise<Socket> {
       resolve(socket);
     });
   });
+}
+
+function isAbsent({ code }: NodeJS.ErrnoException): boolean {
+  return code === 'ENOENT' || code === 'ECONNREFUSED';
 }
 
 /** Tries until it works. @returns undefined where `isWanted` turned false */

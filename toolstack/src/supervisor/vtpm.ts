@@ -151,7 +151,7 @@ export class Vtpm {
         const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
         this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
         if (this.#entry.crashed === null) {
-          this.#state = { kind: 'stopped', reason: failure.message };
+          this.#state = { kind: 'stopped', reason: `the last start failed: ${failure.message}` };
           if (this.#entry.runningInBoot !== null) this.#tryUpdate({ runningInBoot: null });
         } else {
           this.#state = before;

@@ -272,7 +272,7 @@ export class WorkerProcess {
   }
 
   #reasonOf(status: string): string {
-    if (this.#failure) return `${this.#failure.reason}: ${this.#failure.message}`;
+    if (this.#failure) return sayFailure(this.#failure);
     if (this.#spawnError) return `the worker could not be started: ${this.#spawnError.message}`;
     if (this.#overTime !== undefined) return `it did not stop within ${this.#overTime} ms and was killed`;
     return `the worker ended by itself (${status})`;
@@ -281,6 +281,18 @@ export class WorkerProcess {
 
 function failureOf(end: WorkerEnd, logPath: string): ToolstackError {
   const code = end.failure?.reason === 'image-not-allowed' ? 'image-not-allowed' : 'worker-failed';
+  if (end.failure && code === 'image-not-allowed') return new ToolstackError(code, sentenceOf(end.failure));
   const hint = end.failure ? '' : `; look into ${logPath}`;
   return new ToolstackError(code, `${end.reason}${hint}`);
+}
+
+type Failure = Omit<Extract<WorkerMessage, { type: 'failed' }>, 'type'>;
+
+function sayFailure(failure: Failure): string {
+  return `${failure.reason}: ${sentenceOf(failure)}`;
+}
+
+/** What the manager refuses comes as `reason: sentence` already. */
+function sentenceOf({ reason, message }: Failure): string {
+  return message.startsWith(`${reason}: `) ? message.slice(reason.length + 2) : message;
 }
