@@ -1,5 +1,6 @@
 import { readFileSync } from 'node:fs';
 import { resolve } from 'node:path';
+import { ConfigError } from './config-error.js';
 import { defaultHome, defaultRun, type Paths, pathsOf } from './paths.js';
 
 /** The settings of an installation. A flag wins over the environment, the environment over `config.json`. */
@@ -15,10 +16,10 @@ export interface Settings {
   'ticket-lifetime': number;
   /** Milliseconds that a worker has to stop cleanly before it is killed. */
   'worker-stop-timeout': number;
-}
-
-export class ConfigError extends Error {
-  override readonly name = 'ConfigError';
+  /** MiB of the store's file system that only saves may use. */
+  'store-reserve': number;
+  /** Seconds that the root TPM has for one command, and in all for one that it wants to be sent again. */
+  'tpm-deadline': number;
 }
 
 interface Key {
@@ -50,6 +51,16 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'milliseconds a worker has to stop cleanly before it is killed',
     fallback: 5000,
     range: [100, 60000],
+  },
+  'store-reserve': {
+    help: "MiB of the store's file system that only saves of existing vTPMs may use; below it no vTPM is made",
+    fallback: 64,
+    range: [0, 1048576],
+  },
+  'tpm-deadline': {
+    help: 'seconds that the root TPM has to answer a command, and that one is sent again while it is busy',
+    fallback: 60,
+    range: [1, 600],
   },
 };
 

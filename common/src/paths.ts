@@ -1,5 +1,6 @@
 import { homedir } from 'node:os';
 import { join, resolve } from 'node:path';
+import { ConfigError } from './config-error.js';
 
 /**
  * Where an installation keeps its things. All state is under `home`, all sockets under `run`, so that two
@@ -86,11 +87,11 @@ export function pathsOf(home: string, run: string = defaultRun(resolve(home))): 
   };
 }
 
-/** sun_path holds 107 bytes and a NUL (unix(7)). @throws Error that names the path and what to do */
+/** sun_path holds 107 bytes and a NUL (unix(7)). @throws ConfigError that names the path and what to do */
 export function checkSocketPath(path: string): string {
   const length = Buffer.byteLength(path);
   if (length > 107) {
-    throw new Error(
+    throw new ConfigError(
       `the socket path ${path} has ${length} bytes, a unix socket takes 107; choose a shorter --home or --run-dir`,
     );
   }

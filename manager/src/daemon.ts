@@ -1,8 +1,9 @@
 import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
-import { type Logger, type Paths, VERSION } from 'vtpm-common';
+import { type Finding, type Logger, type Paths, VERSION } from 'vtpm-common';
 import { type AdminPlane, type Health, serveAdmin } from './admin/server.js';
+import { expectationOf, judge } from './doctor/index.js';
 import { type Enrolment, readEnrolment, type UnverifiedEnrolment } from './enrolment.js';
 import { ManagerError } from './error.js';
 import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
@@ -15,6 +16,9 @@ export interface DaemonOptions {
   readonly paths: Paths;
   readonly log: Logger;
   readonly storeSandbox: boolean;
+  /** MiB of the store's file system below which no new vTPM is made. */
+  readonly storeReserve: number;
+  readonly tpmDeadlineMs: number;
 }
 
 export interface Daemon {
@@ -77,6 +81,7 @@ class Manager implements Daemon {
       path: this.#paths.adminSocket,
       log: this.#log,
       health: () => this.#health(file.enrolment),
+      doctor: () => this.#doctor(file.enrolment),
       service: () => this.#service(),
     });
     try {
@@ -116,7 +121,13 @@ class Manager implements Daemon {
   /** @throws ManagerError `platform-policy`, or what is not as init left it */
   async #unlock({ enrolment, verify }: UnverifiedEnrolment): Promise<KeyHierarchy> {
     const { kind, path } = enrolment.tpm;
-    this.#platform = await openPlatform({ kind, path }, this.#paths, this.#log, false);
+    this.#platform = await openPlatform(
+      { kind, path },
+      this.#paths,
+      this.#log,
+      false,
+      this.options.tpmDeadlineMs,
+    );
     const rootKey = await this.#platform.tpm.releaseRootKey(enrolment.tpm);
     const keys = deriveKeys(rootKey, Buffer.from(enrolment.storeId, 'hex'));
     wipe(rootKey);
@@ -124,23 +135,25 @@ class Manager implements Daemon {
     return keys;
   }
 
-  #openService(keys: KeyHierarchy, storeRoots: readonly Buffer[] | undefined): Promise<Service> {
-    return openService(keys, {
+  async #openService(keys: KeyHierarchy, storeRoots: readonly Buffer[] | undefined): Promise<Service> {
+    const service: Service = await openService(keys, {
       paths: this.#paths,
       log: this.#log,
       storeSandbox: this.options.storeSandbox,
+      storeReserve: this.options.storeReserve,
       storeRoots,
-      onLost: (error) => void this.#reopen(keys, error),
+      onLost: (error) => void this.#reopen(keys, service, error),
     });
+    return service;
   }
 
   /**
-   * The store process is gone. The store is verified again from the beginning before anything is served from it, and it
-   * must be the one that was lost; until then workers hold their guests. Never rejects.
+   * The store process is gone, or the store is not what was written. It is verified again from the beginning before
+   * anything is served from it, and must be the one that was lost; until then workers hold their guests. Never rejects.
    */
-  async #reopen(keys: KeyHierarchy, lost: ManagerError): Promise<void> {
-    if (this.#stopping || this.#state.status !== 'ready') return;
-    const { service } = this.#state;
+  async #reopen(keys: KeyHierarchy, service: Service, lost: ManagerError): Promise<void> {
+    // Told twice of the same loss, or of a service that another one has replaced.
+    if (this.#stopping || this.#state.status !== 'ready' || this.#state.service !== service) return;
     this.#lock(lost);
     await service.close(new ManagerError('locked', lost.message)).catch(() => undefined);
     for (const pause of REOPEN_AFTER_MS) {
@@ -176,6 +189,12 @@ class Manager implements Daemon {
 
   #vtpms(): number | null {
     return this.#state.status === 'ready' ? this.#state.service.registry.count : null;
+  }
+
+  /** @throws ManagerError `locked` where the TPM is not open */
+  async #doctor({ tpm }: Enrolment): Promise<Finding[]> {
+    if (!this.#platform) throw new ManagerError('locked', 'the manager is starting; try again');
+    return judge(await this.#platform.tpm.examine(tpm), expectationOf(tpm, tpm, tpm));
   }
 
   #health({ managerId, storeId, tpm }: Enrolment): Health {

@@ -1,6 +1,7 @@
 import { createHmac, timingSafeEqual } from 'node:crypto';
-import { existsSync, readdirSync, readFileSync } from 'node:fs';
-import { type Paths, writeFileDurably } from 'vtpm-common';
+import { existsSync, readdirSync, readFileSync, renameSync } from 'node:fs';
+import { dirname } from 'node:path';
+import { type Paths, syncDirectory, writeFileDurably } from 'vtpm-common';
 import { ManagerError } from './error.js';
 import type { RootTpmEnrolment } from './root-tpm/index.js';
 
@@ -21,12 +22,43 @@ export interface Enrolment {
 }
 
 /**
- * Written last in init: an init that was interrupted leaves nothing that starts.
- * @param macKey 32 bytes
+ * The enrolment of an init that is not done, or an uninstall: nothing starts from it. It says what is in the TPM, so that
+ * an uninstall can take it out wherever the one or the other was interrupted.
  */
-export function writeEnrolment(path: string, enrolment: Enrolment, macKey: Uint8Array): void {
+export function unfinishedPath(paths: Paths['manager']): string {
+  return `${paths.enrolment}.unfinished`;
+}
+
+/** Before the store is made. @param macKey 32 bytes */
+export function writeUnfinished(paths: Paths['manager'], enrolment: Enrolment, macKey: Uint8Array): void {
   const file = { enrolment, mac: enrolmentMac(enrolment, macKey).toString('hex') };
-  writeFileDurably(path, `${JSON.stringify(file, undefined, 2)}\n`);
+  writeFileDurably(unfinishedPath(paths), `${JSON.stringify(file, undefined, 2)}\n`);
+}
+
+/** Last in init: an init that was interrupted leaves nothing that starts. */
+export function finishEnrolment(paths: Paths['manager']): void {
+  move(unfinishedPath(paths), paths.enrolment);
+}
+
+/** First in uninstall: nothing starts any more. */
+export function markUnfinished(paths: Paths['manager']): void {
+  move(paths.enrolment, unfinishedPath(paths));
+}
+
+/** @throws ManagerError `store-corrupt`, `newer-format` */
+export function readUnfinished(paths: Paths['manager']): Enrolment | undefined {
+  const path = unfinishedPath(paths);
+  return existsSync(path) ? parse(path, readFileSync(path, 'utf8')).enrolment : undefined;
+}
+
+/** What the file says, not verified, whatever there is of the store. @throws as readEnrolment, but `store-missing` */
+export function readEnrolmentText(paths: Paths['manager']): { readonly enrolment: Enrolment } {
+  return parse(paths.enrolment, readText(paths));
+}
+
+function move(from: string, to: string): void {
+  renameSync(from, to);
+  syncDirectory(dirname(to));
 }
 
 /** An enrolment that was read and not yet verified: the key for that comes from the TPM it names. */
@@ -66,6 +98,12 @@ export function checkNotEnrolled(paths: Paths['manager']): void {
       `${paths.enrolment} exists: this installation is initialised. Start it, or choose another --home`,
     );
   }
+  if (existsSync(unfinishedPath(paths))) {
+    throw new ManagerError(
+      'already-initialised',
+      `${unfinishedPath(paths)} exists: an init that did not finish, or an uninstall. Clean up with vtpmctl uninstall, then run init again`,
+    );
+  }
   const leftovers = [paths.store, paths.softtpm].filter((path) => !isMissingOrEmpty(path));
   if (leftovers.length > 0) {
     throw new ManagerError(
@@ -83,6 +121,12 @@ function readText(paths: Paths['manager']): string {
     if ((cause as NodeJS.ErrnoException).code !== 'ENOENT') {
       throw unreadable(paths.enrolment, `cannot be read (${(cause as Error).message})`);
     }
+  }
+  if (existsSync(unfinishedPath(paths))) {
+    throw new ManagerError(
+      'not-initialised',
+      `${paths.directory} is left by an init that did not finish, or an uninstall; vtpmctl uninstall removes the rest`,
+    );
   }
   if (!isMissingOrEmpty(paths.store)) {
     throw new ManagerError(
@@ -132,7 +176,7 @@ function isHex(value: unknown, bytes: number): boolean {
   return typeof value === 'string' && value.length === 2 * bytes && /^[0-9a-f]*$/.test(value);
 }
 
-function isMissingOrEmpty(directory: string): boolean {
+export function isMissingOrEmpty(directory: string): boolean {
   return !existsSync(directory) || readdirSync(directory).length === 0;
 }
 

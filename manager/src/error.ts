@@ -13,6 +13,9 @@ export type ManagerErrorCode =
   | 'tpm-unfit'
   | 'tpm-unreachable'
   | 'tpm-fault'
+  | 'tpm-busy'
+  | 'tpm-lockout'
+  | 'home-unwritable'
   // Store
   | 'store-missing'
   | 'store-corrupt'
@@ -37,6 +40,8 @@ export type ManagerErrorCode =
   | 'fenced'
   | 'busy'
   | 'too-large'
+  | 'rate-limited'
+  | 'deadline'
   | 'shutting-down'
   | 'internal';
 
@@ -54,10 +59,40 @@ export class ManagerError extends Error {
   /** Anything caught, as a ManagerError. */
   static from(unknown: unknown, context = 'unexpected failure'): ManagerError {
     if (unknown instanceof ManagerError) return unknown;
+    const unwritable = ofFileSystem(unknown);
+    if (unwritable) return unwritable;
     return new ManagerError(
       'internal',
       `${context}: ${unknown instanceof Error ? unknown.message : String(unknown)}`,
       { cause: unknown },
     );
   }
+}
+
+/** What a disk that is full, read-only or not ours answers to opening, making and removing files. */
+function ofFileSystem(unknown: unknown): ManagerError | undefined {
+  if (!(unknown instanceof Error)) return undefined;
+  const { code, path, syscall, message } = unknown as NodeJS.ErrnoException;
+  if (code === 'ENOSPC' || code === 'EDQUOT') {
+    return new ManagerError(
+      'store-full',
+      `${path ?? 'a file'} cannot be written: its disk is full; make room`,
+      {
+        cause: unknown,
+      },
+    );
+  }
+  // Of a socket these say who may connect, not what may be written.
+  if (
+    path !== undefined &&
+    syscall !== 'connect' &&
+    (code === 'EROFS' || code === 'EACCES' || code === 'EPERM')
+  ) {
+    return new ManagerError(
+      'home-unwritable',
+      `${path} cannot be written (${message}): mount it writable, and see that it belongs to the manager's user`,
+      { cause: unknown },
+    );
+  }
+  return undefined;
 }

@@ -1,12 +1,18 @@
 import { randomBytes } from 'node:crypto';
 import { existsSync, rmSync } from 'node:fs';
 import { type Logger, type Paths, privateDirectory } from 'vtpm-common';
-import { checkNotEnrolled, type Enrolment, writeEnrolment } from './enrolment.js';
+import {
+  checkNotEnrolled,
+  type Enrolment,
+  finishEnrolment,
+  unfinishedPath,
+  writeUnfinished,
+} from './enrolment.js';
 import { ManagerError } from './error.js';
 import { deriveKeys, wipe } from './keys/index.js';
 import { acquireLock } from './lock.js';
 import { NOT_HARDWARE_PROTECTED, openPlatform, parseTpm } from './platform.js';
-import type { RootTpmEnrolment } from './root-tpm/index.js';
+import type { RootTpm, RootTpmEnrolment } from './root-tpm/index.js';
 import { createAnchoredStore, openLmdbStore } from './store/index.js';
 import { createTrustStore } from './trust/trust-configuration.js';
 
@@ -23,6 +29,7 @@ export interface InitOptions {
   /** Ed25519 public key, 32 bytes. */
   readonly toolstackKey: Uint8Array;
   readonly storeSandbox: boolean;
+  readonly tpmDeadlineMs: number;
 }
 
 export interface InitResult {
@@ -64,7 +71,7 @@ export async function initialise(options: InitOptions): Promise<InitResult> {
 
 async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>): Promise<Enrolment> {
   const paths = options.paths.manager;
-  const platform = await openPlatform(location, paths, options.log, true);
+  const platform = await openPlatform(location, paths, options.log, true, options.tpmDeadlineMs);
   try {
     const installation = randomBytes(16);
     const storeId = randomBytes(16);
@@ -75,9 +82,8 @@ async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>
       ...(options.ownerAuth && { ownerAuth: options.ownerAuth }),
     });
     const keys = deriveKeys(rootKey, storeId);
-    wipe(rootKey, options.ownerAuth);
+    wipe(rootKey);
     try {
-      await makeStore(options, keys);
       const enrolment: Enrolment = {
         format: 1,
         createdAt: new Date().toISOString(),
@@ -85,14 +91,35 @@ async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>
         storeId: storeId.toString('hex'),
         tpm,
       };
-      writeEnrolment(paths.enrolment, enrolment, keys.enrolmentMacKey);
+      writeUnfinished(paths, enrolment, keys.enrolmentMacKey);
+      await makeStore(options, keys);
+      finishEnrolment(paths);
       return enrolment;
+    } catch (error) {
+      await takeBack(options, platform.tpm, tpm);
+      throw error;
     } finally {
       keys.wipe();
     }
   } finally {
+    wipe(options.ownerAuth);
     await platform.close();
   }
+}
+
+/** What is in the TPM was made a moment ago and nobody else knows of it. Where it cannot be reached, uninstall will. */
+async function takeBack(options: InitOptions, tpm: RootTpm, enrolment: RootTpmEnrolment): Promise<void> {
+  const { ownerAuth } = options;
+  try {
+    await tpm.withdraw(enrolment, { ...(ownerAuth && { ownerAuth }), evict: true });
+  } catch (error) {
+    options.log.error(
+      { reason: (error as Error).message },
+      'init failed and could not take back what it put into the TPM; vtpmctl uninstall does it when the TPM answers',
+    );
+    return;
+  }
+  rmSync(unfinishedPath(options.paths.manager), { force: true });
 }
 
 async function makeStore(options: InitOptions, keys: ReturnType<typeof deriveKeys>): Promise<void> {

@@ -9,13 +9,17 @@ import {
   VERSION,
 } from 'vtpm-common';
 import { startDaemon } from './daemon.js';
+import { examineHost } from './doctor/index.js';
 import { ManagerError } from './error.js';
 import { initialise } from './init.js';
+import { uninstall } from './uninstall.js';
 
 // Before anything secret is in memory: no core dump, no file for others, no slice of a pool that others share.
 forbidCoreDumps();
 process.umask(0o077);
 Buffer.poolSize = 0;
+// Without a listener this signal opens Node's debugger, for whoever reaches the port.
+process.on('SIGUSR1', () => undefined);
 // What a caller's mistake or a guest can cause is handled where it happens; what gets here is a bug, and the process
 // ends before it does something it does not know of.
 process.on('uncaughtException', (error) => fail(ManagerError.from(error)));
@@ -26,6 +30,8 @@ interface GlobalFlags {
   readonly runDir?: string;
   readonly logLevel?: string;
   readonly logFormat?: string;
+  readonly storeReserve?: string;
+  readonly tpmDeadline?: string;
   readonly storeSandbox: boolean;
 }
 
@@ -46,6 +52,8 @@ const program = new Command('vtpm-managerd')
   .option('--run-dir <dir>', 'directory of the sockets')
   .addOption(new Option('--log-level <level>', CONFIG_KEYS['log-level'].help))
   .addOption(new Option('--log-format <format>', CONFIG_KEYS['log-format'].help))
+  .addOption(new Option('--store-reserve <MiB>', CONFIG_KEYS['store-reserve'].help))
+  .addOption(new Option('--tpm-deadline <seconds>', CONFIG_KEYS['tpm-deadline'].help))
   .option('--no-store-sandbox', 'run the store process without bubblewrap (hosts without user namespaces)')
   .addHelpText(
     'after',
@@ -66,11 +74,35 @@ program
   .option('--json', 'print the result as JSON')
   .action(init);
 
+program
+  .command('uninstall')
+  .description(
+    'removes what init made, in the TPM too, while no vTPM exists; vtpmctl uninstall does this for you',
+  )
+  .option('--evict', 'the storage root key too, where init made it')
+  .option('--force', 'go on where the TPM or the store cannot be reached, and leave it')
+  .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one")
+  .option('--json', 'print the result as JSON')
+  .action(remove);
+
+program
+  .command('doctor')
+  .description(
+    'looks at the TPM without changing it, and says what is not as it should be; vtpmctl doctor shows more',
+  )
+  .option('--tpm <tpm>', 'where nothing is initialised: auto, device:PATH, unix:PATH or embedded', 'auto')
+  .option('--pcrs <selection>', 'where nothing is initialised: platform state for the root key', 'sha256:7')
+  .option('--srk-handle <handle>', 'where nothing is initialised: of the storage root key', '0x81000001')
+  .option('--json', 'print the findings as JSON')
+  .action(doctor);
+
 await program.parseAsync().catch((error: unknown) => fail(error));
 
 async function run(): Promise<void> {
-  const { paths, log, storeSandbox } = setUp(program.opts());
-  const daemon = await startDaemon({ paths, log, storeSandbox });
+  const { paths, settings, ...common } = setUp(program.opts());
+  const { log } = common;
+  const storeReserve = settings['store-reserve'];
+  const daemon = await startDaemon({ paths, storeReserve, ...common });
   const stop = (signal: string): void => {
     log.info({ signal }, 'stopping');
     daemon.stop().then(
@@ -84,11 +116,10 @@ async function run(): Promise<void> {
 
 async function init(_flags: object, command: Command): Promise<void> {
   const flags = command.optsWithGlobals<InitFlags>();
-  const { paths, log, storeSandbox } = setUp(flags);
+  const { paths, settings: _, ...common } = setUp(flags);
   const result = await initialise({
     paths,
-    log,
-    storeSandbox,
+    ...common,
     tpm: flags.tpm,
     mayEmbed: flags.yesEmbedded === true,
     pcrSelection: flags.pcrs,
@@ -110,14 +141,55 @@ async function init(_flags: object, command: Command): Promise<void> {
   process.stdout.write(`${text}\n`);
 }
 
+async function doctor(_flags: object, command: Command): Promise<void> {
+  const flags = command.optsWithGlobals<InitFlags>();
+  const { settings: _, ...common } = setUp(flags);
+  const findings = await examineHost({
+    ...common,
+    tpm: flags.tpm,
+    pcrSelection: flags.pcrs,
+    srkHandle: handle(flags.srkHandle),
+  });
+  const lines = findings.map(({ level, message, fix }) => `${level}: ${message}${fix ? `; ${fix}` : ''}`);
+  process.stdout.write(`${flags.json ? JSON.stringify({ findings }) : lines.join('\n')}\n`);
+}
+
+interface UninstallFlags extends GlobalFlags {
+  readonly evict?: boolean;
+  readonly force?: boolean;
+  readonly ownerAuthFile?: string;
+  readonly json?: boolean;
+}
+
+async function remove(_flags: object, command: Command): Promise<void> {
+  const flags = command.optsWithGlobals<UninstallFlags>();
+  const { settings: _, ...common } = setUp(flags);
+  const { removed, left } = await uninstall({
+    ...common,
+    evict: flags.evict === true,
+    force: flags.force === true,
+    ownerAuth: flags.ownerAuthFile === undefined ? undefined : readSecret(flags.ownerAuthFile),
+  });
+  const lines = [...removed.map((what) => `removed  ${what}`), ...left.map((what) => `left     ${what}`)];
+  process.stdout.write(`${flags.json ? JSON.stringify({ removed, left }) : lines.join('\n')}\n`);
+}
+
 function setUp(flags: GlobalFlags) {
   const { paths, settings } = loadConfiguration({
     home: flags.home,
     'run-dir': flags.runDir,
     'log-level': flags.logLevel,
     'log-format': flags.logFormat,
+    'store-reserve': flags.storeReserve,
+    'tpm-deadline': flags.tpmDeadline,
   });
-  return { paths, log: createLogger('vtpm-managerd', settings), storeSandbox: flags.storeSandbox };
+  return {
+    paths,
+    settings,
+    log: createLogger('vtpm-managerd', settings),
+    storeSandbox: flags.storeSandbox,
+    tpmDeadlineMs: settings['tpm-deadline'] * 1000,
+  };
 }
 
 function handle(text: string): number {
@@ -148,7 +220,10 @@ function readSecret(path: string): Buffer {
   return secret;
 }
 
-function fail(error: unknown): never {
+function fail(thrown: unknown): never {
+  // A bug keeps its stack; what a disk or a caller did has a name.
+  const named = ManagerError.from(thrown);
+  const error = named.code === 'internal' ? thrown : named;
   const isNamed = error instanceof ManagerError || error instanceof ConfigError;
   const code = error instanceof ManagerError ? ` (${error.code})` : '';
   const message = error instanceof Error ? error.message : String(error);

@@ -12,12 +12,16 @@ export interface Platform {
 export const NOT_HARDWARE_PROTECTED =
   'the root TPM is the embedded one, software on the same disk: nothing is hardware-protected, neither theft of the disk nor putting back an old one is noticed';
 
-/** @param create only where init makes the embedded TPM */
+/**
+ * @param create only where init makes the embedded TPM
+ * @param deadlineMs as openRootTpm has it
+ */
 export async function openPlatform(
   location: RootTpmLocation,
   paths: Paths['manager'],
   log: Logger,
   create: boolean,
+  deadlineMs: number,
 ): Promise<Platform> {
   let process: SoftTpmProcess | undefined;
   if (location.kind === 'embedded') {
@@ -25,7 +29,7 @@ export async function openPlatform(
     process = await startSoftTpm({ state: paths.softtpm, socket: location.path, create, log });
   }
   try {
-    const tpm = await openRootTpm(location);
+    const tpm = await openRootTpm(location, deadlineMs);
     return {
       tpm,
       close: async () => {

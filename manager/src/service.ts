@@ -1,5 +1,5 @@
-import type { Logger, Paths } from 'vtpm-common';
-import type { ManagerError } from './error.js';
+import { type Logger, type Paths, shortageText, spaceShortage } from 'vtpm-common';
+import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
 import { VtpmRegistry } from './ownership/registry.js';
 import { openAnchoredStore, openLmdbStore } from './store/index.js';
@@ -19,9 +19,11 @@ export interface ServiceOptions {
   readonly paths: Paths['manager'];
   readonly log: Logger;
   readonly storeSandbox: boolean;
+  /** MiB of its file system below which no new vTPM is made. */
+  readonly storeReserve: number;
   /** `storeRoots` of the service before, where this process has had one: an older store is refused then. */
   readonly storeRoots: readonly Buffer[] | undefined;
-  /** The store process ended unasked; the service is of no use any more. */
+  /** The store process ended unasked, or the store is not what was written: the service is of no use any more. */
   onLost(error: ManagerError): void;
 }
 
@@ -35,9 +37,14 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
     onLost: options.onLost,
   });
   try {
-    const store = await openAnchoredStore(raw, keys, options.storeRoots);
+    const store = await openAnchoredStore(raw, keys, options.storeRoots, options.onLost);
     const trust = await openTrustStore(keys, store);
-    const registry = new VtpmRegistry({ keys, store, trust });
+    const registry = new VtpmRegistry({
+      keys,
+      store,
+      trust,
+      checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
+    });
     return {
       registry,
       trust,
@@ -53,4 +60,10 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
     await raw.close();
     throw error;
   }
+}
+
+/** @throws ManagerError `store-full` */
+function checkRoom(store: string, reserveMiB: number): void {
+  const shortage = spaceShortage(store, reserveMiB);
+  if (shortage) throw new ManagerError('store-full', `no new vTPM is made: ${shortageText(shortage)}`);
 }

@@ -219,9 +219,9 @@ describe('gRPC for workers', () => {
   });
 
   it('answers any bytes with a defined error', async () => {
-    const worker = client();
     await fc.assert(
       fc.asyncProperty(fc.uint8Array({ maxLength: 600 }), async (bytes) => {
+        const worker = client();
         await assert.rejects(worker.call(LOAD_PATH, Buffer.from(bytes)), (error: RefusedError) => {
           assert.ok(error.reason, error.message);
           return true;

@@ -29,6 +29,8 @@ describe('vtpmctl', () => {
         'init',
         'up',
         'down',
+        'doctor',
+        'uninstall',
         'create',
         'start',
         'stop',
@@ -114,7 +116,7 @@ describe('vtpmctl', () => {
       await desk.supervisor({ 'POST /vtpms/web1/start': { status: 502, body } });
       const { code, stderr } = await desk.ctl(['start', 'web1']);
       assert.equal(code, 1);
-      assert.match(stderr, /stale-epoch.*vtpmctl logs NAME/);
+      assert.match(stderr, /stale-epoch.*vtpmctl logs web1/);
     });
 
     it('takes flags before and after the command, and shows where a setting comes from', async () => {
@@ -174,6 +176,8 @@ describe('vtpmctl', () => {
           isolation: 'sandbox',
           autostart: true,
           startup: 'clear',
+          socketOwner: null,
+          socketMode: '0600',
           delegation: 0,
           delegationSignature: 0,
         },

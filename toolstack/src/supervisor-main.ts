@@ -1,9 +1,13 @@
 import { Command, Option } from 'commander';
-import { ConfigError, createLogger, loadConfiguration, VERSION } from 'vtpm-common';
+import { ConfigError, createLogger, forbidCoreDumps, loadConfiguration, VERSION } from 'vtpm-common';
 import { ToolstackError } from './error.js';
 import { serveApi } from './supervisor/api.js';
 import { defaultManifest } from './supervisor/image-sources.js';
 import { Supervisor } from './supervisor/supervisor.js';
+
+// It holds the key that signs tickets: no core dump, and no debugger, which Node opens at this signal.
+forbidCoreDumps();
+process.on('SIGUSR1', () => undefined);
 
 interface Flags {
   readonly home?: string;
@@ -12,6 +16,7 @@ interface Flags {
   readonly logFormat?: string;
   readonly ticketLifetime?: string;
   readonly workerStopTimeout?: string;
+  readonly storeReserve?: string;
   readonly workerManifest?: string;
 }
 
@@ -26,6 +31,7 @@ const program = new Command('vtpm-supervisord')
   .option('--log-format <format>', 'auto, pretty or json')
   .option('--ticket-lifetime <seconds>', 'until an unused ticket is void')
   .option('--worker-stop-timeout <ms>', 'that a worker has to stop cleanly before it is killed')
+  .option('--store-reserve <MiB>', 'of disk that is kept for the vTPMs there are')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   .allowExcessArguments(false)
   .action(run);
@@ -40,6 +46,7 @@ async function run(flags: Flags): Promise<void> {
     'log-format': flags.logFormat,
     'ticket-lifetime': flags.ticketLifetime,
     'worker-stop-timeout': flags.workerStopTimeout,
+    'store-reserve': flags.storeReserve,
   });
   const log = createLogger('vtpm-supervisord', settings);
   const manifest = flags.workerManifest ?? defaultManifest();
@@ -65,8 +72,10 @@ async function run(flags: Flags): Promise<void> {
 
 try {
   await program.parseAsync();
-} catch (error) {
-  if (!(error instanceof ToolstackError || error instanceof ConfigError)) throw error;
+} catch (thrown) {
+  const error = thrown instanceof ConfigError ? thrown : ToolstackError.from(thrown);
+  // A bug keeps its stack; what a disk or a caller did has a name.
+  if (error instanceof ToolstackError && error.code === 'internal') throw thrown;
   const code = error instanceof ToolstackError ? error.code : 'usage';
   process.stderr.write(`vtpm-supervisord: ${error.message} [${code}]\n`);
   process.exit(1);

@@ -5,7 +5,7 @@ import { Rh, SessionAttribute, St } from './constants.js';
 import type { Authorized, Entity } from './entity.js';
 import { Rc, TpmError } from './error.js';
 import { Session } from './session.js';
-import { retrying } from './transport/retry.js';
+import { type RetryOptions, retrying } from './transport/retry.js';
 import type { Transport } from './transport/transport.js';
 
 /** A TPM. Commands are executed one after the other in the order they were asked for. */
@@ -27,8 +27,8 @@ export interface Tpm {
 }
 
 /** A client on a transport, which it owns from now on. */
-export function createTpm(transport: Transport): Tpm {
-  return new QueuedTpm(retrying(transport));
+export function createTpm(transport: Transport, retry: RetryOptions = {}): Tpm {
+  return new QueuedTpm(retrying(transport, retry));
 }
 
 /** One entry of the authorisation area. */

@@ -50,6 +50,9 @@ function fail(unknown: unknown): never {
   process.exit(error.code === 'bad-arguments' ? 64 : 1);
 }
 
+// Without a listener this signal opens Node's debugger.
+process.on('SIGUSR1', () => {});
+
 try {
   const { state, socket, create, level } = readArguments();
   const log = createWorkerLog('vtpm-softtpm', level);

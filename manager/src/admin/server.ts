@@ -1,6 +1,6 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
 import type { Socket } from 'node:net';
-import type { Logger } from 'vtpm-common';
+import type { Finding, Logger } from 'vtpm-common';
 import { ManagerError } from '../error.js';
 import { listenLocally } from '../local-socket.js';
 import { streamEvents } from './event-stream.js';
@@ -32,6 +32,8 @@ export interface AdminOptions {
   readonly path: string;
   readonly log: Logger;
   health(): Health;
+  /** What `GET /doctor` says of the TPM; works while locked too. */
+  doctor(): Promise<Finding[]>;
   /** @throws ManagerError `locked` where only /health works */
   service(): AdminService;
 }
@@ -78,6 +80,9 @@ async function answer(
     const method = request.method ?? 'GET';
     const call = `${method} /${path.join('/')}`;
     if (call === 'GET /health') return sendJson(response, { status: 200, body: options.health() });
+    if (call === 'GET /doctor') {
+      return sendJson(response, { status: 200, body: { findings: await options.doctor() } });
+    }
     const service = options.service();
     if (call === 'GET /events') {
       return streamEvents(response, service.registry.events, options.health().instance);

@@ -9,18 +9,14 @@ import {
 import type { Logger } from 'vtpm-common';
 import { encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
 import { type LocalListener, listenLocally } from '../local-socket.js';
-import type { VtpmRegistry, WorkerConnection } from '../ownership/registry.js';
+import type { VtpmRegistry } from '../ownership/registry.js';
+import { type AdmittedConnection, CallLimits, DEFAULT_LIMITS, type Limits, within } from './limits.js';
 import { readMessage } from './messages.js';
 import { serveSaveStream } from './save-stream.js';
 import { refusal, statusOf } from './status.js';
 
 /** What the workers' calls need of the registry. */
 export type WorkerService = Pick<VtpmRegistry, 'load' | 'attach'>;
-
-/** Above the contract's limit, so that a message between the two gets the named refusal instead of grpc-js's own. */
-const TRANSPORT_LIMIT = 1024 * 1024;
-/** A worker has two calls open at most. */
-const MAX_STREAMS = 8;
 
 const raw = {
   requestSerialize: (bytes: Buffer) => bytes,
@@ -48,13 +44,20 @@ export async function serveWorkers(
   path: string,
   service: () => WorkerService,
   log: Logger,
+  limits: Limits = DEFAULT_LIMITS,
 ): Promise<GrpcListener> {
-  const connections = new Map<string, WorkerConnection>();
+  const connections = new Map<string, AdmittedConnection>();
+  const callLimits = new CallLimits(limits);
   const server = newServer();
   const load: handleUnaryCall<Buffer, Buffer> = (call, callback) => {
     const run = async (): Promise<Buffer> => {
+      const connection = connectionOf(connections, call.getPeer());
+      callLimits.admitLoad(connection);
       const request = readMessage('LoadRequest', call.request);
-      return encode('LoadResponse', await service().load(request, connectionOf(connections, call.getPeer())));
+      return encode(
+        'LoadResponse',
+        await within(limits.loadDeadlineMs, () => service().load(request, connection.worker)),
+      );
     };
     run().then(
       (bytes) => callback(null, bytes),
@@ -69,26 +72,38 @@ export async function serveWorkers(
     );
   };
   const save: handleBidiStreamingCall<Buffer, Buffer> = (call) => {
-    serveSaveStream(call, service, connectionOf(connections, call.getPeer()), log);
+    const connection = connectionOf(connections, call.getPeer());
+    try {
+      callLimits.admitCall(connection);
+    } catch (error) {
+      call.emit('error', statusOf(refusal(error)));
+      return;
+    }
+    serveSaveStream(call, service, connection.worker, log);
   };
   server.addService(workerServiceDefinition, { Load: load, Save: save });
-  return await listen(server, path, log, (socket, name) => {
-    connections.set(name, {});
+  return await listen(server, path, log, (socket, name, uid) => {
+    if (!callLimits.admitConnection(uid)) {
+      log.warn({ uid, reason: 'rate-limited' }, 'a connection is closed: too many at once');
+      return false;
+    }
+    connections.set(name, { uid, calls: 0, worker: {}, close: () => socket.destroy() });
     socket.once('close', () => connections.delete(name));
+    return true;
   });
 }
 
 /** The toolstack's socket: its calls come with migration, until then each is UNIMPLEMENTED. */
 export function serveToolstack(path: string, log: Logger): Promise<GrpcListener> {
-  return listen(newServer(), path, log, () => undefined);
+  return listen(newServer(), path, log, () => true);
 }
 
 function newServer(): Server {
   // Keepalive pings stay off: the peer is a process on this host, its death closes the socket.
   return new Server({
-    'grpc.max_receive_message_length': TRANSPORT_LIMIT,
-    'grpc.max_send_message_length': TRANSPORT_LIMIT,
-    'grpc.max_concurrent_streams': MAX_STREAMS,
+    'grpc.max_receive_message_length': DEFAULT_LIMITS.transportBytes,
+    'grpc.max_send_message_length': DEFAULT_LIMITS.transportBytes,
+    'grpc.max_concurrent_streams': DEFAULT_LIMITS.streams,
     'grpc.enable_channelz': 0,
   });
 }
@@ -97,16 +112,16 @@ async function listen(
   server: Server,
   path: string,
   log: Logger,
-  onConnection: (socket: Socket, name: string) => void,
+  admit: (socket: Socket, name: string, uid: number) => boolean,
 ): Promise<GrpcListener> {
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
   let count = 0;
-  const listener: LocalListener = await listenLocally(path, log, (socket) => {
+  const listener: LocalListener = await listenLocally(path, log, (socket, { uid }) => {
     count += 1;
     const name = `connection-${count}`;
     nameConnection(socket, name);
-    onConnection(socket, name);
-    injector.injectConnection(socket);
+    if (admit(socket, name, uid)) injector.injectConnection(socket);
+    else socket.destroy();
   });
   return {
     close: async () => {
@@ -123,8 +138,11 @@ function nameConnection(socket: Socket, name: string): void {
   Object.defineProperty(socket, 'remoteAddress', { value: name });
 }
 
-function connectionOf(connections: ReadonlyMap<string, WorkerConnection>, peer: string): WorkerConnection {
+function connectionOf(
+  connections: ReadonlyMap<string, AdmittedConnection>,
+  peer: string,
+): AdmittedConnection {
   const connection = connections.get(peer);
   // The socket closed while the call was on its way: what it does has no connection to be bound to.
-  return connection ?? { isLoading: true };
+  return connection ?? { uid: -1, calls: 0, worker: { isLoading: true }, close: () => undefined };
 }

@@ -15,6 +15,8 @@ const STATUS: Partial<Record<ManagerErrorCode, status>> = {
   'image-not-allowed': status.PERMISSION_DENIED,
   'bad-request': status.INVALID_ARGUMENT,
   'too-large': status.INVALID_ARGUMENT,
+  'rate-limited': status.RESOURCE_EXHAUSTED,
+  deadline: status.DEADLINE_EXCEEDED,
   'newer-format': status.INVALID_ARGUMENT,
   fenced: status.ABORTED,
   busy: status.UNAVAILABLE,

@@ -68,6 +68,8 @@ export interface RegistryOptions {
   readonly keys: KeyHierarchy;
   readonly store: AnchoredStore;
   readonly trust: TrustStore;
+  /** Called before a new vTPM is made. @throws ManagerError `store-full` where the room left is for the others */
+  checkRoom?(): void;
   /** For tests: another boot, another time. */
   readonly clock?: Pick<TicketEnvironment, 'bootId' | 'monotonicMs'>;
 }
@@ -208,6 +210,7 @@ export class VtpmRegistry {
     const { ticket, claim, vtpmUuid } = checked;
     const held = await this.#read(vtpmUuid);
     const mode = checkAgainstRecord(checked, held?.record.header);
+    if (mode === 'manufacture') this.options.checkRoom?.();
     const session: Session = {
       sessionId: randomBytes(16),
       workerKey: Buffer.from(ticket.workerPublicKey),

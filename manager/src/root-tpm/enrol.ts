@@ -25,7 +25,7 @@ import { removeNvHalf, writeNvHalf } from './nv-half.js';
 import { releaseRootKey } from './release.js';
 import { deriveRootKey, mixedRandom } from './root-key.js';
 import { sealedFlaw } from './sealed.js';
-import { findOrCreateSrk, unfit } from './srk.js';
+import { findOrCreateSrk, removeSrk, unfit } from './srk.js';
 import { identify } from './start.js';
 
 export interface EnrolOptions {
@@ -46,6 +46,27 @@ export async function enrol(
   const selection = readSelection(options.pcrSelection);
   const ownerAuth = options.ownerAuth ?? new Uint8Array(0);
   const { srk, created } = await findOrCreateSrk(tpm, options.srkHandle, ownerAuth);
+  try {
+    return await enrolUnder(tpm, location, options, { srk, created, selection, ownerAuth });
+  } catch (error) {
+    if (created) await removeSrk(tpm, srk, ownerAuth);
+    throw error;
+  }
+}
+
+interface Parent {
+  readonly srk: ObjectEntity;
+  readonly created: boolean;
+  readonly selection: PcrSelection;
+  readonly ownerAuth: Uint8Array;
+}
+
+async function enrolUnder(
+  tpm: Tpm,
+  location: RootTpmLocation,
+  options: EnrolOptions,
+  { srk, created, selection, ownerAuth }: Parent,
+): Promise<{ enrolment: RootTpmEnrolment; rootKey: Buffer }> {
   const identity = await identify(tpm);
   const owner = permanent(Rh.OWNER, ownerAuth);
 

@@ -17,6 +17,22 @@ function translate(error: unknown): ManagerError {
       cause: error,
     });
   }
+  if (TpmError.is(error, Rc.LOCKOUT)) {
+    return new ManagerError(
+      'tpm-lockout',
+      `the root TPM is locked against guessing of passwords (${error.message}): another program gave it wrong ones. ` +
+        'Wait for its recovery time, or run tpm2_dictionarylockout --clear-lockout; nothing here tries again by itself',
+      { cause: error },
+    );
+  }
+  if (error.response?.retryable) {
+    return new ManagerError(
+      'tpm-busy',
+      `the root TPM does not get to a command (${error.message}), however often it is asked again: ` +
+        'find out what else uses it, then start again; --tpm-deadline says how long it is asked',
+      { cause: error },
+    );
+  }
   if (TpmError.is(error, Rc.OBJECT_MEMORY, Rc.SESSION_MEMORY, Rc.SESSION_HANDLES, Rc.OBJECT_HANDLES)) {
     return new ManagerError(
       'tpm-fault',

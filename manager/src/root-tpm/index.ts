@@ -1,12 +1,17 @@
 import { createTpm, openDevice, openSocket, type Tpm } from 'tpm2-ts-bindings';
 import { type EnrolOptions, enrol } from './enrol.js';
 import type { RootTpmEnrolment, RootTpmLocation } from './enrolment.js';
+import { examine, type TpmFacts } from './examine.js';
 import { translated } from './failure.js';
 import { releaseRootKey } from './release.js';
 import { flushLeftovers, start } from './start.js';
+import { type Withdrawal, type WithdrawOptions, withdraw } from './withdraw.js';
 
 export type { EnrolOptions } from './enrol.js';
 export type { RootTpmEnrolment, RootTpmLocation } from './enrolment.js';
+export type { Withdrawal, WithdrawOptions } from './withdraw.js';
+
+const DEADLINE_MS = 60_000;
 
 /** The TPM that holds the manager's root key. One call at a time is under way; further ones wait. */
 export interface RootTpm {
@@ -22,22 +27,54 @@ export interface RootTpm {
   enrol(options: EnrolOptions): Promise<{ enrolment: RootTpmEnrolment; rootKey: Buffer }>;
   /**
    * Checks that this is the TPM of the enrolment, then releases the root key (32 bytes, the caller wipes it).
-   * @throws ManagerError `tpm-changed`, `tpm-emptied`, `platform-policy`, `tpm-fault`, `tpm-unreachable`
+   * @throws ManagerError `tpm-changed`, `tpm-emptied`, `platform-policy`, `tpm-fault`, `tpm-busy`, `tpm-lockout`,
+   * `tpm-unreachable`
    */
   releaseRootKey(enrolment: RootTpmEnrolment): Promise<Buffer>;
+  /**
+   * Takes out of the TPM what the enrolment put there, for good. Can be repeated.
+   * @throws ManagerError `bad-request` where the owner password is another, and the TPM's
+   */
+  withdraw(enrolment: RootTpmEnrolment, options: WithdrawOptions): Promise<Withdrawal>;
+  /** What the TPM is like, by commands that only read. @throws ManagerError `tpm-fault`, `tpm-unreachable` */
+  examine(enrolment: RootTpmEnrolment): Promise<TpmFacts>;
   close(): Promise<void>;
+}
+
+/**
+ * Looks at a TPM that nobody has opened here, by commands that only read: not even TPM2_Startup is sent.
+ * @param srkHandle where init would look for a storage root key
+ * @throws ManagerError `tpm-fault`, `tpm-unreachable`
+ */
+export async function examineRootTpm(
+  location: RootTpmLocation,
+  srkHandle: number,
+  enrolment: RootTpmEnrolment | undefined,
+  deadlineMs: number,
+): Promise<TpmFacts> {
+  return translated(async () => {
+    const tpm = await connect(location, deadlineMs);
+    try {
+      return await examine(tpm, srkHandle, enrolment);
+    } finally {
+      await tpm.close();
+    }
+  });
 }
 
 /**
  * Connects. TPM2_Startup is sent only to a software TPM that waits for it: a chip was started by the firmware, and one
  * that was not has measured nothing.
+ * @param deadlineMs for the answer to one command of a software TPM (the kernel bounds those of a device), and for the
+ * pauses before a command that the TPM did not execute is sent again
  * @throws ManagerError `tpm-unreachable`, `tpm-fault`
  */
-export async function openRootTpm(location: RootTpmLocation): Promise<RootTpm> {
+export async function openRootTpm(
+  location: RootTpmLocation,
+  deadlineMs: number = DEADLINE_MS,
+): Promise<RootTpm> {
   return translated(async () => {
-    const transport =
-      location.kind === 'device' ? await openDevice(location.path) : await openSocket(location.path);
-    const tpm = createTpm(transport);
+    const tpm = await connect(location, deadlineMs);
     try {
       await start(tpm, location);
       // The embedded TPM has no other user: what is loaded was left by a manager that was killed.
@@ -48,6 +85,14 @@ export async function openRootTpm(location: RootTpmLocation): Promise<RootTpm> {
     }
     return new OpenRootTpm(tpm, location);
   });
+}
+
+async function connect(location: RootTpmLocation, deadlineMs: number): Promise<Tpm> {
+  const transport =
+    location.kind === 'device'
+      ? await openDevice(location.path)
+      : await openSocket(location.path, { connectTimeout: deadlineMs, deadline: deadlineMs });
+  return createTpm(transport, { total: deadlineMs });
 }
 
 class OpenRootTpm implements RootTpm {
@@ -63,6 +108,14 @@ class OpenRootTpm implements RootTpm {
 
   releaseRootKey(enrolment: RootTpmEnrolment): Promise<Buffer> {
     return this.#inTurn(() => releaseRootKey(this.tpm, enrolment));
+  }
+
+  withdraw(enrolment: RootTpmEnrolment, options: WithdrawOptions): Promise<Withdrawal> {
+    return this.#inTurn(() => withdraw(this.tpm, enrolment, options));
+  }
+
+  examine(enrolment: RootTpmEnrolment): Promise<TpmFacts> {
+    return this.#inTurn(() => examine(this.tpm, enrolment.srkHandle, enrolment));
   }
 
   async close(): Promise<void> {

@@ -25,6 +25,11 @@ import { explainOwner } from './srk.js';
 const FIRST_HANDLE = 0x01810000;
 const HANDLES = 0x10000;
 
+/** Whether an index may be the half of some installation: nothing else should be in this range. */
+export function isNvHalfHandle(handle: number): boolean {
+  return handle >= FIRST_HANDLE && handle < FIRST_HANDLE + HANDLES;
+}
+
 /** Read by policy, written by the owner, who can so erase the past. WRITTEN comes with the first write. */
 const ATTRIBUTES = N.POLICYREAD | N.OWNERWRITE | N.NO_DA;
 

@@ -48,6 +48,16 @@ export async function findOrCreateSrk(
   return { srk, created: true };
 }
 
+/** Takes an SRK out again that an enrolment made and could not use. Best effort: the failure is what the caller reports. */
+export async function removeSrk(tpm: Tpm, srk: ObjectEntity, ownerAuth: Uint8Array): Promise<void> {
+  await inSession(tpm, { kind: 'hmac' }, async (session) => {
+    const auth = withSession(permanent(Rh.OWNER, ownerAuth), session);
+    await tpm.run(EvictControl, { auth, objectHandle: srk }, { persistentHandle: srk.handle });
+  }).catch((error: unknown) => {
+    if (!(error instanceof TpmError)) throw error;
+  });
+}
+
 /** The error for an object at the SRK's handle that cannot serve. */
 export function unfit(handle: number, flaw: string, cause?: unknown): ManagerError {
   return new ManagerError(
@@ -59,7 +69,7 @@ export function unfit(handle: number, flaw: string, cause?: unknown): ManagerErr
 }
 
 /** Why an object is no storage key to seal under; undefined where it is one. */
-function unfitness({ publicArea }: ObjectEntity): string | undefined {
+export function unfitness({ publicArea }: ObjectEntity): string | undefined {
   const key = publicArea.value;
   const has = (mask: number): boolean => (key.objectAttributes & mask) === mask;
   if (key.type !== Alg.ECC && key.type !== Alg.RSA) return 'it is neither an ECC nor an RSA key';

@@ -65,12 +65,14 @@ export async function createAnchoredStore(store: StateStore, options: AnchorOpti
  * Reads the whole store and compares it with its anchor.
  * @param roots of the same store before it was lost; absent at the start of the manager. An anchor proves that a store
  * was whole once, not that it is the newest
+ * @param onBroken called once when the store has come to refuse everything
  * @throws ManagerError `store-missing` (empty), `store-corrupt`, `rollback-detected`, `newer-format`
  */
 export async function openAnchoredStore(
   store: StateStore,
   options: AnchorOptions,
   roots?: readonly Uint8Array[],
+  onBroken?: (error: ManagerError) => void,
 ): Promise<AnchoredStore> {
   const { leaves, anchor } = await readAll(store);
   if (!anchor) {
@@ -94,7 +96,7 @@ export async function openAnchoredStore(
       'the store was put back to an older state while the manager was running; restore the newest one',
     );
   }
-  return new GroupCommitStore(store, tree, anchor.version, options);
+  return new GroupCommitStore(store, tree, anchor.version, options, onBroken);
 }
 
 const PAGE_RECORDS = 512;
@@ -144,6 +146,7 @@ class GroupCommitStore implements AnchoredStore {
     private readonly tree: MerkleTree,
     private anchorVersion: number,
     private readonly options: AnchorOptions,
+    private readonly onBroken: (error: ManagerError) => void = () => undefined,
   ) {
     // Not from the shared pool: it is wiped.
     this.#anchorKey = Buffer.alloc(options.anchorKey.length);
@@ -294,8 +297,10 @@ class GroupCommitStore implements AnchoredStore {
   }
 
   #break(error: ManagerError): ManagerError {
+    const isFirst = !this.#broken;
     this.#broken ??= error;
     for (const write of this.#queue.splice(0)) write.reject(error);
+    if (isFirst) this.onBroken(error);
     return error;
   }
 

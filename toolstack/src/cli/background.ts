@@ -123,13 +123,13 @@ function rotate(log: string): void {
   if (existsSync(log) && statSync(log).size > LOG_ROTATES_AT_BYTES) renameSync(log, `${log}.1`);
 }
 
-/** The daemons end a refused start with `program: sentence (code)` on standard error. */
+/** The daemons end a refused start with `program: sentence (code)` on standard error; a bug has no code, but a stack. */
 function whyNotStarted(daemon: Daemon, log: string, from: number, end: string): ToolstackError {
   const lines = tail(log, from, 50);
   for (const { text } of lines.toReversed()) {
-    const said = /^vtpm-\w+: (.*) [([]([a-z-]+)[)\]]$/.exec(text);
+    const said = /^vtpm-\w+: (.*?)(?: [([]([a-z-]+)[)\]])?$/.exec(text);
     if (!said?.[1]) continue;
-    const code = isToolstackErrorCode(said[2]) ? said[2] : 'manager-refused';
+    const code = isToolstackErrorCode(said[2]) ? said[2] : said[2] ? 'manager-refused' : 'internal';
     return new ToolstackError(code, `the ${daemon} did not start: ${nextStep(code, said[1])}`);
   }
   const last = lines.map(sayLogLine).at(-1);

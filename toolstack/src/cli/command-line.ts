@@ -2,6 +2,7 @@ import { Command, CommanderError, Option } from 'commander';
 import { CONFIG_KEYS, defaultHome, libtpmsVersion, VERSION } from 'vtpm-common';
 import { showConfig } from './commands/config.js';
 import { type CreateFlags, create } from './commands/create.js';
+import { type DoctorFlags, doctor } from './commands/doctor.js';
 import { down } from './commands/down.js';
 import { exec } from './commands/exec.js';
 import { allowImage, listImages, removeImage } from './commands/image.js';
@@ -9,6 +10,7 @@ import { type InitFlags, init } from './commands/init.js';
 import { remove, start, stop } from './commands/lifecycle.js';
 import { list, show } from './commands/list.js';
 import { type LogsFlags, logs } from './commands/logs.js';
+import { type UninstallFlags, uninstall } from './commands/uninstall.js';
 import { up } from './commands/up.js';
 import type { Context } from './context.js';
 import { EXIT } from './exit-status.js';
@@ -40,7 +42,11 @@ Exit status:
 export function createProgram(run: Run, isJson: boolean): Command {
   const program = new Command('vtpmctl')
     // With --json what is wrong is said once, as JSON, by the caller.
-    .configureOutput(isJson ? { writeErr: () => {} } : {})
+    .configureOutput(
+      isJson
+        ? { writeErr: () => {} }
+        : { outputError: (text, write) => write(text.replace(/^error: /, 'vtpmctl: ')) },
+    )
     .description('Makes, runs and inspects the virtual TPMs of this host.')
     .enablePositionalOptions()
     .exitOverride()
@@ -78,7 +84,7 @@ ${EXIT_STATUSES}`,
     'vtpmctl init --tpm embedded                 a software TPM: for trying things, protects nothing',
     'vtpmctl --home /srv/second init --tpm auto  a second installation beside the first',
   ])
-    .requiredOption('--tpm <tpm>', 'auto, device:PATH, unix:PATH or embedded')
+    .option('--tpm <tpm>', 'needed: auto, device:PATH, unix:PATH or embedded')
     .option('--yes-embedded', 'let auto take the embedded TPM where there is no chip')
     .option('--pcrs <selection>', 'platform state that releases the root key (default: sha256:7)')
     .option('--srk-handle <handle>', 'persistent handle of the storage root key (default: 0x81000001)')
@@ -96,6 +102,38 @@ ${EXIT_STATUSES}`,
   ]);
   downCommand.action(() => run(downCommand, down));
 
+  const doctorCommand = add(
+    program,
+    'doctor',
+    'looks for what is not as it should be, and says what mends it',
+    [
+      'vtpmctl doctor                                  before init, too',
+      'vtpmctl doctor --tpm device:/dev/tpmrm0 --pcrs sha256:0,2,4,7',
+      'vtpmctl doctor --json',
+    ],
+  )
+    .option('--tpm <tpm>', 'before init: auto, device:PATH, unix:PATH or embedded (default: auto)')
+    .option('--pcrs <selection>', 'before init: the platform state you think of (default: sha256:7)')
+    .option('--srk-handle <handle>', 'before init: of the storage root key (default: 0x81000001)');
+  doctorCommand.action((flags: DoctorFlags) => run(doctorCommand, (context) => doctor(flags, context)));
+
+  const uninstallCommand = add(
+    program,
+    'uninstall',
+    'removes what init made, on disk and in the TPM, while no vTPM exists',
+    [
+      'vtpmctl uninstall',
+      'vtpmctl uninstall --evict --yes      the storage root key too, where init made it',
+    ],
+  )
+    .option('--evict', 'remove the storage root key too, where init made it; other programs may use it')
+    .option('--force', 'go on where the TPM or the store is gone, and leave what is in them')
+    .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one")
+    .option('--yes', 'do not ask');
+  uninstallCommand.action((flags: UninstallFlags) =>
+    run(uninstallCommand, (context) => uninstall(flags, context)),
+  );
+
   const createCommand = add(program, 'create', 'registers a vTPM; its TPM is made by the first start', [
     'vtpmctl create web1',
     'vtpmctl create web1 --vm-uuid 0b8f7a52-3c1d-4f0e-9a6b-2f3c4d5e6f70 --autostart',
@@ -103,7 +141,12 @@ ${EXIT_STATUSES}`,
   ])
     .argument('<name>', '1 to 63 of a-z, 0-9, ".", "_" and "-"')
     .option('--vm-uuid <uuid>', 'the VM it belongs to (default: a new UUID)')
-    .addOption(new Option('--isolation <kind>', CONFIG_KEYS.isolation.help).choices(['sandbox', 'none']))
+    .addOption(
+      new Option('--isolation <kind>', 'how its worker is confined (default: as config show says)').choices([
+        'sandbox',
+        'none',
+      ]),
+    )
     .option('--autostart', 'start it with the supervisor')
     .addOption(
       new Option(

@@ -108,8 +108,14 @@ export class DaemonClient {
           ? 'manager-refused'
           : 'internal';
     const said = own === code ? message : `${message} (${code})`;
-    return new ToolstackError(own, nextStep(own, said));
+    return new ToolstackError(own, nextStep(own, said, vtpmOf(path)));
   }
+}
+
+/** The vTPM that a call is about, as its caller named it. */
+function vtpmOf(path: string): string | undefined {
+  const name = /^\/vtpms\/([^/?]+)/.exec(path)?.[1];
+  return name === undefined ? undefined : decodeURIComponent(name);
 }
 
 async function readAll(response: IncomingMessage): Promise<string> {

@@ -16,8 +16,13 @@ const STEPS: Partial<Record<ToolstackErrorCode, string>> = {
   internal: 'vtpmctl logs shows more',
 };
 
-/** A daemon's message, with what to type next where the message does not say so itself. */
-export function nextStep(code: ToolstackErrorCode, message: string): string {
+/**
+ * A daemon's message, with what to type next where the message does not say so itself.
+ * @param name of the vTPM it is about, where it is about one
+ */
+export function nextStep(code: ToolstackErrorCode, message: string, name = 'NAME'): string {
   const step = STEPS[code];
-  return step === undefined || message.includes('vtpmctl') ? message : `${message}; ${step}`;
+  return step === undefined || message.includes('vtpmctl')
+    ? message
+    : `${message}; ${step.replace('NAME', name)}`;
 }

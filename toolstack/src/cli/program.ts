@@ -1,3 +1,5 @@
+import { existsSync } from 'node:fs';
+import { dirname } from 'node:path';
 import { type Command, CommanderError } from 'commander';
 import { ConfigError, loadConfiguration } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
@@ -13,7 +15,12 @@ export async function runVtpmctl(args: readonly string[]): Promise<number> {
   let status: number = EXIT.ok;
   const isJson = wantsJson(args);
   const program = createProgram(async (command, work) => {
-    status = (await work(contextOf(flagsOf(command)))) ?? EXIT.ok;
+    const context = contextOf(flagsOf(command));
+    try {
+      status = (await work(context)) ?? EXIT.ok;
+    } catch (error) {
+      throw withMissingInit(error, context);
+    }
   }, isJson);
   try {
     await program.parseAsync(args, { from: 'user' });
@@ -36,7 +43,26 @@ function flagsOf(command: Command): GlobalFlags {
   return flags;
 }
 
+/** A forgotten init, and more often a forgotten --home, looks like daemons that do not run. */
+function withMissingInit(error: unknown, { configuration: { paths } }: Context): unknown {
+  if (!(error instanceof ToolstackError) || error.code !== 'not-running') return error;
+  const { code } = (error.cause ?? {}) as NodeJS.ErrnoException;
+  if (code !== 'ENOENT' || existsSync(paths.manager.enrolment)) return error;
+  return new ToolstackError(
+    error.code,
+    `${error.message} (${paths.home} is not initialised: vtpmctl init comes first, or name another installation with --home)`,
+    { cause: error },
+  );
+}
+
 function contextOf(flags: GlobalFlags): Context {
+  // An unset variable in a script; it would be the working directory.
+  for (const [name, value] of [
+    ['--home', flags.home],
+    ['--run-dir', flags.runDir],
+  ]) {
+    if (value === '') throw new ToolstackError('usage', `${name} is empty; it takes a directory`);
+  }
   const configuration = loadConfiguration({
     home: flags.home,
     'run-dir': flags.runDir,
@@ -54,13 +80,24 @@ function contextOf(flags: GlobalFlags): Context {
 function report(caught: unknown, isJson: boolean): number {
   const error =
     caught instanceof ConfigError
-      ? new ToolstackError('usage', caught.message, { cause: caught })
+      ? new ToolstackError('usage', whyNotRead(caught) ?? caught.message, { cause: caught })
       : ToolstackError.from(caught);
   const { code, message } = error;
   process.stderr.write(
     isJson ? `${JSON.stringify({ error: { code, message } })}\n` : `vtpmctl: ${message}\n`,
   );
   return exitStatus(code);
+}
+
+/** The configuration file is the first that is read: what is wrong with it may be wrong with the directory. */
+function whyNotRead({ cause }: ConfigError): string | undefined {
+  const { code, path } = (cause ?? {}) as NodeJS.ErrnoException;
+  if (path === undefined) return undefined;
+  if (code === 'EACCES') {
+    return `${path} may not be read by this user; run vtpmctl as the user that made the installation, or name your own with --home`;
+  }
+  if (code === 'ENOTDIR') return `${dirname(path)} is not a directory; name another with --home`;
+  return undefined;
 }
 
 /** Asked before the arguments are understood: wrong ones are reported too. */

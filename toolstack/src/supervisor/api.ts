@@ -50,6 +50,7 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'worker-failed': 502,
   'manager-unreachable': 503,
   locked: 503,
+  'store-full': 507,
 };
 
 async function answer(

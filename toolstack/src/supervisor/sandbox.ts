@@ -76,7 +76,8 @@ export function bareCommand(image: ImageCommand): Command {
   };
 }
 
-function findBubblewrap(path: string): string {
+/** @throws ToolstackError `missing-package` */
+export function findBubblewrap(path: string): string {
   for (const directory of [...path.split(delimiter), '/usr/bin', '/usr/local/bin']) {
     const file = join(directory, 'bwrap');
     try {

@@ -8,6 +8,9 @@ import {
   type Paths,
   privateDirectory,
   type Settings,
+  type SpaceShortage,
+  shortageText,
+  spaceShortage,
 } from 'vtpm-common';
 import type { SigningKey } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
@@ -117,7 +120,7 @@ export class Supervisor {
     );
   }
 
-  /** @param body as POST /vtpms has it. @throws ToolstackError `bad-request` | `name-taken` */
+  /** @param body as POST /vtpms has it. @throws ToolstackError `bad-request` | `name-taken` | `store-full` */
   create(body: unknown): Vtpm {
     const given = parseNewEntry(body);
     this.#context.office.checkDelegation(given);
@@ -127,6 +130,7 @@ export class Supervisor {
       throw new ToolstackError('bad-request', (error as Error).message);
     }
     checkAccess(given, this.#context.paths);
+    checkRoom(this.#context.paths, this.#context.settings['store-reserve']);
     const entry = newEntry(given);
     this.#context.list.add(entry);
     setPassage(this.#context.paths, this.#context.list.all());
@@ -180,6 +184,22 @@ export class Supervisor {
       // The reason is in the log and in the vTPM's view.
       await vtpm.start().catch(() => undefined);
     });
+  }
+}
+
+/**
+ * The manager would refuse the first start: then the name is refused already. Where the store is on another disk than the
+ * list of vTPMs, both must have room.
+ */
+function checkRoom(paths: Paths, reserveMiB: number): void {
+  for (const path of [paths.supervisor.directory, paths.manager.store]) {
+    let shortage: SpaceShortage | undefined;
+    try {
+      shortage = spaceShortage(path, reserveMiB);
+    } catch {
+      // Another user's manager: it decides alone.
+    }
+    if (shortage) throw new ToolstackError('store-full', `no new vTPM is made: ${shortageText(shortage)}`);
   }
 }
 

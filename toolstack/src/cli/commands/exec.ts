@@ -26,7 +26,9 @@ export async function exec(
   if (vtpm.state !== 'running' || vtpm.sockets.tcti === null) {
     throw new ToolstackError(
       'not-running',
-      `${vtpm.name} is ${vtpm.state}; start it: vtpmctl start ${vtpm.name}`,
+      vtpm.state === 'crashed'
+        ? `${vtpm.name} has crashed; power its VM off, then: vtpmctl start ${vtpm.name}`
+        : `${vtpm.name} is ${vtpm.state}; start it: vtpmctl start ${vtpm.name}`,
     );
   }
   const tcti = `swtpm:path=${vtpm.sockets.tcti}`;
@@ -46,7 +48,9 @@ export async function exec(
           'bad-request',
           cause.code === 'ENOENT'
             ? `there is no program "${program}"; install it (tpm2_… are in the package tpm2-tools) or give its path`
-            : `"${program}" cannot be run: ${cause.message}`,
+            : cause.code === 'EACCES'
+              ? `"${program}" is not an executable file`
+              : `"${program}" cannot be run: ${cause.message}`,
           { cause },
         ),
       );

@@ -23,7 +23,7 @@ export async function listImages({ manager, supervisor, output }: Context): Prom
       ? 'no image is allowed; allow the one that the supervisor runs: vtpmctl image allow'
       : table(['DIGEST', 'CURRENT', 'ALLOWED', 'NOTE'], rows),
   );
-  if (current !== null && !images.some(({ digest }) => digest === current)) {
+  if (current !== null && rows.length > 0 && !images.some(({ digest }) => digest === current)) {
     output.note(`the supervisor runs ${current}, which is not allowed; to allow it: vtpmctl image allow`);
   }
 }

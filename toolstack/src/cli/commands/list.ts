@@ -67,6 +67,9 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
 
 function note(entry: Entry): string {
   if (entry.orphan) return ORPHANS[entry.orphan];
+  if (entry.state === 'crashed') {
+    return `${entry.reason ?? 'it ended'}; power its VM off, then: vtpmctl start ${entry.name}`;
+  }
   if (entry.reason) return entry.reason;
   return entry.generation === 0 && entry.state === 'stopped' ? 'never started' : '';
 }

@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
@@ -44,6 +45,11 @@ export async function logs(nameOrId: string | undefined, flags: LogsFlags, conte
     }
   };
   const count = Number(flags.lines);
+  if (!flags.follow && !sources.some(({ path }) => existsSync(path))) {
+    context.output.note(
+      `no logs in ${paths.log} yet; vtpmctl up starts daemons that log there, and a service manager's journal has those it starts`,
+    );
+  }
   print(count === 0 ? news(READ_AT_MOST_BYTES).slice(0, 0) : news(READ_AT_MOST_BYTES).slice(-count));
   while (flags.follow) {
     await sleep(FOLLOW_MS);

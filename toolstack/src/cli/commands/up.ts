@@ -1,5 +1,5 @@
 import { existsSync } from 'node:fs';
-import { environmentName } from 'vtpm-common';
+import { checkSocketPath, environmentName } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import { holdBackgroundLock, startInBackground } from '../background.js';
 import type { Context } from '../context.js';
@@ -19,6 +19,12 @@ export async function up(context: Context): Promise<void> {
       'not-initialised',
       `${paths.home} is not initialised; run: vtpmctl init --tpm auto (or name another installation with --home)`,
     );
+  }
+  // Said here and not by a daemon that ends: `init` may have been given another --run-dir.
+  try {
+    checkSocketPath(paths.manager.toolstackSocket);
+  } catch (cause) {
+    throw new ToolstackError('usage', (cause as Error).message, { cause });
   }
   holdBackgroundLock(paths);
   const environment = daemonEnvironment(configuration);

@@ -1,0 +1,90 @@
+import {
+  EvictControl,
+  Ht,
+  inSession,
+  listHandles,
+  NV_UndefineSpace,
+  permanent,
+  Rh,
+  readNvIndex,
+  readObject,
+  type Tpm,
+  withSession,
+} from 'tpm2-ts-bindings';
+import { hexHandle, type RootTpmEnrolment } from './enrolment.js';
+import { isNvHalfHandle } from './nv-half.js';
+import { explainOwner } from './srk.js';
+
+export interface WithdrawOptions {
+  /** For chips with an owner password. */
+  ownerAuth?: Uint8Array;
+  /** Removes the storage root key too, where the enrolment made it and no other installation is seen to use it. */
+  evict: boolean;
+}
+
+/** What was taken out of the TPM and what stays, a phrase for people each. */
+export interface Withdrawal {
+  readonly removed: readonly string[];
+  readonly left: readonly string[];
+}
+
+/**
+ * Takes out of the TPM what the enrolment put there: afterwards the root key does not exist any more. Only objects with
+ * the enrolled Names are touched. What is gone already is no error, so that an interrupted withdrawal can be repeated.
+ */
+export async function withdraw(
+  tpm: Tpm,
+  enrolment: RootTpmEnrolment,
+  { ownerAuth = new Uint8Array(0), evict }: WithdrawOptions,
+): Promise<Withdrawal> {
+  const removed: string[] = [];
+  const left: string[] = [];
+  const owner = permanent(Rh.OWNER, ownerAuth);
+  await inSession(tpm, { kind: 'hmac' }, async (session) => {
+    const what = `NV index ${hexHandle(enrolment.nvHandle)}`;
+    const index = await readNvIndex(tpm, enrolment.nvHandle);
+    if (index === undefined) {
+      left.push(`no ${what}: it was gone already`);
+    } else if (index.name.toString('hex') !== enrolment.nvName) {
+      left.push(`${what}: it is not the one that init made`);
+    } else {
+      await tpm
+        .run(NV_UndefineSpace, { authHandle: withSession(owner, session), nvIndex: index }, {})
+        .catch(explainOwner);
+      removed.push(`${what} of the TPM, a half of the root key`);
+    }
+  });
+  const key = `storage root key ${hexHandle(enrolment.srkHandle)}`;
+  const srk = await readObject(tpm, enrolment.srkHandle);
+  const others = (await listHandles(tpm, Ht.NV_INDEX)).filter(
+    (handle) => isNvHalfHandle(handle) && handle !== enrolment.nvHandle,
+  );
+  if (srk === undefined) {
+    left.push(`no ${key}: it was gone already`);
+  } else if (!enrolment.srkCreatedByUs) {
+    left.push(`the ${key}: it was in the TPM before init`);
+  } else if (srk.name.toString('hex') !== enrolment.srkName) {
+    left.push(`the ${key}: it is not the one that init made`);
+  } else if (!evict) {
+    left.push(`the ${key}: other programs may use it (--evict removes it)`);
+  } else if (others.length > 0) {
+    left.push(
+      `the ${key}: another installation seems to use it (NV index ${others.map(hexHandle).join(', ')})`,
+    );
+  } else {
+    try {
+      await inSession(tpm, { kind: 'hmac' }, (session) =>
+        tpm.run(
+          EvictControl,
+          { auth: withSession(owner, session), objectHandle: srk },
+          { persistentHandle: enrolment.srkHandle },
+        ),
+      );
+      removed.push(`${key} of the TPM`);
+    } catch (error) {
+      // The index is gone, so that only the rest is told: it holds no secret of the installation any more.
+      left.push(`the ${key}: ${(error as Error).message}`);
+    }
+  }
+  return { removed, left };
+}
