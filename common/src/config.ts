@@ -16,6 +16,8 @@ export interface Settings {
   'ticket-lifetime': number;
   /** Milliseconds that a worker has to stop cleanly before it is killed. */
   'worker-stop-timeout': number;
+  /** Milliseconds that a command is held, while the manager is away, before it is tried. */
+  'outage-hold': number;
   /** MiB of the store's file system that only saves may use. */
   'store-reserve': number;
   /** Seconds that the root TPM has for one command, and in all for one that it wants to be sent again. */
@@ -51,6 +53,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'milliseconds a worker has to stop cleanly before it is killed',
     fallback: 5000,
     range: [100, 60000],
+  },
+  'outage-hold': {
+    help: 'milliseconds a command is held, while the manager is away, before it is tried',
+    fallback: 400,
+    range: [10, 60000],
   },
   'store-reserve': {
     help: "MiB of the store's file system that only saves of existing vTPMs may use; below it no vTPM is made",

@@ -16,6 +16,7 @@ interface Flags {
   readonly logFormat?: string;
   readonly ticketLifetime?: string;
   readonly workerStopTimeout?: string;
+  readonly outageHold?: string;
   readonly storeReserve?: string;
   readonly workerManifest?: string;
 }
@@ -31,6 +32,7 @@ const program = new Command('vtpm-supervisord')
   .option('--log-format <format>', 'auto, pretty or json')
   .option('--ticket-lifetime <seconds>', 'until an unused ticket is void')
   .option('--worker-stop-timeout <ms>', 'that a worker has to stop cleanly before it is killed')
+  .option('--outage-hold <ms>', 'that a command is held, while the manager is away, before it is tried')
   .option('--store-reserve <MiB>', 'of disk that is kept for the vTPMs there are')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   .allowExcessArguments(false)
@@ -46,6 +48,7 @@ async function run(flags: Flags): Promise<void> {
     'log-format': flags.logFormat,
     'ticket-lifetime': flags.ticketLifetime,
     'worker-stop-timeout': flags.workerStopTimeout,
+    'outage-hold': flags.outageHold,
     'store-reserve': flags.storeReserve,
   });
   const log = createLogger('vtpm-supervisord', settings);

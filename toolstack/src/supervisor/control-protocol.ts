@@ -13,12 +13,16 @@ export type WorkerMessage =
   | { readonly type: 'stopped' };
 
 export type SupervisorMessage =
-  /** `ticket`: a serialised SignedTicket, base64. `managerKey`: 32 bytes in hex. */
+  /**
+   * `ticket`: a serialised SignedTicket, base64. `managerKey`: 32 bytes in hex. `outage`: for each kind of client, how
+   * many milliseconds its commands are held, while the manager is away, before they are tried.
+   */
   | {
       readonly type: 'identity';
       readonly ticket: string;
       readonly managerKey: string;
       readonly startup: 'clear' | 'none';
+      readonly outage: { readonly holdMs: Readonly<Record<'tpm' | 'tcti', number>> };
     }
   /** A new manager link was passed on the descriptor channel. */
   | { readonly type: 'link' }

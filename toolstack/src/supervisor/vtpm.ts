@@ -234,12 +234,14 @@ export class Vtpm {
       const issued = await this.#context.office.issue(this.#entry, Buffer.from(ready.publicKey, 'hex'));
       if (issued.generation > 0 && !this.#entry.manufactured) this.#update({ manufactured: true });
       const { startup } = this.#entry;
+      const hold = this.#context.settings['outage-hold'];
       const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
       worker.send({
         type: 'identity',
         ticket: ticketText(issued.ticket),
         managerKey: issued.managerKey,
         startup,
+        outage: { holdMs: { tpm: hold, tcti: hold } },
       });
       const { epoch, generation } = await isServing;
       if (generation < 1) {
@@ -275,7 +277,7 @@ export class Vtpm {
   async #newLink(worker: WorkerProcess): Promise<void> {
     if (this.#hasNoLink) return;
     this.#hasNoLink = true;
-    this.#log.warn('the manager is away: the worker holds what must be saved');
+    this.#log.warn('the manager is away: the worker saves nothing until it is back');
     // A worker that keeps losing links gets them, and the log its lines, at a bounded rate.
     if (performance.now() - this.#linkedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
     const { workerSocket } = this.#context.paths.manager;
