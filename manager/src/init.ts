@@ -57,8 +57,8 @@ export async function initialise(options: InitOptions): Promise<InitResult> {
   try {
     checkNotEnrolled(paths);
     try {
-      const enrolment = await enrol(options, location);
-      return resultOf(enrolment);
+      const { enrolment, leftovers } = await enrol(options, location);
+      return resultOf(enrolment, leftovers);
     } catch (error) {
       rmSync(paths.store, { recursive: true, force: true });
       rmSync(paths.softtpm, { recursive: true, force: true });
@@ -69,13 +69,20 @@ export async function initialise(options: InitOptions): Promise<InitResult> {
   }
 }
 
-async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>): Promise<Enrolment> {
+async function enrol(
+  options: InitOptions,
+  location: ReturnType<typeof parseTpm>,
+): Promise<{ enrolment: Enrolment; leftovers: readonly number[] }> {
   const paths = options.paths.manager;
   const platform = await openPlatform(location, paths, options.log, true, options.tpmDeadlineMs);
   try {
     const installation = randomBytes(16);
     const storeId = randomBytes(16);
-    const { enrolment: tpm, rootKey } = await platform.tpm.enrol({
+    const {
+      enrolment: tpm,
+      rootKey,
+      leftovers,
+    } = await platform.tpm.enrol({
       installation,
       pcrSelection: options.pcrSelection,
       srkHandle: options.srkHandle,
@@ -94,7 +101,7 @@ async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>
       writeUnfinished(paths, enrolment, keys.enrolmentMacKey);
       await makeStore(options, keys);
       finishEnrolment(paths);
-      return enrolment;
+      return { enrolment, leftovers };
     } catch (error) {
       await takeBack(options, platform.tpm, tpm);
       throw error;
@@ -150,12 +157,19 @@ function chooseTpm({ tpm, mayEmbed }: InitOptions): string {
   );
 }
 
-function resultOf({ tpm, managerId, storeId }: Enrolment): InitResult {
+function resultOf({ tpm, managerId, storeId }: Enrolment, leftovers: readonly number[]): InitResult {
   const { kind, path, manufacturer, firmwareVersion, pcrSelection } = tpm;
   const warnings: string[] = [];
   if (kind === 'embedded') warnings.push(NOT_HARDWARE_PROTECTED);
   if (kind === 'unix') {
     warnings.push(`the root TPM is whatever serves ${path}: what it protects is as safe as that is`);
+  }
+  if (leftovers.length > 0) {
+    const handles = leftovers.map((handle) => `0x${handle.toString(16).padStart(8, '0')}`).join(', ');
+    warnings.push(
+      `the TPM holds NV indices of other installations (${handles}). Where such an installation is gone for good, ` +
+        'remove its index: tpm2_nvundefine HANDLE',
+    );
   }
   return {
     managerId,

@@ -21,7 +21,7 @@ import {
 } from 'tpm2-ts-bindings';
 import { ManagerError } from '../error.js';
 import { type RootTpmEnrolment, type RootTpmLocation, readSelection } from './enrolment.js';
-import { removeNvHalf, writeNvHalf } from './nv-half.js';
+import { otherNvHalves, removeNvHalf, writeNvHalf } from './nv-half.js';
 import { releaseRootKey } from './release.js';
 import { deriveRootKey, mixedRandom } from './root-key.js';
 import { sealedFlaw } from './sealed.js';
@@ -36,18 +36,24 @@ export interface EnrolOptions {
   ownerAuth?: Uint8Array;
 }
 
-export async function enrol(
-  tpm: Tpm,
-  location: RootTpmLocation,
-  options: EnrolOptions,
-): Promise<{ enrolment: RootTpmEnrolment; rootKey: Buffer }> {
+export interface Enrolled {
+  readonly enrolment: RootTpmEnrolment;
+  /** 32 bytes; the caller wipes it. */
+  readonly rootKey: Buffer;
+  /** NV indices like the one that was made, there before: nothing is done with them. */
+  readonly leftovers: readonly number[];
+}
+
+export async function enrol(tpm: Tpm, location: RootTpmLocation, options: EnrolOptions): Promise<Enrolled> {
   if (options.installation.length !== 16)
     throw new ManagerError('bad-request', 'the installation id has 16 bytes');
   const selection = readSelection(options.pcrSelection);
   const ownerAuth = options.ownerAuth ?? new Uint8Array(0);
+  const leftovers = await otherNvHalves(tpm);
   const { srk, created } = await findOrCreateSrk(tpm, options.srkHandle, ownerAuth);
   try {
-    return await enrolUnder(tpm, location, options, { srk, created, selection, ownerAuth });
+    const enrolled = await enrolUnder(tpm, location, options, { srk, created, selection, ownerAuth });
+    return { ...enrolled, leftovers };
   } catch (error) {
     if (created) await removeSrk(tpm, srk, ownerAuth);
     throw error;
@@ -66,7 +72,7 @@ async function enrolUnder(
   location: RootTpmLocation,
   options: EnrolOptions,
   { srk, created, selection, ownerAuth }: Parent,
-): Promise<{ enrolment: RootTpmEnrolment; rootKey: Buffer }> {
+): Promise<Omit<Enrolled, 'leftovers'>> {
   const identity = await identify(tpm);
   const owner = permanent(Rh.OWNER, ownerAuth);
 

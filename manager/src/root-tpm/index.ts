@@ -1,5 +1,5 @@
 import { createTpm, openDevice, openSocket, type Tpm } from 'tpm2-ts-bindings';
-import { type EnrolOptions, enrol } from './enrol.js';
+import { type Enrolled, type EnrolOptions, enrol } from './enrol.js';
 import type { RootTpmEnrolment, RootTpmLocation } from './enrolment.js';
 import { examine, type TpmFacts } from './examine.js';
 import { translated } from './failure.js';
@@ -21,10 +21,10 @@ export interface RootTpm {
    * is none, one is made by the TCG template. Proves the enrolment by releasing the key once.
    * @param options.pcrSelection like `sha256:7` or `sha256:0,2,7`
    * @param options.ownerAuth for chips with an owner password
-   * @returns what to keep, and the root key (32 bytes, the caller wipes it)
+   * @returns what to keep, the root key (32 bytes, the caller wipes it), and what was there of other installations
    * @throws ManagerError `bad-request`, `tpm-unfit`, `tpm-fault`, `tpm-unreachable`
    */
-  enrol(options: EnrolOptions): Promise<{ enrolment: RootTpmEnrolment; rootKey: Buffer }>;
+  enrol(options: EnrolOptions): Promise<Enrolled>;
   /**
    * Checks that this is the TPM of the enrolment, then releases the root key (32 bytes, the caller wipes it).
    * @throws ManagerError `tpm-changed`, `tpm-emptied`, `platform-policy`, `tpm-fault`, `tpm-busy`, `tpm-lockout`,
@@ -102,7 +102,7 @@ class OpenRootTpm implements RootTpm {
     private readonly location: RootTpmLocation,
   ) {}
 
-  enrol(options: EnrolOptions): Promise<{ enrolment: RootTpmEnrolment; rootKey: Buffer }> {
+  enrol(options: EnrolOptions): Promise<Enrolled> {
     return this.#inTurn(() => enrol(this.tpm, this.location, options));
   }
 

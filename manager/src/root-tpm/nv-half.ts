@@ -3,6 +3,8 @@ import {
   Alg,
   type Entity,
   embed,
+  Ht,
+  listHandles,
   NvAttribute as N,
   NV_DefineSpace,
   NV_UndefineSpace,
@@ -69,6 +71,17 @@ export async function removeNvHalf(tpm: Tpm, session: Session, owner: Entity, ha
   } catch (error) {
     if (!(error instanceof TpmError)) throw error;
   }
+}
+
+/** Indices that look like a half of a root key: of other installations on this TPM, or of one whose home is gone. */
+export async function otherNvHalves(tpm: Tpm): Promise<number[]> {
+  const found: number[] = [];
+  for (const handle of await listHandles(tpm, Ht.NV_INDEX)) {
+    if (handle < FIRST_HANDLE || handle >= FIRST_HANDLE + HANDLES) continue;
+    const index = await readNvIndex(tpm, handle);
+    if (index && nvHalfFlaw(index, index.nvPublic.value.authPolicy) === undefined) found.push(handle);
+  }
+  return found;
 }
 
 /** Why an index is not the one that enrolment made; undefined where it is. */
