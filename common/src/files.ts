@@ -2,20 +2,35 @@ import { closeSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, statSync
 import { dirname } from 'node:path';
 
 /**
- * Creates a directory that only its owner may enter, and the directories above it; one that is there stays as it is.
- * Step by step: in a file system that refuses directories Node's `recursive` does not end (/proc) or gives another reason.
+ * Creates a directory that only its owner may enter, and the directories above it. One that is there stays as it is,
+ * where nobody else can put something in the place of its files and sockets.
+ * @throws Error where another user (root excepted) owns it or everybody may write to it
  */
 export function privateDirectory(path: string): string {
-  if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) return path;
+  makeDirectory(path);
+  const { uid, mode } = statSync(path);
+  if (uid !== 0 && uid !== process.getuid?.()) {
+    throw new Error(
+      `${path} belongs to user ${uid}, who could replace what is in it; choose another directory`,
+    );
+  }
+  if ((mode & 0o002) !== 0) {
+    throw new Error(`everybody may write to ${path} and replace what is in it; run: chmod o-w ${path}`);
+  }
+  return path;
+}
+
+/** Step by step: in a file system that refuses directories Node's `recursive` does not end (/proc) or gives another reason. */
+function makeDirectory(path: string): void {
+  if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) return;
   const parent = dirname(path);
-  if (parent !== path) privateDirectory(parent);
+  if (parent !== path) makeDirectory(parent);
   try {
     mkdirSync(path, { mode: 0o700 });
   } catch (error) {
     // Perhaps another process made it meanwhile.
     if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw error;
   }
-  return path;
 }
 
 /**

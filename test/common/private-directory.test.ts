@@ -1,0 +1,52 @@
+import assert from 'node:assert/strict';
+import { chmodSync, chownSync, mkdirSync, mkdtempSync, rmSync, statSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createLogger, privateDirectory } from 'vtpm-common';
+import { listenLocally } from 'vtpm-manager/local-socket';
+
+const NOBODY = 65534;
+
+describe('a private directory', () => {
+  let directory: string;
+  beforeEach(() => {
+    directory = mkdtempSync(join(tmpdir(), 'vtpm-private-'));
+  });
+  afterEach(() => rmSync(directory, { recursive: true, force: true }));
+
+  it('is made for its owner alone, with those above it', () => {
+    const path = privateDirectory(join(directory, 'a', 'b'));
+    for (const made of [path, join(path, '..')]) assert.equal(statSync(made).mode & 0o777, 0o700);
+    assert.equal(privateDirectory(path), path);
+  });
+
+  it('is never one that everybody may write to', () => {
+    const path = join(directory, 'open');
+    mkdirSync(path);
+    for (const mode of [0o777, 0o1777, 0o703]) {
+      chmodSync(path, mode);
+      assert.throws(() => privateDirectory(path), /everybody may write/);
+    }
+    chmodSync(path, 0o755);
+    privateDirectory(path);
+  });
+
+  it("is never another user's", function () {
+    if (process.getuid?.() !== 0) return this.skip();
+    const path = join(directory, 'theirs');
+    mkdirSync(path);
+    chownSync(path, NOBODY, NOBODY);
+    assert.throws(() => privateDirectory(path), /belongs to user 65534/);
+  });
+
+  it('I-2 the manager does not listen where another user may replace its sockets', async () => {
+    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+    const run = join(directory, 'run');
+    privateDirectory(join(run, 'manager'));
+    chmodSync(run, 0o777);
+    await assert.rejects(
+      listenLocally(join(run, 'manager', 'worker.sock'), log, (socket) => socket.destroy()),
+      /everybody may write/,
+    );
+  });
+});
