@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { type Paths, pathsOf } from 'vtpm-common';
+import { SmallDisk } from './small-disk.js';
 import { type Swtpm, startSwtpm } from './swtpm.js';
 import { until } from './until.js';
 
@@ -44,18 +45,21 @@ export class Installation {
     readonly directory: string,
     readonly home: string,
     readonly tpm: Swtpm | undefined,
+    /** Under the home, where the test asked for one. */
+    readonly disk: SmallDisk | undefined,
   ) {
     this.paths = pathsOf(home);
   }
 
   /** Initialised, and allowed to run the worker image of this build; no daemon runs yet. */
   static async create(
-    options: { tpm?: 'swtpm' | 'embedded'; initArgs?: string[] } = {},
+    options: { tpm?: 'swtpm' | 'embedded'; initArgs?: string[]; homeDisk?: string } = {},
   ): Promise<Installation> {
     const directory = mkdtempSync(join(tmpdir(), 'vtpm-'));
     const home = join(directory, 'h');
     const tpm = options.tpm === 'embedded' ? undefined : await startSwtpm();
-    const installation = new Installation(directory, home, tpm);
+    const disk = options.homeDisk ? SmallDisk.mount(home, options.homeDisk) : undefined;
+    const installation = new Installation(directory, home, tpm, disk);
     const tpmArgs = tpm ? ['--tpm', `unix:${tpm.socket}`] : ['--tpm', 'embedded', '--yes-embedded'];
     const init = await installation.ctl('init', ...tpmArgs, ...(options.initArgs ?? []));
     if (init.code !== 0) {
@@ -89,7 +93,9 @@ export class Installation {
   }
 
   /** Starts the supervisor, waits until it answers, and allows the image it runs. */
-  async startSupervisor(options: { args?: string[] } = {}): Promise<Answer> {
+  async startSupervisor(
+    options: { args?: string[]; nodeArgs?: string[]; env?: NodeJS.ProcessEnv } = {},
+  ): Promise<Answer> {
     this.supervisor = this.#daemon('supervisor', 'toolstack/bin/vtpm-supervisord.js', options);
     const health = await this.#healthy(this.supervisor, 'supervisor', () =>
       this.supervisord('GET', '/health'),
@@ -149,6 +155,7 @@ export class Installation {
     await end(this.supervisor, 'SIGTERM');
     await end(this.manager, 'SIGTERM');
     await this.tpm?.stop();
+    this.disk?.unmount();
     rmSync(this.directory, { recursive: true, force: true });
   }
 
