@@ -277,7 +277,7 @@ export class Vtpm {
   async #newLink(worker: WorkerProcess): Promise<void> {
     if (this.#hasNoLink) return;
     this.#hasNoLink = true;
-    this.#log.warn('the manager is away: the worker saves nothing until it is back');
+    this.#log.warn('the manager is away: the worker holds what must be saved');
     // A worker that keeps losing links gets them, and the log its lines, at a bounded rate.
     if (performance.now() - this.#linkedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
     const { workerSocket } = this.#context.paths.manager;
