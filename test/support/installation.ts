@@ -151,9 +151,14 @@ export class Installation {
       .join('');
   }
 
-  async destroy(): Promise<void> {
+  /** Both in order, as an operator does. */
+  async stopDaemons(): Promise<void> {
     await end(this.supervisor, 'SIGTERM');
     await end(this.manager, 'SIGTERM');
+  }
+
+  async destroy(): Promise<void> {
+    await this.stopDaemons();
     await this.tpm?.stop();
     this.disk?.unmount();
     rmSync(this.directory, { recursive: true, force: true });
