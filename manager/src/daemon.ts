@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
-import { type Finding, type Logger, type Paths, VERSION } from 'vtpm-common';
+import { type Finding, type Logger, type Paths, privateDirectory, VERSION } from 'vtpm-common';
 import { type AdminPlane, type Health, serveAdmin } from './admin/server.js';
 import { expectationOf, judge } from './doctor/index.js';
 import { type Enrolment, readEnrolment, type UnverifiedEnrolment } from './enrolment.js';
@@ -77,6 +77,8 @@ class Manager implements Daemon {
 
   async start(): Promise<void> {
     const file = readEnrolment(this.#paths);
+    // Who may write to it may replace the manager's own directory in it.
+    privateDirectory(this.options.paths.run);
     this.#admin = await serveAdmin({
       path: this.#paths.adminSocket,
       log: this.#log,

@@ -28,8 +28,6 @@ export async function listenLocally(
   onConnection: (socket: Socket, peer: PeerCredentials) => void,
 ): Promise<LocalListener> {
   checkSocketPath(path);
-  // Who may write to the run directory may replace the manager's own in it.
-  privateDirectory(dirname(dirname(path)));
   privateDirectory(dirname(path));
   removeStaleSocket(path);
   const server = createServer({ allowHalfOpen: false }, (socket) => {

@@ -2,8 +2,8 @@ import assert from 'node:assert/strict';
 import { chmodSync, chownSync, mkdirSync, mkdtempSync, rmSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createLogger, privateDirectory } from 'vtpm-common';
-import { listenLocally } from 'vtpm-manager/local-socket';
+import { privateDirectory } from 'vtpm-common';
+import { ManagerInstallation } from '../support/manager-process.js';
 
 const NOBODY = 65534;
 
@@ -40,13 +40,17 @@ describe('a private directory', () => {
   });
 
   it('I-2 the manager does not listen where another user may replace its sockets', async () => {
-    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
-    const run = join(directory, 'run');
-    privateDirectory(join(run, 'manager'));
-    chmodSync(run, 0o777);
-    await assert.rejects(
-      listenLocally(join(run, 'manager', 'worker.sock'), log, (socket) => socket.destroy()),
-      /everybody may write/,
-    );
+    const manager = new ManagerInstallation();
+    try {
+      await manager.init('embedded');
+      const run = join(manager.home, 'run');
+      privateDirectory(run);
+      chmodSync(run, 0o777);
+      await assert.rejects(manager.start(), /everybody may write/);
+      chmodSync(run, 0o700);
+      await manager.start();
+    } finally {
+      await manager.remove();
+    }
   });
 });
