@@ -88,6 +88,8 @@ function receive(
       stream.close();
     }
   });
+  // The manager may end a call whose other half, ours, is open. Trailers come before the end.
+  stream.on('end', () => stream.close());
   stream.on('error', () => {});
   stream.on('close', () => {
     onEnd(
