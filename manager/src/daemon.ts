@@ -138,13 +138,15 @@ class Manager implements Daemon {
   }
 
   async #openService(keys: KeyHierarchy, storeRoots: readonly Buffer[] | undefined): Promise<Service> {
-    const service: Service = await openService(keys, {
+    let service: Service | undefined;
+    service = await openService(keys, {
       paths: this.#paths,
       log: this.#log,
       storeSandbox: this.options.storeSandbox,
       storeReserve: this.options.storeReserve,
       storeRoots,
-      onLost: (error) => void this.#reopen(keys, service, error),
+      // Lost while it is being opened: that fails with the same error.
+      onLost: (error) => void (service && this.#reopen(keys, service, error)),
     });
     return service;
   }
