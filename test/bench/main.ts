@@ -11,7 +11,7 @@ import { startSuite } from './start-rows.js';
 
 const USAGE = `Usage: npm run bench -- [--only PATTERN] [--json FILE] [--svg FILE] [--full]
 
-Measures this service beside Debian's swtpm and prints a table. Takes about five minutes.
+Measures this service beside Debian's swtpm and prints a table. Takes about three minutes.
 
   --only PATTERN  only rows whose name matches the regular expression, in any case
   --json FILE     also writes {machine, rows: [{name, unit, ours: {p50, p99}, peer: {name, p50, p99}, ratio, note}]}
