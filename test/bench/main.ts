@@ -44,6 +44,9 @@ if (!SUITES.some((suite) => suite.names.some(wanted))) {
   process.exit(64);
 }
 
+// What was started ends with this process.
+for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => process.exit(1));
+
 const host = machine();
 const rows: Row[] = [];
 console.log(heading());

@@ -32,10 +32,14 @@ describe('I-3 at most one live copy of a vTPM on a host', () => {
     await installation.vtpm('web1', '--isolation', 'none');
     const old = await installation.workerPid('web1');
     process.kill(old, 'SIGSTOP');
-    await installation.killSupervisor();
-    assert.ok(isRunning(old), 'positive control: without reaping the old worker lives on');
-    await installation.startSupervisor();
-    assert.ok(!isRunning(old), 'the old worker is gone before anything can be asked of the new supervisor');
+    try {
+      await installation.killSupervisor();
+      assert.ok(isRunning(old), 'positive control: without reaping the old worker lives on');
+      await installation.startSupervisor();
+      assert.ok(!isRunning(old), 'the old worker is gone before anything can be asked of the new supervisor');
+    } finally {
+      if (isRunning(old)) process.kill(old, 'SIGKILL');
+    }
     await installation.ctlJson('start', 'web1');
     assert.equal(liveWorkers(installation).length, 1);
   });

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { type Paths, pathsOf } from 'vtpm-common';
+import { reapAtExit } from './reap.js';
 import { SmallDisk } from './small-disk.js';
 import { type Swtpm, startSwtpm } from './swtpm.js';
 import { until } from './until.js';
@@ -178,10 +179,12 @@ export class Installation {
       '--log-format',
       'json',
     ];
-    const child = spawn(process.execPath, [...args, ...(options.args ?? [])], {
-      env: cleanEnvironment(options.env),
-      stdio: ['ignore', 'pipe', 'pipe'],
-    });
+    const child = reapAtExit(
+      spawn(process.execPath, [...args, ...(options.args ?? [])], {
+        env: cleanEnvironment(options.env),
+        stdio: ['ignore', 'pipe', 'pipe'],
+      }),
+    );
     child.stdout?.pipe(log, { end: false });
     child.stderr?.pipe(log, { end: false });
     return child;

@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { reapAtExit } from './reap.js';
 import { until } from './until.js';
 
 /** A software TPM of its own process that stands in for a chip. One client at a time on its data socket. */
@@ -70,6 +71,7 @@ async function launch(directory: string, socket: string, flags: string): Promise
     ],
     { stdio: ['ignore', 'ignore', 'pipe'] },
   );
+  reapAtExit(child);
   let complaint = '';
   child.stderr?.on('data', (chunk: Buffer) => {
     complaint += chunk.toString();
