@@ -2,6 +2,7 @@ export * from './barrier.js';
 export * from './clock.js';
 export * from './config.js';
 export * from './config-error.js';
+export * from './file-system-failure.js';
 export * from './files.js';
 export * from './finding.js';
 export * from './free-space.js';

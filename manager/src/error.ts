@@ -1,3 +1,5 @@
+import { fileSystemFailure } from 'vtpm-common';
+
 /**
  * Why the manager refuses or fails. The code is the machine-readable reason in gRPC details, admin answers and logs.
  */
@@ -59,40 +61,12 @@ export class ManagerError extends Error {
   /** Anything caught, as a ManagerError. */
   static from(unknown: unknown, context = 'unexpected failure'): ManagerError {
     if (unknown instanceof ManagerError) return unknown;
-    const unwritable = ofFileSystem(unknown);
-    if (unwritable) return unwritable;
+    const failure = fileSystemFailure(unknown, "the manager's user");
+    if (failure) return new ManagerError(failure.code, failure.message, { cause: unknown });
     return new ManagerError(
       'internal',
       `${context}: ${unknown instanceof Error ? unknown.message : String(unknown)}`,
       { cause: unknown },
     );
   }
-}
-
-/** What a disk that is full, read-only or not ours answers to opening, making and removing files. */
-function ofFileSystem(unknown: unknown): ManagerError | undefined {
-  if (!(unknown instanceof Error)) return undefined;
-  const { code, path, syscall, message } = unknown as NodeJS.ErrnoException;
-  if (code === 'ENOSPC' || code === 'EDQUOT') {
-    return new ManagerError(
-      'store-full',
-      `${path ?? 'a file'} cannot be written: its disk is full; make room`,
-      {
-        cause: unknown,
-      },
-    );
-  }
-  // Of a socket these say who may connect, not what may be written.
-  if (
-    path !== undefined &&
-    syscall !== 'connect' &&
-    (code === 'EROFS' || code === 'EACCES' || code === 'EPERM')
-  ) {
-    return new ManagerError(
-      'home-unwritable',
-      `${path} cannot be written (${message}): mount it writable, and see that it belongs to the manager's user`,
-      { cause: unknown },
-    );
-  }
-  return undefined;
 }

@@ -1,3 +1,5 @@
+import { fileSystemFailure } from 'vtpm-common';
+
 /**
  * Why the supervisor or vtpmctl refuses or fails. The code travels in the supervisor's answers
  * (`{error: {code, message}}`) and decides vtpmctl's exit status.
@@ -70,8 +72,8 @@ export class ToolstackError extends Error {
   /** Anything caught, as a ToolstackError. */
   static from(unknown: unknown, context = 'unexpected failure'): ToolstackError {
     if (unknown instanceof ToolstackError) return unknown;
-    const unwritable = ofFileSystem(unknown);
-    if (unwritable) return unwritable;
+    const failure = fileSystemFailure(unknown, "the supervisor's user");
+    if (failure) return new ToolstackError(failure.code, failure.message, { cause: unknown });
     return new ToolstackError(
       'internal',
       `${context}: ${unknown instanceof Error ? unknown.message : String(unknown)}`,
@@ -83,32 +85,4 @@ export class ToolstackError extends Error {
 /** Whether a code read from the wire is one of ours. */
 export function isToolstackErrorCode(code: unknown): code is ToolstackErrorCode {
   return typeof code === 'string' && CODES.has(code);
-}
-
-/** What a disk that is full, read-only or not ours answers to opening, making and removing files. */
-function ofFileSystem(unknown: unknown): ToolstackError | undefined {
-  if (!(unknown instanceof Error)) return undefined;
-  const { code, path, syscall, message } = unknown as NodeJS.ErrnoException;
-  if (code === 'ENOSPC' || code === 'EDQUOT') {
-    return new ToolstackError(
-      'store-full',
-      `${path ?? 'a file'} cannot be written: its disk is full; make room`,
-      {
-        cause: unknown,
-      },
-    );
-  }
-  // Of a socket these say who may connect, not what may be written.
-  if (
-    path !== undefined &&
-    syscall !== 'connect' &&
-    (code === 'EROFS' || code === 'EACCES' || code === 'EPERM')
-  ) {
-    return new ToolstackError(
-      'home-unwritable',
-      `${path} cannot be written (${message}): mount it writable, and see that it belongs to the supervisor's user`,
-      { cause: unknown },
-    );
-  }
-  return undefined;
 }

@@ -2,13 +2,9 @@ import { randomBytes } from 'node:crypto';
 import { bootId, monotonicMs } from 'vtpm-common';
 import {
   bytesEqual,
-  decode,
-  expectLength,
-  type Hello,
   type LoadRequest,
   type LoadResponse,
   type ManagerFrame,
-  ProtoError,
   type RecordHeader,
   type Session,
   sealBox,
@@ -33,7 +29,8 @@ import {
 import type { AnchoredStore } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import { VtpmEvents } from './events.js';
-import { type HeldRecord, LiveSession, openFrame } from './live-session.js';
+import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
+import { type HeldRecord, LiveSession } from './live-session.js';
 import { Slot } from './slot.js';
 import { type CheckedLoad, checkAgainstRecord, checkTicket, type TicketEnvironment } from './ticket-check.js';
 
@@ -350,46 +347,6 @@ export class VtpmRegistry {
   #emit(type: Parameters<VtpmEvents['emit']>[0]['type'], header: RecordHeader): void {
     const { epoch, generation } = header;
     this.events.emit({ type, id: uuidToText(header.vtpmUuid), epoch, generation });
-  }
-}
-
-function readUuid(first: WorkerFrame): string {
-  try {
-    expectLength('session id', first.sessionId, 16);
-    return uuidToText(first.vtpmUuid);
-  } catch (error) {
-    throw new ManagerError('bad-request', `${first.type}: ${(error as Error).message}`, { cause: error });
-  }
-}
-
-function readHello(cipher: ReturnType<typeof sessionCipher>, first: WorkerFrame): Hello {
-  try {
-    return decode('Hello', openFrame(cipher, first));
-  } catch (error) {
-    if (error instanceof ManagerError && error.code === 'bad-request') {
-      throw new ManagerError('wrong-worker', error.message, { cause: error });
-    }
-    if (!(error instanceof ProtoError)) throw error;
-    throw new ManagerError('bad-request', `${first.type}: ${error.message}`, { cause: error });
-  }
-}
-
-/** A recorded first frame is no use later: its link number is used up, or it knows less than the record. */
-function checkFirstFrame(slot: Slot, session: Session, first: WorkerFrame, hello: Hello): void {
-  const newest = slot.newestLink;
-  const isReplay =
-    newest && bytesEqual(newest.sessionId, session.sessionId) && first.sequence <= newest.number;
-  if (isReplay || hello.lastSent < session.lastSequence) {
-    throw new ManagerError(
-      'wrong-worker',
-      `${first.type} of link ${first.sequence} was used before; count links up`,
-    );
-  }
-  if (hello.lastAcknowledged > session.lastSequence) {
-    throw new ManagerError(
-      'rollback-detected',
-      `the worker has an acknowledgement of save ${hello.lastAcknowledged}, the store ends at ${session.lastSequence}: the store is an older one`,
-    );
   }
 }
 
