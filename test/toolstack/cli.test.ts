@@ -434,6 +434,29 @@ describe('vtpmctl', () => {
       assert.deepEqual([code, said], [5, 'ready\nasked\n']);
     });
 
+    it('hands a signal on that comes while the program is being started', async () => {
+      // spawn returns late, as on a busy machine: by then the program runs.
+      const hook = `
+        import child from 'node:child_process';
+        import { syncBuiltinESMExports } from 'node:module';
+        const { spawn } = child;
+        child.spawn = (...args) => {
+          const started = spawn(...args);
+          Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1000);
+          return started;
+        };
+        syncBuiltinESMExports();`;
+      const url = `data:text/javascript,${encodeURIComponent(hook)}`;
+      const script = 'trap "exit 5" TERM; echo ready; for i in $(seq 200); do sleep 0.05; done';
+      const child = spawn(
+        process.execPath,
+        ['--import', url, vtpmctl, '--home', desk.paths.home, 'exec', 'web1', 'sh', '-c', script],
+        { stdio: ['ignore', 'pipe', 'inherit'] },
+      );
+      child.stdout.once('data', () => child.kill('SIGTERM'));
+      assert.deepEqual(await once(child, 'exit'), [5, null]);
+    });
+
     it('refuses what is not running and programs that do not exist', async () => {
       const stopped = await desk.ctl(['exec', 'web2', '--', 'true']);
       assert.equal(stopped.code, 3);

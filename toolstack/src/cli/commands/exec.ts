@@ -1,4 +1,4 @@
-import { spawn } from 'node:child_process';
+import { type ChildProcess, spawn } from 'node:child_process';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 
@@ -32,17 +32,20 @@ export async function exec(
     );
   }
   const tcti = `swtpm:path=${vtpm.sockets.tcti}`;
-  const child = spawn(program, args, {
+  let child: ChildProcess | undefined;
+  // Before the program exists: it may run before `spawn` has returned, and a signal that comes then is meant for it.
+  for (const signal of FORWARDED) {
+    process.on(signal, () => {
+      if (!(process.stdin.isTTY && FROM_TERMINAL.has(signal))) child?.kill(signal);
+    });
+  }
+  const running = spawn(program, args, {
     stdio: 'inherit',
     env: { ...process.env, TPM2TOOLS_TCTI: tcti, TSS2_TCTI: tcti },
   });
-  for (const signal of FORWARDED) {
-    process.on(signal, () => {
-      if (!(process.stdin.isTTY && FROM_TERMINAL.has(signal))) child.kill(signal);
-    });
-  }
+  child = running;
   return await new Promise((resolve, reject) => {
-    child.once('error', (cause: NodeJS.ErrnoException) => {
+    running.once('error', (cause: NodeJS.ErrnoException) => {
       reject(
         new ToolstackError(
           'bad-request',
@@ -55,7 +58,7 @@ export async function exec(
         ),
       );
     });
-    child.once('exit', (code, signal) => {
+    running.once('exit', (code, signal) => {
       for (const name of FORWARDED) process.removeAllListeners(name);
       if (signal) process.kill(process.pid, signal);
       resolve(code ?? 1);
