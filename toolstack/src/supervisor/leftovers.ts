@@ -1,4 +1,12 @@
-import { readdirSync, readFileSync, readlinkSync, renameSync, statSync, writeFileSync } from 'node:fs';
+import {
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  realpathSync,
+  renameSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { bootId, type Logger } from 'vtpm-common';
 import { killAndWait, type ProcessId, processId } from './processes.js';
@@ -76,12 +84,15 @@ function fromImages(directory: string): ProcessId[] {
     const root = identityOf(join(directory, name, 'root'));
     if (root) roots.add(root);
   }
+  if (roots.size === 0) return [];
+  // The kernel names programs without symbolic links; --home may lead through one.
+  const programs = `${realpathSync(directory)}/`;
   const found: ProcessId[] = [];
-  for (const name of roots.size === 0 ? [] : listDirectory('/proc')) {
+  for (const name of listDirectory('/proc')) {
     const pid = Number(name);
     if (!Number.isInteger(pid) || pid === process.pid) continue;
     const root = identityOf(`/proc/${pid}/root/`);
-    if ((root && roots.has(root)) || linkOf(`/proc/${pid}/exe`).startsWith(`${directory}/`)) {
+    if ((root && roots.has(root)) || linkOf(`/proc/${pid}/exe`).startsWith(programs)) {
       const id = processId(pid);
       if (id) found.push(id);
     }
