@@ -230,6 +230,26 @@ describe('worker: doors', () => {
       assert.deepEqual(await loaded(TRANSIENT), []);
     });
 
+    it('I-10: takes no more control commands from a client that does not take its answers', async () => {
+      const client = worker.connect('tcti-ctrl');
+      const other = worker.connect('tcti-ctrl');
+      client.socket.pause();
+      let sent = 0;
+      const ask = async (): Promise<void> => {
+        client.send('00000004');
+        sent += 1;
+        other.send('00000001');
+        await other.bytes(8);
+      };
+      // Each is a request of its own: the worker has served the other client since.
+      while (client.socket.writableLength === 0 && sent < 30_000) await ask();
+      assert.ok(client.socket.writableLength > 0, 'the worker keeps answers without bound');
+      client.socket.resume();
+      await client.bytes(8);
+      client.close();
+      other.close();
+    });
+
     it('answers the control commands of a client, and no others', async () => {
       const control = worker.connect('tcti-ctrl');
       const ask = async (request: string, length: number): Promise<string> => {

@@ -54,7 +54,11 @@ export function serveTctiControl(
   onClosed: () => void,
 ): { close(): void } {
   const socket = new Socket({ fd });
-  socket.on('data', (chunk: Buffer) => socket.write(answerControl(chunk, target)));
+  // A client that takes no answers waits: they are not kept for it without bound.
+  socket.on('data', (chunk: Buffer) => {
+    if (!socket.write(answerControl(chunk, target))) socket.pause();
+  });
+  socket.on('drain', () => socket.resume());
   socket.on('error', () => {});
   socket.on('close', onClosed);
   return { close: () => void socket.destroy() };
