@@ -31,6 +31,8 @@ function makeDirectory(path: string): void {
     // Perhaps another process made it meanwhile.
     if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw error;
   }
+  // What is written into it durably must not lose its way after a power loss.
+  syncDirectory(parent);
 }
 
 /**

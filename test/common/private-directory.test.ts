@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
-import { chmodSync, chownSync, mkdirSync, mkdtempSync, rmSync, statSync } from 'node:fs';
+import fs, { chmodSync, chownSync, mkdirSync, mkdtempSync, rmSync, statSync } from 'node:fs';
+import { syncBuiltinESMExports } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { privateDirectory } from 'vtpm-common';
@@ -18,6 +19,23 @@ describe('a private directory', () => {
     const path = privateDirectory(join(directory, 'a', 'b'));
     for (const made of [path, join(path, '..')]) assert.equal(statSync(made).mode & 0o777, 0o700);
     assert.equal(privateDirectory(path), path);
+  });
+
+  it('I-5 is still there after a power loss, with those above it', () => {
+    const { fsyncSync } = fs;
+    const synced: string[] = [];
+    fs.fsyncSync = (fd) => {
+      synced.push(fs.readlinkSync(`/proc/self/fd/${fd}`));
+      fsyncSync(fd);
+    };
+    syncBuiltinESMExports();
+    try {
+      privateDirectory(join(directory, 'a', 'b'));
+    } finally {
+      fs.fsyncSync = fsyncSync;
+      syncBuiltinESMExports();
+    }
+    assert.deepEqual(synced, [directory, join(directory, 'a')]);
   });
 
   it('is never one that everybody may write to', () => {
