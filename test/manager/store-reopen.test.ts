@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
 import { cpSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { type IncomingMessage, request } from 'node:http';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { ManagerError } from 'vtpm-manager';
@@ -83,6 +85,16 @@ describe('the store after its process ended', () => {
     await until('the store is open again', () => manager.stderr.includes('is open again'));
     const { body } = await manager.admin('GET', '/vtpms');
     assert.equal((body.vtpms as { generation: number }[])[0]?.generation, 2);
+  });
+
+  it('who follows the events is told that none come from there any more', async () => {
+    await withOldCopy();
+    const call = request({ socketPath: manager.paths.adminSocket, path: '/events' }).end();
+    const [stream] = (await once(call, 'response')) as [IncomingMessage];
+    const ended = once(stream.resume(), 'end');
+    endStoreProcess();
+    await ended;
+    await until('the store is open again', () => manager.stderr.includes('is open again'));
   });
 
   it('a commit of which nobody knows whether it happened may be there or not', async () => {

@@ -5,7 +5,7 @@ const HEARTBEAT_MS = 10_000;
 /** A reader that lags this far is cut off: it asks again and lists anew. */
 const MAX_BACKLOG_BYTES = 1024 * 1024;
 
-/** One JSON object a line until the caller hangs up. */
+/** One JSON object a line until the caller hangs up, or the store is lost: who asks again then lists anew. */
 export function streamEvents(response: ServerResponse, events: VtpmEvents, instance: string): void {
   response.writeHead(200, { 'content-type': 'application/x-ndjson' });
   const write = (value: object): void => {
@@ -13,9 +13,12 @@ export function streamEvents(response: ServerResponse, events: VtpmEvents, insta
     if (response.writableLength > MAX_BACKLOG_BYTES) response.destroy();
   };
   write({ type: 'hello', instance });
-  const unsubscribe = events.subscribe(({ type, id, epoch, generation }) => {
-    write({ type, id, epoch: Number(epoch), generation: Number(generation) });
-  });
+  const unsubscribe = events.subscribe(
+    ({ type, id, epoch, generation }) => {
+      write({ type, id, epoch: Number(epoch), generation: Number(generation) });
+    },
+    () => response.end(),
+  );
   const heartbeat = setInterval(() => write({ type: 'heartbeat' }), HEARTBEAT_MS);
   heartbeat.unref();
   response.once('close', () => {

@@ -199,6 +199,7 @@ export class VtpmRegistry {
       await slot.idle();
       slot.live?.end(error);
     }
+    this.events.end();
   }
 
   async #loadInto(slot: Slot, checked: CheckedLoad, connection: WorkerConnection): Promise<LoadResponse> {
