@@ -31,6 +31,8 @@ export interface Health {
 export interface AdminOptions {
   readonly path: string;
   readonly log: Logger;
+  /** That a caller has to send a whole request. */
+  readonly requestTimeoutMs?: number;
   health(): Health;
   /** What `GET /doctor` says of the TPM; works while locked too. */
   doctor(): Promise<Finding[]>;
@@ -43,18 +45,25 @@ export interface AdminPlane {
 }
 
 const REQUEST_TIMEOUT_MS = 10_000;
+const CHECK_INTERVAL_MS = 1_000;
 const MAX_HEADER_BYTES = 16 * 1024;
 
 /** HTTP + JSON for the operator on a unix socket of mode 0600. Every change is in the log with the caller's uid. */
 export async function serveAdmin(options: AdminOptions): Promise<AdminPlane> {
   const callers = new WeakMap<Socket, number>();
   const server = createServer(
-    { requestTimeout: REQUEST_TIMEOUT_MS, maxHeaderSize: MAX_HEADER_BYTES },
+    {
+      requestTimeout: options.requestTimeoutMs ?? REQUEST_TIMEOUT_MS,
+      connectionsCheckingInterval: CHECK_INTERVAL_MS,
+      maxHeaderSize: MAX_HEADER_BYTES,
+    },
     (request, response) => {
       response.on('error', () => undefined);
       void answer(request, response, options, callers.get(request.socket));
     },
   );
+  // Its connections come from the listener below; this starts the watch over their time limits all the same.
+  server.emit('listening');
   const listener = await listenLocally(options.path, options.log, (socket, peer) => {
     callers.set(socket, peer.uid);
     server.emit('connection', socket);
@@ -63,6 +72,7 @@ export async function serveAdmin(options: AdminOptions): Promise<AdminPlane> {
     close: async () => {
       await listener.close();
       server.closeAllConnections();
+      server.close();
     },
   };
 }

@@ -1,0 +1,55 @@
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { connect } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createLogger } from 'vtpm-common';
+import { type AdminPlane, serveAdmin } from 'vtpm-manager/admin/server';
+
+describe('connections of the admin plane', () => {
+  let directory: string;
+  let path: string;
+  let plane: AdminPlane;
+  const unused = (): never => assert.fail('no call is made');
+  const serve = async (requestTimeoutMs: number): Promise<void> => {
+    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+    plane = await serveAdmin({
+      path,
+      log,
+      requestTimeoutMs,
+      health: unused,
+      doctor: unused,
+      service: unused,
+    });
+  };
+  beforeEach(() => {
+    directory = mkdtempSync(join(tmpdir(), 'vtpm-admin-'));
+    path = join(directory, 'admin.sock');
+  });
+  afterEach(async () => {
+    await plane.close();
+    rmSync(directory, { recursive: true });
+  });
+
+  for (const begin of ['', 'GET /heal', 'POST /images HTTP/1.1\r\nhost: x\r\n']) {
+    it(`I-10: are closed where no request comes after ${JSON.stringify(begin)}`, async () => {
+      await serve(100);
+      const socket = connect(path);
+      socket.write(begin);
+      await once(socket.resume(), 'close');
+    });
+  }
+
+  it('end with it', async () => {
+    await serve(60_000);
+    const socket = connect(path);
+    socket.on('error', () => undefined);
+    socket.write('GET /heal');
+    await once(socket, 'connect');
+    await new Promise((resolve) => setImmediate(resolve));
+    const closed = once(socket.resume(), 'close');
+    await plane.close();
+    await closed;
+  });
+});
