@@ -38,6 +38,8 @@ export async function listenLocally(
     else socket.destroy();
   });
   await listening(server, path);
+  // The next connection may be accepted again; without a handler this one would end the process.
+  server.on('error', (error) => log.warn({ socket: path, reason: error.message }, 'a connection was lost'));
   chmodSync(path, 0o600);
   return { close: () => closed(server) };
 }

@@ -1,7 +1,8 @@
 import assert from 'node:assert/strict';
+import diagnostics from 'node:diagnostics_channel';
 import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
-import { connect } from 'node:net';
+import { connect, type Server } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createLogger } from 'vtpm-common';
@@ -40,6 +41,21 @@ describe('connections of the admin plane', () => {
       await once(socket.resume(), 'close');
     });
   }
+
+  it('that are lost while they are accepted do not end the manager', async () => {
+    await serve(60_000);
+    const accepted = new Promise<Server>((resolve) => {
+      diagnostics.subscribe('net.server.socket', function take(message) {
+        diagnostics.unsubscribe('net.server.socket', take);
+        resolve((message as { socket: { _server: Server } }).socket._server);
+      });
+    });
+    connect(path).on('error', () => undefined);
+    const server = await accepted;
+    for (let time = 0; time < 2; time++) {
+      assert.doesNotThrow(() => server.emit('error', new Error('accept ENFILE')));
+    }
+  });
 
   it('end with it', async () => {
     await serve(60_000);

@@ -28,6 +28,8 @@ export async function serveApi(supervisor: Supervisor, path: string, log: Logger
   server.maxConnections = 256;
   server.on('connection', refuseStrangers);
   await listen(server, checkSocketPath(path));
+  // The next connection may be accepted again; without a handler this one would end the process.
+  server.on('error', (error) => log.warn({ socket: path, reason: error.message }, 'a connection was lost'));
   return {
     close: () =>
       new Promise((resolve) => {
