@@ -2,8 +2,10 @@ import assert from 'node:assert/strict';
 import { once } from 'node:events';
 import { createConnection, createServer, type Server } from 'node:net';
 import { join } from 'node:path';
+import { createLogger } from 'vtpm-common';
 import type { ToolstackError } from 'vtpm-toolstack/error';
 import { connectWorkerLink, connectWorkerLinkAgain } from 'vtpm-toolstack/supervisor/manager-link';
+import { WorkerLinks } from 'vtpm-toolstack/supervisor/worker-links';
 import { removeDirectory, temporaryDirectory, until } from './supervisor-fixture.js';
 
 describe('a manager link', () => {
@@ -42,5 +44,31 @@ describe('a manager link', () => {
     await once(server.listen(path), 'listening');
     (await link)?.destroy();
     assert.equal(await connectWorkerLinkAgain(path, () => false), undefined);
+  });
+
+  it('of one worker is no matter of the next worker of the same vTPM', async () => {
+    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+    const worker = () => ({
+      hasEnded: false,
+      passed: 0,
+      pass() {
+        this.passed++;
+      },
+    });
+    const first = worker();
+    const firstLinks = new WorkerLinks(first, path, log);
+    const waiting = firstLinks.lost();
+    first.hasEnded = true;
+    // While the first one's search is still going on, and the manager away:
+    const second = worker();
+    const links = new WorkerLinks(second, path, log);
+    const served = links.lost();
+    await waiting;
+    await once(server.listen(path), 'listening');
+    await served;
+    assert.deepEqual([first.passed, second.passed], [0, 1]);
+    links.up();
+    await links.lost();
+    assert.equal(second.passed, 2, 'it can be lost again');
   });
 });

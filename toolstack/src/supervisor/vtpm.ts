@@ -1,6 +1,5 @@
 import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
 import { bootId, type Logger, type Paths, type Settings, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { WorkerMessage } from './control-protocol.js';
@@ -10,11 +9,12 @@ import type { Entry } from './entry.js';
 import type { WorkerImage } from './image.js';
 import { confinementOf } from './layers.js';
 import type { WorkerLedger } from './leftovers.js';
-import { connectWorkerLink, connectWorkerLinkAgain } from './manager-link.js';
+import { connectWorkerLink } from './manager-link.js';
 import { killAndWait, type ProcessId } from './processes.js';
 import { bareCommand, sandboxCommand } from './sandbox.js';
 import { type TicketOffice, ticketText } from './ticket-office.js';
 import type { VtpmList } from './vtpm-list.js';
+import { WorkerLinks } from './worker-links.js';
 import { type WorkerEnd, WorkerProcess } from './worker-process.js';
 
 /** What every vTPM of a supervisor shares. */
@@ -68,8 +68,6 @@ export interface VtpmView {
 /** A worker under load on a small machine takes seconds; one that takes longer hangs. */
 const READY_LIMIT_MS = 30_000;
 const SERVING_LIMIT_MS = 60_000;
-const PASS_RETRY_MS = 50;
-const LINK_PAUSE_MS = 200;
 
 /** One vTPM: its entry in the list, and its worker while it has one. */
 export class Vtpm {
@@ -81,9 +79,6 @@ export class Vtpm {
   #lingering: readonly ProcessId[] = [];
   #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #isRemoved = false;
-  #hasNoLink = false;
-  #awaitsLinkUp = false;
-  #linkedAt = Number.NEGATIVE_INFINITY;
 
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
@@ -219,8 +214,9 @@ export class Vtpm {
         link,
         logPath: join(paths.log, `vtpm-${this.#entry.name}.log`),
         ledger,
-        onMessage: (message) => this.#take(worker, message),
+        onMessage: (message) => this.#take(links, message),
       });
+      const links = new WorkerLinks(worker, paths.manager.workerSocket, this.#log);
       return worker;
     } finally {
       link.destroy();
@@ -263,38 +259,13 @@ export class Vtpm {
     }
   }
 
-  #take(worker: WorkerProcess, message: WorkerMessage): void {
+  #take(links: WorkerLinks, message: WorkerMessage): void {
     if (message.type === 'link-lost') {
-      void this.#newLink(worker);
-    } else if (message.type === 'link-up' && this.#awaitsLinkUp) {
-      this.#awaitsLinkUp = false;
-      this.#log.info('the worker is connected to the manager again');
+      void links.lost();
+    } else if (message.type === 'link-up') {
+      links.up();
     } else if (message.type === 'connection-closed' && 'doors' in this.#state) {
       this.#state.doors.forget(message.id);
-    }
-  }
-
-  async #newLink(worker: WorkerProcess): Promise<void> {
-    if (this.#hasNoLink) return;
-    this.#hasNoLink = true;
-    this.#log.warn('the manager is away: the worker holds what must be saved');
-    // A worker that keeps losing links gets them, and the log its lines, at a bounded rate.
-    if (performance.now() - this.#linkedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
-    const { workerSocket } = this.#context.paths.manager;
-    while (this.#hasNoLink) {
-      const link = await connectWorkerLinkAgain(workerSocket, () => !worker.hasEnded);
-      this.#hasNoLink = link !== undefined;
-      try {
-        if (link) worker.pass(socketFd(link), { type: 'link' });
-        this.#hasNoLink = false;
-        this.#linkedAt = performance.now();
-        this.#awaitsLinkUp = link !== undefined;
-      } catch (error) {
-        this.#log.debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
-        await delay(PASS_RETRY_MS);
-      } finally {
-        link?.destroy();
-      }
     }
   }
 

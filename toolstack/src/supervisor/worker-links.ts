@@ -1,0 +1,53 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import { type Logger, socketFd } from 'vtpm-common';
+import { connectWorkerLinkAgain } from './manager-link.js';
+import type { WorkerProcess } from './worker-process.js';
+
+/** A worker that keeps losing links gets them, and the log its lines, at a bounded rate. */
+const LINK_PAUSE_MS = 200;
+const PASS_RETRY_MS = 50;
+
+/**
+ * New manager links for one worker, after a restart of the manager. The state is the worker's own: the next worker of
+ * the same vTPM must not wait for, nor be taken for served by, what was going on for this one.
+ */
+export class WorkerLinks {
+  #state: 'linked' | 'wanting' | 'passed' = 'linked';
+  #passedAt = Number.NEGATIVE_INFINITY;
+
+  constructor(
+    private readonly worker: Pick<WorkerProcess, 'pass' | 'hasEnded'>,
+    private readonly workerSocket: string,
+    private readonly log: Logger,
+  ) {}
+
+  /** The worker says that it has no link: it gets one as soon as there is a manager. Never rejects. */
+  async lost(): Promise<void> {
+    if (this.#state === 'wanting') return;
+    this.#state = 'wanting';
+    this.log.warn('the manager is away: the worker holds what must be saved');
+    if (performance.now() - this.#passedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
+    while (this.#state === 'wanting') {
+      const link = await connectWorkerLinkAgain(this.workerSocket, () => !this.worker.hasEnded);
+      if (!link) return;
+      try {
+        this.worker.pass(socketFd(link), { type: 'link' });
+        this.#passedAt = performance.now();
+        this.#state = 'passed';
+      } catch (error) {
+        if (this.worker.hasEnded) return;
+        this.log.debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
+        await delay(PASS_RETRY_MS);
+      } finally {
+        link.destroy();
+      }
+    }
+  }
+
+  /** The worker says that the link works. */
+  up(): void {
+    if (this.#state !== 'passed') return;
+    this.#state = 'linked';
+    this.log.info('the worker is connected to the manager again');
+  }
+}
