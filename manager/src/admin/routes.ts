@@ -66,9 +66,9 @@ async function retireVtpm(id: string, request: AdminRequest, { registry }: Admin
 async function allowImage(request: AdminRequest, { trust }: AdminService): Promise<Answer> {
   const body = await request.body();
   const bytes = digest(body.digest);
-  const note = body.note ?? '';
-  if (typeof note !== 'string') throw new ManagerError('bad-request', '"note" is text');
-  request.audit('image-allow', { digest: bytes.toString('hex'), note });
+  const { note } = body;
+  if (note !== undefined && typeof note !== 'string') throw new ManagerError('bad-request', '"note" is text');
+  request.audit('image-allow', { digest: bytes.toString('hex'), ...(note !== undefined && { note }) });
   return { status: 201, body: describeImage(await trust.allowImage(bytes, note, BigInt(Date.now()))) };
 }
 

@@ -24,8 +24,8 @@ export interface TrustStore {
   isToolstackKeyTrusted(publicKey: Uint8Array, vtpmUuid: Uint8Array): boolean;
   isImageAllowed(digest: Uint8Array): boolean;
   images(): readonly AllowedImage[];
-  /** Durable and anchored when it resolves. Allowing an image again replaces its note. */
-  allowImage(digest: Uint8Array, note: string, now: bigint): Promise<AllowedImage>;
+  /** Durable and anchored when it resolves. Allowing an image again replaces its note where `note` is given. */
+  allowImage(digest: Uint8Array, note: string | undefined, now: bigint): Promise<AllowedImage>;
   /** @returns false where the image was not on the list */
   removeImage(digest: Uint8Array): Promise<boolean>;
 }
@@ -86,12 +86,17 @@ class StoredTrust implements TrustStore {
     return this.configuration.images;
   }
 
-  async allowImage(digest: Uint8Array, note: string, now: bigint): Promise<AllowedImage> {
+  async allowImage(digest: Uint8Array, note: string | undefined, now: bigint): Promise<AllowedImage> {
     if (digest.length !== 32) throw new ManagerError('bad-request', 'an image digest is 64 hex digits');
-    if (note.length > MAX_NOTE_LENGTH) {
+    if (note !== undefined && note.length > MAX_NOTE_LENGTH) {
       throw new ManagerError('bad-request', `a note has at most ${MAX_NOTE_LENGTH} characters`);
     }
-    const image: AllowedImage = { digest: Buffer.from(digest), note, allowedAt: now };
+    const old = this.configuration.images.find((other) => bytesEqual(other.digest, digest));
+    const image: AllowedImage = {
+      digest: Buffer.from(digest),
+      note: note ?? old?.note ?? '',
+      allowedAt: now,
+    };
     await this.#change((images) => {
       const others = images.filter((other) => !bytesEqual(other.digest, digest));
       if (others.length >= MAX_IMAGES) {

@@ -81,7 +81,7 @@ export class ManagerApi {
     return (await this.#client.call<{ images: AllowedImage[] }>('GET', '/images')).images;
   }
 
-  async allowImage(digest: string, note: string): Promise<void> {
+  async allowImage(digest: string, note: string | undefined): Promise<void> {
     await this.#client.call('POST', '/images', { body: { digest, note } });
   }
 

@@ -15,12 +15,23 @@ export function createOutput(
   return {
     isJson,
     result(value, text) {
-      stdout.write(isJson ? `${JSON.stringify(value, null, 2)}\n` : `${text}\n`);
+      stdout.write(isJson ? `${JSON.stringify(value, null, 2)}\n` : `${printable(text)}\n`);
     },
     note(text) {
-      stderr.write(`${text}\n`);
+      stderr.write(`${printable(text)}\n`);
     },
   };
+}
+
+/**
+ * Text with its control characters shown as `\\x1b`, line ends and tabs as they are. Reasons and log lines may hold what a
+ * worker said, which its guest may own: it must not speak to the operator's terminal.
+ */
+export function printable(text: string): string {
+  return text.replace(
+    /[^\P{Cc}\n\t]/gu,
+    (found) => `\\x${found.charCodeAt(0).toString(16).padStart(2, '0')}`,
+  );
 }
 
 /** Columns as wide as their widest cell; the last one is not padded. */

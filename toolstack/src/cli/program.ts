@@ -7,7 +7,7 @@ import { createProgram, type GlobalFlags } from './command-line.js';
 import type { Context } from './context.js';
 import { EXIT, exitStatus } from './exit-status.js';
 import { ManagerApi } from './manager-api.js';
-import { createOutput } from './output.js';
+import { createOutput, printable } from './output.js';
 import { SupervisorApi } from './supervisor-api.js';
 
 /** @param args without node and the script @returns the exit status */
@@ -84,7 +84,7 @@ function report(caught: unknown, isJson: boolean): number {
       : ToolstackError.from(caught);
   const { code, message } = error;
   process.stderr.write(
-    isJson ? `${JSON.stringify({ error: { code, message } })}\n` : `vtpmctl: ${message}\n`,
+    isJson ? `${JSON.stringify({ error: { code, message } })}\n` : `vtpmctl: ${printable(message)}\n`,
   );
   return exitStatus(code);
 }

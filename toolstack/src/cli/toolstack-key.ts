@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto';
 import { closeSync, fstatSync, openSync, readFileSync } from 'node:fs';
-import { type Paths, privateDirectory, writeFileDurably } from 'vtpm-common';
+import { forbidCoreDumps, type Paths, privateDirectory, writeFileDurably } from 'vtpm-common';
 import { type SigningKey, signDelegation, signingKeyFromSeed, uuidToBytes } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
 
@@ -8,6 +8,7 @@ const SEED_BYTES = 32;
 
 /** Makes the toolstack key where there is none: the 32-byte seed of an Ed25519 key, readable by its owner only. */
 export function makeToolstackKey(paths: Paths): SigningKey {
+  forbidCoreDumps();
   privateDirectory(paths.toolstack.directory);
   try {
     return readToolstackKey(paths);
@@ -23,6 +24,7 @@ export function makeToolstackKey(paths: Paths): SigningKey {
 
 /** @throws ToolstackError `not-initialised` where there is none, `corrupt` where it is no key or others may read it */
 export function readToolstackKey(paths: Paths): SigningKey {
+  forbidCoreDumps();
   const path = paths.toolstack.key;
   let fd: number;
   try {

@@ -181,7 +181,10 @@ class Worker {
     if (this.#serving) {
       const { queue, session } = this.#serving;
       // What clients sent meanwhile must not run after the Shutdown, or that would not have been the last command.
-      await runOwnCommand(queue, shutdownClear(), 'stop');
+      const answer = await runOwnCommand(queue, shutdownClear(), 'stop');
+      const code = responseCode(answer);
+      // Nothing is lost by it: state is durable. But the TPM may then count its next start as a wrong authorisation.
+      if (code !== TPM_RC_SUCCESS) this.#log('warn', `the TPM answered Shutdown with 0x${code.toString(16)}`);
       session.close();
     }
     this.#log('info', 'stopped');

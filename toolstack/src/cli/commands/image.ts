@@ -35,8 +35,8 @@ export async function allowImage(
   { manager, supervisor, output }: Context,
 ): Promise<void> {
   const chosen = digest === undefined ? (await supervisor.image()).digest : checked(digest);
-  await manager.allowImage(chosen, flags.note ?? '');
-  output.result({ digest: chosen, note: flags.note ?? '' }, `allowed  ${chosen}`);
+  await manager.allowImage(chosen, flags.note);
+  output.result({ digest: chosen, note: flags.note ?? null }, `allowed  ${chosen}`);
 }
 
 /** Workers that run keep running; none starts from this image any more. */

@@ -4,6 +4,7 @@ import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { isUuid } from '../inventory.js';
 import { formatLogLine, isAbout, type LogLine, logFile, readLines, workerLogFile } from '../log-file.js';
+import { printable } from '../output.js';
 
 export interface LogsFlags {
   readonly follow?: boolean;
@@ -41,7 +42,7 @@ export async function logs(nameOrId: string | undefined, flags: LogsFlags, conte
   };
   const print = (lines: readonly LogLine[]): void => {
     for (const line of lines) {
-      process.stdout.write(`${context.output.isJson ? asJson(line) : formatLogLine(line)}\n`);
+      process.stdout.write(`${context.output.isJson ? asJson(line) : printable(formatLogLine(line))}\n`);
     }
   };
   const count = Number(flags.lines);
