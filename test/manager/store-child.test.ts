@@ -206,7 +206,9 @@ describe('store process', () => {
       );
       const root = `${proc}/root`;
       assert.equal(existsSync(join(root, fixture.directory, 'data.mdb')), true);
-      for (const path of ['/etc', '/root', '/home', '/var', '/usr/bin/bwrap', '/bin/sh']) {
+      const foreign = ['/etc', '/root', '/home', '/var', '/usr/bin/bwrap', '/bin/sh'];
+      // Where this checkout itself is in one of them, the way to it is there.
+      for (const path of foreign.filter((path) => !import.meta.dirname.startsWith(`${path}/`))) {
         assert.equal(existsSync(join(root, path)), false, path);
       }
       const writable = readFileSync(`${proc}/mountinfo`, 'utf8')
