@@ -131,6 +131,15 @@ export class Reader {
     return new Reader(this.#take(count), this.what);
   }
 
+  /** What `body` reads, with the bytes that it read. */
+  capture<T>(body: () => T): Embedded<T> {
+    const start = this.#offset;
+    const value = body();
+    const bytes = Buffer.alloc(this.#offset - start);
+    bytes.set(this.source.subarray(start, this.#offset));
+    return { bytes, value };
+  }
+
   /** @throws TpmError `malformed` when bytes are left */
   end(): void {
     if (this.left > 0) throw new TpmError('malformed', `${this.what}: ${this.left} bytes left over`);
@@ -200,6 +209,33 @@ export function embedded<T>(codec: Codec<T>): Codec<Embedded<T>> {
     read(reader) {
       const bytes = tpm2b.read(reader);
       return { bytes, value: decode(codec, bytes, reader.what) };
+    },
+  };
+}
+
+/** A structure without a size of its own that is replayed as it came. */
+export function captured<T>(codec: Codec<T>): Codec<Embedded<T>> {
+  return {
+    write: (writer, value) => writer.bytes(value.bytes),
+    read: (reader) => reader.capture(() => codec.read(reader)),
+  };
+}
+
+/** A TPM2B that may be empty: undefined stands for that. */
+export function optional<T>(codec: Codec<T>): Codec<T | undefined> {
+  const full = sized(codec);
+  return {
+    sized: true,
+    write(writer, value) {
+      if (value === undefined) tpm2b.write(writer, Buffer.alloc(0));
+      else full.write(writer, value);
+    },
+    read(reader) {
+      const inner = reader.within(reader.unsigned(2));
+      if (inner.left === 0) return undefined;
+      const value = codec.read(inner);
+      inner.end();
+      return value;
     },
   };
 }

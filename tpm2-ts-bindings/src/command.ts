@@ -12,6 +12,14 @@ export type HandleArguments<H extends HandleNames> = {
     : Entity;
 };
 
+/** The entities alone, for hashes over Names. */
+export type HandleEntities<H extends HandleNames> = {
+  readonly [N in H[number] as N extends `!${infer Rest}` ? Rest : N]: Pick<Entity, 'name'>;
+};
+
+/** What a policy command does to how a later use of the session is authorised. */
+export type PolicyEffect = 'auth-value' | 'password' | 'restart';
+
 /** One TPM command: everything that the pipeline has to know of it. */
 export interface Command<H extends HandleNames, P, R> {
   /** Without the prefix `TPM2_`. */
@@ -24,7 +32,12 @@ export interface Command<H extends HandleNames, P, R> {
   /** The first parameter is sized, so a session can encrypt it. */
   readonly encryptable: { readonly in: boolean; readonly out: boolean };
   /** What success does to the session in the handle area named `policySession`. */
-  readonly policyEffect: 'auth-value' | 'restart' | undefined;
+  readonly policyEffect: PolicyEffect | undefined;
+  /**
+   * The authValue of the first handle after success, where the command changes it: the HMAC of the answer is made with
+   * that one. undefined where it stays.
+   */
+  newAuth(params: P, first: Entity | undefined): Uint8Array | undefined;
   /** Only for the type of the result. */
   readonly resultType?: R;
 }
@@ -40,7 +53,8 @@ interface Declaration<
   readonly params?: P;
   readonly resultHandles?: O;
   readonly result?: R;
-  readonly policyEffect?: 'auth-value' | 'restart';
+  readonly policyEffect?: PolicyEffect;
+  newAuth?(params: StructValue<P>, first: Entity | undefined): Uint8Array | undefined;
 }
 
 /** Declares a command. Chapter files hold nothing but calls of this. */
@@ -65,5 +79,6 @@ export function command<
     result: struct(result),
     encryptable: { in: startsSized(params), out: startsSized(result) },
     policyEffect: declaration.policyEffect,
+    newAuth: declaration.newAuth ?? (() => undefined),
   };
 }

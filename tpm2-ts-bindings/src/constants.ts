@@ -20,6 +20,9 @@ export const Alg = {
   KDF1_SP800_108: 0x0022,
   ECC: 0x0023,
   SYMCIPHER: 0x0025,
+  CTR: 0x0040,
+  OFB: 0x0041,
+  CBC: 0x0042,
   CFB: 0x0043,
 } as const;
 
@@ -91,6 +94,9 @@ export const Pt = {
   STARTUP_CLEAR: 0x201,
   HR_LOADED: 0x203,
   LOCKOUT_COUNTER: 0x20e,
+  MAX_AUTH_FAIL: 0x20f,
+  LOCKOUT_INTERVAL: 0x210,
+  LOCKOUT_RECOVERY: 0x211,
 } as const;
 
 /** Object attributes (TPMA_OBJECT, Part 2). */
@@ -108,22 +114,55 @@ export const ObjectAttribute = {
   sign: 1 << 18,
 } as const;
 
-/** NV attributes (TPMA_NV, Part 2). The index type is in bits 4 to 7. */
+/** NV attributes (TPMA_NV, Part 2). The index type is in bits 4 to 7. Join those with READ_STCLEAR, bit 31, with `mask`. */
 export const NvAttribute = {
   PPWRITE: 1 << 0,
   OWNERWRITE: 1 << 1,
   AUTHWRITE: 1 << 2,
   POLICYWRITE: 1 << 3,
   COUNTER: 1 << 4,
+  BITS: 2 << 4,
+  EXTEND: 4 << 4,
+  PIN_FAIL: 8 << 4,
+  PIN_PASS: 9 << 4,
   POLICY_DELETE: 1 << 10,
   WRITELOCKED: 1 << 11,
+  WRITEALL: 1 << 12,
+  WRITEDEFINE: 1 << 13,
+  WRITE_STCLEAR: 1 << 14,
+  GLOBALLOCK: 1 << 15,
   PPREAD: 1 << 16,
   OWNERREAD: 1 << 17,
   AUTHREAD: 1 << 18,
   POLICYREAD: 1 << 19,
   NO_DA: 1 << 25,
   ORDERLY: 1 << 26,
+  CLEAR_STCLEAR: 1 << 27,
+  READLOCKED: 1 << 28,
   WRITTEN: 1 << 29,
+  PLATFORMCREATE: 1 << 30,
+  READ_STCLEAR: 0x8000_0000,
+} as const;
+
+/** Joins flags. `|` gives a negative number where bit 31 is among them, and no field takes that. */
+export function mask(...flags: readonly number[]): number {
+  return flags.reduce((all, flag) => all | flag, 0) >>> 0;
+}
+
+/** Comparisons of PolicyNV and PolicyCounterTimer (TPM_EO, Part 2): what is in the TPM against the operand. */
+export const Eo = {
+  EQ: 0x0000,
+  NEQ: 0x0001,
+  SIGNED_GT: 0x0002,
+  UNSIGNED_GT: 0x0003,
+  SIGNED_LT: 0x0004,
+  UNSIGNED_LT: 0x0005,
+  SIGNED_GE: 0x0006,
+  UNSIGNED_GE: 0x0007,
+  SIGNED_LE: 0x0008,
+  UNSIGNED_LE: 0x0009,
+  BITSET: 0x000a,
+  BITCLEAR: 0x000b,
 } as const;
 
 /** Session attributes (TPMA_SESSION, Part 2). `decrypt`: the TPM decrypts the first parameter it gets. */

@@ -79,10 +79,15 @@ function expand(hash: HashInfo, bits: number, block: (counter: Buffer) => Buffer
   return out;
 }
 
-/** AES-128-CFB with key and IV from one 32-byte string, as parameter encryption takes it (Part 1, section 21). */
-export function cfb(direction: 'encrypt' | 'decrypt', keyAndIv: Uint8Array, data: Uint8Array): Buffer {
+/** AES in CFB mode, for parameters (Part 1, section 21) and wrapped objects. @param key of 16, 24 or 32 bytes */
+export function cfb(
+  direction: 'encrypt' | 'decrypt',
+  key: Uint8Array,
+  iv: Uint8Array,
+  data: Uint8Array,
+): Buffer {
   const make = direction === 'encrypt' ? createCipheriv : createDecipheriv;
-  const state = make('aes-128-cfb', keyAndIv.subarray(0, 16), keyAndIv.subarray(16, 32));
+  const state = make(`aes-${key.length * 8}-cfb`, key, iv);
   const body = state.update(data);
   const out = concat(body, state.final());
   wipe(body);

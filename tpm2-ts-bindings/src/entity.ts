@@ -63,6 +63,11 @@ export function nvEntity(nvPublic: Embedded<NvPublic>, authValue: Uint8Array = N
   };
 }
 
+/** A hash or HMAC sequence: it has no public area, so its Name is empty (Part 1, 16). */
+export function sequenceEntity(handle: number, authValue: Uint8Array = NO_AUTH): Entity {
+  return { handle, name: Buffer.alloc(0), authValue: trimTrailingZeros(authValue) };
+}
+
 /** Authorises with the authValue itself, readable by whoever sees the bus: for empty values and tests. */
 export function withPassword(entity: Entity): Authorized {
   return { entity, by: 'password' };

@@ -1,5 +1,6 @@
 import { timingSafeEqual } from 'node:crypto';
-import { concat, u32Bytes, wipe } from './bytes.js';
+import { concat, trimTrailingZeros, u32Bytes, wipe } from './bytes.js';
+import type { PolicyEffect } from './command.js';
 import { FlushContext, StartAuthSession } from './commands/index.js';
 import { Alg, type HashInfo, Rh, Se } from './constants.js';
 import { cfb, digest, encapsulate, hmac, kdfa, random, requireHash } from './crypto.js';
@@ -86,7 +87,8 @@ export class Session implements Entity {
   readonly authValue = NOTHING;
   readonly kind: SessionOptions['kind'];
   #state: 'open' | 'poisoned' | 'closed' = 'open';
-  #needsAuthValue = false;
+  /** What a use proves besides the policy itself. */
+  #proves: 'nothing' | 'auth-value' | 'password' = 'nothing';
   #boundTo: Entity | undefined;
 
   constructor(
@@ -151,9 +153,9 @@ export class Session implements Entity {
     this.#boundTo = undefined;
   }
 
-  /** Takes what PolicyAuthValue and PolicyRestart do (`command.policyEffect`). */
-  policyEffect(effect: 'auth-value' | 'restart'): void {
-    this.#needsAuthValue = effect === 'auth-value';
+  /** Takes what PolicyAuthValue, PolicyPassword and PolicyRestart do (`command.policyEffect`). The last one counts. */
+  policyEffect(effect: PolicyEffect): void {
+    this.#proves = effect === 'restart' ? 'nothing' : effect;
   }
 
   /** The HMAC of a command (Part 1, section 19). `extraNonces`: of other sessions that encrypt, for the first session. */
@@ -163,7 +165,9 @@ export class Session implements Entity {
     attributes: number,
     extraNonces: readonly Buffer[],
   ): Buffer {
-    return this.#hmac(entity, [
+    // The authValue itself is in the place of the HMAC (Part 3, 23.18: PolicyPassword).
+    if (this.#proves === 'password') return concat(entity?.authValue ?? NOTHING);
+    return this.#hmac(entity, entity?.authValue, [
       cpHash,
       this.nonceCaller,
       this.tpmNonce,
@@ -172,21 +176,27 @@ export class Session implements Entity {
     ]);
   }
 
-  /** Checks the HMAC of a response and takes its nonce. @throws TpmError `bad-hmac` */
+  /**
+   * Checks the HMAC of a response and takes its nonce.
+   * @param newAuth the authValue of `entity` where the command has changed it
+   * @throws TpmError `bad-hmac`
+   */
   acceptResponse(
     entity: Entity | undefined,
     rpHash: Buffer,
     nonceTpm: Buffer,
     attributes: number,
     received: Buffer,
+    newAuth?: Uint8Array,
   ): void {
-    const expected = this.#hmac(entity, [rpHash, nonceTpm, this.nonceCaller, Buffer.of(attributes)]);
+    const authValue = newAuth === undefined ? entity?.authValue : trimTrailingZeros(newAuth);
+    const expected = this.#hmac(entity, authValue, [rpHash, nonceTpm, this.nonceCaller, Buffer.of(attributes)]);
     if (expected.length !== received.length || !timingSafeEqual(expected, received)) {
       throw new TpmError('bad-hmac', 'the answer is not from this TPM or was changed on its way');
     }
     this.tpmNonce = nonceTpm;
     // A policy session starts anew with each use (Part 1, section 19: policyDigest is reset with the nonce).
-    this.#needsAuthValue = false;
+    this.#proves = 'nothing';
   }
 
   /** Encrypts a first parameter to the TPM. */
@@ -215,14 +225,19 @@ export class Session implements Entity {
     const sessionValue = concat(this.key, entity?.authValue ?? NOTHING);
     const keyAndIv = kdfa(this.hash, sessionValue, 'CFB', newer, older, 256);
     try {
-      return cfb(direction, keyAndIv, data);
+      return cfb(direction, keyAndIv.subarray(0, 16), keyAndIv.subarray(16), data);
     } finally {
       wipe(sessionValue, keyAndIv);
     }
   }
 
-  #hmac(entity: Entity | undefined, parts: readonly Uint8Array[]): Buffer {
-    const auth = entity !== undefined && this.#usesAuthValue(entity) ? entity.authValue : NOTHING;
+  // Whether an authValue enters is decided with the entity as it was when the command was sent.
+  #hmac(
+    entity: Entity | undefined,
+    authValue: Uint8Array | undefined,
+    parts: readonly Uint8Array[],
+  ): Buffer {
+    const auth = entity !== undefined && this.#usesAuthValue(entity) ? (authValue ?? NOTHING) : NOTHING;
     const key = concat(this.key, auth);
     try {
       // With nothing to prove, a policy session carries an empty HMAC both ways (Part 1, section 19).
@@ -234,7 +249,7 @@ export class Session implements Entity {
   }
 
   #usesAuthValue(entity: Entity): boolean {
-    if (this.kind === 'policy') return this.#needsAuthValue;
+    if (this.kind === 'policy') return this.#proves === 'auth-value';
     const bind = this.#boundTo;
     const bound =
       bind?.name !== undefined &&

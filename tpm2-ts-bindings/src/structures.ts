@@ -1,5 +1,6 @@
 import {
   type Codec,
+  captured,
   type Embedded,
   embed,
   embedded,
@@ -15,7 +16,7 @@ import {
   type ValueOf,
   yesNo,
 } from './codec.js';
-import { Alg, Cap } from './constants.js';
+import { Alg, Cap, hashInfo } from './constants.js';
 import { TpmError } from './error.js';
 
 /** Wire structures in the order and with the field names of Part 2. */
@@ -76,8 +77,8 @@ export const tpmtSigScheme = tagged('scheme', u16, {
   [Alg.HMAC]: hashOnly,
 });
 
-/** TPMT_RSA_SCHEME and TPMT_ECC_SCHEME of a key (Part 2, 11.2.4.2 and 11.2.5.6). */
-const tpmtAsymScheme = tagged('scheme', u16, {
+/** TPMT_RSA_SCHEME, TPMT_ECC_SCHEME and TPMT_RSA_DECRYPT (Part 2, 11.2.4.2, 11.2.5.6 and 11.2.4.4). */
+export const tpmtAsymScheme = tagged('scheme', u16, {
   [Alg.NULL]: nothing,
   [Alg.RSASSA]: hashOnly,
   [Alg.RSAES]: nothing,
@@ -102,26 +103,61 @@ const tpmtKeyedHashScheme = tagged('scheme', u16, {
 /** TPMS_ECC_POINT (Part 2, 11.2.5.2). */
 export const tpmsEccPoint = struct({ x: tpm2b, y: tpm2b });
 
+/** TPMT_HA (Part 2, 10.3.2): the algorithm says how long the digest is. */
+export const tpmtHa: Codec<TaggedDigest> = {
+  write(writer, value) {
+    if (hashInfo(value.hashAlg)?.size !== value.digest.length)
+      throw new TpmError('usage', `a digest of ${value.digest.length} bytes does not fit its algorithm`);
+    u16.write(writer, value.hashAlg);
+    writer.bytes(value.digest);
+  },
+  read(reader) {
+    const hashAlg = u16.read(reader);
+    const size = hashInfo(hashAlg)?.size;
+    if (size === undefined)
+      throw new TpmError('malformed', `${reader.what}: unknown hash 0x${hashAlg.toString(16)}`);
+    return { hashAlg, digest: reader.bytes(size) };
+  },
+};
+
+export interface TaggedDigest {
+  readonly hashAlg: number;
+  readonly digest: Buffer;
+}
+
+const eccParms = struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, curveID: u16, kdf: tpmtKdfScheme });
+const rsaParms = struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, keyBits: u16, exponent: u32 });
+const keyedHashParms = struct({ scheme: tpmtKeyedHashScheme });
+const symCipherParms = struct({ sym: tpmtSymDef });
+
+/** TPMT_PUBLIC_PARMS (Part 2, 12.2.3.8). */
+export const tpmtPublicParms = tagged('type', u16, {
+  [Alg.ECC]: struct({ parameters: eccParms }),
+  [Alg.RSA]: struct({ parameters: rsaParms }),
+  [Alg.KEYEDHASH]: struct({ parameters: keyedHashParms }),
+  [Alg.SYMCIPHER]: struct({ parameters: symCipherParms }),
+});
+
 const publicHead = { nameAlg: u16, objectAttributes: u32, authPolicy: tpm2b };
 
 /** TPMT_PUBLIC (Part 2, 12.2.4). */
 export const tpmtPublic = tagged('type', u16, {
   [Alg.ECC]: struct({
     ...publicHead,
-    parameters: struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, curveID: u16, kdf: tpmtKdfScheme }),
+    parameters: eccParms,
     unique: tpmsEccPoint,
   }),
   [Alg.RSA]: struct({
     ...publicHead,
-    parameters: struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, keyBits: u16, exponent: u32 }),
+    parameters: rsaParms,
     unique: tpm2b,
   }),
   [Alg.KEYEDHASH]: struct({
     ...publicHead,
-    parameters: struct({ scheme: tpmtKeyedHashScheme }),
+    parameters: keyedHashParms,
     unique: tpm2b,
   }),
-  [Alg.SYMCIPHER]: struct({ ...publicHead, parameters: struct({ sym: tpmtSymDef }), unique: tpm2b }),
+  [Alg.SYMCIPHER]: struct({ ...publicHead, parameters: symCipherParms, unique: tpm2b }),
 });
 export type Public = ValueOf<typeof tpmtPublic>;
 /** A public area with the bytes that its Name is over. */
@@ -136,6 +172,16 @@ export function publicArea(value: Public): PublicArea {
 /** TPM2B_SENSITIVE_CREATE (Part 2, 11.1.16). */
 export const tpm2bSensitiveCreate = sized(struct({ userAuth: tpm2b, data: tpm2b }));
 
+/** TPMT_SENSITIVE (Part 2, 12.3.2.4): the private part of an object, of any type. */
+export const tpmtSensitive = struct({ sensitiveType: u16, authValue: tpm2b, seedValue: tpm2b, sensitive: tpm2b });
+export type Sensitive = ValueOf<typeof tpmtSensitive>;
+
+/** TPMS_CONTEXT (Part 2, 14.3): only the TPM that made it can read it, and only byte by byte as it made it. */
+export const tpmsContext = captured(
+  struct({ sequence: u64, savedHandle: u32, hierarchy: u32, contextBlob: tpm2b }),
+);
+export type SavedContext = ValueOf<typeof tpmsContext>;
+
 /** TPMT_SIGNATURE (Part 2, 11.3.4). */
 export const tpmtSignature = tagged('sigAlg', u16, {
   [Alg.RSASSA]: struct({ hash: u16, sig: tpm2b }),
@@ -146,6 +192,7 @@ export type Signature = ValueOf<typeof tpmtSignature>;
 
 /** TPMT_TK_CREATION, _VERIFIED, _AUTH and _HASHCHECK (Part 2, 10.7): proofs only their TPM can check. */
 export const tpmtTicket = struct({ tag: u16, hierarchy: u32, digest: tpm2b });
+export type Ticket = ValueOf<typeof tpmtTicket>;
 
 /** TPMS_NV_PUBLIC (Part 2, 13.5). */
 export const tpmsNvPublic = struct({

@@ -78,7 +78,8 @@ class QueuedTpm implements Tpm {
       } finally {
         wipe(request.bytes);
       }
-      const result = parse(command, uses, request, response);
+      const newAuth = command.newAuth(params, entities[0]);
+      const result = parse(command, uses, request, response, newAuth);
       for (const entity of entities) {
         if (entity instanceof Session && command.policyEffect !== undefined)
           entity.policyEffect(command.policyEffect);
@@ -237,6 +238,7 @@ function parse<R>(
   uses: readonly Use[],
   request: Request,
   response: Buffer,
+  newAuth: Uint8Array | undefined,
 ): R {
   const what = `answer to TPM2_${command.name}`;
   const reader = new Reader(response, what);
@@ -254,7 +256,7 @@ function parse<R>(
   const parameters = reader.bytes(uses.length > 0 ? reader.unsigned(4) : reader.left);
   let plain: Buffer | undefined;
   try {
-    if (uses.length > 0) acceptSessions(command.code, uses, parameters, reader);
+    if (uses.length > 0) acceptSessions(command.code, uses, parameters, reader, newAuth);
     reader.end();
     plain =
       request.encrypting === undefined ? parameters : decryptFirst(request.encrypting, parameters, what);
@@ -268,8 +270,14 @@ function parse<R>(
 }
 
 /** Every session's HMAC is checked before anything of the answer is used. */
-function acceptSessions(code: number, uses: readonly Use[], parameters: Buffer, reader: Reader): void {
-  for (const { by, entity } of uses) {
+function acceptSessions(
+  code: number,
+  uses: readonly Use[],
+  parameters: Buffer,
+  reader: Reader,
+  newAuth: Uint8Array | undefined,
+): void {
+  for (const [at, { by, entity }] of uses.entries()) {
     const nonceTpm = reader.bytes(reader.unsigned(2));
     const attributes = reader.unsigned(1);
     const proof = reader.bytes(reader.unsigned(2));
@@ -278,7 +286,7 @@ function acceptSessions(code: number, uses: readonly Use[], parameters: Buffer, 
       continue;
     }
     const rpHash = by.parameterHash(u32Bytes(Rc.SUCCESS), u32Bytes(code), parameters);
-    by.acceptResponse(entity, rpHash, nonceTpm, attributes, proof);
+    by.acceptResponse(entity, rpHash, nonceTpm, attributes, proof, at === 0 ? newAuth : undefined);
   }
 }
 

@@ -1,6 +1,6 @@
-import { tpm2b, u32 } from '../codec.js';
+import { optional, tpm2b, u32 } from '../codec.js';
 import { command } from '../command.js';
-import { tpm2bPublic, tpm2bSensitiveCreate, tpmlPcrSelection, tpmtTicket } from '../structures.js';
+import { tpm2bPublic, tpm2bSensitiveCreate, tpmlPcrSelection, tpmtSensitive, tpmtTicket } from '../structures.js';
 
 /** Part 3, sections 12 and 24.1: objects. `creationData` stays as received: its hash is certified. */
 
@@ -32,16 +32,56 @@ export const Load = command('Load', {
   result: { name: tpm2b },
 });
 
+/** Without `inPrivate`: only the public part, in any hierarchy. With it: everything, in the null hierarchy only. */
+export const LoadExternal = command('LoadExternal', {
+  code: 0x167,
+  params: { inPrivate: optional(tpmtSensitive), inPublic: tpm2bPublic, hierarchy: u32 },
+  resultHandles: ['objectHandle'],
+  result: { name: tpm2b },
+});
+
 export const ReadPublic = command('ReadPublic', {
   code: 0x173,
   handles: ['objectHandle'],
   result: { outPublic: tpm2bPublic, name: tpm2b, qualifiedName: tpm2b },
 });
 
+/** `credentialBlob` and `secret` are for ActivateCredential; `makeCredential` gives the same without a TPM. */
+export const MakeCredential = command('MakeCredential', {
+  code: 0x168,
+  handles: ['handle'],
+  params: { credential: tpm2b, objectName: tpm2b },
+  result: { credentialBlob: tpm2b, secret: tpm2b },
+});
+
+export const ActivateCredential = command('ActivateCredential', {
+  code: 0x147,
+  handles: ['!activateHandle', '!keyHandle'],
+  params: { credentialBlob: tpm2b, secret: tpm2b },
+  result: { certInfo: tpm2b },
+});
+
 export const Unseal = command('Unseal', {
   code: 0x15e,
   handles: ['!itemHandle'],
   result: { outData: tpm2b },
+});
+
+/** The loaded object keeps its authValue; the new one is in `outPrivate` alone. */
+export const ObjectChangeAuth = command('ObjectChangeAuth', {
+  code: 0x150,
+  handles: ['!objectHandle', 'parentHandle'],
+  params: { newAuth: tpm2b },
+  result: { outPrivate: tpm2b },
+});
+
+/** A child or, with a hierarchy as parent, a primary object, loaded at once. No creation data comes. */
+export const CreateLoaded = command('CreateLoaded', {
+  code: 0x191,
+  handles: ['!parentHandle'],
+  params: { inSensitive: tpm2bSensitiveCreate, inPublic: tpm2bPublic },
+  resultHandles: ['objectHandle'],
+  result: { outPrivate: tpm2b, outPublic: tpm2bPublic, name: tpm2b },
 });
 
 export const CreatePrimary = command('CreatePrimary', {
@@ -56,16 +96,4 @@ export const CreatePrimary = command('CreatePrimary', {
     creationTicket: tpmtTicket,
     name: tpm2b,
   },
-});
-
-/** Part 3, section 28: what is loaded and what stays. */
-
-/** Removes an object or session from the TPM's memory. The handle is a parameter: it cannot be authorised. */
-export const FlushContext = command('FlushContext', { code: 0x165, params: { flushHandle: u32 } });
-
-/** Makes an object persistent, or with a persistent `objectHandle` removes it. */
-export const EvictControl = command('EvictControl', {
-  code: 0x120,
-  handles: ['!auth', 'objectHandle'],
-  params: { persistentHandle: u32 },
 });
