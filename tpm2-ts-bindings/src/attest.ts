@@ -12,6 +12,7 @@ import {
   type Signature,
   tpmlPcrSelection,
   tpmsClockInfo,
+  tpmsTimeInfo,
 } from './structures.js';
 
 /** What a TPM says and signs (Part 2, 10.12), checked with node:crypto alone: the verifier needs no TPM. */
@@ -25,8 +26,16 @@ const head = { qualifiedSigner: tpm2b, extraData: tpm2b, clockInfo: tpmsClockInf
 const tpmsAttest = tagged('type', u16, {
   [St.ATTEST_QUOTE]: struct({ ...head, attested: struct({ pcrSelect: tpmlPcrSelection, pcrDigest: tpm2b }) }),
   [St.ATTEST_CERTIFY]: struct({ ...head, attested: struct({ name: tpm2b, qualifiedName: tpm2b }) }),
+  [St.ATTEST_CREATION]: struct({ ...head, attested: struct({ objectName: tpm2b, creationHash: tpm2b }) }),
+  [St.ATTEST_NV]: struct({
+    ...head,
+    attested: struct({ indexName: tpm2b, offset: u16, nvContents: tpm2b }),
+  }),
+  [St.ATTEST_TIME]: struct({ ...head, attested: struct({ time: tpmsTimeInfo, firmwareVersion: u64 }) }),
 });
 export type Attest = ValueOf<typeof tpmsAttest>;
+/** Statements of one type (`St`). */
+export type AttestOf<T extends Attest['type']> = Extract<Attest, { readonly type: T }>;
 
 /** @param bytes as the TPM gave them. @throws TpmError `malformed` */
 export function parseAttest(bytes: Uint8Array): Attest {
@@ -62,11 +71,52 @@ export function verifySignature(key: Public, message: Uint8Array, signature: Sig
   );
 }
 
-/** What the verifier of a quote expects. */
-export interface ExpectedQuote {
+/** What every verifier expects. */
+export interface ExpectedAttest {
   readonly key: Public;
-  /** The nonce the quote was asked with (qualifyingData). */
+  /** The nonce the statement was asked with (qualifyingData). */
   readonly nonce: Uint8Array;
+}
+
+/**
+ * Checks who signed a statement, for which nonce and of which type it is. What it says is for the caller to compare.
+ * Key and signature prove a TPM only where the key is restricted, and known by more than its own word.
+ * @param type `St.ATTEST_…`
+ * @param bytes as the TPM gave them
+ * @throws TpmError `malformed` with what does not fit
+ */
+export function verifyAttest<T extends Attest['type']>(
+  type: T,
+  bytes: Buffer,
+  signature: Signature,
+  expected: ExpectedAttest,
+): AttestOf<T> {
+  const what = WHAT[type];
+  if (!verifySignature(expected.key, bytes, signature)) refuse(what, 'the signature does not verify');
+  const attest = parseAttest(bytes);
+  if (!isOf(type, attest)) return refuse(what, 'signed for something else');
+  if (Buffer.compare(attest.extraData, expected.nonce) !== 0) refuse(what, 'made for another nonce');
+  return attest;
+}
+
+const WHAT: Readonly<Record<Attest['type'], string>> = {
+  [St.ATTEST_QUOTE]: 'quote',
+  [St.ATTEST_CERTIFY]: 'certification',
+  [St.ATTEST_CREATION]: 'creation',
+  [St.ATTEST_NV]: 'NV content',
+  [St.ATTEST_TIME]: 'time',
+};
+
+function isOf<T extends Attest['type']>(type: T, attest: Attest): attest is AttestOf<T> {
+  return attest.type === type;
+}
+
+function refuse(what: string, why: string): never {
+  throw new TpmError('malformed', `${what}: ${why}`);
+}
+
+/** What the verifier of a quote expects. */
+export interface ExpectedQuote extends ExpectedAttest {
   readonly selection: PcrSelection;
   /** Values of the registers in the order of selection. */
   readonly values: readonly Buffer[];
@@ -76,22 +126,53 @@ export interface ExpectedQuote {
  * Checks a quote: signature, nonce, selection and register values.
  * @throws TpmError `malformed` with what does not fit
  */
-export function verifyQuote(quoted: Buffer, signature: Signature, expected: ExpectedQuote): Attest {
-  if (!verifySignature(expected.key, quoted, signature)) {
-    throw new TpmError('malformed', 'quote: the signature does not verify');
-  }
-  const attest = parseAttest(quoted);
-  if (attest.type !== St.ATTEST_QUOTE) throw new TpmError('malformed', 'quote: signed for something else');
-  if (Buffer.compare(attest.extraData, expected.nonce) !== 0) {
-    throw new TpmError('malformed', 'quote: made for another nonce');
-  }
+export function verifyQuote(
+  quoted: Buffer,
+  signature: Signature,
+  expected: ExpectedQuote,
+): AttestOf<typeof St.ATTEST_QUOTE> {
+  const attest = verifyAttest(St.ATTEST_QUOTE, quoted, signature, expected);
   const { pcrSelect } = attest.attested;
   if (formatPcrSelection(pcrSelect) !== formatPcrSelection(expected.selection)) {
-    throw new TpmError('malformed', 'quote: over other registers');
+    refuse('quote', 'over other registers');
   }
   // The digest is over the values with the hash of the signing scheme (Part 3, 18.4.1).
   const digest = pcrDigest(requireHash(signature.hash).alg, expected.values);
-  if (!digest.equals(attest.attested.pcrDigest))
-    throw new TpmError('malformed', 'quote: other register values');
+  if (!digest.equals(attest.attested.pcrDigest)) refuse('quote', 'other register values');
+  return attest;
+}
+
+/** Checks what Certify says: the object with this Name is in the TPM. @throws TpmError `malformed` */
+export function verifyCertify(
+  certifyInfo: Buffer,
+  signature: Signature,
+  expected: ExpectedAttest & { readonly name: Buffer },
+): AttestOf<typeof St.ATTEST_CERTIFY> {
+  const attest = verifyAttest(St.ATTEST_CERTIFY, certifyInfo, signature, expected);
+  if (!attest.attested.name.equals(expected.name)) refuse('certification', 'of another object');
+  return attest;
+}
+
+/** Checks what CertifyCreation says. @param expected with creationHash, the hash over creationData @throws TpmError `malformed` */
+export function verifyCertifyCreation(
+  certifyInfo: Buffer,
+  signature: Signature,
+  expected: ExpectedAttest & { readonly name: Buffer; readonly creationHash: Buffer },
+): AttestOf<typeof St.ATTEST_CREATION> {
+  const attest = verifyAttest(St.ATTEST_CREATION, certifyInfo, signature, expected);
+  if (!attest.attested.objectName.equals(expected.name)) refuse('creation', 'of another object');
+  if (!attest.attested.creationHash.equals(expected.creationHash)) refuse('creation', 'with other data');
+  return attest;
+}
+
+/** Checks what NV_Certify says; the content is in `attested.nvContents`. @throws TpmError `malformed` */
+export function verifyNvCertify(
+  certifyInfo: Buffer,
+  signature: Signature,
+  expected: ExpectedAttest & { readonly name: Buffer; readonly offset?: number },
+): AttestOf<typeof St.ATTEST_NV> {
+  const attest = verifyAttest(St.ATTEST_NV, certifyInfo, signature, expected);
+  if (!attest.attested.indexName.equals(expected.name)) refuse('NV content', 'of another index');
+  if (attest.attested.offset !== (expected.offset ?? 0)) refuse('NV content', 'from another offset');
   return attest;
 }

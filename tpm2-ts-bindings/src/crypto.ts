@@ -5,11 +5,14 @@ import {
   createECDH,
   createHash,
   createHmac,
+  diffieHellman,
+  type KeyObject,
+  privateDecrypt,
   publicEncrypt,
   randomFillSync,
 } from 'node:crypto';
 import { concat, leftPad, u16Bytes, u32Bytes, wipe } from './bytes.js';
-import { encode } from './codec.js';
+import { decode, encode } from './codec.js';
 import { Alg, Curve, type HashInfo, hashInfo } from './constants.js';
 import { TpmError } from './error.js';
 import { publicKeyObject } from './public-key.js';
@@ -133,10 +136,7 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
     return { secret, encrypted };
   }
   if (key.type !== Alg.ECC) throw new TpmError('usage', 'only ECC and RSA keys can receive a secret');
-  const curve = CURVES.get(key.parameters.curveID);
-  if (curve === undefined) {
-    throw new TpmError('usage', `curve 0x${key.parameters.curveID.toString(16)} is not supported`);
-  }
+  const curve = requireCurve(key.parameters.curveID);
   const x = leftPad(key.unique.x, curve.size);
   const ephemeral = createECDH(curve.name);
   const own = ephemeral.generateKeys();
@@ -149,6 +149,41 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
     secret,
     encrypted: encode(tpmsEccPoint, { x: Buffer.from(ownX), y: Buffer.from(own.subarray(1 + curve.size)) }),
   };
+}
+
+/**
+ * The secret of `encapsulate`, for who holds the private key in software.
+ * @throws TpmError `usage` where the key and the bytes do not fit
+ */
+export function decapsulate(key: Public, privateKey: KeyObject, label: string, encrypted: Buffer): Buffer {
+  const hash = requireHash(key.nameAlg);
+  if (key.type === Alg.RSA) {
+    return privateDecrypt(
+      {
+        key: privateKey,
+        padding: constants.RSA_PKCS1_OAEP_PADDING,
+        oaepHash: hash.name,
+        oaepLabel: Buffer.from(`${label}\0`),
+      },
+      encrypted,
+    );
+  }
+  if (key.type !== Alg.ECC) throw new TpmError('usage', 'only ECC and RSA keys can receive a secret');
+  const size = requireCurve(key.parameters.curveID).size;
+  const point = decode(tpmsEccPoint, encrypted, 'encrypted secret');
+  const other = publicKeyObject({ ...key, unique: point });
+  const z = diffieHellman({ privateKey, publicKey: other });
+  try {
+    return kdfe(hash, z, label, leftPad(point.x, size), leftPad(key.unique.x, size), hash.size * 8);
+  } finally {
+    wipe(z);
+  }
+}
+
+function requireCurve(curveID: number): CurveInfo {
+  const curve = CURVES.get(curveID);
+  if (curve === undefined) throw new TpmError('usage', `curve 0x${curveID.toString(16)} is not supported`);
+  return curve;
 }
 
 /** nameAlg and the digest of the public area (Part 1, 16). */

@@ -190,7 +190,12 @@ export class Session implements Entity {
     newAuth?: Uint8Array,
   ): void {
     const authValue = newAuth === undefined ? entity?.authValue : trimTrailingZeros(newAuth);
-    const expected = this.#hmac(entity, authValue, [rpHash, nonceTpm, this.nonceCaller, Buffer.of(attributes)]);
+    const expected = this.#hmac(entity, authValue, [
+      rpHash,
+      nonceTpm,
+      this.nonceCaller,
+      Buffer.of(attributes),
+    ]);
     if (expected.length !== received.length || !timingSafeEqual(expected, received)) {
       throw new TpmError('bad-hmac', 'the answer is not from this TPM or was changed on its way');
     }
@@ -232,11 +237,7 @@ export class Session implements Entity {
   }
 
   // Whether an authValue enters is decided with the entity as it was when the command was sent.
-  #hmac(
-    entity: Entity | undefined,
-    authValue: Uint8Array | undefined,
-    parts: readonly Uint8Array[],
-  ): Buffer {
+  #hmac(entity: Entity | undefined, authValue: Uint8Array | undefined, parts: readonly Uint8Array[]): Buffer {
     const auth = entity !== undefined && this.#usesAuthValue(entity) ? (authValue ?? NOTHING) : NOTHING;
     const key = concat(this.key, auth);
     try {

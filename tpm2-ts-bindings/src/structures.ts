@@ -173,7 +173,12 @@ export function publicArea(value: Public): PublicArea {
 export const tpm2bSensitiveCreate = sized(struct({ userAuth: tpm2b, data: tpm2b }));
 
 /** TPMT_SENSITIVE (Part 2, 12.3.2.4): the private part of an object, of any type. */
-export const tpmtSensitive = struct({ sensitiveType: u16, authValue: tpm2b, seedValue: tpm2b, sensitive: tpm2b });
+export const tpmtSensitive = struct({
+  sensitiveType: u16,
+  authValue: tpm2b,
+  seedValue: tpm2b,
+  sensitive: tpm2b,
+});
 export type Sensitive = ValueOf<typeof tpmtSensitive>;
 
 /** TPMS_CONTEXT (Part 2, 14.3): only the TPM that made it can read it, and only byte by byte as it made it. */

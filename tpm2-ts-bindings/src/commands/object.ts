@@ -1,6 +1,12 @@
 import { optional, tpm2b, u32 } from '../codec.js';
 import { command } from '../command.js';
-import { tpm2bPublic, tpm2bSensitiveCreate, tpmlPcrSelection, tpmtSensitive, tpmtTicket } from '../structures.js';
+import {
+  tpm2bPublic,
+  tpm2bSensitiveCreate,
+  tpmlPcrSelection,
+  tpmtSensitive,
+  tpmtTicket,
+} from '../structures.js';
 
 /** Part 3, sections 12 and 24.1: objects. `creationData` stays as received: its hash is certified. */
 
