@@ -18,7 +18,7 @@ type Step =
     }
   | { readonly assert: 'command-code'; readonly code: number }
   | { readonly assert: 'auth-value' }
-  /** Same digest as `auth-value`, but the use sends the authValue as it is. */
+  /** Same digest as `auth-value`, but the use sends the authValue as it is, and no HMAC proves its answer. */
   | { readonly assert: 'password' }
   | ({ readonly assert: 'secret'; readonly of: Authorized } & Limits)
   | ({

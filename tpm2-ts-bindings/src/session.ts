@@ -189,13 +189,12 @@ export class Session implements Entity {
     received: Buffer,
     newAuth?: Uint8Array,
   ): void {
+    // Nothing proves an answer to a password, in any session (Part 3, 23.18: PolicyPassword).
+    const isPassword = this.#proves === 'password';
     const authValue = newAuth === undefined ? entity?.authValue : trimTrailingZeros(newAuth);
-    const expected = this.#hmac(entity, authValue, [
-      rpHash,
-      nonceTpm,
-      this.nonceCaller,
-      Buffer.of(attributes),
-    ]);
+    const expected = isPassword
+      ? NOTHING
+      : this.#hmac(entity, authValue, [rpHash, nonceTpm, this.nonceCaller, Buffer.of(attributes)]);
     if (expected.length !== received.length || !timingSafeEqual(expected, received)) {
       throw new TpmError('bad-hmac', 'the answer is not from this TPM or was changed on its way');
     }
