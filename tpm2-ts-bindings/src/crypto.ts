@@ -124,14 +124,8 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
   const hash = requireHash(key.nameAlg);
   if (key.type === Alg.RSA) {
     const secret = random(hash.size);
-    const encrypted = publicEncrypt(
-      {
-        key: publicKeyObject(key),
-        padding: constants.RSA_PKCS1_OAEP_PADDING,
-        oaepHash: hash.name,
-        oaepLabel: Buffer.from(`${label}\0`),
-      },
-      secret,
+    const encrypted = checked(() =>
+      publicEncrypt({ key: publicKeyObject(key), ...oaep(hash, label) }, secret),
     );
     return { secret, encrypted };
   }
@@ -142,7 +136,9 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
   const own = ephemeral.generateKeys();
   const ownX = own.subarray(1, 1 + curve.size);
   // computeSecret refuses a point that is not on the curve.
-  const z = ephemeral.computeSecret(concat(Buffer.of(4), x, leftPad(key.unique.y, curve.size)));
+  const z = checked(() =>
+    ephemeral.computeSecret(concat(Buffer.of(4), x, leftPad(key.unique.y, curve.size))),
+  );
   const secret = kdfe(hash, z, label, ownX, x, hash.size * 8);
   wipe(z);
   return {
@@ -158,25 +154,39 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
 export function decapsulate(key: Public, privateKey: KeyObject, label: string, encrypted: Buffer): Buffer {
   const hash = requireHash(key.nameAlg);
   if (key.type === Alg.RSA) {
-    return privateDecrypt(
-      {
-        key: privateKey,
-        padding: constants.RSA_PKCS1_OAEP_PADDING,
-        oaepHash: hash.name,
-        oaepLabel: Buffer.from(`${label}\0`),
-      },
-      encrypted,
-    );
+    return checked(() => privateDecrypt({ key: privateKey, ...oaep(hash, label) }, encrypted));
   }
   if (key.type !== Alg.ECC) throw new TpmError('usage', 'only ECC and RSA keys can receive a secret');
   const size = requireCurve(key.parameters.curveID).size;
   const point = decode(tpmsEccPoint, encrypted, 'encrypted secret');
-  const other = publicKeyObject({ ...key, unique: point });
-  const z = diffieHellman({ privateKey, publicKey: other });
+  const z = checked(() =>
+    diffieHellman({ privateKey, publicKey: publicKeyObject({ ...key, unique: point }) }),
+  );
   try {
     return kdfe(hash, z, label, leftPad(point.x, size), leftPad(key.unique.x, size), hash.size * 8);
   } finally {
     wipe(z);
+  }
+}
+
+/** Labels end with a zero byte (Part 1, B.4). */
+function oaep(hash: HashInfo, label: string) {
+  return {
+    padding: constants.RSA_PKCS1_OAEP_PADDING,
+    oaepHash: hash.name,
+    oaepLabel: Buffer.from(`${label}\0`),
+  };
+}
+
+/** Points that are not on their curve and bytes that do not decrypt come from outside: a typed error. */
+function checked<T>(body: () => T): T {
+  try {
+    return body();
+  } catch (error) {
+    if (error instanceof TpmError) throw error;
+    throw new TpmError('usage', 'the key is no valid one, or the encrypted secret is for another key', {
+      cause: error,
+    });
   }
 }
 

@@ -4,10 +4,7 @@ import { tpmsCapabilityData, tpmsTimeInfo, tpmtPublicParms } from '../structures
 
 /** Part 3, sections 29 and 30: clocks and capabilities. */
 
-export const ReadClock = command('ReadClock', {
-  code: 0x181,
-  result: { currentTime: tpmsTimeInfo, tpmtPublicParms },
-});
+export const ReadClock = command('ReadClock', { code: 0x181, result: { currentTime: tpmsTimeInfo } });
 
 /** Succeeds where the TPM supports these parameters of a key. */
 export const TestParms = command('TestParms', { code: 0x18a, params: { parameters: tpmtPublicParms } });
