@@ -405,6 +405,10 @@ describe('tpm2-ts-bindings: objects between TPMs and software', () => {
         for (const inner of [undefined, 128] as const) {
           const wrapped = await duplicate(object, permanent(Rh.NULL), policy, inner);
           assert.deepEqual(unwrapDuplicate(undefined, wrapped).sensitive, data);
+          if (inner !== undefined) {
+            const changed = { ...wrapped, duplicate: flip(wrapped.duplicate) };
+            assert.throws(() => unwrapDuplicate(undefined, changed), has('malformed'));
+          }
         }
         await assert.rejects(
           tpm.run(
