@@ -15,6 +15,8 @@ import {
   withPassword,
 } from 'tpm2-ts-bindings';
 
+import { type Swtpm, startSwtpm } from './swtpm.js';
+
 export const NOTHING = Buffer.alloc(0);
 
 /** A client of a TPM's data socket. */
@@ -48,4 +50,20 @@ export async function assertNothingLeaked(tpm: Tpm): Promise<void> {
   for (const type of [Ht.TRANSIENT, Ht.HMAC_SESSION, Ht.POLICY_SESSION]) {
     assert.deepEqual(await listHandles(tpm, type), [], `handles of type 0x${type.toString(16)} were left`);
   }
+}
+
+/** Gives the suite that calls it a TPM of its own, and at the end checks that nothing was left in it. */
+export function withSuiteTpm(use: (tpm: Tpm) => void): void {
+  let swtpm: Swtpm;
+  let tpm: Tpm;
+  before(async () => {
+    swtpm = await startSwtpm();
+    tpm = await connectTpm(swtpm.socket);
+    use(tpm);
+  });
+  after(async () => {
+    await assertNothingLeaked(tpm);
+    await tpm.close();
+    await swtpm.stop();
+  });
 }

@@ -26,8 +26,7 @@ import {
   verifyNvCertify,
   withPassword,
 } from 'tpm2-ts-bindings';
-import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
+import { NOTHING, withPrimary, withSuiteTpm } from '../support/tpm-fixture.js';
 import { OWNER, says, withNv } from './make.js';
 
 const inScheme = { scheme: Alg.NULL } as const;
@@ -40,16 +39,9 @@ function flip(bytes: Buffer): Buffer {
 }
 
 describe('tpm2-ts-bindings: statements of a TPM', () => {
-  let swtpm: Swtpm;
   let tpm: Tpm;
-  before(async () => {
-    swtpm = await startSwtpm();
-    tpm = await connectTpm(swtpm.socket);
-  });
-  after(async () => {
-    await assertNothingLeaked(tpm);
-    await tpm.close();
-    await swtpm.stop();
+  withSuiteTpm((made) => {
+    tpm = made;
   });
 
   it('Certify: this object is in this TPM', async () => {

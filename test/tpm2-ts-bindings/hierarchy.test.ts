@@ -24,21 +24,13 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
-import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
+import { NOTHING, withPrimary, withSuiteTpm } from '../support/tpm-fixture.js';
 import { says } from './make.js';
 
 describe('tpm2-ts-bindings: hierarchies, dictionary attack protection, registers', () => {
-  let swtpm: Swtpm;
   let tpm: Tpm;
-  before(async () => {
-    swtpm = await startSwtpm();
-    tpm = await connectTpm(swtpm.socket);
-  });
-  after(async () => {
-    await assertNothingLeaked(tpm);
-    await tpm.close();
-    await swtpm.stop();
+  withSuiteTpm((made) => {
+    tpm = made;
   });
 
   const LOCKOUT = withPassword(permanent(Rh.LOCKOUT));

@@ -20,23 +20,15 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
-import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm } from '../support/tpm-fixture.js';
+import { withSuiteTpm } from '../support/tpm-fixture.js';
 import { OWNER, says, withNv } from './make.js';
 
 const OPEN = N.OWNERWRITE | N.OWNERREAD | N.NO_DA;
 
 describe('tpm2-ts-bindings: non-volatile storage', () => {
-  let swtpm: Swtpm;
   let tpm: Tpm;
-  before(async () => {
-    swtpm = await startSwtpm();
-    tpm = await connectTpm(swtpm.socket);
-  });
-  after(async () => {
-    await assertNothingLeaked(tpm);
-    await tpm.close();
-    await swtpm.stop();
+  withSuiteTpm((made) => {
+    tpm = made;
   });
 
   const authHandle = withPassword(OWNER);

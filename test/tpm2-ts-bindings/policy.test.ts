@@ -42,8 +42,7 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
-import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
+import { NOTHING, withPrimary, withSuiteTpm } from '../support/tpm-fixture.js';
 import { create, has, OWNER, says, withChild, withNv } from './make.js';
 
 const SIGNER = generateKeyPairSync('ec', { namedCurve: 'P-256' });
@@ -59,16 +58,9 @@ function u32(value: number): Buffer {
 }
 
 describe('tpm2-ts-bindings: policies', () => {
-  let swtpm: Swtpm;
   let tpm: Tpm;
-  before(async () => {
-    swtpm = await startSwtpm();
-    tpm = await connectTpm(swtpm.socket);
-  });
-  after(async () => {
-    await assertNothingLeaked(tpm);
-    await tpm.close();
-    await swtpm.stop();
+  withSuiteTpm((made) => {
+    tpm = made;
   });
 
   async function digestOnTpm(session: Session): Promise<Buffer> {

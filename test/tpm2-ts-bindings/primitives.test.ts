@@ -30,8 +30,7 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
-import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
+import { NOTHING, withPrimary, withSuiteTpm } from '../support/tpm-fixture.js';
 import { create, says, withChild } from './make.js';
 
 const head = {
@@ -71,16 +70,9 @@ const AES_KEY = {
 } as const satisfies Public;
 
 describe('tpm2-ts-bindings: primitives', () => {
-  let swtpm: Swtpm;
   let tpm: Tpm;
-  before(async () => {
-    swtpm = await startSwtpm();
-    tpm = await connectTpm(swtpm.socket);
-  });
-  after(async () => {
-    await assertNothingLeaked(tpm);
-    await tpm.close();
-    await swtpm.stop();
+  withSuiteTpm((made) => {
+    tpm = made;
   });
 
   /** A key with known bytes. */

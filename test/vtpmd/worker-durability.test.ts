@@ -59,10 +59,11 @@ describe('worker: durable before visible', () => {
     assert.equal(responseCode(await other.response()), 0);
   });
 
-  it('sends a save again that the manager had not committed when the link broke', async () => {
+  /** An increment whose save the manager holds back, before or after its commit, when the link breaks. */
+  async function incrementOverLostLink(hold: 'holdSaves' | 'holdAcks') {
     const client = worker.connect('tpm');
     await client.transmit(nvDefineCounter(INDEX));
-    manager.holdSaves = true;
+    manager[hold] = true;
     const saved = manager.next('SAVE');
     client.send(nvIncrement(INDEX));
     await saved;
@@ -70,28 +71,21 @@ describe('worker: durable before visible', () => {
     const lost = worker.next('link-lost');
     manager.cut();
     await lost;
-    manager.holdSaves = false;
+    manager[hold] = false;
     worker.relink();
     assert.equal(responseCode(await client.response()), 0);
+    return { client, before };
+  }
+
+  it('sends a save again that the manager had not committed when the link broke', async () => {
+    const { client, before } = await incrementOverLostLink('holdSaves');
     assert.equal(manager.saves.length, before + 1);
     assert.deepEqual(manager.received.slice(-2), ['RESUME', 'SAVE']);
     assert.equal(counterOf(await client.transmit(nvReadCounter(INDEX))), 1n);
   });
 
   it('does not send a save again that was committed before the link broke', async () => {
-    const client = worker.connect('tpm');
-    await client.transmit(nvDefineCounter(INDEX));
-    manager.holdAcks = true;
-    const saved = manager.next('SAVE');
-    client.send(nvIncrement(INDEX));
-    await saved;
-    const before = manager.saves.length;
-    const lost = worker.next('link-lost');
-    manager.cut();
-    await lost;
-    manager.holdAcks = false;
-    worker.relink();
-    assert.equal(responseCode(await client.response()), 0);
+    const { before } = await incrementOverLostLink('holdAcks');
     assert.equal(manager.saves.length, before);
     assert.equal(manager.received.at(-1), 'RESUME');
   });

@@ -11,16 +11,20 @@ export interface SupervisorHealth {
   readonly imageDigest: string;
 }
 
-export interface SupervisorVtpm {
+/** What `create` settles. */
+interface VtpmSettings {
   readonly id: string;
   readonly name: string;
   readonly vmUuid: string;
   readonly isolation: string;
   readonly autostart: boolean;
   readonly startup: string;
-  /** `uid:gid` in numbers. */
+  /** `uid:gid` in numbers; absent or null: the supervisor's user. */
   readonly socketOwner?: string | null;
   readonly socketMode?: string;
+}
+
+export interface SupervisorVtpm extends VtpmSettings {
   readonly state: 'stopped' | 'starting' | 'running' | 'stopping' | 'crashed';
   readonly reason?: string | null;
   readonly vmRunId: string | null;
@@ -39,16 +43,7 @@ export interface SupervisorVtpm {
   };
 }
 
-export interface NewVtpm {
-  readonly id: string;
-  readonly name: string;
-  readonly vmUuid: string;
-  readonly isolation: string;
-  readonly autostart: boolean;
-  readonly startup: string;
-  /** `uid:gid` in numbers; absent or null: the supervisor's user. */
-  readonly socketOwner?: string | null;
-  readonly socketMode?: string;
+export interface NewVtpm extends VtpmSettings {
   /** base64 */
   readonly delegation: string;
   /** base64 */
