@@ -57,11 +57,11 @@ export class Tpm2Tools {
     assert.match(stderr, text, line);
   }
 
-  /** Runs tools on a session of their own, in `session.ctx`. @param options of startauthsession */
-  async inSession(options: string, ...lines: string[]): Promise<void> {
-    await this.run(`tpm2_startauthsession -S session.ctx${options === '' ? '' : ` ${options}`}`);
+  /** Runs `body` with a session for the tools in `session.ctx`. @param options of startauthsession */
+  async inSession(options: string, body: () => Promise<void>): Promise<void> {
+    await this.run(`tpm2_startauthsession -S session.ctx ${options}`);
     try {
-      for (const line of lines) await this.run(line);
+      await body();
     } finally {
       await this.run('tpm2_flushcontext session.ctx');
     }
