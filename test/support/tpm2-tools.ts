@@ -59,11 +59,11 @@ export class Tpm2Tools {
 
   /** Runs `body` with a session for the tools in `session.ctx`. @param options of startauthsession */
   async inSession(options: string, body: () => Promise<void>): Promise<void> {
-    await this.run(`tpm2_startauthsession -S session.ctx ${options}`);
+    await this.run(`tpm2_startauthsession -S session.ctx${options === '' ? '' : ` ${options}`}`);
     try {
       await body();
     } finally {
-      await this.run('tpm2_flushcontext session.ctx');
+      await this.#sweep(Ht.POLICY_SESSION);
     }
   }
 
@@ -121,11 +121,15 @@ export class Tpm2Tools {
       );
     });
     // The tools leave what they loaded to a resource manager, and there is none.
-    await this.direct(async (tpm) => {
-      for (const type of [Ht.TRANSIENT, Ht.HMAC_SESSION])
-        for (const handle of await listHandles(tpm, type)) await flush(tpm, handle);
-    });
+    await this.#sweep(Ht.TRANSIENT, Ht.HMAC_SESSION);
     return finished;
+  }
+
+  /** @param types a list of HMAC sessions has all that are loaded, one of policy sessions all that are saved */
+  #sweep(...types: number[]): Promise<void> {
+    return this.direct(async (tpm) => {
+      for (const type of types) for (const handle of await listHandles(tpm, type)) await flush(tpm, handle);
+    });
   }
 }
 

@@ -1,0 +1,289 @@
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import {
+  Alg,
+  type Command,
+  ContextLoad,
+  commandHash,
+  embed,
+  type HandleEntities,
+  type HandleNames,
+  inSession,
+  NvAttribute as N,
+  NV_DefineSpace,
+  NV_Increment,
+  NV_Read,
+  NV_Write,
+  type ObjectEntity,
+  objectEntity,
+  PCR_Extend,
+  type PolicyStep,
+  parsePcrSelection,
+  pcrDigest,
+  permanent,
+  policyDigest,
+  readNvIndex,
+  readPcrs,
+  runPolicy,
+  type Session,
+  sealedTemplate,
+  srkTemplate,
+  type Tpm,
+  tpm2b,
+  tpmsNvPublic,
+  Unseal,
+  withPassword,
+  withSession,
+} from 'tpm2-ts-bindings';
+import { NOTHING, withPrimary } from '../support/tpm-fixture.js';
+import { flip, type Tpm2Tools, withSuiteTools } from '../support/tpm2-tools.js';
+import { privateFile, publicFile, readContextFile } from '../support/tpm2-tools-files.js';
+import { create, OWNER, says, withChild } from './make.js';
+
+const SELECTION = parsePcrSelection('sha256:16,23');
+
+describe('tpm2-ts-bindings and tpm2-tools: objects, contexts and NV', () => {
+  let tools: Tpm2Tools;
+  withSuiteTools((made) => {
+    tools = made;
+  });
+
+  const unseal = (tpm: Tpm, item: ObjectEntity, session: Session): Promise<Buffer> =>
+    tpm.run(Unseal, { itemHandle: withSession(item, session) }, {}).then(({ outData }) => outData);
+
+  /** What `sealed.*` of the tools holds, through a session of ours that encrypts. */
+  const openSealed = (auth: Buffer, steps?: readonly PolicyStep[]): Promise<Buffer> =>
+    tools.direct((tpm) =>
+      tools.withContext(tpm, 'parent.ctx', (parent) => {
+        const sealed = {
+          outPublic: tools.read('sealed.pub', publicFile),
+          outPrivate: tools.read('sealed.priv', privateFile),
+        };
+        const kind = steps === undefined ? 'hmac' : 'policy';
+        const open = (item: ObjectEntity) =>
+          inSession(tpm, { kind, salt: parent, encrypt: 'out' }, async (session) => {
+            if (steps !== undefined) await runPolicy(tpm, session, steps);
+            return unseal(tpm, item, session);
+          });
+        return withChild(tpm, parent, sealed, open, auth);
+      }),
+    );
+
+  /** Seals with this package, into files of the tools. */
+  const seal = (data: Buffer, auth: Buffer, steps: readonly PolicyStep[]): Promise<void> =>
+    tools.direct((tpm) =>
+      withPrimary(tpm, srkTemplate(), async (parent) => {
+        const made = await create(tpm, parent, sealedTemplate(policyDigest(steps)), { data, auth });
+        await tools.saveContext(tpm, parent, 'parent.ctx');
+        tools.writeAs('sealed.pub', publicFile, made.outPublic);
+        tools.writeAs('sealed.priv', privateFile, made.outPrivate);
+      }),
+    );
+  const load = 'tpm2_load -Q -C parent.ctx -u sealed.pub -r sealed.priv -c sealed.ctx';
+
+  const pcrNow = async (): Promise<PolicyStep> => ({
+    assert: 'pcr',
+    selection: SELECTION,
+    digest: pcrDigest(Alg.SHA256, await tools.direct((tpm) => readPcrs(tpm, SELECTION))),
+  });
+  const extend = () =>
+    tools.direct((tpm) =>
+      tpm.run(
+        PCR_Extend,
+        { pcrHandle: withPassword(permanent(16)) },
+        { digests: [{ hashAlg: Alg.SHA256, digest: randomBytes(32) }] },
+      ),
+    );
+
+  it('a context that we saved is used by the tools, and a changed one is not', async () => {
+    const name = await tools.direct((tpm) =>
+      withPrimary(tpm, srkTemplate(), async (key) => {
+        await tools.saveContext(tpm, key, 'ours.ctx');
+        return key.name;
+      }),
+    );
+    await tools.run('tpm2_readpublic -Q -c ours.ctx -n ours.name -o ours.pub');
+    assert.deepEqual(tools.bytes('ours.name'), name);
+    assert.deepEqual(objectEntity(0, tools.read('ours.pub', publicFile)).name, name);
+    await tools.run('tpm2_create -Q -C ours.ctx -G ecc -u child.pub -r child.priv');
+    // In the blob that the TPM protects, past the heads.
+    tools.write('changed.ctx', flip(tools.bytes('ours.ctx'), 200));
+    await tools.refused('tpm2_readpublic -Q -c changed.ctx', /integrity check failed/);
+  });
+
+  it('a context that the tools saved is used by us, and a changed one is not', async () => {
+    await tools.run('tpm2_createprimary -Q -C o -G ecc -c theirs.ctx');
+    await tools.run('tpm2_readpublic -Q -c theirs.ctx -n theirs.name');
+    await tools.direct(async (tpm) => {
+      await tools.withContext(tpm, 'theirs.ctx', async (key) => {
+        assert.deepEqual(key.name, tools.bytes('theirs.name'));
+        await create(tpm, key, sealedTemplate(randomBytes(32)), { data: randomBytes(8) });
+      });
+      const { context } = readContextFile(tools.bytes('theirs.ctx'));
+      for (const at of [7, context.bytes.length - 1]) {
+        await assert.rejects(
+          tpm.run(ContextLoad, {}, { context: { ...context, bytes: flip(context.bytes, at) } }),
+          says('INTEGRITY'),
+          `byte ${at}`,
+        );
+      }
+    });
+  });
+
+  it('what tpm2_create sealed opens in our encrypted session, with its authValue only', async () => {
+    const data = randomBytes(100);
+    tools.write('data', data);
+    await tools.run('tpm2_createprimary -Q -C o -G ecc -c parent.ctx');
+    // With zeros inside and at the end.
+    const auth = Buffer.from('6100620000', 'hex');
+    await tools.run(
+      `tpm2_create -Q -C parent.ctx -i data -p hex:${auth.toString('hex')} -u sealed.pub -r sealed.priv`,
+    );
+    assert.deepEqual(await openSealed(auth), data);
+    await assert.rejects(openSealed(Buffer.from('610062')), says('AUTH_FAIL'));
+    tools.write('sealed.priv', flip(tools.bytes('sealed.priv')));
+    await assert.rejects(openSealed(auth), says('INTEGRITY'));
+  });
+
+  it('what we sealed to PCRs, authValue and command opens with the tools, and only so', async () => {
+    const data = randomBytes(128);
+    const auth = Buffer.from('00ff00aa', 'hex');
+    await seal(data, auth, [
+      await pcrNow(),
+      { assert: 'auth-value' },
+      { assert: 'command-code', code: Unseal.code },
+    ]);
+    await tools.run(load);
+    const open = (password: string, check: (line: string) => Promise<unknown>) =>
+      tools.inSession('--policy-session', async () => {
+        for (const step of [
+          'tpm2_policypcr -Q -S session.ctx -l sha256:16,23',
+          'tpm2_policyauthvalue -Q -S session.ctx',
+          'tpm2_policycommandcode -Q -S session.ctx TPM2_CC_Unseal',
+        ])
+          await tools.run(step);
+        await check(`tpm2_unseal -Q -c sealed.ctx -o out -p session:session.ctx+hex:${password}`);
+      });
+    await open('00ff00aa', (line) => tools.run(line));
+    assert.deepEqual(tools.bytes('out'), data);
+    await open('00ff00ab', (line) =>
+      tools.refused(line, /authorization failure|auth.*fail|HMAC check failed/i),
+    );
+    await extend();
+    await open('00ff00aa', (line) => tools.refused(line, /policy check failed/));
+
+    tools.write('sealed.priv', flip(tools.bytes('sealed.priv')));
+    await tools.refused(load, /integrity check failed/);
+  });
+
+  it('what the tools sealed to a policy of theirs opens with ours, and only so', async () => {
+    const data = randomBytes(64);
+    tools.write('data', data);
+    await tools.run('tpm2_createprimary -Q -C o -G ecc -c parent.ctx');
+    await tools.inSession('', async () => {
+      await tools.run('tpm2_policypcr -Q -S session.ctx -l sha256:16,23');
+      await tools.run('tpm2_policysecret -Q -S session.ctx -c o');
+      await tools.run('tpm2_policypassword -Q -S session.ctx -L policy');
+    });
+    await tools.run('tpm2_create -Q -C parent.ctx -i data -p word -L policy -u sealed.pub -r sealed.priv');
+    const auth = Buffer.from('word');
+    const owner: PolicyStep = { assert: 'secret', of: withPassword(OWNER) };
+    const pcr = await pcrNow();
+    assert.deepEqual(await openSealed(auth, [pcr, owner, { assert: 'password' }]), data);
+    assert.deepEqual(await openSealed(auth, [pcr, owner, { assert: 'auth-value' }]), data);
+    await assert.rejects(openSealed(auth, [owner, pcr, { assert: 'password' }]), says('POLICY_FAIL'));
+    await assert.rejects(
+      openSealed(Buffer.from('ward'), [pcr, owner, { assert: 'password' }]),
+      says('AUTH_FAIL', 'BAD_AUTH'),
+    );
+    await extend();
+    await assert.rejects(openSealed(auth, [pcr, owner, { assert: 'password' }]), says('POLICY_FAIL'));
+  });
+
+  it('an NV index that the tools defined and wrote is read by us', async () => {
+    const data = randomBytes(48);
+    tools.write('data', data);
+    await tools.run(
+      'tpm2_nvdefine -Q 0x01500030 -C o -s 48 -p hex:00aabb -a ownerread|ownerwrite|authread|authwrite|policyread',
+    );
+    await tools.run('tpm2_nvwrite -Q 0x01500030 -C o -i data');
+    const read = (auth: Buffer) =>
+      tools.direct((tpm) =>
+        withPrimary(tpm, srkTemplate(), async (salt) => {
+          const index = await readNvIndex(tpm, 0x01500030, auth);
+          assert.ok(index);
+          const read = { size: 40, offset: 8 };
+          return inSession(tpm, { kind: 'hmac', salt, encrypt: 'out' }, (session) =>
+            tpm.run(NV_Read, { authHandle: withSession(index, session), nvIndex: index }, read),
+          );
+        }),
+      );
+    assert.deepEqual((await read(Buffer.from('00aabb', 'hex'))).data, data.subarray(8));
+    await assert.rejects(read(Buffer.from('aabb', 'hex')), says('AUTH_FAIL'));
+    await tools.run('tpm2_nvundefine -Q 0x01500030 -C o');
+    assert.equal(await tools.direct((tpm) => readNvIndex(tpm, 0x01500030)), undefined);
+  });
+
+  it('an NV index that we defined and wrote is read by the tools', async () => {
+    const data = randomBytes(20);
+    const auth = Buffer.from('aa00bb', 'hex');
+    const name = await tools.direct((tpm) =>
+      withPrimary(tpm, srkTemplate(), (salt) =>
+        inSession(tpm, { kind: 'hmac', salt, encrypt: 'in' }, async (session) => {
+          const publicInfo = embed(tpmsNvPublic, {
+            nvIndex: 0x01500031,
+            nameAlg: Alg.SHA256,
+            attributes: N.AUTHREAD | N.AUTHWRITE | N.NO_DA,
+            authPolicy: NOTHING,
+            dataSize: data.length,
+          });
+          await tpm.run(NV_DefineSpace, { authHandle: withSession(OWNER, session) }, { auth, publicInfo });
+          const index = await readNvIndex(tpm, 0x01500031, auth);
+          assert.ok(index);
+          const handles = { authHandle: withSession(index, session), nvIndex: index };
+          await tpm.run(NV_Write, handles, { data, offset: 0 });
+          return (await readNvIndex(tpm, 0x01500031))?.name.toString('hex');
+        }),
+      ),
+    );
+    assert.match(await tools.run('tpm2_nvreadpublic 0x01500031'), new RegExp(`name: ${name}`));
+    const read = 'tpm2_nvread -Q 0x01500031 -C 0x01500031 -o out -P hex:';
+    await tools.run(`${read}aa00bb`);
+    assert.deepEqual(tools.bytes('out'), data);
+    await tools.refused(`${read}aabb`, /authorization|auth/i);
+    await tools.run('tpm2_nvundefine -Q 0x01500031 -C o');
+  });
+
+  it('cpHash: of the same commands the same as the tools say', async () => {
+    const data = randomBytes(20);
+    tools.write('data', data);
+    await tools.run('tpm2_nvdefine -Q 0x01500032 -C o -s 20 -a ownerread|ownerwrite');
+    await tools.run('tpm2_nvdefine -Q 0x01500033 -C o -s 8 -a ownerread|ownerwrite|nt=counter');
+    await seal(data, NOTHING, [{ assert: 'password' }]);
+    await tools.run(load);
+    const { item, plain, counter } = await tools.direct(async (tpm) => ({
+      item: await tools.withContext(tpm, 'sealed.ctx', async (object) => object),
+      plain: await readNvIndex(tpm, 0x01500032),
+      counter: await readNvIndex(tpm, 0x01500033),
+    }));
+    assert.ok(plain && counter);
+    async function same<H extends HandleNames, P>(
+      line: string,
+      command: Command<H, P, unknown>,
+      handles: HandleEntities<H>,
+      params: P,
+    ): Promise<void> {
+      await tools.run(`${line} --cphash hash`);
+      assert.deepEqual(commandHash(command, handles, params), tools.read('hash', tpm2b), line);
+    }
+    await same('tpm2_unseal -Q -c sealed.ctx', Unseal, { itemHandle: item }, {});
+    const authHandle = OWNER;
+    await same(
+      'tpm2_nvwrite -Q 0x01500032 -C o -i data',
+      NV_Write,
+      { authHandle, nvIndex: plain },
+      { data, offset: 0 },
+    );
+    await same('tpm2_nvincrement -Q 0x01500033 -C o', NV_Increment, { authHandle, nvIndex: counter }, {});
+  });
+});
