@@ -54,7 +54,7 @@ export class Tpm2Tools {
   async refused(line: string, text: RegExp): Promise<void> {
     const { code, stderr } = await this.#attempt(line);
     assert.notEqual(code, 0, `${line} was not refused`);
-    assert.match(stderr, text, line);
+    assert.match(stderr, text, `${line}: ${stderr}`);
   }
 
   /** Runs `body` with a session for the tools in `session.ctx`. @param options of startauthsession */

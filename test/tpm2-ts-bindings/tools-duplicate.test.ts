@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { generateKeyPairSync, randomBytes } from 'node:crypto';
+import { createHash, generateKeyPairSync, type KeyObject, randomBytes } from 'node:crypto';
 import {
   ObjectAttribute as A,
   Alg,
@@ -12,14 +12,18 @@ import {
   type PublicArea,
   policyDigest,
   publicArea,
+  Rh,
   rsaSrkTemplate,
   runPolicy,
+  Sign,
+  St,
   softwareKeyPublic,
   softwareSealed,
   srkTemplate,
   type Tpm,
   Unseal,
   unwrapDuplicate,
+  verifySignature,
   type Wrapped,
   withPassword,
   withSession,
@@ -37,6 +41,18 @@ const PARENTS = [
   ['RSA', rsaSrkTemplate()],
 ] as const;
 const INNER = [undefined, 128] as const;
+
+const NO_TICKET = { tag: St.HASHCHECK, hierarchy: Rh.NULL, digest: NOTHING };
+const SCHEMES = {
+  ECC: { scheme: Alg.ECDSA, hashAlg: Alg.SHA256 },
+  RSA: { scheme: Alg.RSASSA, hashAlg: Alg.SHA256 },
+} as const;
+
+function keyPair(kind: keyof typeof SCHEMES): { publicKey: KeyObject; privateKey: KeyObject } {
+  return kind === 'ECC'
+    ? generateKeyPairSync('ec', { namedCurve: 'P-256' })
+    : generateKeyPairSync('rsa', { modulusLength: 2048 });
+}
 
 /** Data that may go to any parent. */
 function movableTemplate(inner: 128 | undefined): PublicArea {
@@ -85,8 +101,9 @@ describe('tpm2-ts-bindings and tpm2-tools: duplicates', () => {
     writeWrapped({ ...wrapped, duplicate: flip(wrapped.duplicate) });
     await tools.refused(importLine(inner), /integrity check failed/);
     if (inner === undefined) return;
+    // With another key the sizes in front come out as anything.
     writeWrapped({ ...wrapped, encryptionKey: flip(wrapped.encryptionKey) });
-    await tools.refused(importLine(inner), /integrity check failed|structure is the wrong size|insufficient/);
+    await tools.refused(importLine(inner), /integrity check failed|wrong size|not enough octets/);
   }
 
   /** We import and give `data` out, and refuse a changed one. */
@@ -154,10 +171,7 @@ describe('tpm2-ts-bindings and tpm2-tools: duplicates', () => {
 
       it(`our Import and our software take what tpm2_duplicate wrapped, ${wrapping}`, async () => {
         const data = randomBytes(40);
-        const pair =
-          kind === 'ECC'
-            ? generateKeyPairSync('ec', { namedCurve: 'P-256' })
-            : generateKeyPairSync('rsa', { modulusLength: 2048 });
+        const pair = keyPair(kind);
         const area = softwareKeyPublic(pair.publicKey, { use: 'storage' });
         tools.write('data', data);
         tools.write('policy', policyDigest(POLICY));
@@ -196,6 +210,46 @@ describe('tpm2-ts-bindings and tpm2-tools: duplicates', () => {
         assert.throws(
           () => unwrapDuplicate(key, { ...wrapped, encryptionKey: flip(wrapped.encryptionKey) }),
           has('malformed'),
+        );
+      });
+    }
+
+    for (const type of ['ECC', 'RSA'] as const) {
+      it(`we import and use the ${type} key that tpm2_duplicate wrapped without a TPM, for a parent of ${kind}`, async () => {
+        const pair = keyPair(type);
+        tools.write(
+          'key.pem',
+          pair.privateKey.export({ type: type === 'ECC' ? 'sec1' : 'pkcs1', format: 'pem' }),
+        );
+        await tools.direct((tpm) =>
+          withPrimary(tpm, template, async (parent) => {
+            tools.writeAs('parent.pub', publicFile, parent.publicArea);
+          }),
+        );
+        await tools.run(
+          `tpm2_duplicate -Q -T none -U parent.pub -k key.pem -G ${type.toLowerCase()} -u object.pub -r moved.priv -s moved.seed`,
+        );
+        const wrapped = readWrapped(undefined);
+        const message = randomBytes(32);
+        const digest = createHash('sha256').update(message).digest();
+        await tools.direct((tpm) =>
+          withPrimary(tpm, template, async (parent) => {
+            const send = (changed: Wrapped) =>
+              tpm.run(Import, { parentHandle: withPassword(parent) }, changed);
+            const { outPrivate } = await send(wrapped);
+            const sign = (key: ObjectEntity) =>
+              tpm.run(
+                Sign,
+                { keyHandle: withPassword(key) },
+                { digest, inScheme: SCHEMES[type], validation: NO_TICKET },
+              );
+            const loaded = { outPrivate, outPublic: wrapped.objectPublic };
+            const { signature } = await withChild(tpm, parent, loaded, sign);
+            const own = softwareKeyPublic(pair.publicKey, { use: 'sign' });
+            assert.ok(verifySignature(own.value, message, signature));
+            assert.ok(!verifySignature(own.value, flip(message), signature));
+            await assert.rejects(send({ ...wrapped, duplicate: flip(wrapped.duplicate) }), says('INTEGRITY'));
+          }),
         );
       });
     }

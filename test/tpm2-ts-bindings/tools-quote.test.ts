@@ -13,8 +13,13 @@ import {
   publicArea,
   publicKeyObject,
   Quote,
+  readNvIndex,
   readPcrs,
   rsaSrkTemplate,
+  St,
+  verifyAttest,
+  verifyCertify,
+  verifyNvCertify,
   verifyQuote,
   withPassword,
 } from 'tpm2-ts-bindings';
@@ -42,7 +47,7 @@ const SCHEMES = [
 // More registers than one TPML_DIGEST takes, in two banks.
 const SELECTION = parsePcrSelection('sha1:0,16+sha256:0,1,2,3,4,5,16,23');
 
-describe('tpm2-ts-bindings and tpm2-tools: quotes', () => {
+describe('tpm2-ts-bindings and tpm2-tools: quotes and other statements', () => {
   let tools: Tpm2Tools;
   withSuiteTools((made) => {
     tools = made;
@@ -91,7 +96,7 @@ describe('tpm2-ts-bindings and tpm2-tools: quotes', () => {
         await tools.run(check({ key: 'key.pub' }));
         await tools.refused(check({ nonce: flip(nonce) }), /nonce/);
         await tools.refused(check({ pcrs: 'other-pcrs' }), /PCR/);
-        await tools.refused(check({ message: 'other-message' }), /signed digest|signature/i);
+        await tools.refused(check({ message: 'other-message' }), /validating signed message/);
       });
 
     it(`${name}: we take that of quote, and nothing changed`, async () => {
@@ -124,4 +129,44 @@ describe('tpm2-ts-bindings and tpm2-tools: quotes', () => {
       refuses(quoted, { values: await tools.direct((tpm) => readPcrs(tpm, SELECTION)) });
     });
   }
+
+  it('we take what certify, nvcertify and gettime say, and nothing else', async () => {
+    const nonce = randomBytes(20);
+    const asked = `-q ${nonce.toString('hex')} -g sha256 -s ecdsa -o signature --attestation message`;
+    await tools.run(
+      'tpm2_createprimary -Q -C o -G ecc256:ecdsa:null -a sensitivedataorigin|userwithauth|restricted|sign -c key.ctx',
+    );
+    await tools.run('tpm2_readpublic -Q -c key.ctx -o key.pub -n key.name');
+    const key = tools.read('key.pub', publicFile).value;
+    const read = () => [tools.bytes('message'), tools.read('signature', signatureFile)] as const;
+
+    // It takes no nonce, and sends these four bytes.
+    const certified = { key, nonce: Buffer.from('00ff55aa', 'hex'), name: tools.bytes('key.name') };
+    await tools.run('tpm2_certify -Q -c key.ctx -C key.ctx -g sha256 -o message -s signature');
+    verifyCertify(...read(), certified);
+    assert.throws(
+      () => verifyCertify(...read(), { ...certified, name: flip(certified.name) }),
+      has('malformed'),
+    );
+    assert.throws(() => verifyCertify(...read(), { ...certified, nonce }), has('malformed'));
+
+    tools.write('data', 'certified');
+    await tools.run('tpm2_nvdefine -Q 0x01500040 -C o -s 9 -a ownerread|ownerwrite');
+    await tools.run('tpm2_nvwrite -Q 0x01500040 -C o -i data');
+    await tools.run(`tpm2_nvcertify -Q -C key.ctx -c o --size 5 --offset 4 ${asked} 0x01500040`);
+    const index = await tools.direct((tpm) => readNvIndex(tpm, 0x01500040));
+    assert.ok(index);
+    const expected = { key, nonce, name: index.name, offset: 4 };
+    assert.equal(verifyNvCertify(...read(), expected).attested.nvContents.toString(), 'ified');
+    assert.throws(() => verifyNvCertify(...read(), { ...expected, offset: 0 }), has('malformed'));
+    assert.throws(() => verifyCertify(...read(), expected), has('malformed'));
+
+    await tools.run(`tpm2_gettime -Q -c key.ctx ${asked}`);
+    const { attested } = verifyAttest(St.ATTEST_TIME, ...read(), { key, nonce });
+    assert.ok(attested.time.time > 0n);
+    assert.throws(
+      () => verifyAttest(St.ATTEST_TIME, ...read(), { key, nonce: flip(nonce) }),
+      has('malformed'),
+    );
+  });
 });
