@@ -1,6 +1,6 @@
 import { constants, verify } from 'node:crypto';
 import { leftPad } from './bytes.js';
-import { Reader, struct, tagged, tpm2b, u16, u32, u64, type ValueOf } from './codec.js';
+import { Reader, struct, tagged, tpm2b, u16, u32, u64, type ValueOf, yesNo } from './codec.js';
 import { Alg, Curve, hashInfo, St } from './constants.js';
 import { requireHash } from './crypto.js';
 import { TpmError } from './error.js';
@@ -30,6 +30,14 @@ const tpmsAttest = tagged('type', u16, {
   [St.ATTEST_NV]: struct({
     ...head,
     attested: struct({ indexName: tpm2b, offset: u16, nvContents: tpm2b }),
+  }),
+  [St.ATTEST_SESSION_AUDIT]: struct({
+    ...head,
+    attested: struct({ exclusiveSession: yesNo, sessionDigest: tpm2b }),
+  }),
+  [St.ATTEST_COMMAND_AUDIT]: struct({
+    ...head,
+    attested: struct({ auditCounter: u64, digestAlg: u16, auditDigest: tpm2b, commandDigest: tpm2b }),
   }),
   [St.ATTEST_TIME]: struct({ ...head, attested: struct({ time: tpmsTimeInfo, firmwareVersion: u64 }) }),
 });
@@ -104,6 +112,8 @@ const WHAT: Readonly<Record<Attest['type'], string>> = {
   [St.ATTEST_CERTIFY]: 'certification',
   [St.ATTEST_CREATION]: 'creation',
   [St.ATTEST_NV]: 'NV content',
+  [St.ATTEST_SESSION_AUDIT]: 'session audit',
+  [St.ATTEST_COMMAND_AUDIT]: 'command audit',
   [St.ATTEST_TIME]: 'time',
 };
 
@@ -174,5 +184,45 @@ export function verifyNvCertify(
   const attest = verifyAttest(St.ATTEST_NV, certifyInfo, signature, expected);
   if (!attest.attested.indexName.equals(expected.name)) refuse('NV content', 'of another index');
   if (attest.attested.offset !== (expected.offset ?? 0)) refuse('NV content', 'from another offset');
+  return attest;
+}
+
+/**
+ * Checks what GetSessionAuditDigest says: the session saw these commands with these answers, in this order.
+ * @param expected with the digest (`Session.auditDigest` or an `AuditDigest`); `exclusive` where the TPM must have run
+ * nothing else in between
+ * @throws TpmError `malformed`
+ */
+export function verifySessionAudit(
+  auditInfo: Buffer,
+  signature: Signature,
+  expected: ExpectedAttest & { readonly digest: Buffer; readonly exclusive?: boolean },
+): AttestOf<typeof St.ATTEST_SESSION_AUDIT> {
+  const attest = verifyAttest(St.ATTEST_SESSION_AUDIT, auditInfo, signature, expected);
+  const { sessionDigest, exclusiveSession } = attest.attested;
+  if (!sessionDigest.equals(expected.digest)) refuse('session audit', 'of other commands or answers');
+  if (expected.exclusive === true && !exclusiveSession) refuse('session audit', 'not exclusive');
+  return attest;
+}
+
+/**
+ * Checks what GetCommandAuditDigest says: since the audit began, the TPM ran these of the audited commands.
+ * @param expected with the digest (`AuditDigest`), the audit's hash, and `auditedCommands` with that hash
+ * @throws TpmError `malformed`
+ */
+export function verifyCommandAudit(
+  auditInfo: Buffer,
+  signature: Signature,
+  expected: ExpectedAttest & {
+    readonly digest: Buffer;
+    readonly digestAlg: number;
+    readonly commandDigest: Buffer;
+  },
+): AttestOf<typeof St.ATTEST_COMMAND_AUDIT> {
+  const attest = verifyAttest(St.ATTEST_COMMAND_AUDIT, auditInfo, signature, expected);
+  const { auditDigest, digestAlg, commandDigest } = attest.attested;
+  if (digestAlg !== expected.digestAlg) refuse('command audit', 'with another hash');
+  if (!commandDigest.equals(expected.commandDigest)) refuse('command audit', 'other commands are audited');
+  if (!auditDigest.equals(expected.digest)) refuse('command audit', 'of other commands or answers');
   return attest;
 }

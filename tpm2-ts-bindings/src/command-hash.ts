@@ -4,9 +4,9 @@ import type { Command, HandleEntities, HandleNames } from './command.js';
 import { Alg } from './constants.js';
 import { digest, requireHash } from './crypto.js';
 import type { Entity } from './entity.js';
-import { TpmError } from './error.js';
+import { Rc, TpmError } from './error.js';
 
-/** Hashes over commands, for policies that allow only those (`cp-hash`, `name-hash`). */
+/** Hashes over commands, for policies that allow only those (`cp-hash`, `name-hash`) and for audits. */
 
 /** cpHash: code, Names of all handles and parameters as they are sent, not encrypted (Part 1, 16.7). */
 export function commandHash<H extends HandleNames, P>(
@@ -22,6 +22,20 @@ export function commandHash<H extends HandleNames, P>(
     u32Bytes(command.code),
     ...knownNames(names),
     encode(command.params, params),
+  );
+}
+
+/** rpHash: success, code and parameters as they come, not encrypted (Part 1, 16.8). Handles are no part of it. */
+export function responseHash<H extends HandleNames, P, R>(
+  command: Command<H, P, R>,
+  result: R,
+  hashAlg: number = Alg.SHA256,
+): Buffer {
+  return digest(
+    requireHash(hashAlg),
+    u32Bytes(Rc.SUCCESS),
+    u32Bytes(command.code),
+    encode(command.result, result),
   );
 }
 

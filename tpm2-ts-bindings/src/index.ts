@@ -1,4 +1,5 @@
 export * from './attest.js';
+export * from './audit.js';
 export { concat, wipe } from './bytes.js';
 export * from './client.js';
 export * from './codec.js';
@@ -11,6 +12,7 @@ export { canEncapsulate, decapsulate, encapsulate, kdfa, kdfe, nameOf } from './
 export * from './duplicate.js';
 export * from './entity.js';
 export * from './error.js';
+export * from './open-session.js';
 export * from './pcr.js';
 export * from './policy.js';
 export { policyDigest } from './policy-digest.js';

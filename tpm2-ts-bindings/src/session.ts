@@ -1,10 +1,11 @@
 import { timingSafeEqual } from 'node:crypto';
+import { AuditDigest } from './audit.js';
 import { concat, trimTrailingZeros, u32Bytes, wipe } from './bytes.js';
+import { flush } from './client.js';
 import type { PolicyEffect } from './command.js';
-import { FlushContext, StartAuthSession } from './commands/index.js';
-import { Alg, type HashInfo, Rh, Se } from './constants.js';
-import { cfb, digest, encapsulate, hmac, kdfa, random, requireHash } from './crypto.js';
-import { type Entity, type ObjectEntity, permanent } from './entity.js';
+import { type HashInfo, SessionAttribute } from './constants.js';
+import { cfb, digest, hmac, kdfa, random } from './crypto.js';
+import type { Entity, ObjectEntity } from './entity.js';
 import { TpmError } from './error.js';
 import type { Tpm } from './tpm.js';
 
@@ -16,80 +17,41 @@ export type Encryption = 'in' | 'out' | 'both';
  * sits on the bus can offer a key of his own. `bind`: an entity whose authValue enters the session key.
  * Without either the session key is empty and encryption would hide nothing from who sees the nonces: such options do
  * not type-check.
+ *
+ * `audit`, for an HMAC session: the TPM folds each command that it is used in, with its answer, into a digest (Part 1,
+ * "Audit") and signs that with GetSessionAuditDigest; `Session.auditDigest` is the same, computed here. `exclusive`: the
+ * TPM refuses with TPM_RC_EXCLUSIVE what comes after a command without the session; `Session.resetAudit` begins anew.
  */
 export type SessionOptions = {
   readonly kind: 'hmac' | 'policy' | 'trial';
   /** Session hash, Alg.SHA256 unless given. */
   readonly authHash?: number;
+  /** The TPM forgets the session with the first command that it is used in and that succeeds. */
+  readonly once?: boolean;
 } & (
   | { readonly encrypt?: never; readonly salt?: ObjectEntity; readonly bind?: Entity }
   | { readonly encrypt: Encryption; readonly salt: ObjectEntity; readonly bind?: Entity }
   | { readonly encrypt: Encryption; readonly salt?: ObjectEntity; readonly bind: Entity }
-);
+) &
+  ({ readonly audit?: never } | { readonly kind: 'hmac'; readonly audit: true | 'exclusive' });
 
-const SESSION_TYPE = { hmac: Se.HMAC, policy: Se.POLICY, trial: Se.TRIAL } as const;
 const NOTHING = Buffer.alloc(0);
-
-/** Opens a session. Close it: a TPM without a resource manager has three or so. */
-export async function openSession(tpm: Tpm, options: SessionOptions): Promise<Session> {
-  const { salt, bind } = options;
-  // The type cannot say it of an empty authValue: binding to that adds nothing either.
-  if (options.encrypt !== undefined && salt === undefined && !bind?.authValue.length) {
-    throw new TpmError('usage', 'a session that encrypts needs a salt, or a bind entity with an authValue');
-  }
-  const hash = requireHash(options.authHash ?? Alg.SHA256);
-  const nonceCaller = random(hash.size);
-  const salted = salt === undefined ? undefined : encapsulate(salt.publicArea.value, 'SECRET');
-  const seed = concat(bind?.authValue ?? NOTHING, salted?.secret ?? NOTHING);
-  try {
-    const started = await tpm.run(
-      StartAuthSession,
-      { tpmKey: salt ?? permanent(Rh.NULL), bind: bind ?? permanent(Rh.NULL) },
-      {
-        nonceCaller,
-        encryptedSalt: salted?.encrypted ?? NOTHING,
-        sessionType: SESSION_TYPE[options.kind],
-        symmetric:
-          options.encrypt === undefined
-            ? { algorithm: Alg.NULL }
-            : { algorithm: Alg.AES, keyBits: 128, mode: Alg.CFB },
-        authHash: hash.alg,
-      },
-    );
-    // Part 1, section 19: no key where there is neither salt nor bind.
-    const key =
-      salt === undefined && bind === undefined
-        ? NOTHING
-        : kdfa(hash, seed, 'ATH', started.nonceTPM, nonceCaller, hash.size * 8);
-    return new Session(tpm, started.sessionHandle, hash, key, options, nonceCaller, started.nonceTPM);
-  } finally {
-    wipe(seed, salted?.secret);
-  }
-}
-
-/** Runs `body` with a session that is closed afterwards, whatever happens. */
-export async function inSession<T>(
-  tpm: Tpm,
-  options: SessionOptions,
-  body: (session: Session) => Promise<T>,
-): Promise<T> {
-  const session = await openSession(tpm, options);
-  try {
-    return await body(session);
-  } finally {
-    await session.close();
-  }
-}
 
 /** A session in the TPM. Made by `openSession`; the methods below `close` are for the command pipeline. */
 export class Session implements Entity {
   readonly name: Buffer;
   readonly authValue = NOTHING;
   readonly kind: SessionOptions['kind'];
-  #state: 'open' | 'poisoned' | 'closed' = 'open';
+  /** `ended`: the TPM has forgotten it with its one command. */
+  #state: 'open' | 'poisoned' | 'ended' | 'closed' = 'open';
   /** What a use proves besides the policy itself. */
   #proves: 'nothing' | 'auth-value' | 'password' = 'nothing';
   #boundTo: Entity | undefined;
+  #audit: AuditDigest | undefined;
+  #isExclusive = false;
+  #resetsAudit = false;
+  /** Of the command under way. */
+  #sent: { readonly cpHash: Buffer; readonly attributes: number } = { cpHash: NOTHING, attributes: 0 };
 
   constructor(
     private readonly tpm: Tpm,
@@ -111,11 +73,30 @@ export class Session implements Entity {
    */
   async close(): Promise<void> {
     if (this.#state === 'closed') return;
+    const isGone = this.#state === 'ended';
     this.#state = 'closed';
-    wipe(this.key);
-    await this.tpm.run(FlushContext, {}, { flushHandle: this.handle }).catch((error: unknown) => {
-      if (!(error instanceof TpmError)) throw error;
-    });
+    try {
+      if (!isGone) await flush(this.tpm, this.handle);
+    } finally {
+      // Not before: the answer to a command that is under way still has to be checked.
+      wipe(this.key);
+    }
+  }
+
+  /** What the TPM's audit digest is if all is well. undefined before the first command that the session audits. */
+  get auditDigest(): Buffer | undefined {
+    return this.#audit?.value;
+  }
+
+  /** True where the TPM said last that it ran nothing outside this audit since that began. */
+  get isExclusive(): boolean {
+    return this.#isExclusive;
+  }
+
+  /** The next command begins a new audit, exclusive again. @throws TpmError `usage` where the session does not audit */
+  resetAudit(): void {
+    if (this.options.audit === undefined) throw new TpmError('usage', 'the session was not opened to audit');
+    this.#resetsAudit = true;
   }
 
   get nonceTpm(): Buffer {
@@ -135,7 +116,7 @@ export class Session implements Entity {
     if (this.#state === 'poisoned') {
       throw new TpmError('poisoned', `TPM2_${command}: the session saw a failure before; open a new one`);
     }
-    if (this.#state === 'closed') throw new TpmError('usage', `TPM2_${command}: the session is closed`);
+    if (this.#state !== 'open') throw new TpmError('usage', `TPM2_${command}: the session is closed`);
     if (this.kind === 'trial') throw new TpmError('usage', 'a trial session authorises nothing');
     this.nonceCaller = random(this.hash.size);
     return this.nonceCaller;
@@ -146,11 +127,29 @@ export class Session implements Entity {
     if (this.#state === 'open') this.#state = 'poisoned';
   }
 
-  /** For a command that it audits. The TPM takes the binding away then (Part 1, section 19). @throws TpmError `usage` */
-  audit(): void {
+  /**
+   * Attributes for the next command (TPMA_SESSION, Part 2). A session that neither authorises nor encrypts has to audit
+   * (Part 1, section 19: otherwise TPM_RC_ATTRIBUTES): then its HMAC still proves the answer.
+   * @param crypts `decrypt` and `encrypt` of `SessionAttribute`, as the session does that in the command
+   * @throws TpmError `usage` where the session has nothing to do in it
+   */
+  attributes(crypts: number, authorises: boolean): number {
+    if (!authorises && this.#proves === 'password') {
+      throw new TpmError(
+        'usage',
+        'after PolicyPassword a session can only authorise: no HMAC would prove more',
+      );
+    }
+    const attributes = (this.options.once === true ? 0 : SessionAttribute.continueSession) | crypts;
+    if (this.options.audit === undefined && (authorises || crypts !== 0)) return attributes;
     if (this.kind !== 'hmac')
-      throw new TpmError('usage', 'a policy session has nothing to do in this command');
-    this.#boundTo = undefined;
+      throw new TpmError('usage', 'a policy session cannot audit, and this command has no other use for it');
+    return (
+      attributes |
+      SessionAttribute.audit |
+      (this.options.audit === 'exclusive' ? SessionAttribute.auditExclusive : 0) |
+      (this.#resetsAudit ? SessionAttribute.auditReset : 0)
+    );
   }
 
   /** Takes what PolicyAuthValue, PolicyPassword and PolicyRestart do (`command.policyEffect`). The last one counts. */
@@ -165,6 +164,7 @@ export class Session implements Entity {
     attributes: number,
     extraNonces: readonly Buffer[],
   ): Buffer {
+    this.#sent = { cpHash, attributes };
     // The authValue itself is in the place of the HMAC (Part 3, 23.18: PolicyPassword).
     if (this.#proves === 'password') return concat(entity?.authValue ?? NOTHING);
     return this.#hmac(entity, entity?.authValue, [
@@ -177,9 +177,9 @@ export class Session implements Entity {
   }
 
   /**
-   * Checks the HMAC of a response and takes its nonce.
+   * Checks the HMAC, nonce and attributes of a response and takes them.
    * @param newAuth the authValue of `entity` where the command has changed it
-   * @throws TpmError `bad-hmac`
+   * @throws TpmError `bad-hmac`, or `malformed` where it is not the answer to what was sent
    */
   acceptResponse(
     entity: Entity | undefined,
@@ -198,9 +198,28 @@ export class Session implements Entity {
     if (expected.length !== received.length || !timingSafeEqual(expected, received)) {
       throw new TpmError('bad-hmac', 'the answer is not from this TPM or was changed on its way');
     }
+    if (nonceTpm.length !== this.tpmNonce.length || !fits(attributes, this.#sent.attributes)) {
+      throw new TpmError(
+        'malformed',
+        'the answer has a nonce or session attributes that its command excludes',
+      );
+    }
     this.tpmNonce = nonceTpm;
+    if ((attributes & SessionAttribute.audit) !== 0) this.#extendAudit(rpHash, attributes);
+    if ((attributes & SessionAttribute.continueSession) === 0 && this.#state === 'open')
+      this.#state = 'ended';
     // A policy session starts anew with each use (Part 1, section 19: policyDigest is reset with the nonce).
     this.#proves = 'nothing';
+  }
+
+  #extendAudit(rpHash: Buffer, attributes: number): void {
+    // The TPM takes the binding away with the first command it audits, once that has succeeded (Part 1, section 19).
+    this.#boundTo = undefined;
+    const isReset = (this.#sent.attributes & SessionAttribute.auditReset) !== 0;
+    if (isReset) this.#resetsAudit = false;
+    if (isReset || this.#audit === undefined) this.#audit = new AuditDigest(this.hash.alg);
+    this.#audit.extend(this.#sent.cpHash, rpHash);
+    this.#isExclusive = (attributes & SessionAttribute.auditExclusive) !== 0;
   }
 
   /** Encrypts a first parameter to the TPM. */
@@ -257,4 +276,15 @@ export class Session implements Entity {
       Buffer.compare(entity.authValue, bind.authValue) === 0;
     return !bound;
   }
+}
+
+/**
+ * True where a response may have these attributes: those of the command, but for what the TPM says of an audit. It
+ * says whether that is exclusive, which it has to be where the command asks for it, and may clear auditReset (Part 2,
+ * TPMA_SESSION).
+ */
+function fits(received: number, sent: number): boolean {
+  const { audit, auditExclusive, auditReset } = SessionAttribute;
+  const free = (sent & audit) === 0 ? 0 : auditReset | ((sent & auditExclusive) ^ auditExclusive);
+  return ((received ^ sent) & ~free) === 0 && (received & auditReset & ~sent) === 0;
 }

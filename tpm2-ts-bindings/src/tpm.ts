@@ -179,20 +179,11 @@ function build<P>(
   return { bytes, encrypting };
 }
 
-/**
- * A session that neither authorises nor encrypts has to audit (Part 1, section 19: otherwise TPM_RC_ATTRIBUTES). Then its
- * HMAC still proves the answer.
- */
 function attributesOf(use: Use, decrypting: Use | undefined, encrypting: Use | undefined): number {
-  const attributes =
-    SessionAttribute.continueSession |
-    (use === decrypting ? SessionAttribute.decrypt : 0) |
-    (use === encrypting ? SessionAttribute.encrypt : 0);
-  if (use.by === 'password' || use.entity !== undefined || attributes !== SessionAttribute.continueSession) {
-    return attributes;
-  }
-  use.by.audit();
-  return attributes | SessionAttribute.audit;
+  if (use.by === 'password') return SessionAttribute.continueSession;
+  const crypts =
+    (use === decrypting ? SessionAttribute.decrypt : 0) | (use === encrypting ? SessionAttribute.encrypt : 0);
+  return use.by.attributes(crypts, use.entity !== undefined);
 }
 
 /** The password itself, or the HMAC over command code, Names and parameters (Part 1, sections 16 and 19). */
@@ -217,10 +208,12 @@ function prove(
 
 /**
  * The nonceTPM of encrypting sessions other than the first, which the first one's HMAC covers so that none of them can
- * be taken away: decrypt, then encrypt, once if they are the same (Part 1, section 19).
+ * be taken away: decrypt, then encrypt, once if they are the same. Only a first session that authorises covers them
+ * (Part 1, section 19).
  */
 function others(uses: readonly Use[], decrypting: Use | undefined, encrypting: Use | undefined): Buffer[] {
   const first = uses[0];
+  if (first?.entity === undefined) return [];
   return [...new Set([decrypting, encrypting])].flatMap((use) =>
     use === undefined || use === first || use.by === 'password' ? [] : [use.by.nonceTpm],
   );
@@ -282,7 +275,11 @@ function acceptSessions(
     const attributes = reader.unsigned(1);
     const proof = reader.bytes(reader.unsigned(2));
     if (by === 'password') {
-      if (nonceTpm.length + proof.length > 0) throw new TpmError('malformed', 'a password has no HMAC');
+      if (nonceTpm.length + proof.length > 0 || attributes !== SessionAttribute.continueSession)
+        throw new TpmError(
+          'malformed',
+          'a password has no nonce, no HMAC and no attribute but continueSession',
+        );
       continue;
     }
     const rpHash = by.parameterHash(u32Bytes(Rc.SUCCESS), u32Bytes(code), parameters);

@@ -1,4 +1,5 @@
 export * from './asymmetric.js';
+export * from './audit.js';
 export * from './capability.js';
 export * from './context.js';
 export * from './dictionary-attack.js';
