@@ -214,9 +214,10 @@ describe('tpm2-ts-bindings: audits', () => {
           tpm.run(ReadPublic, { objectHandle: permanent(0x81000077) }, {}, [session]),
           says('HANDLE'),
         );
-        const result = await tpm.run(ReadClock, {}, {}, [session]);
+        const params = { bytesRequested: 20 };
+        const result = await tpm.run(GetRandom, {}, params, [session]);
         const anew = new AuditDigest();
-        anew.take(ReadClock, {}, {}, result);
+        anew.take(GetRandom, {}, params, result);
         assert.deepEqual(session.auditDigest, anew.value);
         assert.notDeepEqual(session.auditDigest, lost);
         await assertSame(ak, session, true);

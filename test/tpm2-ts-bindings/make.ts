@@ -1,4 +1,6 @@
 import {
+  ObjectAttribute as A,
+  Alg,
   Create,
   embed,
   flush,
@@ -11,6 +13,8 @@ import {
   objectEntity,
   type PublicArea,
   permanent,
+  policyDigest,
+  publicArea,
   Rc,
   Rh,
   readNvIndex,
@@ -24,6 +28,18 @@ import { NOTHING } from '../support/tpm-fixture.js';
 /** Things in a TPM that a test needs for a while. */
 
 export const OWNER = permanent(Rh.OWNER);
+
+/** Data that its authValue opens; with `policy` through PolicyAuthValue instead. */
+export function dataTemplate({ policy = false, nameAlg = Alg.SHA256 as number } = {}): PublicArea {
+  return publicArea({
+    type: Alg.KEYEDHASH,
+    nameAlg,
+    objectAttributes: A.fixedTPM | A.fixedParent | A.noDA | (policy ? 0 : A.userWithAuth),
+    authPolicy: policy ? policyDigest([{ assert: 'auth-value' }], nameAlg) : NOTHING,
+    parameters: { scheme: { scheme: Alg.NULL } },
+    unique: NOTHING,
+  });
+}
 
 /** A child of `parent`, not loaded. */
 export function create(

@@ -1,7 +1,6 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import {
-  ObjectAttribute as A,
   Alg,
   type Authorized,
   ContextLoad,
@@ -26,7 +25,6 @@ import {
   PolicyRestart,
   type PolicyStep,
   type Public,
-  type PublicArea,
   permanent,
   policyDigest,
   publicArea,
@@ -50,19 +48,7 @@ import {
 import { type RecordingProxy, startRecordingProxy } from '../support/recording-proxy.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
-import { create, has, OWNER, says, withChild, withNv } from './make.js';
-
-/** Data that its authValue opens; with `policy` through PolicyAuthValue instead. */
-function dataTemplate(policy: boolean): PublicArea {
-  return publicArea({
-    type: Alg.KEYEDHASH,
-    nameAlg: Alg.SHA256,
-    objectAttributes: A.fixedTPM | A.fixedParent | A.noDA | (policy ? 0 : A.userWithAuth),
-    authPolicy: policy ? policyDigest([{ assert: 'auth-value' }]) : NOTHING,
-    parameters: { scheme: { scheme: Alg.NULL } },
-    unique: NOTHING,
-  });
-}
+import { create, dataTemplate, has, OWNER, says, withChild, withNv } from './make.js';
 
 async function withSealed<T>(
   tpm: Tpm,
@@ -70,7 +56,7 @@ async function withSealed<T>(
   content: { data: Buffer; auth: Buffer; policy?: boolean },
   body: (sealed: ObjectEntity) => Promise<T>,
 ): Promise<T> {
-  const sealed = await create(tpm, srk, dataTemplate(content.policy ?? false), content);
+  const sealed = await create(tpm, srk, dataTemplate({ policy: content.policy ?? false }), content);
   return withChild(tpm, srk, sealed, body, content.auth);
 }
 
@@ -401,7 +387,10 @@ describe('tpm2-ts-bindings: sessions', () => {
     const content = { data: randomBytes(8), auth: NOTHING };
     const open: PolicyStep[] = [{ assert: 'locality', locality: 0b1 }];
     await withPrimary(tpm, srkTemplate(), async (srk) => {
-      const template = publicArea({ ...dataTemplate(true).value, authPolicy: policyDigest(open) } as Public);
+      const template = publicArea({
+        ...dataTemplate({ policy: true }).value,
+        authPolicy: policyDigest(open),
+      } as Public);
       await withChild(tpm, srk, await create(tpm, srk, template, content), async (item) => {
         for (let bit = 0; bit < 8; bit++) {
           await inSession(tpm, { kind: 'policy' }, async (session) => {

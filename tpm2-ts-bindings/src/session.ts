@@ -33,7 +33,7 @@ export type SessionOptions = {
   | { readonly encrypt: Encryption; readonly salt: ObjectEntity; readonly bind?: Entity }
   | { readonly encrypt: Encryption; readonly salt?: ObjectEntity; readonly bind: Entity }
 ) &
-  ({ readonly audit?: never } | { readonly kind: 'hmac'; readonly audit: true | 'exclusive' });
+  ({ readonly audit?: never } | { readonly kind: 'hmac'; readonly audit?: true | 'exclusive' });
 
 const NOTHING = Buffer.alloc(0);
 
