@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import {
   Alg,
+  AuditDigest,
   type Authorized,
   ContextLoad,
   ContextSave,
@@ -352,6 +353,21 @@ describe('tpm2-ts-bindings: sessions', () => {
     });
   });
 
+  it('an audit that is reset while a command is under way begins anew with the next one', async () => {
+    await inSession(tpm, { kind: 'hmac', audit: true }, async (session) => {
+      const params = { bytesRequested: 8 };
+      tamperCommand = (command) => {
+        session.resetAudit();
+        return command;
+      };
+      await tpm.run(GetRandom, {}, params, [session]);
+      tamperCommand = undefined;
+      const digest = new AuditDigest();
+      digest.take(GetRandom, {}, params, await tpm.run(GetRandom, {}, params, [session]));
+      assert.deepEqual(session.auditDigest, digest.value);
+    });
+  });
+
   it('after PolicyPassword a session authorises, and nothing else', async () => {
     await withPrimary(tpm, srkTemplate(), (srk) =>
       inSession(tpm, { kind: 'policy', salt: srk, encrypt: 'out' }, async (session) => {
@@ -383,7 +399,7 @@ describe('tpm2-ts-bindings: sessions', () => {
     }
   });
 
-  it('attributes that do not answer those of the command are refused where no HMAC covers them', async () => {
+  it('attributes and nonces that do not answer the command are refused where no HMAC covers them', async () => {
     const content = { data: randomBytes(8), auth: NOTHING };
     const open: PolicyStep[] = [{ assert: 'locality', locality: 0b1 }];
     await withPrimary(tpm, srkTemplate(), async (srk) => {
@@ -403,6 +419,26 @@ describe('tpm2-ts-bindings: sessions', () => {
           });
         }
       });
+      // Nor a nonce of another length.
+      await withChild(tpm, srk, await create(tpm, srk, template, content), (item) =>
+        inSession(tpm, { kind: 'policy' }, async (session) => {
+          await runPolicy(tpm, session, open);
+          tamper = (response) => {
+            // Nonce, attributes and empty HMAC are its end.
+            const start = response.length - 2 - 32 - 3;
+            const short = Buffer.concat([
+              response.subarray(0, start),
+              Buffer.of(0, 31),
+              response.subarray(start + 3),
+            ]);
+            short.writeUInt32BE(short.length, 2);
+            return short;
+          };
+          const itemHandle = withSession(item, session);
+          await assert.rejects(tpm.run(Unseal, { itemHandle }, {}), has('malformed'));
+          tamper = undefined;
+        }),
+      );
       // A password has none but continueSession.
       await withSealed(tpm, srk, content, async (item) => {
         tamper = (response) => flip(response, response.length - 3, 0x40);
