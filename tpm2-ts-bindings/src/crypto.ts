@@ -46,7 +46,7 @@ export function random(size: number): Buffer {
 
 const ZERO = new Uint8Array(1);
 
-/** KDFa: SP 800-108 in counter mode with HMAC (Part 1, 11.4.10.2). `bits` is a multiple of 8. */
+/** KDFa: SP 800-108 in counter mode with HMAC (Part 1, 11.4.10.2). @returns `bits`, with zeros before them to whole bytes */
 export function kdfa(
   hash: HashInfo,
   key: Uint8Array,
@@ -59,7 +59,7 @@ export function kdfa(
   return expand(hash, bits, (counter) => hmac(hash, key, counter, ...fixed));
 }
 
-/** KDFe: SP 800-56A with a hash (Part 1, 11.4.10.3). */
+/** KDFe: SP 800-56A with a hash (Part 1, 11.4.10.3). @returns `bits`, with zeros before them to whole bytes */
 export function kdfe(
   hash: HashInfo,
   z: Uint8Array,
@@ -73,12 +73,13 @@ export function kdfe(
 }
 
 function expand(hash: HashInfo, bits: number, block: (counter: Buffer) => Buffer): Buffer {
-  const out = Buffer.alloc(bits / 8);
+  const out = Buffer.alloc(Math.ceil(bits / 8));
   for (let counter = 1, at = 0; at < out.length; counter++, at += hash.size) {
     const bytes = block(u32Bytes(counter));
     out.set(bytes.subarray(0, out.length - at), at);
     wipe(bytes);
   }
+  if (bits % 8 !== 0) out[0] = (out[0] ?? 0) & (0xff >>> (8 - (bits % 8)));
   return out;
 }
 
