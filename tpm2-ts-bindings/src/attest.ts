@@ -1,6 +1,6 @@
 import { constants, verify } from 'node:crypto';
 import { leftPad } from './bytes.js';
-import { Reader, struct, tagged, tpm2b, u16, u32, u64, type ValueOf, yesNo } from './codec.js';
+import { struct, tagged, tpm2b, u16, u32, u64, type ValueOf, yesNo } from './codec.js';
 import { Alg, Curve, hashInfo, St } from './constants.js';
 import { requireHash } from './crypto.js';
 import { TpmError } from './error.js';
@@ -14,6 +14,7 @@ import {
   tpmsClockInfo,
   tpmsTimeInfo,
 } from './structures.js';
+import { Reader } from './wire.js';
 
 /** What a TPM says and signs (Part 2, 10.12), checked with node:crypto alone: the verifier needs no TPM. */
 

@@ -1,6 +1,6 @@
 import { type KeyObject, timingSafeEqual } from 'node:crypto';
 import { concat, wipe } from './bytes.js';
-import { decode, encode, Reader, sized, tpm2b, type ValueOf } from './codec.js';
+import { decode, encode, sized, tpm2b, type ValueOf } from './codec.js';
 import { Alg } from './constants.js';
 import { cfb, decapsulate, digest, encapsulate, nameOf, random, requireHash } from './crypto.js';
 import { TpmError } from './error.js';
@@ -12,6 +12,7 @@ import {
   tpmtSensitive,
   type tpmtSymDef,
 } from './structures.js';
+import { Reader } from './wire.js';
 
 /** An object on its way to another TPM: the parameters of Import, and what Duplicate gives. */
 export interface Wrapped {

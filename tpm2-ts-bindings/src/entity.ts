@@ -1,8 +1,8 @@
 import { trimTrailingZeros, u32Bytes } from './bytes.js';
-import type { Embedded } from './codec.js';
 import { nameOf } from './crypto.js';
 import type { Session } from './session.js';
 import type { NvPublic, PublicArea } from './structures.js';
+import type { Embedded } from './wire.js';
 
 /** Something with a handle. Name and authValue stay with it, so that neither can be mixed up or forgotten. */
 export interface Entity {

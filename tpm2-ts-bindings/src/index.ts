@@ -27,3 +27,4 @@ export * from './transport/device.js';
 export * from './transport/retry.js';
 export * from './transport/socket.js';
 export type { Transport } from './transport/transport.js';
+export * from './wire.js';

@@ -1,10 +1,11 @@
 import { timingSafeEqual } from 'node:crypto';
 import { concat, wipe } from './bytes.js';
-import { encode, Reader, tpm2b } from './codec.js';
+import { encode, tpm2b } from './codec.js';
 import { Alg, type HashInfo } from './constants.js';
 import { cfb, hmac, kdfa, requireHash } from './crypto.js';
 import { TpmError } from './error.js';
 import type { Public } from './structures.js';
+import { Reader } from './wire.js';
 
 /**
  * Encryption and HMAC with keys from one seed, for a Name (Part 1, section 22.4, "outer wrap"): the form of credential

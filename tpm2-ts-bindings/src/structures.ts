@@ -1,7 +1,6 @@
 import {
   type Codec,
   captured,
-  type Embedded,
   embed,
   embedded,
   list,
@@ -18,6 +17,7 @@ import {
 } from './codec.js';
 import { Alg, Cap, hashInfo } from './constants.js';
 import { TpmError } from './error.js';
+import type { Embedded } from './wire.js';
 
 /** Wire structures in the order and with the field names of Part 2. */
 

@@ -1,5 +1,5 @@
 import { concat, u16Bytes, u32Bytes, wipe } from './bytes.js';
-import { encode, Reader, tpm2b } from './codec.js';
+import { encode, tpm2b } from './codec.js';
 import type { Command, HandleArguments, HandleNames } from './command.js';
 import { Rh, SessionAttribute, St } from './constants.js';
 import type { Authorized, Entity } from './entity.js';
@@ -7,6 +7,7 @@ import { Rc, TpmError } from './error.js';
 import { Session } from './session.js';
 import { type RetryOptions, retrying } from './transport/retry.js';
 import type { Transport } from './transport/transport.js';
+import { Reader } from './wire.js';
 
 /** A TPM. Commands are executed one after the other in the order they were asked for. */
 export interface Tpm {
