@@ -10,7 +10,6 @@ import {
   embed,
   type HandleNames,
   hashInfo,
-  type Tpm,
 } from 'tpm2-ts-bindings';
 import * as commands from 'tpm2-ts-bindings/commands/index';
 
@@ -18,14 +17,6 @@ import * as commands from 'tpm2-ts-bindings/commands/index';
 
 type Values = fc.Arbitrary<unknown>;
 export type AnyCommand = Command<HandleNames, unknown, unknown>;
-/** `Tpm.run` where the command is only known at run time. */
-export type RunAny = (
-  command: AnyCommand,
-  handles: object,
-  params: unknown,
-  sessions?: Parameters<Tpm['run']>[3],
-) => Promise<unknown>;
-
 export const COMMANDS = Object.values(commands) as readonly unknown[] as readonly AnyCommand[];
 
 const edges = (...values: number[]): fc.Arbitrary<number> => fc.constantFrom(...values);
