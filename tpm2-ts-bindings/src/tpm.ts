@@ -6,7 +6,7 @@ import type { Authorized, Entity } from './entity.js';
 import { Rc, TpmError } from './error.js';
 import { Session } from './session.js';
 import { type RetryOptions, retrying } from './transport/retry.js';
-import type { Transport } from './transport/transport.js';
+import { HEADER, type Transport } from './transport/transport.js';
 import { Reader } from './wire.js';
 
 /** A TPM. Commands are executed one after the other in the order they were asked for. */
@@ -242,7 +242,13 @@ function parse<R>(
   if (size !== response.length) {
     throw new TpmError('malformed', `${what}: ${response.length} bytes, ${size} announced`);
   }
-  if (rc !== Rc.SUCCESS) throw TpmError.fromResponse(command.name, rc);
+  if (rc !== Rc.SUCCESS) {
+    // Anything longer is another answer whose code was changed: its command was executed, and nonces have rolled.
+    if (response.length !== HEADER || (tag !== St.NO_SESSIONS && tag !== St.RSP_COMMAND)) {
+      throw new TpmError('malformed', `${what}: an error with tag 0x${tag.toString(16)} and ${size} bytes`);
+    }
+    throw TpmError.fromResponse(command.name, rc);
+  }
   if (tag !== (uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS)) {
     throw new TpmError('malformed', `${what}: tag 0x${tag.toString(16)}`);
   }
