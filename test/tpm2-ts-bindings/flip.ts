@@ -1,34 +1,20 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import {
-  ObjectAttribute as A,
-  Alg,
   attestationKeyTemplate,
   ContextLoad,
   ContextSave,
   CreatePrimary,
   createTpm,
   EvictControl,
-  embed,
   flush,
   GetRandom,
   Load,
-  NvAttribute as N,
-  NV_DefineSpace,
-  NV_Read,
-  NV_Write,
-  nvEntity,
   type ObjectEntity,
   objectEntity,
   openSession,
   openSocket,
-  PolicyAuthValue,
   type PublicArea,
-  policyDigest,
-  publicArea,
-  Quote,
-  ReadPublic,
-  readNvIndex,
   readRandom,
   type Session,
   type SessionOptions,
@@ -36,31 +22,21 @@ import {
   srkTemplate,
   type Tpm,
   TpmError,
-  tpmsNvPublic,
   Unseal,
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
 import { commandCode, type RecordingProxy, startRecordingProxy } from '../support/recording-proxy.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
+import { assertNothingLeaked, connectTpm, withPrimary } from '../support/tpm-fixture.js';
+import { AUTH, createSealedPrimary, dataTemplate, makeSubjects, type Subject } from './flip-subjects.js';
 import { create, has, OWNER, withChild } from './make.js';
 
 /** A TPM behind a bus on which one bit of one answer flips. */
 
-const AUTH = Buffer.from('the same for all of them');
 /** Header with its size; the size has tests of its own, because a socket acts on it. */
 const SIZE_AT = 2;
 const HEADER = 10;
-
-interface Subject {
-  readonly name: string;
-  readonly code: number;
-  /** Handles in the answer, which no HMAC covers. */
-  readonly handles: number;
-  readonly session: SessionOptions;
-  run(session: Session): Promise<unknown>;
-}
 
 interface Armed {
   readonly code: number;
@@ -97,7 +73,7 @@ export class FlipBench {
       (key) => this.#persist(key, 0x81000004),
       AUTH,
     );
-    this.#subjects = await this.#makeSubjects(byPolicy, signer);
+    this.#subjects = await makeSubjects(this, byPolicy, signer);
   }
 
   async stop(): Promise<void> {
@@ -138,128 +114,6 @@ export class FlipBench {
   async #makeChild(template: PublicArea, data: Buffer, handle: number): Promise<ObjectEntity> {
     const child = await create(this.tpm, this.srk, template, { auth: AUTH, data });
     return withChild(this.tpm, this.srk, child, (key) => this.#persist(key, handle), AUTH);
-  }
-
-  async #makeSubjects(byPolicy: ObjectEntity, signer: ObjectEntity): Promise<Subject[]> {
-    const { tpm, srk, sealed } = this;
-    const encrypted = { kind: 'hmac', encrypt: 'both', salt: srk } as const;
-    const publicInfo = embed(tpmsNvPublic, {
-      nvIndex: 0x01820000,
-      nameAlg: Alg.SHA256,
-      attributes: N.OWNERWRITE | N.OWNERREAD | N.NO_DA,
-      authPolicy: NOTHING,
-      dataSize: 32,
-    });
-    const owner = withPassword(OWNER);
-    await tpm.run(NV_DefineSpace, { authHandle: owner }, { auth: NOTHING, publicInfo });
-    await tpm.run(
-      NV_Write,
-      { authHandle: owner, nvIndex: nvEntity(publicInfo) },
-      { data: this.data, offset: 0 },
-    );
-    const nvIndex = await readNvIndex(tpm, publicInfo.value.nvIndex);
-    assert.ok(nvIndex);
-    const child = await create(tpm, srk, dataTemplate(false), { auth: AUTH, data: this.data });
-    return [
-      {
-        name: 'GetRandom, encrypted',
-        code: GetRandom.code,
-        handles: 0,
-        session: encrypted,
-        run: (session) => readRandom(this.tpm, 16, [session]),
-      },
-      {
-        name: 'ReadPublic, audited',
-        code: ReadPublic.code,
-        handles: 0,
-        session: { kind: 'hmac', salt: srk },
-        run: (session) => this.tpm.run(ReadPublic, { objectHandle: sealed }, {}, [session]),
-      },
-      {
-        name: 'Unseal, encrypted',
-        code: Unseal.code,
-        handles: 0,
-        session: encrypted,
-        run: (session) => this.tpm.run(Unseal, { itemHandle: withSession(sealed, session) }, {}),
-      },
-      {
-        name: 'Unseal, neither salted nor bound',
-        code: Unseal.code,
-        handles: 0,
-        session: { kind: 'hmac' },
-        run: (session) => this.tpm.run(Unseal, { itemHandle: withSession(sealed, session) }, {}),
-      },
-      {
-        name: 'Unseal, by policy',
-        code: Unseal.code,
-        handles: 0,
-        session: { ...encrypted, kind: 'policy' },
-        run: async (session) => {
-          await this.tpm.run(PolicyAuthValue, { policySession: session }, {});
-          return this.tpm.run(Unseal, { itemHandle: withSession(byPolicy, session) }, {});
-        },
-      },
-      {
-        name: 'NV_Read, encrypted',
-        code: NV_Read.code,
-        handles: 0,
-        session: encrypted,
-        run: (session) =>
-          this.tpm.run(
-            NV_Read,
-            { authHandle: withSession(OWNER, session), nvIndex },
-            { size: 32, offset: 0 },
-          ),
-      },
-      {
-        name: 'Quote',
-        code: Quote.code,
-        handles: 0,
-        session: { kind: 'hmac', bind: signer },
-        run: (session) =>
-          this.tpm.run(
-            Quote,
-            { signHandle: withSession(signer, session) },
-            {
-              qualifyingData: NOTHING,
-              inScheme: { scheme: Alg.NULL },
-              pcrSelect: [{ hash: Alg.SHA256, pcrs: [0] }],
-            },
-          ),
-      },
-      {
-        name: 'CreatePrimary, encrypted',
-        code: CreatePrimary.code,
-        handles: 1,
-        session: encrypted,
-        run: (session) => this.#createSealedPrimary(session),
-      },
-      {
-        name: 'Load',
-        code: Load.code,
-        handles: 1,
-        session: { kind: 'hmac', salt: srk },
-        run: (session) =>
-          this.tpm.run(
-            Load,
-            { parentHandle: withSession(srk, session) },
-            { inPrivate: child.outPrivate, inPublic: child.outPublic },
-          ),
-      },
-    ];
-  }
-
-  #createSealedPrimary(session: Session, data = this.data) {
-    return this.tpm.run(
-      CreatePrimary,
-      { primaryHandle: withSession(OWNER, session) },
-      {
-        inSensitive: { userAuth: AUTH, data },
-        inPublic: dataTemplate(false),
-        outsideInfo: NOTHING,
-        creationPCR: [],
-      },
-    );
   }
 
   #subject(name: string): Subject {
@@ -338,7 +192,7 @@ export class FlipBench {
   async assertHandleUseless(from: 'CreatePrimary' | 'Load' | 'ContextLoad', bit: number): Promise<void> {
     const { tpm } = this;
     // With other data: the same would make the same object, Name and all.
-    const decoy = await this.#withSession((session) => this.#createSealedPrimary(session, randomBytes(32)));
+    const decoy = await this.#withSession((session) => createSealedPrimary(tpm, session, randomBytes(32)));
     const code = { CreatePrimary, Load, ContextLoad }[from].code;
     const at = (): number => HEADER + (bit >>> 3);
     const { result, original } = await this.#withFlip({ code, at, bit: bit & 7 }, () => this.#bring(from));
@@ -366,7 +220,7 @@ export class FlipBench {
   async #bring(from: 'CreatePrimary' | 'Load' | 'ContextLoad'): Promise<ObjectEntity> {
     const { tpm, srk } = this;
     if (from === 'CreatePrimary') {
-      const made = await this.#withSession((session) => this.#createSealedPrimary(session));
+      const made = await this.#withSession((session) => createSealedPrimary(tpm, session, this.data));
       return objectEntity(made.objectHandle, made.outPublic, AUTH);
     }
     const child = await create(tpm, srk, dataTemplate(false), { auth: AUTH, data: this.data });
@@ -414,17 +268,6 @@ export class FlipBench {
       await decoy.close();
     }
   }
-}
-
-function dataTemplate(policy: boolean): PublicArea {
-  return publicArea({
-    type: Alg.KEYEDHASH,
-    nameAlg: Alg.SHA256,
-    objectAttributes: A.fixedTPM | A.fixedParent | A.noDA | (policy ? 0 : A.userWithAuth),
-    authPolicy: policy ? policyDigest([{ assert: 'auth-value' }]) : NOTHING,
-    parameters: { scheme: { scheme: Alg.NULL } },
-    unique: NOTHING,
-  });
 }
 
 /** Positions without those of the size. */
