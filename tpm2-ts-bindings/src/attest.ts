@@ -1,7 +1,7 @@
 import { constants, verify } from 'node:crypto';
 import { leftPad } from './bytes.js';
 import { struct, tagged, tpm2b, u16, u32, u64, type ValueOf, yesNo } from './codec.js';
-import { Alg, Curve, hashInfo, St } from './constants.js';
+import { Alg, curveInfo, hashInfo, St } from './constants.js';
 import { requireHash } from './crypto.js';
 import { TpmError } from './error.js';
 import { formatPcrSelection, pcrDigest } from './pcr.js';
@@ -62,7 +62,7 @@ export function verifySignature(key: Public, message: Uint8Array, signature: Sig
   const object = publicKeyObject(key);
   if (signature.sigAlg === Alg.ECDSA) {
     if (key.type !== Alg.ECC) return false;
-    const size = key.parameters.curveID === Curve.NIST_P384 ? 48 : 32;
+    const size = curveInfo(key.parameters.curveID)?.size ?? 0;
     const rs = Buffer.concat([leftPad(signature.signatureR, size), leftPad(signature.signatureS, size)]);
     return verify(hash.name, message, { key: object, dsaEncoding: 'ieee-p1363' }, rs);
   }

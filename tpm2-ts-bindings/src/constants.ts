@@ -27,7 +27,7 @@ export const Alg = {
 } as const;
 
 /** Elliptic curves (TPM_ECC_CURVE, Part 2). */
-export const Curve = { NIST_P256: 0x0003, NIST_P384: 0x0004 } as const;
+export const Curve = { NIST_P256: 0x0003, NIST_P384: 0x0004, NIST_P521: 0x0005 } as const;
 
 /** Permanent handles (TPM_RH, Part 2). */
 export const Rh = {
@@ -94,6 +94,7 @@ export const Pt = {
   FIRMWARE_VERSION_1: 0x10b,
   FIRMWARE_VERSION_2: 0x10c,
   NV_COUNTERS_MAX: 0x116,
+  NV_BUFFER_MAX: 0x12c,
   PERMANENT: 0x200,
   STARTUP_CLEAR: 0x201,
   HR_LOADED: 0x203,
@@ -200,4 +201,28 @@ export function hashInfo(alg: number): HashInfo | undefined {
 
 export function hashByName(name: string): HashInfo | undefined {
   return [...HASHES.values()].find((hash) => hash.name === name);
+}
+
+/** Curves under their names in node:crypto and in JWK, and how many bytes a coordinate has. */
+const CURVES: readonly CurveInfo[] = [
+  { curveID: Curve.NIST_P256, name: 'prime256v1', jwk: 'P-256', size: 32 },
+  { curveID: Curve.NIST_P384, name: 'secp384r1', jwk: 'P-384', size: 48 },
+  { curveID: Curve.NIST_P521, name: 'secp521r1', jwk: 'P-521', size: 66 },
+];
+
+export interface CurveInfo {
+  readonly curveID: number;
+  readonly name: string;
+  readonly jwk: string;
+  readonly size: number;
+}
+
+/** @returns undefined for a curve this package does not know */
+export function curveInfo(curveID: number): CurveInfo | undefined {
+  return CURVES.find((curve) => curve.curveID === curveID);
+}
+
+/** @param jwk the `crv` of a JWK */
+export function curveByJwk(jwk: string | undefined): CurveInfo | undefined {
+  return CURVES.find((curve) => curve.jwk === jwk);
 }

@@ -13,7 +13,7 @@ import {
 } from 'node:crypto';
 import { concat, leftPad, u16Bytes, u32Bytes, wipe } from './bytes.js';
 import { decode, encode } from './codec.js';
-import { Alg, Curve, type HashInfo, hashInfo } from './constants.js';
+import { Alg, type CurveInfo, curveInfo, type HashInfo, hashInfo } from './constants.js';
 import { TpmError } from './error.js';
 import { publicKeyObject } from './public-key.js';
 import { type Public, tpmsEccPoint } from './structures.js';
@@ -98,21 +98,10 @@ export function cfb(
   return out;
 }
 
-/** What a curve is called in node:crypto and in JWK, and how many bytes a coordinate has. */
-export interface CurveInfo {
-  readonly name: string;
-  readonly size: number;
-}
-
-const CURVES: ReadonlyMap<number, CurveInfo> = new Map([
-  [Curve.NIST_P256, { name: 'prime256v1', size: 32 }],
-  [Curve.NIST_P384, { name: 'secp384r1', size: 48 }],
-]);
-
 /** True where `encapsulate` works with this key. */
 export function canEncapsulate(key: Public): boolean {
   if (hashInfo(key.nameAlg) === undefined) return false;
-  if (key.type === Alg.ECC) return CURVES.has(key.parameters.curveID);
+  if (key.type === Alg.ECC) return curveInfo(key.parameters.curveID) !== undefined;
   return key.type === Alg.RSA && key.parameters.keyBits >= 2048;
 }
 
@@ -192,7 +181,7 @@ function checked<T>(body: () => T): T {
 }
 
 function requireCurve(curveID: number): CurveInfo {
-  const curve = CURVES.get(curveID);
+  const curve = curveInfo(curveID);
   if (curve === undefined) throw new TpmError('usage', `curve 0x${curveID.toString(16)} is not supported`);
   return curve;
 }

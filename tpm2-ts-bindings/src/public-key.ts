@@ -1,22 +1,17 @@
 import { createPublicKey, type KeyObject } from 'node:crypto';
 import { leftPad, u32Bytes } from './bytes.js';
-import { Alg, Curve } from './constants.js';
+import { Alg, curveInfo } from './constants.js';
 import { TpmError } from './error.js';
 import type { Public } from './structures.js';
-
-const JWK_CURVES: ReadonlyMap<number, { crv: string; size: number }> = new Map([
-  [Curve.NIST_P256, { crv: 'P-256', size: 32 }],
-  [Curve.NIST_P384, { crv: 'P-384', size: 48 }],
-]);
 
 /** The public key as node:crypto takes it. @throws TpmError `usage` for a type it cannot be */
 export function publicKeyObject(key: Public): KeyObject {
   if (key.type === Alg.ECC) {
-    const curve = JWK_CURVES.get(key.parameters.curveID);
+    const curve = curveInfo(key.parameters.curveID);
     if (curve !== undefined) {
       const coordinate = (value: Uint8Array) => leftPad(value, curve.size).toString('base64url');
       return createPublicKey({
-        key: { kty: 'EC', crv: curve.crv, x: coordinate(key.unique.x), y: coordinate(key.unique.y) },
+        key: { kty: 'EC', crv: curve.jwk, x: coordinate(key.unique.x), y: coordinate(key.unique.y) },
         format: 'jwk',
       });
     }

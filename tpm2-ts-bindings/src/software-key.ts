@@ -1,6 +1,6 @@
 import { type KeyObject, sign } from 'node:crypto';
 import { concat } from './bytes.js';
-import { ObjectAttribute as A, Alg, Curve } from './constants.js';
+import { ObjectAttribute as A, Alg, curveByJwk } from './constants.js';
 import { digest, random, requireHash } from './crypto.js';
 import { TpmError } from './error.js';
 import { type PublicArea, publicArea, type Sensitive, type Signature } from './structures.js';
@@ -8,7 +8,6 @@ import { type PublicArea, publicArea, type Sensitive, type Signature } from './s
 /** Keys and data made outside of a TPM, in its terms: for LoadExternal, Import and signed policies. */
 
 const NOTHING = Buffer.alloc(0);
-const CURVES: Readonly<Record<string, number>> = { 'P-256': Curve.NIST_P256, 'P-384': Curve.NIST_P384 };
 const AES_128_CFB = { algorithm: Alg.AES, keyBits: 128, mode: Alg.CFB } as const;
 
 /** What a key made in software is for. */
@@ -20,7 +19,7 @@ export interface SoftwareKeyOptions {
   readonly nameAlg?: number;
 }
 
-/** The public area of a P-256, P-384 or RSA key of node:crypto. @throws TpmError `usage` for other keys */
+/** The public area of a P-256, P-384, P-521 or RSA key of node:crypto. @throws TpmError `usage` for other keys */
 export function softwareKeyPublic(key: KeyObject, options: SoftwareKeyOptions): PublicArea {
   const storage = options.use === 'storage';
   const head = {
@@ -31,7 +30,7 @@ export function softwareKeyPublic(key: KeyObject, options: SoftwareKeyOptions): 
   const symmetric = storage ? AES_128_CFB : ({ algorithm: Alg.NULL } as const);
   const scheme = { scheme: Alg.NULL } as const;
   const jwk = key.export({ format: 'jwk' });
-  const curveID = CURVES[jwk.crv ?? ''];
+  const curveID = curveByJwk(jwk.crv)?.curveID;
   if (jwk.kty === 'EC' && curveID !== undefined) {
     return publicArea({
       type: Alg.ECC,
@@ -41,7 +40,7 @@ export function softwareKeyPublic(key: KeyObject, options: SoftwareKeyOptions): 
     });
   }
   if (jwk.kty !== 'RSA')
-    throw new TpmError('usage', 'only P-256, P-384 and RSA keys have a public area here');
+    throw new TpmError('usage', 'only P-256, P-384, P-521 and RSA keys have a public area here');
   const unique = part(jwk.n);
   const e = part(jwk.e);
   const exponent = e.readUIntBE(0, Math.min(e.length, 6));
