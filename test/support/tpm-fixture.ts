@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import {
   CreatePrimary,
   createTpm,
+  type Entity,
   flush,
   Ht,
   listHandles,
@@ -24,16 +25,17 @@ export async function connectTpm(path: string): Promise<Tpm> {
   return createTpm(await openSocket(path));
 }
 
-/** A primary object of the owner, flushed after `body`. */
+/** A primary object of the owner, unless another hierarchy is given, flushed after `body`. */
 export async function withPrimary<T>(
   tpm: Tpm,
   template: PublicArea,
   body: (key: ObjectEntity) => Promise<T>,
   userAuth: Buffer = NOTHING,
+  hierarchy: Entity = permanent(Rh.OWNER),
 ): Promise<T> {
   const created = await tpm.run(
     CreatePrimary,
-    { primaryHandle: withPassword(permanent(Rh.OWNER)) },
+    { primaryHandle: withPassword(hierarchy) },
     { inSensitive: { userAuth, data: NOTHING }, inPublic: template, outsideInfo: NOTHING, creationPCR: [] },
   );
   const key = objectEntity(created.objectHandle, created.outPublic, userAuth);

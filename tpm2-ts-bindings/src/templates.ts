@@ -1,58 +1,121 @@
 import { ObjectAttribute as A, Alg, Curve } from './constants.js';
-import { type PublicArea, publicArea } from './structures.js';
+import {
+  type EndorsementKeyName,
+  endorsementKeyKind,
+  endorsementPolicy,
+  isLowRange,
+} from './endorsement-key.js';
+import { policyDigest } from './policy-digest.js';
+import { type Public, type PublicArea, publicArea } from './structures.js';
 
-const AES_128_CFB = { algorithm: Alg.AES, keyBits: 128, mode: Alg.CFB } as const;
 const NOTHING = Buffer.alloc(0);
-/** Coordinates of zeros: what the TCG templates have in `unique` (EK Credential Profile, template L-2). */
-const ZERO_POINT = { x: Buffer.alloc(32), y: Buffer.alloc(32) };
+const NO_SCHEME = { scheme: Alg.NULL } as const;
+const NO_SYMMETRIC = { algorithm: Alg.NULL } as const;
+const MADE_HERE = A.fixedTPM | A.fixedParent | A.sensitiveDataOrigin;
 
 /**
- * The storage root key on P-256 as the TCG Provisioning Guidance, section 7.5.1, has it: the same bytes as other
- * software uses, so that they share one persistent key.
+ * An endorsement key, byte by byte as the EK Credential Profile, annex B, has it: made in the endorsement hierarchy,
+ * it is the key that the TPM's certificate is for. `endorsementPolicy` authorises its use.
  */
-export function srkTemplate(): PublicArea {
-  return publicArea({
-    type: Alg.ECC,
-    nameAlg: Alg.SHA256,
-    objectAttributes:
-      A.fixedTPM | A.fixedParent | A.sensitiveDataOrigin | A.userWithAuth | A.noDA | A.restricted | A.decrypt,
-    authPolicy: NOTHING,
-    parameters: {
-      symmetric: AES_128_CFB,
-      scheme: { scheme: Alg.NULL },
-      curveID: Curve.NIST_P256,
-      kdf: { scheme: Alg.NULL },
-    },
-    unique: ZERO_POINT,
+export function endorsementKeyTemplate(name: EndorsementKeyName): PublicArea {
+  const { nameAlg } = endorsementKeyKind(name);
+  const userWithAuth = isLowRange(name) ? 0 : A.userWithAuth;
+  return storageTemplate(name, {
+    objectAttributes: MADE_HERE | userWithAuth | A.adminWithPolicy | A.restricted | A.decrypt,
+    authPolicy: policyDigest(endorsementPolicy(name), nameAlg),
   });
 }
 
-/** A storage key of RSA 2048 bits with the same attributes. */
+/**
+ * The storage root key as the TCG Provisioning Guidance, section 7.5.1, has it: an EK template without the policy.
+ * The same bytes as other software uses, so that they share one persistent key.
+ * @param name whose algorithms and `unique` it takes
+ */
+export function srkTemplate(name: EndorsementKeyName = 'L-2'): PublicArea {
+  return storageTemplate(name, {
+    objectAttributes: MADE_HERE | A.userWithAuth | A.noDA | A.restricted | A.decrypt,
+    authPolicy: NOTHING,
+  });
+}
+
+/** A storage root key of RSA 2048 bits. */
 export function rsaSrkTemplate(): PublicArea {
-  const ecc = srkTemplate().value;
-  return publicArea({
-    type: Alg.RSA,
-    nameAlg: Alg.SHA256,
-    objectAttributes: ecc.objectAttributes,
+  return srkTemplate('L-1');
+}
+
+/**
+ * A storage key under another one, which has to have the same nameAlg and symmetric algorithm (Part 3, 12.1). Unlike
+ * a root key it counts wrong authValues, so that a password may protect it.
+ * @param name whose algorithms it takes
+ */
+export function storageKeyTemplate(name: Exclude<EndorsementKeyName, 'L-1' | 'L-2'> = 'H-2'): PublicArea {
+  return storageTemplate(name, {
+    objectAttributes: MADE_HERE | A.userWithAuth | A.restricted | A.decrypt,
     authPolicy: NOTHING,
-    parameters: { symmetric: AES_128_CFB, scheme: { scheme: Alg.NULL }, keyBits: 2048, exponent: 0 },
-    unique: Buffer.alloc(256),
   });
 }
 
-/** An attestation key: P-256, ECDSA with SHA-256, restricted to what the TPM made itself. */
-export function attestationKeyTemplate(): PublicArea {
+function storageTemplate(
+  name: EndorsementKeyName,
+  policy: Pick<Public, 'objectAttributes' | 'authPolicy'>,
+): PublicArea {
+  const { key, nameAlg, symmetricBits } = endorsementKeyKind(name);
+  const head = { nameAlg, ...policy };
+  const common = {
+    symmetric: { algorithm: Alg.AES, keyBits: symmetricBits, mode: Alg.CFB },
+    scheme: NO_SCHEME,
+  } as const;
+  const zeros = (size: number): Buffer => Buffer.alloc(isLowRange(name) ? size : 0);
+  if (key.type === Alg.RSA) {
+    return publicArea({
+      ...head,
+      type: key.type,
+      parameters: { ...common, keyBits: key.keyBits, exponent: 0 },
+      unique: zeros(key.keyBits / 8),
+    });
+  }
   return publicArea({
+    ...head,
+    type: key.type,
+    parameters: { ...common, curveID: key.curveID, kdf: NO_SCHEME },
+    // Of the low range only P-256 is on a curve.
+    unique: { x: zeros(32), y: zeros(32) },
+  });
+}
+
+/** Signature algorithm and size; the hash is the usual one for that size. */
+export type SigningKeyName = 'ecdsa-p256' | 'ecdsa-p384' | 'rsassa-2048' | 'rsapss-2048';
+
+/** An attestation key: restricted to what the TPM made itself. It signs with its own scheme alone. */
+export function attestationKeyTemplate(name: SigningKeyName = 'ecdsa-p256'): PublicArea {
+  return signingTemplate(name, MADE_HERE | A.userWithAuth | A.noDA | A.restricted | A.sign);
+}
+
+/** A key that signs any digest, with its own scheme alone. It counts wrong authValues. */
+export function signingKeyTemplate(name: SigningKeyName = 'ecdsa-p256'): PublicArea {
+  return signingTemplate(name, MADE_HERE | A.userWithAuth | A.sign);
+}
+
+function signingTemplate(name: SigningKeyName, objectAttributes: number): PublicArea {
+  const hashAlg = name === 'ecdsa-p384' ? Alg.SHA384 : Alg.SHA256;
+  const head = { nameAlg: hashAlg, objectAttributes, authPolicy: NOTHING };
+  if (name === 'rsassa-2048' || name === 'rsapss-2048') {
+    const scheme = name === 'rsassa-2048' ? Alg.RSASSA : Alg.RSAPSS;
+    return publicArea({
+      ...head,
+      type: Alg.RSA,
+      parameters: { symmetric: NO_SYMMETRIC, scheme: { scheme, hashAlg }, keyBits: 2048, exponent: 0 },
+      unique: NOTHING,
+    });
+  }
+  return publicArea({
+    ...head,
     type: Alg.ECC,
-    nameAlg: Alg.SHA256,
-    objectAttributes:
-      A.fixedTPM | A.fixedParent | A.sensitiveDataOrigin | A.userWithAuth | A.noDA | A.restricted | A.sign,
-    authPolicy: NOTHING,
     parameters: {
-      symmetric: { algorithm: Alg.NULL },
-      scheme: { scheme: Alg.ECDSA, hashAlg: Alg.SHA256 },
-      curveID: Curve.NIST_P256,
-      kdf: { scheme: Alg.NULL },
+      symmetric: NO_SYMMETRIC,
+      scheme: { scheme: Alg.ECDSA, hashAlg },
+      curveID: name === 'ecdsa-p384' ? Curve.NIST_P384 : Curve.NIST_P256,
+      kdf: NO_SCHEME,
     },
     unique: { x: NOTHING, y: NOTHING },
   });
@@ -68,7 +131,7 @@ export function sealedTemplate(authPolicy: Buffer): PublicArea {
     nameAlg: Alg.SHA256,
     objectAttributes: A.fixedTPM | A.fixedParent | A.adminWithPolicy | A.noDA,
     authPolicy,
-    parameters: { scheme: { scheme: Alg.NULL } },
+    parameters: { scheme: NO_SCHEME },
     unique: NOTHING,
   });
 }

@@ -7,8 +7,10 @@ import {
   EvictControl,
   flush,
   inSession,
+  isInRange,
   type ObjectEntity,
   objectEntity,
+  PersistentRange,
   permanent,
   Rc,
   Rh,
@@ -21,19 +23,17 @@ import {
 import { ManagerError } from '../error.js';
 import { hexHandle } from './enrolment.js';
 
-/** Persistent handles that the owner may use (TCG Handle Registry): 0x81000000 to 0x817fffff. */
-const OWNER_PERSISTENT = [0x81000000, 0x817fffff] as const;
-
 /** The storage root key at `handle`; made there where nothing is. What is there is never replaced. */
 export async function findOrCreateSrk(
   tpm: Tpm,
   handle: number,
   ownerAuth: Uint8Array,
 ): Promise<{ srk: ObjectEntity; created: boolean }> {
-  if (!(handle >= OWNER_PERSISTENT[0] && handle <= OWNER_PERSISTENT[1])) {
+  const range = PersistentRange.OWNER;
+  if (!isInRange(handle, range)) {
     throw new ManagerError(
       'bad-request',
-      `the SRK handle has to be between ${hexHandle(OWNER_PERSISTENT[0])} and ${hexHandle(OWNER_PERSISTENT[1])}`,
+      `the SRK handle has to be between ${hexHandle(range.first)} and ${hexHandle(range.last)}`,
     );
   }
   const existing = await readObject(tpm, handle);
