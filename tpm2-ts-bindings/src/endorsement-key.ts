@@ -19,20 +19,21 @@ export interface EndorsementKeyKind {
   /** Of AES in CFB mode, for what is wrapped to the key. */
   readonly symmetricBits: 128 | 256;
   readonly certificateIndex: number;
+  readonly templateIndex: number;
 }
 
 const rsa = (keyBits: number) => ({ type: Alg.RSA, keyBits });
 const ecc = (curveID: number) => ({ type: Alg.ECC, curveID });
 
 const KINDS: Readonly<Record<EndorsementKeyName, EndorsementKeyKind>> = {
-  'L-1': kind(rsa(2048), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_L1),
-  'L-2': kind(ecc(Curve.NIST_P256), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_L2),
-  'H-1': kind(rsa(2048), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_H1),
-  'H-2': kind(ecc(Curve.NIST_P256), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_H2),
-  'H-3': kind(ecc(Curve.NIST_P384), Alg.SHA384, 256, NvIndex.EK_CERTIFICATE_H3),
-  'H-4': kind(ecc(Curve.NIST_P521), Alg.SHA512, 256, NvIndex.EK_CERTIFICATE_H4),
-  'H-6': kind(rsa(3072), Alg.SHA384, 256, NvIndex.EK_CERTIFICATE_H6),
-  'H-7': kind(rsa(4096), Alg.SHA384, 256, NvIndex.EK_CERTIFICATE_H7),
+  'L-1': kind(rsa(2048), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_L1, NvIndex.EK_TEMPLATE_L1),
+  'L-2': kind(ecc(Curve.NIST_P256), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_L2, NvIndex.EK_TEMPLATE_L2),
+  'H-1': kind(rsa(2048), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_H1, NvIndex.EK_TEMPLATE_H1),
+  'H-2': kind(ecc(Curve.NIST_P256), Alg.SHA256, 128, NvIndex.EK_CERTIFICATE_H2, NvIndex.EK_TEMPLATE_H2),
+  'H-3': kind(ecc(Curve.NIST_P384), Alg.SHA384, 256, NvIndex.EK_CERTIFICATE_H3, NvIndex.EK_TEMPLATE_H3),
+  'H-4': kind(ecc(Curve.NIST_P521), Alg.SHA512, 256, NvIndex.EK_CERTIFICATE_H4, NvIndex.EK_TEMPLATE_H4),
+  'H-6': kind(rsa(3072), Alg.SHA384, 256, NvIndex.EK_CERTIFICATE_H6, NvIndex.EK_TEMPLATE_H6),
+  'H-7': kind(rsa(4096), Alg.SHA384, 256, NvIndex.EK_CERTIFICATE_H7, NvIndex.EK_TEMPLATE_H7),
 };
 
 function kind(
@@ -40,8 +41,9 @@ function kind(
   nameAlg: number,
   symmetricBits: 128 | 256,
   certificateIndex: number,
+  templateIndex: number,
 ): EndorsementKeyKind {
-  return { key, nameAlg, symmetricBits, certificateIndex };
+  return { key, nameAlg, symmetricBits, certificateIndex, templateIndex };
 }
 
 export const ENDORSEMENT_KEY_NAMES = Object.keys(KINDS) as readonly EndorsementKeyName[];

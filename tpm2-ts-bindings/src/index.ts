@@ -10,6 +10,8 @@ export * from './constants.js';
 export * from './credential.js';
 export { canEncapsulate, decapsulate, encapsulate, kdfa, kdfe, nameOf } from './crypto.js';
 export * from './duplicate.js';
+export * from './endorsement.js';
+export * from './endorsement-certificate.js';
 export * from './endorsement-key.js';
 export * from './entity.js';
 export * from './error.js';
