@@ -193,6 +193,8 @@ const OF_FIELD: Readonly<Record<string, Values>> = {
   'PCR_Extend.digests': listOf(taggedDigest),
   'EventSequenceComplete.results': listOf(taggedDigest),
   'LoadExternal.inPrivate': fc.option(sensitive, { nil: undefined }),
+  'SetCommandCodeAuditStatus.setList': listOf(U32),
+  'SetCommandCodeAuditStatus.clearList': listOf(U32),
   'ECDH_KeyGen.zPoint': point,
   'ECDH_KeyGen.pubPoint': point,
   'ECDH_ZGen.inPoint': point,
