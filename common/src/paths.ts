@@ -16,6 +16,8 @@ export interface Paths {
     readonly lock: string;
     readonly enrolment: string;
     readonly store: string;
+    /** The newest segment of the audit log; older ones are beside it, `audit.000001.log`. */
+    readonly audit: string;
     /** State of the embedded TPM. */
     readonly softtpm: string;
     readonly softtpmSocket: string;
@@ -63,6 +65,7 @@ export function pathsOf(home: string, run: string = defaultRun(resolve(home))): 
       lock: join(manager, 'lock'),
       enrolment: join(manager, 'enrolment.json'),
       store: join(manager, 'store'),
+      audit: join(manager, 'audit.log'),
       softtpm: join(manager, 'softtpm'),
       softtpmSocket: join(sockets, 'manager', 'softtpm.sock'),
       workerSocket: join(sockets, 'manager', 'worker.sock'),

@@ -23,6 +23,7 @@ export type ManagerErrorCode =
   | 'store-corrupt'
   | 'store-full'
   | 'rollback-detected'
+  | 'audit-corrupt'
   | 'newer-format'
   | 'stale'
   // Identity and ownership
