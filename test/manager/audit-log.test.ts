@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { existsSync, readdirSync, renameSync, rmSync, statSync } from 'node:fs';
+import { existsSync, linkSync, mkdirSync, readdirSync, renameSync, rmSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { pathsOf } from 'vtpm-common';
@@ -341,6 +341,27 @@ describe('audit log', () => {
       await appendAll(log, 1);
       assert.equal((await log.verify()).authenticated, 5n);
       assert.deepEqual(names(), ['audit.000001.log', 'audit.000002.log', 'audit.log']);
+    });
+
+    it('has each entry once where a file is renamed while the files are listed', async () => {
+      const heads = await fixture.write(10, options);
+      // As it is found when the rename comes between opening the newest file and listing the others.
+      linkSync(fixture.path, join(fixture.directory, 'audit.000004.log'));
+      const report = await verifyAudit(fixture.path, { current: fixture.key }, heads[9]!);
+      assert.equal(report.flaw, undefined);
+      assert.equal(report.authenticated, 10n);
+    });
+
+    it('refuses everything once it is not known what a file holds', async () => {
+      const log = await fixture.create({ segmentBytes: 1 });
+      await log.append(load(1n));
+      mkdirSync(join(fixture.directory, 'audit.000001.log'));
+      const results = await Promise.allSettled([log.append(load(2n)), log.append(load(3n))]);
+      for (const result of results) {
+        assert.ok(result.status === 'rejected' && refusal('internal', /start again/)(result.reason));
+      }
+      rmSync(join(fixture.directory, 'audit.000001.log'), { recursive: true });
+      await assert.rejects(log.append(load(4n)), refusal('internal', /start again/));
     });
 
     it('is verified and exported as of one moment while it grows', async () => {

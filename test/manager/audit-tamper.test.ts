@@ -255,6 +255,26 @@ describe('I-5 an audit log that was changed behind the manager', () => {
       await assertRefused(new RegExp(`entry ${COUNT} is missing: the log ends with entry`));
     });
 
+    it('that of the anchored entry was removed is refused at start, whatever is authentic after it', async () => {
+      rmSync(file(1));
+      await assertRefused(/entry 1 is missing: its file was removed/, anchored(1));
+    });
+
+    it('the newest of which has a torn first line, or nothing yet, goes on under its number', async () => {
+      const whole = fixture.lines(file(3)).length;
+      const [first = ''] = fixture.lines();
+      for (const begun of ['', first.slice(0, 50)]) {
+        writeFileSync(fixture.path, begun);
+        const { log, wasTorn } = await fixture.open(anchored(9));
+        assert.equal(wasTorn, begun !== '');
+        await log.append(load(1n));
+        assert.equal((await log.verify()).flaw, undefined);
+        assert.equal((JSON.parse(fixture.lines()[0] ?? '') as { segment: number }).segment, 4);
+        await log.close();
+      }
+      assert.equal(whole, 3);
+    });
+
     it('one of which lost its beginning is found: it was not moved away whole', async () => {
       rmSync(file(1));
       assert.equal(await flawOf(), undefined);

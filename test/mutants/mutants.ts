@@ -29,6 +29,20 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/store-child', name: 'I-4 acknowledges a commit only after fdatasync' },
   },
   {
+    name: 'I-4 the audit log syncs before it acknowledges',
+    file: 'manager/src/audit/current-file.ts',
+    guard: "await handle.datasync();\n      barrier('audit.synced');",
+    without: "barrier('audit.synced');",
+    test: { file: 'manager/audit-crash', name: 'has synced before each acknowledgement' },
+  },
+  {
+    name: 'I-5 the audit log holds the anchored entry',
+    file: 'manager/src/audit/walk.ts',
+    guard: 'if (n === this.anchored.length && !bytesEqual(digest, this.anchored.digest)) {',
+    without: 'if (n < 0n && !bytesEqual(digest, this.anchored.digest)) {',
+    test: { file: 'manager/audit-tamper', name: 'by another history of this one' },
+  },
+  {
     name: 'I-3 a Load is a compare-and-set on the epoch',
     file: 'manager/src/ownership/ticket-check.ts',
     guard: 'if (ticket.expectedEpoch !== epoch) {',
