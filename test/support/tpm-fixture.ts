@@ -1,18 +1,17 @@
 import assert from 'node:assert/strict';
 import {
-  CreatePrimary,
+  createPrimary,
   createTpm,
   type Entity,
-  flush,
   Ht,
   listHandles,
   type ObjectEntity,
-  objectEntity,
   openSocket,
   type PublicArea,
   permanent,
   Rh,
   type Tpm,
+  whileLoaded,
   withPassword,
 } from 'tpm2-ts-bindings';
 
@@ -26,25 +25,15 @@ export async function connectTpm(path: string): Promise<Tpm> {
 }
 
 /** A primary object of the owner, unless another hierarchy is given, flushed after `body`. */
-export async function withPrimary<T>(
+export function withPrimary<T>(
   tpm: Tpm,
   template: PublicArea,
   body: (key: ObjectEntity) => Promise<T>,
   userAuth: Buffer = NOTHING,
   hierarchy: Entity = permanent(Rh.OWNER),
 ): Promise<T> {
-  const created = await tpm.run(
-    CreatePrimary,
-    { primaryHandle: withPassword(hierarchy) },
-    { inSensitive: { userAuth, data: NOTHING }, inPublic: template, outsideInfo: NOTHING, creationPCR: [] },
-  );
-  const key = objectEntity(created.objectHandle, created.outPublic, userAuth);
-  try {
-    assert.deepEqual(key.name, created.name, 'the Name computed here is the one the TPM computed');
-    return await body(key);
-  } finally {
-    await flush(tpm, key.handle);
-  }
+  const options = { authValue: userAuth, hierarchy: withPassword(hierarchy) };
+  return whileLoaded(tpm, createPrimary(tpm, template, options), body);
 }
 
 /** No object or session was left in the TPM. */

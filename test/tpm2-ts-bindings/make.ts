@@ -1,16 +1,13 @@
 import {
   ObjectAttribute as A,
   Alg,
-  Create,
-  embed,
-  flush,
-  Load,
-  NV_DefineSpace,
+  type Child,
+  createChild,
+  defineNvIndex,
+  loadChild,
   NV_UndefineSpace,
   type NvEntity,
-  nvEntity,
   type ObjectEntity,
-  objectEntity,
   type PublicArea,
   permanent,
   policyDigest,
@@ -20,7 +17,7 @@ import {
   readNvIndex,
   type Tpm,
   TpmError,
-  tpmsNvPublic,
+  whileLoaded,
   withPassword,
 } from 'tpm2-ts-bindings';
 import { NOTHING } from '../support/tpm-fixture.js';
@@ -46,38 +43,20 @@ export function create(
   tpm: Tpm,
   parent: ObjectEntity,
   inPublic: PublicArea,
-  content: { auth?: Buffer; data?: Buffer } = {},
-) {
-  return tpm.run(
-    Create,
-    { parentHandle: withPassword(parent) },
-    {
-      inSensitive: { userAuth: content.auth ?? NOTHING, data: content.data ?? NOTHING },
-      inPublic,
-      outsideInfo: NOTHING,
-      creationPCR: [],
-    },
-  );
+  { auth = NOTHING, data = NOTHING }: { auth?: Buffer; data?: Buffer } = {},
+): Promise<Child> {
+  return createChild(tpm, withPassword(parent), inPublic, { authValue: auth, data });
 }
 
 /** Loads a child for `body` and flushes it. */
-export async function withChild<T>(
+export function withChild<T>(
   tpm: Tpm,
   parent: ObjectEntity,
-  child: { outPrivate: Buffer; outPublic: PublicArea },
+  child: Child,
   body: (entity: ObjectEntity) => Promise<T>,
   auth: Buffer = NOTHING,
 ): Promise<T> {
-  const { objectHandle } = await tpm.run(
-    Load,
-    { parentHandle: withPassword(parent) },
-    { inPrivate: child.outPrivate, inPublic: child.outPublic },
-  );
-  try {
-    return await body(objectEntity(objectHandle, child.outPublic, auth));
-  } finally {
-    await flush(tpm, objectHandle);
-  }
+  return whileLoaded(tpm, loadChild(tpm, withPassword(parent), child, { authValue: auth }), body);
 }
 
 /** Defines an index for `body` and removes it. Its Name changes with the first write: `current` reads it again. */
@@ -88,21 +67,20 @@ export async function withNv<T>(
 ): Promise<T> {
   const handle = options.handle ?? 0x01820000;
   const auth = options.auth ?? NOTHING;
-  const publicInfo = embed(tpmsNvPublic, {
+  const defined = await defineNvIndex(tpm, withPassword(OWNER), {
     nvIndex: handle,
-    nameAlg: 0x000b,
     attributes: options.attributes,
-    authPolicy: options.policy ?? NOTHING,
     dataSize: options.size,
+    authValue: auth,
+    authPolicy: options.policy ?? NOTHING,
   });
-  await tpm.run(NV_DefineSpace, { authHandle: withPassword(OWNER) }, { auth, publicInfo });
   const current = async (): Promise<NvEntity> => {
     const index = await readNvIndex(tpm, handle, auth);
     if (index === undefined) throw new Error('the index is gone');
     return index;
   };
   try {
-    return await body(nvEntity(publicInfo, auth), current);
+    return await body(defined, current);
   } finally {
     await tpm.run(NV_UndefineSpace, { authHandle: withPassword(OWNER), nvIndex: await current() }, {});
   }

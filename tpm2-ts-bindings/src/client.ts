@@ -1,12 +1,72 @@
+import { stat } from 'node:fs/promises';
 import { concat, wipe } from './bytes.js';
-import { FlushContext, GetCapability, GetRandom, NV_ReadPublic, ReadPublic } from './commands/index.js';
-import { Cap } from './constants.js';
-import { type NvEntity, nvEntity, type ObjectEntity, objectEntity, unnamed } from './entity.js';
+import { embed } from './codec.js';
+import {
+  FlushContext,
+  GetCapability,
+  GetRandom,
+  NV_DefineSpace,
+  NV_ReadPublic,
+  ReadPublic,
+} from './commands/index.js';
+import { Alg, Cap } from './constants.js';
+import {
+  type Authorized,
+  type NvEntity,
+  nvEntity,
+  type ObjectEntity,
+  objectEntity,
+  unnamed,
+} from './entity.js';
 import { Rc, TpmError } from './error.js';
 import type { Session } from './session.js';
-import type { Tpm } from './tpm.js';
+import { tpmsNvPublic } from './structures.js';
+import { createTpm, type Tpm } from './tpm.js';
+import { openDevice } from './transport/device.js';
+import { openSocket } from './transport/socket.js';
+
+const NOTHING = Buffer.alloc(0);
 
 /** Steps that every user of a TPM needs, made of single commands. */
+
+/**
+ * The TPM at a path: a character device such as `/dev/tpmrm0`, or a unix socket such as swtpm's.
+ * @throws TpmError `transport` where it cannot be opened
+ */
+export async function openTpm(path: string): Promise<Tpm> {
+  const isSocket = await stat(path).then(
+    (found) => found.isSocket(),
+    () => false,
+  );
+  return createTpm(await (isSocket ? openSocket(path) : openDevice(path)));
+}
+
+/** A new NV index. */
+export interface NewNvIndex {
+  /** Its handle, from 0x01000000 to 0x01ffffff; owners use 0x01800000 to 0x01bfffff (TCG handle registry). */
+  readonly nvIndex: number;
+  /** Of `NvAttribute`, joined with `mask`. */
+  readonly attributes: number;
+  /** Bytes that it holds: 8 for COUNTER, BITS and the PIN types. */
+  readonly dataSize: number;
+  readonly authValue?: Buffer;
+  readonly authPolicy?: Buffer;
+  /** One that encrypts `in` hides the authValue on its way. */
+  readonly sessions?: readonly Session[];
+}
+
+/**
+ * Defines an NV index (Part 3, 31.3), with SHA-256 as its nameAlg. Read it again with `readNvIndex` after the first
+ * write: its Name changes then.
+ * @param by the owner or platform
+ * @throws TpmError
+ */
+export async function defineNvIndex(tpm: Tpm, by: Authorized, options: NewNvIndex): Promise<NvEntity> {
+  const { nvIndex, attributes, dataSize, authPolicy = NOTHING, authValue = NOTHING } = options;
+  const publicInfo = embed(tpmsNvPublic, { nvIndex, nameAlg: Alg.SHA256, attributes, authPolicy, dataSize });
+  await tpm.run(NV_DefineSpace, { authHandle: by }, { auth: authValue, publicInfo }, options.sessions);
+  return nvEntity(publicInfo, authValue);
+}
 
 /**
  * An object by its handle, or undefined where there is none. The Name is computed from the public area that came;

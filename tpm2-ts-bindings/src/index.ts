@@ -16,6 +16,7 @@ export * from './endorsement-key.js';
 export * from './entity.js';
 export * from './error.js';
 export * from './nv-content.js';
+export * from './objects.js';
 export * from './open-session.js';
 export * from './pcr.js';
 export * from './policy.js';

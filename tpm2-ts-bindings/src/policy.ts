@@ -1,6 +1,4 @@
 import {
-  FlushContext,
-  LoadExternal,
   PolicyAuthorize,
   PolicyAuthValue,
   PolicyCommandCode,
@@ -22,15 +20,13 @@ import {
   PolicyTicket,
   VerifySignature,
 } from './commands/index.js';
-import { Rh } from './constants.js';
 import { digest, requireHash } from './crypto.js';
-import { type ObjectEntity, objectEntity } from './entity.js';
 import { TpmError } from './error.js';
+import { loadPublic, whileLoaded } from './objects.js';
 import { branchDigests, foldPolicy, orLevels } from './policy-digest.js';
 import type { PolicyStep } from './policy-step.js';
 import { signedPolicyMessage } from './policy-step.js';
 import type { Session } from './session.js';
-import type { PublicArea } from './structures.js';
 import type { Tpm } from './tpm.js';
 
 const NOTHING = Buffer.alloc(0);
@@ -159,7 +155,7 @@ async function runSecret({ tpm, session }: Run, step: PolicyStep<'secret'>): Pro
 async function runSigned({ tpm, session }: Run, step: PolicyStep<'signed'>): Promise<PolicyStep> {
   const nonceTPM = session.nonceTpm;
   const auth = await step.sign(signedPolicyMessage(step, nonceTPM));
-  return withLoaded(tpm, step.signer, async (authObject) => {
+  return whileLoaded(tpm, loadPublic(tpm, step.signer), async (authObject) => {
     const { timeout, policyTicket } = await tpm.run(
       PolicySigned,
       { authObject, policySession: session },
@@ -221,7 +217,7 @@ async function runAuthorize(
   const done = await runSteps(run, before, approved.policy);
   const { policyDigest: approvedPolicy } = await tpm.run(PolicyGetDigest, { policySession: session }, {});
   const policyRef = step.policyRef ?? NOTHING;
-  await withLoaded(tpm, signer, async (keyHandle) => {
+  await whileLoaded(tpm, loadPublic(tpm, signer), async (keyHandle) => {
     const aHash = digest(requireHash(signer.value.nameAlg), approvedPolicy, policyRef);
     const { validation } = await tpm.run(
       VerifySignature,
@@ -235,18 +231,4 @@ async function runAuthorize(
     );
   });
   return { ...step, approved: { ...approved, policy: done } };
-}
-
-/** Tickets of keys in the null hierarchy prove nothing, so the public key is loaded into the owner's. */
-async function withLoaded<T>(tpm: Tpm, key: PublicArea, body: (key: ObjectEntity) => Promise<T>): Promise<T> {
-  const { objectHandle } = await tpm.run(
-    LoadExternal,
-    {},
-    { inPrivate: undefined, inPublic: key, hierarchy: Rh.OWNER },
-  );
-  try {
-    return await body(objectEntity(objectHandle, key));
-  } finally {
-    await tpm.run(FlushContext, {}, { flushHandle: objectHandle });
-  }
 }
