@@ -2,13 +2,17 @@
 # Brings a checkout to the point where it runs: Debian packages, npm packages, build. Says what it does; does and says
 # nothing where nothing is missing.
 #
-#   scripts/setup.sh run     what the service needs
+#   scripts/setup.sh build   what building and generating need: no Debian packages
+#   scripts/setup.sh run     also what the service needs
 #   scripts/setup.sh test    also what the tests and benchmarks need
 set -euo pipefail
 cd "$(dirname "$0")/.."
 purpose=${1:-run}
 
-packages=(libtpms0 bubblewrap)
+packages=()
+if [ "$purpose" != build ]; then
+  packages+=(libtpms0 bubblewrap)
+fi
 if [ "$purpose" = test ]; then
   packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace)
 fi
@@ -65,15 +69,17 @@ if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modu
   touch node_modules/.package-lock.json
 fi
 
+# In a copy without Git nothing is listed, and times alone count.
+listed() { git ls-files -- "${sources[@]}" 2>/dev/null || true; }
 sources=(common proto tpm2-ts-bindings manager vtpmd frontend-driver toolstack quickstart test)
 changed() {
   [ ! -f .build/stamp ] || [ -n "$(find tsconfig.base.json tsconfig.json scripts package-lock.json "${sources[@]}" \
     \( -name node_modules -o -name dist -o -name generated \) -prune -o -newer .build/stamp -type f -print -quit)" ] ||
-    [ "$(git ls-files -- "${sources[@]}" 2>/dev/null | sha256sum)" != "$(cat .build/stamp)" ]
+    [ "$(listed | sha256sum)" != "$(cat .build/stamp)" ]
 }
 if changed; then
   echo 'Building'
   node scripts/build.mjs --clean
   mkdir -p .build
-  git ls-files -- "${sources[@]}" 2>/dev/null | sha256sum >.build/stamp
+  listed | sha256sum >.build/stamp
 fi
