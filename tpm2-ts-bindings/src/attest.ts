@@ -24,7 +24,7 @@ const MAGIC = 0xff544347;
 const head = { qualifiedSigner: tpm2b, extraData: tpm2b, clockInfo: tpmsClockInfo, firmwareVersion: u64 };
 
 /** TPMS_ATTEST without its magic. */
-const tpmsAttest = tagged('type', u16, {
+export const tpmsAttest = tagged('type', u16, {
   [St.ATTEST_QUOTE]: struct({ ...head, attested: struct({ pcrSelect: tpmlPcrSelection, pcrDigest: tpm2b }) }),
   [St.ATTEST_CERTIFY]: struct({ ...head, attested: struct({ name: tpm2b, qualifiedName: tpm2b }) }),
   [St.ATTEST_CREATION]: struct({ ...head, attested: struct({ objectName: tpm2b, creationHash: tpm2b }) }),

@@ -151,8 +151,10 @@ export function struct<F extends Fields>(fields: F): Codec<StructValue<F>> & { r
   };
 }
 
-type Arms = Readonly<Record<number, Codec<object>>>;
-type TaggedValue<K extends string, A extends Arms> = {
+/** What a selector can select: a format for each of its values. */
+export type Arms = Readonly<Record<number, Codec<object>>>;
+/** A value of one of the arms, with its selector. */
+export type TaggedValue<K extends string, A extends Arms> = {
   [T in keyof A]: { readonly [P in K]: T } & ValueOf<A[T]>;
 }[keyof A];
 

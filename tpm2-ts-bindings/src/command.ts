@@ -42,7 +42,8 @@ export interface Command<H extends HandleNames, P, R> {
   readonly resultType?: R;
 }
 
-interface Declaration<
+/** What a command's line in Part 3's tables says. */
+export interface CommandDeclaration<
   H extends HandleNames,
   P extends Fields,
   O extends readonly string[],
@@ -65,7 +66,7 @@ export function command<
   R extends Fields = Record<never, never>,
 >(
   name: string,
-  declaration: Declaration<H, P, O, R>,
+  declaration: CommandDeclaration<H, P, O, R>,
 ): Command<H, StructValue<P>, { readonly [K in O[number]]: number } & StructValue<R>> {
   const params = declaration.params ?? ({} as P);
   const result = declaration.result ?? ({} as R);

@@ -1,3 +1,5 @@
+/// <reference types="node" preserve="true" />
+
 export * from './attest.js';
 export * from './audit.js';
 export { concat, wipe } from './bytes.js';

@@ -7,9 +7,13 @@ import type { PcrSelection, PublicArea, Signature, Ticket } from './structures.j
  * One assertion of a policy. A list of them gives both the digest, offline (`policyDigest`), and the commands that
  * satisfy it (`runPolicy`). With a name, the steps of that kind.
  */
-export type PolicyStep<K extends Step['assert'] = Step['assert']> = Extract<Step, { readonly assert: K }>;
+export type PolicyStep<K extends AnyPolicyStep['assert'] = AnyPolicyStep['assert']> = Extract<
+  AnyPolicyStep,
+  { readonly assert: K }
+>;
 
-type Step =
+/** The assertions of a policy, by their kind. */
+export type AnyPolicyStep =
   | {
       readonly assert: 'pcr';
       readonly selection: PcrSelection;
@@ -20,14 +24,14 @@ type Step =
   | { readonly assert: 'auth-value' }
   /** Same digest as `auth-value`, but the use sends the authValue as it is, and no HMAC proves its answer. */
   | { readonly assert: 'password' }
-  | ({ readonly assert: 'secret'; readonly of: Authorized } & Limits)
+  | ({ readonly assert: 'secret'; readonly of: Authorized } & PolicyLimits)
   | ({
       readonly assert: 'signed';
       /** Any key that node:crypto or a TPM signs with; loaded for the time of the command. */
       readonly signer: PublicArea;
       /** Signs `signedPolicyMessage`, which holds the session's nonce: a signature is good for one session. */
       readonly sign: (message: Buffer) => Signature | Promise<Signature>;
-    } & Limits)
+    } & PolicyLimits)
   /** What `runPolicy` returns for a `secret` or `signed` with a negative expiration. */
   | {
       readonly assert: 'ticket';
@@ -89,7 +93,7 @@ type Step =
     };
 
 /** What narrows an authorisation by a secret or signature. */
-interface Limits {
+export interface PolicyLimits {
   readonly policyRef?: Buffer;
   /** Only for the command with this `commandHash`. Not part of the policy's digest. */
   readonly cpHash?: Buffer;
