@@ -9,6 +9,7 @@ if (process.argv.includes('--clean')) {
     'common',
     'proto',
     'tpm2-ts-bindings',
+    'tpm2-ts-bindings/examples',
     'manager',
     'vtpmd',
     'frontend-driver',
