@@ -10,6 +10,7 @@ import {
   embed,
   type HandleNames,
   hashInfo,
+  St,
 } from 'tpm2-ts-bindings';
 import * as commands from 'tpm2-ts-bindings/commands/index';
 
@@ -134,6 +135,12 @@ const contextFields = bindings.struct({
   contextBlob: bindings.tpm2b,
 });
 
+const attestHead = { qualifiedSigner: BYTES, extraData: BYTES, clockInfo, firmwareVersion: U64 };
+
+function attested(model: Record<string, Values>): Record<string, Values> {
+  return { ...attestHead, attested: record(model) };
+}
+
 /** Of every codec that the package exports. */
 const OF_CODEC = new Map<unknown, Values>([
   [bindings.u8, U8],
@@ -175,6 +182,23 @@ const OF_CODEC = new Map<unknown, Values>([
   [bindings.tpm2bNvPublic, embeddedOf(bindings.tpmsNvPublic, nvPublic)],
   [bindings.tpmsClockInfo, clockInfo],
   [bindings.tpmsTimeInfo, record({ time: U64, clockInfo })],
+  [
+    bindings.tpmsAttest,
+    arms('type', {
+      [St.ATTEST_QUOTE]: attested({ pcrSelect: pcrSelection, pcrDigest: BYTES }),
+      [St.ATTEST_CERTIFY]: attested({ name: BYTES, qualifiedName: BYTES }),
+      [St.ATTEST_CREATION]: attested({ objectName: BYTES, creationHash: BYTES }),
+      [St.ATTEST_NV]: attested({ indexName: BYTES, offset: U16, nvContents: BYTES }),
+      [St.ATTEST_SESSION_AUDIT]: attested({ exclusiveSession: fc.boolean(), sessionDigest: BYTES }),
+      [St.ATTEST_COMMAND_AUDIT]: attested({
+        auditCounter: U64,
+        digestAlg: U16,
+        auditDigest: BYTES,
+        commandDigest: BYTES,
+      }),
+      [St.ATTEST_TIME]: attested({ time: record({ time: U64, clockInfo }), firmwareVersion: U64 }),
+    }),
+  ],
   [
     bindings.tpmsCapabilityData,
     arms('capability', {
