@@ -19,7 +19,7 @@ const MAY_IMPORT: Record<string, string[]> = {
   'frontend-driver': [],
   vtpmd: ['vtpm-common', 'vtpm-proto'],
   manager: ['vtpm-common', 'vtpm-proto', 'tpm2-ts-bindings'],
-  toolstack: ['vtpm-common', 'vtpm-proto', 'vtpm-frontend-driver'],
+  toolstack: ['vtpm-common', 'vtpm-proto', 'tpm2-ts-bindings', 'vtpm-frontend-driver'],
 };
 const OURS = [
   'vtpm-common',

@@ -1,5 +1,6 @@
 /// <reference types="node" preserve="true" />
 
+export * from './approval.js';
 export * from './attest.js';
 export * from './audit.js';
 export { concat, wipe } from './bytes.js';

@@ -1,4 +1,4 @@
-import { type KeyObject, sign } from 'node:crypto';
+import { constants, type KeyObject, sign } from 'node:crypto';
 import { concat } from './bytes.js';
 import { ObjectAttribute as A, Alg, curveByJwk } from './constants.js';
 import { digest, random, requireHash } from './crypto.js';
@@ -107,11 +107,28 @@ export function softwareSealed(
   };
 }
 
-/** Signs with ECDSA or RSASSA. @param hashAlg for `authorize` steps the signer's nameAlg */
-export function signInSoftware(key: KeyObject, message: Uint8Array, hashAlg: number = Alg.SHA256): Signature {
+/** How node:crypto pads for a scheme of RSA. RSAPSS with a salt as long as the digest, which every TPM takes. */
+export function rsaPadding(scheme: 'rsassa' | 'rsapss'): { padding: number; saltLength?: number } {
+  return scheme === 'rsapss'
+    ? { padding: constants.RSA_PKCS1_PSS_PADDING, saltLength: constants.RSA_PSS_SALTLEN_DIGEST }
+    : { padding: constants.RSA_PKCS1_PADDING };
+}
+
+/**
+ * Signs with ECDSA or RSA.
+ * @param hashAlg for `authorize` steps the signer's nameAlg
+ * @param scheme for RSA keys
+ */
+export function signInSoftware(
+  key: KeyObject,
+  message: Uint8Array,
+  hashAlg: number = Alg.SHA256,
+  scheme: 'rsassa' | 'rsapss' = 'rsassa',
+): Signature {
   const { name } = requireHash(hashAlg);
   if (key.asymmetricKeyType === 'rsa') {
-    return { sigAlg: Alg.RSASSA, hash: hashAlg, sig: concat(sign(name, message, key)) };
+    const sigAlg = scheme === 'rsapss' ? Alg.RSAPSS : Alg.RSASSA;
+    return { sigAlg, hash: hashAlg, sig: concat(sign(name, message, { key, ...rsaPadding(scheme) })) };
   }
   const rs = sign(name, message, { key, dsaEncoding: 'ieee-p1363' });
   const half = rs.length / 2;
