@@ -198,7 +198,9 @@ class Manager implements Daemon {
   /** @throws ManagerError `locked` where the TPM is not open */
   async #doctor({ tpm }: Enrolment): Promise<Finding[]> {
     if (!this.#platform) throw new ManagerError('locked', 'the manager is starting; try again');
-    return judge(await this.#platform.tpm.examine(tpm), expectationOf(tpm, tpm, tpm));
+    const { pcrSelection } = tpm.root;
+    const expected = expectationOf(tpm, tpm, { pcrSelection, srkHandle: tpm.srkHandle });
+    return judge(await this.#platform.tpm.examine(tpm), expected);
   }
 
   #health({ managerId, storeId, tpm }: Enrolment): Health {
@@ -215,7 +217,7 @@ class Manager implements Daemon {
         manufacturer: tpm.manufacturer,
         hardwareProtected: tpm.kind === 'device',
       },
-      pcrSelection: tpm.pcrSelection,
+      pcrSelection: tpm.root.pcrSelection,
       vtpms: this.#vtpms(),
       instance: this.#instance,
     };

@@ -12,6 +12,7 @@ export type ManagerErrorCode =
   | 'platform-policy'
   | 'tpm-changed'
   | 'tpm-emptied'
+  | 'anchor-removed'
   | 'tpm-unfit'
   | 'tpm-unreachable'
   | 'tpm-fault'
@@ -25,6 +26,7 @@ export type ManagerErrorCode =
   | 'rollback-detected'
   | 'audit-corrupt'
   | 'newer-format'
+  | 'older-format'
   | 'stale'
   // Identity and ownership
   | 'bad-request'

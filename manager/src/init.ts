@@ -1,4 +1,4 @@
-import { randomBytes } from 'node:crypto';
+import { randomBytes, randomFillSync } from 'node:crypto';
 import { existsSync, rmSync } from 'node:fs';
 import { type Logger, type Paths, privateDirectory } from 'vtpm-common';
 import {
@@ -10,6 +10,7 @@ import {
 } from './enrolment.js';
 import { ManagerError } from './error.js';
 import { deriveKeys, wipe } from './keys/index.js';
+import { secretBuffer } from './keys/secret.js';
 import { acquireLock } from './lock.js';
 import { NOT_HARDWARE_PROTECTED, openPlatform, parseTpm } from './platform.js';
 import type { RootTpm, RootTpmEnrolment } from './root-tpm/index.js';
@@ -78,18 +79,21 @@ async function enrol(
   try {
     const installation = randomBytes(16);
     const storeId = randomBytes(16);
+    const anchorAuth = randomFillSync(secretBuffer(32));
     const {
       enrolment: tpm,
       rootKey,
+      recoveryInputs,
       leftovers,
     } = await platform.tpm.enrol({
       installation,
       pcrSelection: options.pcrSelection,
       srkHandle: options.srkHandle,
+      anchorAuth,
       ...(options.ownerAuth && { ownerAuth: options.ownerAuth }),
     });
     const keys = deriveKeys(rootKey, storeId);
-    wipe(rootKey);
+    wipe(rootKey, recoveryInputs, anchorAuth);
     try {
       const enrolment: Enrolment = {
         format: 1,
@@ -158,7 +162,8 @@ function chooseTpm({ tpm, mayEmbed }: InitOptions): string {
 }
 
 function resultOf({ tpm, managerId, storeId }: Enrolment, leftovers: readonly number[]): InitResult {
-  const { kind, path, manufacturer, firmwareVersion, pcrSelection } = tpm;
+  const { kind, path, manufacturer, firmwareVersion } = tpm;
+  const { pcrSelection } = tpm.root;
   const warnings: string[] = [];
   if (kind === 'embedded') warnings.push(NOT_HARDWARE_PROTECTED);
   if (kind === 'unix') {

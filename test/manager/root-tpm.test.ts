@@ -51,6 +51,7 @@ import { assertNothingLeaked, connectTpm, NOTHING } from '../support/tpm-fixture
 const SRK = 0x81000001;
 const PCRS = 'sha256:0,7';
 const INSTALLATION = randomBytes(16);
+const ANCHOR_AUTH = randomBytes(32);
 
 const refuses = (code: ManagerErrorCode, text?: RegExp) => (error: unknown) => {
   assert.ok(error instanceof ManagerError, String(error));
@@ -92,7 +93,15 @@ describe('manager: root TPM', () => {
   }
 
   const enrol = (options: { pcrSelection?: string; srkHandle?: number; ownerAuth?: Buffer } = {}) =>
-    root((tpm) => tpm.enrol({ installation: INSTALLATION, pcrSelection: PCRS, srkHandle: SRK, ...options }));
+    root((tpm) =>
+      tpm.enrol({
+        installation: INSTALLATION,
+        anchorAuth: ANCHOR_AUTH,
+        pcrSelection: PCRS,
+        srkHandle: SRK,
+        ...options,
+      }),
+    );
   const release = (enrolment: RootTpmEnrolment) => root((tpm) => tpm.releaseRootKey(enrolment));
 
   const extend = (pcr: number) =>
@@ -120,7 +129,7 @@ describe('manager: root TPM', () => {
     const second = await enrol();
     assert.equal(second.enrolment.srkCreatedByUs, false, 'the SRK is used again');
     assert.notDeepEqual(first.rootKey, second.rootKey);
-    assert.notEqual(first.enrolment.nvHandle, second.enrolment.nvHandle);
+    assert.notEqual(first.enrolment.root.nvHandle, second.enrolment.root.nvHandle);
     const elsewhere = { ...first.enrolment, installation: randomBytes(16).toString('hex') };
     assert.notDeepEqual(await release(elsewhere), first.rootKey);
     assert.deepEqual(await release(first.enrolment), first.rootKey);
@@ -131,14 +140,17 @@ describe('manager: root TPM', () => {
     await extend(16);
     assert.deepEqual(await release(enrolment), rootKey, 'a PCR that is not selected does not matter');
     await extend(7);
-    await assert.rejects(release(enrolment), refuses('platform-policy', /sha256:0,7/));
+    await assert.rejects(
+      release(enrolment),
+      refuses('platform-policy', /: PCR sha256:7 is [0-9a-f]{16}… and was 0{16}… at enrolment\./),
+    );
     // The refusal is the chip's: its answer to Unseal, and to NV_Read by itself.
     await assert.rejects(
       release(enrolment),
       (error: Error) => TpmError.is(error.cause, Rc.POLICY_FAIL) && /Unseal/.test(error.cause.message),
     );
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.nvHandle))!;
+      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
       await inSession(tpm, { kind: 'policy' }, async (session) => {
         const selection = [{ hash: Alg.SHA256, pcrs: [0, 7] }];
         await runPolicy(tpm, session, [{ assert: 'pcr', selection }]);
@@ -177,7 +189,7 @@ describe('manager: root TPM', () => {
     const refused = (error: unknown) =>
       TpmError.is(error, Rc.AUTH_UNAVAILABLE, Rc.AUTH_FAIL, Rc.BAD_AUTH, Rc.POLICY_FAIL, Rc.NV_AUTHORIZATION);
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.nvHandle))!;
+      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
       const range = { size: 32, offset: 0 };
       await withLoaded(tpm, enrolment, async (sealed) => {
         await assert.rejects(tpm.run(Unseal, { itemHandle: withPassword(sealed) }, {}), refused);
@@ -212,7 +224,13 @@ describe('manager: root TPM', () => {
     const bus = await startRecordingProxy(swtpm.socket);
     try {
       const { enrolment, rootKey } = await root(
-        (tpm) => tpm.enrol({ installation: INSTALLATION, pcrSelection: PCRS, srkHandle: SRK }),
+        (tpm) =>
+          tpm.enrol({
+            installation: INSTALLATION,
+            anchorAuth: ANCHOR_AUTH,
+            pcrSelection: PCRS,
+            srkHandle: SRK,
+          }),
         bus.path,
       );
       assert.deepEqual(await root((tpm) => tpm.releaseRootKey(enrolment), bus.path), rootKey);
@@ -233,7 +251,7 @@ describe('manager: root TPM', () => {
         inSession(tpm, { kind: 'policy' }, async (session) => {
           await runPolicy(tpm, session, steps);
           rootSecret = (await tpm.run(Unseal, { itemHandle: withSession(sealed, session) }, {})).outData;
-          const index = (await readNvIndex(tpm, enrolment.nvHandle))!;
+          const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
           await runPolicy(tpm, session, steps);
           const authHandle = withSession(index, session);
           nvHalf = (await tpm.run(NV_Read, { authHandle, nvIndex: index }, { size: 32, offset: 0 })).data;
@@ -306,7 +324,7 @@ describe('manager: root TPM', () => {
   it('an emptied TPM is named', async () => {
     const { enrolment } = await enrol();
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.nvHandle))!;
+      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
       const authHandle = withPassword(permanent(Rh.OWNER));
       await tpm.run(NV_UndefineSpace, { authHandle, nvIndex: index }, {});
     });
@@ -318,7 +336,7 @@ describe('manager: root TPM', () => {
   it('overwriting the NV half erases the key for good', async () => {
     const { enrolment, rootKey } = await enrol();
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.nvHandle))!;
+      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
       const authHandle = withPassword(permanent(Rh.OWNER));
       await tpm.run(NV_Write, { authHandle, nvIndex: index }, { data: randomBytes(32), offset: 0 });
     });
@@ -378,7 +396,12 @@ describe('manager: root TPM', () => {
     await tools(swtpm, tmpdir(), 'tpm2_changeauth', '-c', 'owner', `hex:${ownerAuth.toString('hex')}`);
     const bus = await startRecordingProxy(swtpm.socket);
     try {
-      const options = { installation: INSTALLATION, pcrSelection: PCRS, srkHandle: SRK };
+      const options = {
+        installation: INSTALLATION,
+        anchorAuth: ANCHOR_AUTH,
+        pcrSelection: PCRS,
+        srkHandle: SRK,
+      };
       const { enrolment, rootKey } = await root((tpm) => tpm.enrol({ ...options, ownerAuth }), bus.path);
       assert.equal(bus.saw(ownerAuth), false);
       assert.deepEqual(await root((tpm) => tpm.releaseRootKey(enrolment), bus.path), rootKey);
@@ -391,7 +414,7 @@ describe('manager: root TPM', () => {
     }
     assert.equal(
       (await direct((tpm) => listHandles(tpm, Ht.NV_INDEX))).length,
-      1,
+      3,
       'the failed one left nothing',
     );
   });
@@ -404,26 +427,28 @@ describe('manager: root TPM', () => {
       return bytes.toString('base64');
     };
     for (const change of [
-      { sealedPrivate: damage(enrolment.sealedPrivate) },
-      { sealedPublic: damage(enrolment.sealedPublic) },
+      { sealedPrivate: damage(enrolment.root.sealedPrivate) },
+      { sealedPublic: damage(enrolment.root.sealedPublic) },
       { sealedPublic: 'AAAA' },
       { policyDigest: '00'.repeat(32) },
     ]) {
       await assert.rejects(
-        release({ ...enrolment, ...change }),
+        release({ ...enrolment, root: { ...enrolment.root, ...change } }),
         refuses('tpm-fault'),
         JSON.stringify(change),
       );
     }
-    await assert.rejects(release({ ...enrolment, format: 2 as 1 }), refuses('newer-format'));
+    await assert.rejects(release({ ...enrolment, format: 3 as 2 }), refuses('newer-format'));
+    await assert.rejects(release({ ...enrolment, format: 1 as 2 }), refuses('older-format', /init again/));
   });
 
   it('an enrolled object that a password would open is refused', async () => {
     const { enrolment } = await enrol();
-    const bytes = Buffer.from(enrolment.sealedPublic, 'base64');
+    const bytes = Buffer.from(enrolment.root.sealedPublic, 'base64');
     const value = decode(tpmtPublic, bytes);
     const open = publicArea({ ...value, objectAttributes: value.objectAttributes | A.userWithAuth });
-    const changed = { ...enrolment, sealedPublic: open.bytes.toString('base64') };
+    const root = { ...enrolment.root, sealedPublic: open.bytes.toString('base64') };
+    const changed = { ...enrolment, root };
     await assert.rejects(release(changed), refuses('tpm-fault', /attributes are others/));
   });
 
@@ -435,7 +460,12 @@ describe('manager: root TPM', () => {
       },
     });
     try {
-      const options = { installation: INSTALLATION, pcrSelection: PCRS, srkHandle: SRK };
+      const options = {
+        installation: INSTALLATION,
+        anchorAuth: ANCHOR_AUTH,
+        pcrSelection: PCRS,
+        srkHandle: SRK,
+      };
       await assert.rejects(
         root((tpm) => tpm.enrol(options), bus.path),
         refuses('tpm-fault'),
@@ -563,13 +593,13 @@ async function withLoaded<T>(
   enrolment: RootTpmEnrolment,
   body: (sealed: ObjectEntity) => Promise<T>,
 ): Promise<T> {
-  const bytes = Buffer.from(enrolment.sealedPublic, 'base64');
+  const bytes = Buffer.from(enrolment.root.sealedPublic, 'base64');
   const inPublic = { bytes, value: decode(tpmtPublic, bytes) };
   const srk = (await readObject(tpm, enrolment.srkHandle))!;
   const { objectHandle } = await tpm.run(
     Load,
     { parentHandle: withPassword(srk) },
-    { inPrivate: Buffer.from(enrolment.sealedPrivate, 'base64'), inPublic },
+    { inPrivate: Buffer.from(enrolment.root.sealedPrivate, 'base64'), inPublic },
   );
   try {
     return await body(objectEntity(objectHandle, inPublic));
@@ -606,7 +636,7 @@ async function withToolsPolicy(
   try {
     await tools(swtpm, directory, 'tpm2_startauthsession', '--policy-session', '-S', 'session');
     try {
-      await tools(swtpm, directory, 'tpm2_policypcr', '-S', 'session', '-l', enrolment.pcrSelection);
+      await tools(swtpm, directory, 'tpm2_policypcr', '-S', 'session', '-l', enrolment.root.pcrSelection);
       return { data: await body(directory), failure: undefined };
     } catch (error) {
       return { data: NOTHING, failure: `${(error as { stderr?: string }).stderr ?? error}` };
@@ -623,8 +653,8 @@ function toolsUnseal(swtpm: Swtpm, enrolment: RootTpmEnrolment): Promise<ToolsRe
   return withToolsPolicy(swtpm, enrolment, async (directory) => {
     // tpm2-tools keep TPM2B structures: the size in front.
     for (const [name, base64] of [
-      ['sealed.pub', enrolment.sealedPublic],
-      ['sealed.priv', enrolment.sealedPrivate],
+      ['sealed.pub', enrolment.root.sealedPublic],
+      ['sealed.priv', enrolment.root.sealedPrivate],
     ] as const) {
       const bytes = Buffer.from(base64, 'base64');
       writeFileSync(join(directory, name), concat(Buffer.of(bytes.length >> 8, bytes.length & 0xff), bytes));
@@ -641,7 +671,7 @@ function toolsUnseal(swtpm: Swtpm, enrolment: RootTpmEnrolment): Promise<ToolsRe
 
 function toolsNvRead(swtpm: Swtpm, enrolment: RootTpmEnrolment): Promise<ToolsResult> {
   return withToolsPolicy(swtpm, enrolment, async (directory) => {
-    const index = `0x${enrolment.nvHandle.toString(16)}`;
+    const index = `0x${enrolment.root.nvHandle.toString(16)}`;
     await tools(swtpm, directory, 'tpm2_nvread', index, '-C', index, '-P', 'session:session', '-o', 'out');
     return readFileSync(join(directory, 'out'));
   });

@@ -107,7 +107,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-7 nothing is salted to a key of another Name',
-    file: 'manager/src/root-tpm/release.ts',
+    file: 'manager/src/root-tpm/srk.ts',
     guard: "if (srk.name.toString('hex') !== enrolment.srkName) {",
     without: 'if (srk.name.length > 99) {',
     test: { file: 'manager/root-tpm', name: 'a substituted SRK is refused by its Name' },

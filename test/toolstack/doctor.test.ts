@@ -299,18 +299,22 @@ describe('vtpmctl doctor on an installation', function () {
     assert.equal((await installation.startManager()).body.status, 'locked');
     const locked = await doctor();
     assert.match(locked.get('manager-locked').message, /PCR/);
-    assert.equal(locked.level('tpm-nv'), 'ok');
+    for (const check of ['tpm-nv', 'tpm-anchor', 'tpm-revocation']) assert.equal(locked.level(check), 'ok');
     await end(installation.manager, 'SIGTERM');
 
     const owner = withPassword(permanent(Rh.OWNER));
     await withTpm(chip, async (tpm) => {
-      const [handle = 0] = await listHandles(tpm, Ht.NV_INDEX);
-      const nvIndex = await readNvIndex(tpm, handle);
-      assert.ok(nvIndex);
-      await tpm.run(NV_UndefineSpace, { authHandle: owner, nvIndex }, {});
+      for (const handle of await listHandles(tpm, Ht.NV_INDEX)) {
+        const nvIndex = await readNvIndex(tpm, handle);
+        assert.ok(nvIndex);
+        await tpm.run(NV_UndefineSpace, { authHandle: owner, nvIndex }, {});
+      }
     });
-    const withoutHalf = await doctor();
-    assert.deepEqual([withoutHalf.level('tpm-nv'), withoutHalf.level('tpm-srk')], ['problem', 'ok']);
+    const without = await doctor();
+    for (const check of ['tpm-nv', 'tpm-anchor', 'tpm-revocation']) {
+      assert.equal(without.level(check), 'problem', check);
+    }
+    assert.equal(without.level('tpm-srk'), 'ok');
     await withTpm(chip, async (tpm) => {
       const objectHandle = await readObject(tpm, 0x81000001);
       assert.ok(objectHandle);
@@ -354,6 +358,9 @@ describe("the doctor's judgement", () => {
     loaded: 0,
     srk: undefined,
     nvHalf: undefined,
+    anchorCounter: undefined,
+    revocationCounter: undefined,
+    countersLeft: 3,
   };
   const expected: Expectation = {
     location: { kind: 'device', path: '/nowhere/tpm0' },
@@ -377,6 +384,7 @@ describe("the doctor's judgement", () => {
       [{ lockout: { isLocked: true, failures: 32, recoverySeconds: 10 } }, 'tpm-lockout warning'],
       [{ lockout: { isLocked: false, failures: 1, recoverySeconds: 10 } }, 'tpm-lockout note'],
       [{ loaded: 2 }, 'tpm-room warning'],
+      [{ countersLeft: 2 }, 'tpm-nv-space problem'],
       [{ srk: { name: 'ab', flaw: 'it is not a storage key' } }, 'tpm-srk problem'],
     ] as const) {
       assert.deepEqual(worst({ ...fit, ...change }), [result, 'pcr-coverage note'], result);

@@ -65,7 +65,7 @@ describe('vtpmctl uninstall', function () {
   it('takes everything of init out of the TPM and off the disk, the storage root key with --evict', async () => {
     const chip = chipOf(installation);
     const made = await kept(chip);
-    assert.equal(made.nv.length, 1);
+    assert.equal(made.nv.length, 3);
     assert.deepEqual(made.persistent, [0x81000001]);
     // The supervisor's files too.
     await installation.start();
@@ -157,7 +157,7 @@ describe('vtpmctl uninstall', function () {
     const { code, stderr } = await installation.ctl('uninstall');
     assert.equal(code, 2);
     assert.match(stderr, /add --yes/);
-    assert.equal((await kept(chipOf(installation))).nv.length, 1);
+    assert.equal((await kept(chipOf(installation))).nv.length, 3);
     await installation.start();
     await end(installation.manager, 'SIGTERM');
   });
@@ -186,7 +186,7 @@ describe('vtpmctl uninstall', function () {
       (await installation.ctl('uninstall', '--yes')).stderr,
       /missing or empty.*not mounted.*--force/,
     );
-    assert.equal((await kept(chipOf(installation))).nv.length, 1);
+    assert.equal((await kept(chipOf(installation))).nv.length, 3);
     await uninstall(installation, '--force');
     assert.equal((await kept(chipOf(installation))).nv.length, 0);
   });
@@ -194,13 +194,14 @@ describe('vtpmctl uninstall', function () {
   describe('interrupted', () => {
     const unfinished = () => `${installation.paths.manager.enrolment}.unfinished`;
     const putAside = () => renameSync(installation.paths.manager.enrolment, unfinished());
-    async function removeIndex(): Promise<void> {
+    async function removeIndices(): Promise<void> {
       const client = await connectTpm(chipOf(installation).socket);
       try {
-        const [handle = 0] = await listHandles(client, Ht.NV_INDEX);
-        const nvIndex = await readNvIndex(client, handle);
-        assert.ok(nvIndex);
-        await client.run(NV_UndefineSpace, { authHandle: withPassword(permanent(Rh.OWNER)), nvIndex }, {});
+        for (const handle of await listHandles(client, Ht.NV_INDEX)) {
+          const nvIndex = await readNvIndex(client, handle);
+          assert.ok(nvIndex);
+          await client.run(NV_UndefineSpace, { authHandle: withPassword(permanent(Rh.OWNER)), nvIndex }, {});
+        }
       } finally {
         await client.close();
       }
@@ -208,14 +209,14 @@ describe('vtpmctl uninstall', function () {
 
     for (const [where, steps] of [
       ['before the TPM', [putAside]],
-      ['after the TPM', [putAside, removeIndex]],
+      ['after the TPM', [putAside, removeIndices]],
       [
         'after the store',
-        [putAside, removeIndex, () => rmSync(installation.paths.manager.store, { recursive: true })],
+        [putAside, removeIndices, () => rmSync(installation.paths.manager.store, { recursive: true })],
       ],
       [
         'after the manager’s part',
-        [putAside, removeIndex, () => rmSync(installation.paths.manager.directory, { recursive: true })],
+        [putAside, removeIndices, () => rmSync(installation.paths.manager.directory, { recursive: true })],
       ],
     ] as const) {
       it(`${where}: nothing starts or is made anew, and a repetition ends it`, async () => {
@@ -271,14 +272,14 @@ describe('an init that fails after the enrolment', function () {
     // Nothing of it is in the way of the next one, which does leave both in the TPM.
     assert.equal((await ctl(init)).code, 0);
     const made = await kept(chip);
-    assert.deepEqual([made.persistent.length, made.nv.length], [1, 1]);
+    assert.deepEqual([made.persistent.length, made.nv.length], [1, 3]);
   });
 
   it('that is killed there is cleaned up by uninstall', async () => {
     const init = ['init', '--tpm', `unix:${chip.socket}`];
     const { code, stderr } = await ctl(init, sabotage('kill -9 $PPID'));
     assert.equal(code, 1, stderr);
-    assert.equal((await kept(chip)).nv.length, 1);
+    assert.equal((await kept(chip)).nv.length, 3);
     assert.match(readFileSync(join(home(), 'manager/enrolment.json.unfinished'), 'utf8'), /nvHandle/);
     assert.match((await ctl(init)).stderr, /vtpmctl uninstall/);
     const uninstalled = await ctl(['uninstall', '--evict', '--yes']);

@@ -89,7 +89,8 @@ export function expectationOf(
   enrolment: RootTpmEnrolment | undefined,
   given: { readonly pcrSelection: string; readonly srkHandle: number },
 ): Expectation {
-  const { pcrSelection, srkHandle } = enrolment ?? given;
+  const pcrSelection = enrolment?.root.pcrSelection ?? given.pcrSelection;
+  const srkHandle = enrolment?.srkHandle ?? given.srkHandle;
   const pcrs = readSelection(pcrSelection).flatMap((selected) => selected.pcrs);
   return { location: { kind, path }, pcrSelection, pcrs, srkHandle, enrolment };
 }

@@ -2,6 +2,7 @@ import { type Finding, finding } from 'vtpm-common';
 import { hexHandle, type RootTpmEnrolment } from '../root-tpm/enrolment.js';
 import type { StartedFacts, TpmFacts } from '../root-tpm/examine.js';
 import type { RootTpmLocation } from '../root-tpm/index.js';
+import type { IndexState } from '../root-tpm/nv-counter.js';
 import type { Machine } from './machine.js';
 import { judgeCoverage } from './pcr-coverage.js';
 
@@ -46,7 +47,8 @@ export function judgeTpm(facts: TpmFacts, expected: Expectation, machine: Machin
     lockout(facts),
     ...room(facts, expected.location),
     srk(facts, expected),
-    ...nvHalf(facts, expected),
+    ...nvIndices(facts, expected),
+    ...nvSpace(facts, expected),
     ...judgeCoverage(
       expected.pcrSelection,
       expected.pcrs,
@@ -174,10 +176,33 @@ function srk({ srk: found }: StartedFacts, { srkHandle, enrolment }: Expectation
       );
 }
 
-function nvHalf({ nvHalf: half }: StartedFacts, { enrolment }: Expectation): Finding[] {
-  if (!enrolment || half === undefined) return [];
-  const where = `the NV index ${hexHandle(enrolment.nvHandle)} with a half of the root key`;
-  if (half === 'fit') return [finding('tpm-nv', 'ok', `${where} is there`)];
-  const what = half === 'absent' ? 'is gone' : 'was made anew with other properties';
-  return [finding('tpm-nv', 'problem', `${where} ${what}: the TPM was cleared, or is another one`, CLEARED)];
+function nvIndices(facts: StartedFacts, { enrolment }: Expectation): Finding[] {
+  if (!enrolment) return [];
+  const { root, anchor, revocation } = enrolment;
+  return [
+    nvIndex('tpm-nv', facts.nvHalf, root.nvHandle, 'with a half of the root key'),
+    nvIndex('tpm-anchor', facts.anchorCounter, anchor.handle, 'that counts the states of the store'),
+    nvIndex('tpm-revocation', facts.revocationCounter, revocation.handle, 'that counts revocations'),
+  ];
+}
+
+function nvIndex(check: string, state: IndexState | undefined, handle: number, role: string): Finding {
+  const where = `the NV index ${hexHandle(handle)} ${role}`;
+  if (state === 'fit') return finding(check, 'ok', `${where} is there`);
+  const what = state === 'changed' ? 'was made anew with other properties' : 'is gone';
+  return finding(check, 'problem', `${where} ${what}: the TPM was cleared, or is another one`, CLEARED);
+}
+
+/** Init makes a counter for the store, one for revocations, and an index of about that size; a rotation one more index. */
+function nvSpace({ countersLeft }: StartedFacts, { enrolment }: Expectation): Finding[] {
+  const needed = enrolment ? 1 : 3;
+  if (countersLeft === undefined || countersLeft >= needed) return [];
+  return [
+    finding(
+      'tpm-nv-space',
+      enrolment ? 'warning' : 'problem',
+      `the TPM has NV space for ${countersLeft} more ${countersLeft === 1 ? 'counter' : 'counters'}; ${enrolment ? 'a rotation of the root key' : 'init'} needs ${needed}`,
+      'tpm2_nvreadpublic, and tpm2_nvundefine for an index that nothing uses',
+    ),
+  ];
 }

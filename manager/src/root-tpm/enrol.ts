@@ -1,31 +1,24 @@
-import { timingSafeEqual } from 'node:crypto';
-import {
-  Alg,
-  Create,
-  inSession,
-  type ObjectEntity,
-  type PcrSelection,
-  type PublicArea,
-  pcrDigest,
-  permanent,
-  policyDigest,
-  Rc,
-  Rh,
-  readPcrs,
-  type Session,
-  sealedTemplate,
-  type Tpm,
-  TpmError,
-  wipe,
-  withSession,
-} from 'tpm2-ts-bindings';
+import { inSession, type ObjectEntity, permanent, Rh, type Tpm } from 'tpm2-ts-bindings';
 import { ManagerError } from '../error.js';
-import { type RootTpmEnrolment, type RootTpmLocation, readSelection } from './enrolment.js';
-import { otherNvHalves, removeNvHalf, writeNvHalf } from './nv-half.js';
-import { releaseRootKey } from './release.js';
-import { deriveRootKey, mixedRandom } from './root-key.js';
-import { sealedFlaw } from './sealed.js';
-import { findOrCreateSrk, removeSrk, unfit } from './srk.js';
+import {
+  checkEnrolmentFormat,
+  type NvIndexRef,
+  type RootTpmEnrolment,
+  type RootTpmLocation,
+  readSelection,
+  SECRET_BYTES,
+} from './enrolment.js';
+import {
+  type BeforeDefine,
+  makeGeneration,
+  type NewGeneration,
+  proveGeneration,
+  resolvePolicy,
+} from './generation.js';
+import { anchorShape, makeCounter, orderlyCountOf, REVOCATION_SHAPE } from './nv-counter.js';
+import { nvHalfShape } from './nv-half.js';
+import { indicesInRange, planIndices, removeQuietly } from './nv-index.js';
+import { enrolledSrk, findOrCreateSrk, removeSrk } from './srk.js';
 import { identify } from './start.js';
 
 export interface EnrolOptions {
@@ -33,28 +26,43 @@ export interface EnrolOptions {
   installation: Uint8Array;
   pcrSelection: string;
   srkHandle: number;
+  /** 32 bytes, random: what counts and reads the anchor counter, for as long as the installation lives. */
+  anchorAuth: Uint8Array;
+  /** The anchor counter is kept in the chip's RAM between orderly shutdowns. Needs a TPM with such counters. */
+  orderly?: boolean;
   ownerAuth?: Uint8Array;
+  beforeDefine?: BeforeDefine;
 }
 
-export interface Enrolled {
-  readonly enrolment: RootTpmEnrolment;
-  /** 32 bytes; the caller wipes it. */
-  readonly rootKey: Buffer;
-  /** NV indices like the one that was made, there before: nothing is done with them. */
+export interface RecreateOptions {
+  readonly ownerAuth?: Uint8Array;
+  readonly beforeDefine?: BeforeDefine;
+}
+
+export interface Enrolled extends NewGeneration {
+  /** NV indices like those that were made, there before: nothing is done with them. */
   readonly leftovers: readonly number[];
 }
 
 export async function enrol(tpm: Tpm, location: RootTpmLocation, options: EnrolOptions): Promise<Enrolled> {
   if (options.installation.length !== 16)
     throw new ManagerError('bad-request', 'the installation id has 16 bytes');
-  const selection = readSelection(options.pcrSelection);
+  checkAnchorAuth(options.anchorAuth);
+  readSelection(options.pcrSelection);
+  const orderlyCount = options.orderly ? await orderlyCountOf(tpm) : 0;
   const ownerAuth = options.ownerAuth ?? new Uint8Array(0);
-  const leftovers = await otherNvHalves(tpm);
+  const leftovers = await indicesInRange(tpm);
   const { srk, created } = await findOrCreateSrk(tpm, options.srkHandle, ownerAuth);
+  const made: NvIndexRef[] = [];
   try {
-    const enrolled = await enrolUnder(tpm, location, options, { srk, created, selection, ownerAuth });
-    return { ...enrolled, leftovers };
+    const parent = { srk, created, ownerAuth, orderlyCount };
+    const { enrolment, inputs } = await enrolUnder(tpm, location, options, parent, made);
+    return { ...(await proveGeneration(tpm, enrolment, inputs, [])), leftovers };
   } catch (error) {
+    const owner = permanent(Rh.OWNER, ownerAuth);
+    await inSession(tpm, { kind: 'hmac', encrypt: 'in', salt: srk }, (session) =>
+      removeQuietly(tpm, session, owner, made),
+    ).catch(() => undefined);
     if (created) await removeSrk(tpm, srk, ownerAuth);
     throw error;
   }
@@ -63,107 +71,81 @@ export async function enrol(tpm: Tpm, location: RootTpmLocation, options: EnrolO
 interface Parent {
   readonly srk: ObjectEntity;
   readonly created: boolean;
-  readonly selection: PcrSelection;
   readonly ownerAuth: Uint8Array;
+  readonly orderlyCount: number;
 }
 
+/** @param made what is to be taken out again where this fails */
 async function enrolUnder(
   tpm: Tpm,
   location: RootTpmLocation,
   options: EnrolOptions,
-  { srk, created, selection, ownerAuth }: Parent,
-): Promise<Omit<Enrolled, 'leftovers'>> {
+  { srk, created, ownerAuth, orderlyCount }: Parent,
+  made: NvIndexRef[],
+): Promise<{ enrolment: RootTpmEnrolment; inputs: Buffer }> {
   const identity = await identify(tpm);
   const owner = permanent(Rh.OWNER, ownerAuth);
-
+  const installation = Buffer.from(options.installation).toString('hex');
   return inSession(tpm, { kind: 'hmac', encrypt: 'both', salt: srk }, async (session) => {
-    const authPolicy = await currentPolicy(tpm, session, selection);
-    const rootSecret = await mixedRandom(tpm, session);
-    const nvHalf = await mixedRandom(tpm, session);
-    try {
-      const sealed = await seal(tpm, session, srk, authPolicy, rootSecret);
-      const index = await writeNvHalf(tpm, session, owner, authPolicy, nvHalf);
-      const enrolment: RootTpmEnrolment = {
-        format: 1,
-        ...location,
-        installation: Buffer.from(options.installation).toString('hex'),
-        ...identity,
-        srkHandle: options.srkHandle,
-        srkName: srk.name.toString('hex'),
-        srkCreatedByUs: created,
-        pcrSelection: options.pcrSelection,
-        policyDigest: authPolicy.toString('hex'),
-        sealedPublic: sealed.publicArea.bytes.toString('base64'),
-        sealedPrivate: sealed.privateArea.toString('base64'),
-        nvHandle: index.handle,
-        nvName: index.name.toString('hex'),
-      };
-      try {
-        const rootKey = deriveRootKey(rootSecret, nvHalf, options.installation);
-        await prove(tpm, enrolment, rootKey);
-        return { enrolment, rootKey };
-      } catch (error) {
-        await removeNvHalf(tpm, session, owner, index.handle);
-        throw error;
-      }
-    } finally {
-      wipe(rootSecret, nvHalf);
-    }
+    const { pcrSelection, anchorAuth } = options;
+    const counters = { anchor: anchorShape(orderlyCount > 0), revocation: REVOCATION_SHAPE };
+    const { anchor, revocation } = await planIndices(tpm, counters);
+    const base = { installation, revocation: revocation.ref };
+    const resolved = await resolvePolicy(tpm, session, base, { kind: 'fixed', pcrSelection });
+    const halfShape = nvHalfShape(Buffer.from(resolved.policyDigest, 'hex'));
+    const { half } = await planIndices(tpm, { half: halfShape }, [anchor.ref, revocation.ref]);
+    const refs = [half.ref, anchor.ref, revocation.ref];
+    await options.beforeDefine?.(refs);
+    made.push(...refs);
+    await makeCounter(tpm, session, owner, anchor, { auth: anchorAuth });
+    await makeCounter(tpm, session, owner, revocation, 'owner');
+    const { root, inputs } = await makeGeneration(tpm, session, { srk, owner }, 1, resolved, half);
+    const enrolment: RootTpmEnrolment = {
+      format: 2,
+      ...location,
+      installation,
+      ...identity,
+      srkHandle: options.srkHandle,
+      srkName: srk.name.toString('hex'),
+      srkCreatedByUs: created,
+      anchor: { ...anchor.ref, orderlyCount },
+      revocation: revocation.ref,
+      root,
+    };
+    return { enrolment, inputs };
   });
 }
 
-/** PolicyPCR over the values of now, read in answers that nobody on the bus can change. */
-async function currentPolicy(tpm: Tpm, session: Session, selection: PcrSelection): Promise<Buffer> {
-  try {
-    const values = await readPcrs(tpm, selection, [session]);
-    return policyDigest([{ assert: 'pcr', selection, digest: pcrDigest(Alg.SHA256, values) }]);
-  } catch (error) {
-    if (!(error instanceof TpmError && (error.code === 'usage' || TpmError.is(error, Rc.HASH, Rc.VALUE)))) {
+/**
+ * A new anchor counter, for who knowingly gives up what the last one said. It begins above every value that a counter of
+ * this chip ever had.
+ */
+export async function recreateAnchorCounter(
+  tpm: Tpm,
+  enrolment: RootTpmEnrolment,
+  anchorAuth: Uint8Array,
+  { ownerAuth, beforeDefine }: RecreateOptions,
+): Promise<RootTpmEnrolment> {
+  checkEnrolmentFormat(enrolment);
+  checkAnchorAuth(anchorAuth);
+  const { orderlyCount } = enrolment.anchor;
+  const srk = await enrolledSrk(tpm, enrolment);
+  const owner = permanent(Rh.OWNER, ownerAuth);
+  return inSession(tpm, { kind: 'hmac', encrypt: 'both', salt: srk }, async (session) => {
+    const { anchor } = await planIndices(tpm, { anchor: anchorShape(orderlyCount > 0) });
+    await beforeDefine?.([anchor.ref]);
+    try {
+      await makeCounter(tpm, session, owner, anchor, { auth: anchorAuth });
+    } catch (error) {
+      await removeQuietly(tpm, session, owner, [anchor.ref]);
       throw error;
     }
-    throw new ManagerError('tpm-unfit', `${error.message}; choose other PCRs with --pcrs`, { cause: error });
-  }
+    return { ...enrolment, anchor: { ...anchor.ref, orderlyCount } };
+  });
 }
 
-async function seal(
-  tpm: Tpm,
-  session: Session,
-  srk: ObjectEntity,
-  authPolicy: Buffer,
-  secret: Buffer,
-): Promise<{ publicArea: PublicArea; privateArea: Buffer }> {
-  const nothing = Buffer.alloc(0);
-  try {
-    const sealed = await tpm.run(
-      Create,
-      { parentHandle: withSession(srk, session) },
-      {
-        inSensitive: { userAuth: nothing, data: secret },
-        inPublic: sealedTemplate(authPolicy),
-        outsideInfo: nothing,
-        creationPCR: [],
-      },
-    );
-    const flaw = sealedFlaw(sealed.outPublic, authPolicy);
-    if (flaw !== undefined) throw new ManagerError('tpm-fault', `the TPM sealed something else: ${flaw}`);
-    return { publicArea: sealed.outPublic, privateArea: sealed.outPrivate };
-  } catch (error) {
-    if (!TpmError.is(error, Rc.AUTH_FAIL, Rc.BAD_AUTH)) throw error;
-    throw unfit(srk.handle, 'it has a password', error);
-  }
-}
-
-/** A key that cannot be released again must not be used: better to fail now than at the next start. */
-async function prove(tpm: Tpm, enrolment: RootTpmEnrolment, rootKey: Buffer): Promise<void> {
-  const released = await releaseRootKey(tpm, enrolment);
-  try {
-    if (released.length !== rootKey.length || !timingSafeEqual(released, rootKey)) {
-      throw new ManagerError('tpm-fault', 'the TPM gave back another secret than it was given');
-    }
-  } catch (error) {
-    wipe(rootKey);
-    throw error;
-  } finally {
-    wipe(released);
+export function checkAnchorAuth(anchorAuth: Uint8Array): void {
+  if (anchorAuth.length !== SECRET_BYTES) {
+    throw new ManagerError('bad-request', `the anchor counter's secret has ${SECRET_BYTES} bytes`);
   }
 }

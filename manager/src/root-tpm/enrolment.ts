@@ -1,4 +1,4 @@
-import { Alg, type PcrSelection, parsePcrSelection } from 'tpm2-ts-bindings';
+import { Alg, type PcrSelection, type PcrValues, parsePcrSelection } from 'tpm2-ts-bindings';
 import { ManagerError } from '../error.js';
 
 /** Where the root TPM is. `unix` and `embedded` are stream sockets that carry bare TPM commands. */
@@ -8,9 +8,55 @@ export type RootTpmLocation = {
   path: string;
 };
 
+/** An NV index that this installation made, or is about to make. */
+export interface NvIndexRef {
+  handle: number;
+  /** Hex, with its content written. The handle is part of what it is over. */
+  name: string;
+}
+
+/**
+ * What the chip wants before it gives out a generation of the root key: the register values at its making, or any that
+ * the authority approved.
+ */
+export type GenerationPolicy = { kind: 'fixed' } | { kind: 'authority' /** PEM, SPKI */; authority: string };
+
+/**
+ * One generation of the root key: a sealed secret and a half in an NV index, both under one policy. A rotation, another
+ * authority and another selection of registers are each a next generation; the last one goes on opening until it is
+ * erased.
+ */
+export interface RootGeneration {
+  /** From 1. */
+  generation: number;
+  policy: GenerationPolicy;
+  /** `sha256:7` or `sha256:0,2,7`. */
+  pcrSelection: string;
+  /** Hex, 32 bytes: the authPolicy of sealed object and NV index. */
+  policyDigest: string;
+  /** At its making, for the message about what differs. */
+  pcrValues: PcrValues;
+  /** Base64 of the TPMT_PUBLIC. */
+  sealedPublic: string;
+  /** Base64 of the private area, encrypted by the TPM. */
+  sealedPrivate: string;
+  nvHandle: number;
+  /** Hex; of the index with its content written. */
+  nvName: string;
+}
+
+/** The counter that says which state of the store is the last one. */
+export interface AnchorIndex extends NvIndexRef {
+  /**
+   * 0: each count is kept by the chip at once. Otherwise it is orderly: kept in the chip's RAM and, after a loss of power,
+   * ahead of what it was by at most this much.
+   */
+  orderlyCount: number;
+}
+
 /** What is kept of an enrolment, as JSON. Nothing in it is secret; all of it is needed to release the root key. */
 export interface RootTpmEnrolment {
-  format: 1;
+  format: 2;
   kind: RootTpmLocation['kind'];
   path: string;
   /** Hex, 16 bytes. */
@@ -22,19 +68,13 @@ export interface RootTpmEnrolment {
   /** Hex: nameAlg and digest of the public area. */
   srkName: string;
   srkCreatedByUs: boolean;
-  /** `sha256:7` or `sha256:0,2,7`. */
-  pcrSelection: string;
-  /** Hex, 32 bytes: PolicyPCR over the selection with the values at enrolment. */
-  policyDigest: string;
-  /** Base64 of the TPMT_PUBLIC. */
-  sealedPublic: string;
-  /** Base64 of the private area, encrypted by the TPM. */
-  sealedPrivate: string;
-  nvHandle: number;
-  /** Hex; of the index with its content written. */
-  nvName: string;
+  anchor: AnchorIndex;
+  /** An authority's approvals name its value; counting on revokes them. */
+  revocation: NvIndexRef;
+  root: RootGeneration;
 }
 
+const FORMAT = 2;
 /** Bytes of each of the two halves and of the root key. */
 export const SECRET_BYTES = 32;
 
@@ -52,14 +92,16 @@ export function readSelection(text: string): PcrSelection {
   }
 }
 
-/** Refuses what a newer version wrote. @throws ManagerError `newer-format` */
+/** Refuses what another version wrote. @throws ManagerError `newer-format`, `older-format` */
 export function checkEnrolmentFormat(enrolment: { readonly format: number }): void {
-  if (enrolment.format !== 1) {
-    throw new ManagerError(
-      'newer-format',
-      `the TPM enrolment has format ${enrolment.format}, this version knows 1; upgrade the manager`,
-    );
-  }
+  const { format } = enrolment;
+  if (format === FORMAT) return;
+  const what = `the TPM enrolment has format ${format}, this version knows ${FORMAT}`;
+  if (format > FORMAT) throw new ManagerError('newer-format', `${what}; upgrade the manager`);
+  throw new ManagerError(
+    'older-format',
+    `${what}: it is older and cannot be converted. Run the version that wrote it, or uninstall with that and init again`,
+  );
 }
 
 export function hexHandle(handle: number): string {

@@ -9,18 +9,22 @@ import {
   GetCapability,
   Ht,
   Load,
+  LoadExternal,
   listHandles,
   NV_DefineSpace,
+  NV_Increment,
   NV_Read,
   NV_ReadPublic,
   NV_UndefineSpace,
   NV_Write,
   PCR_Read,
+  PolicyAuthorize,
+  PolicyGetDigest,
+  PolicyNV,
   PolicyPCR,
   Pt,
   Rc,
   ReadPublic,
-  readNvIndex,
   readObject,
   readPcrs,
   readProperty,
@@ -28,9 +32,10 @@ import {
   type Tpm,
   TpmError,
   Unseal,
+  VerifySignature,
 } from 'tpm2-ts-bindings';
 import type { RootTpmEnrolment } from './enrolment.js';
-import { nvHalfFlaw } from './nv-half.js';
+import { type IndexState, stateOf } from './nv-counter.js';
 import { unfitness } from './srk.js';
 import { identify } from './start.js';
 
@@ -55,12 +60,16 @@ export interface StartedFacts {
     readonly failures: number;
     readonly recoverySeconds: number;
   };
-  /** Objects and sessions that are loaded now. */
+  /** Objects and sessions of others that are loaded now. */
   readonly loaded: number;
   /** undefined: nothing is at the handle. */
   readonly srk: { readonly name: string; readonly flaw: string | undefined } | undefined;
-  /** The enrolled NV index; undefined where there is no enrolment. */
-  readonly nvHalf: 'fit' | 'absent' | 'changed' | undefined;
+  /** The enrolled NV indices; undefined where there is no enrolment. */
+  readonly nvHalf: IndexState | undefined;
+  readonly anchorCounter: IndexState | undefined;
+  readonly revocationCounter: IndexState | undefined;
+  /** For how many more counters the NV space suffices, by the TPM's own estimate; undefined where it gives none. */
+  readonly countersLeft: number | undefined;
 }
 
 /** TPM properties (TPM_PT, Part 2 table 23) and their bits (TPMA_PERMANENT, TPMA_STARTUP_CLEAR). */
@@ -85,14 +94,24 @@ const COMMANDS = {
   NV_ReadPublic,
   NV_Read,
   NV_Write,
+  NV_Increment,
+  LoadExternal,
+  VerifySignature,
+  PolicyNV,
+  PolicyAuthorize,
+  PolicyGetDigest,
 };
 const ALGORITHMS = ['SHA256', 'HMAC', 'AES', 'CFB', 'KEYEDHASH'] as const;
 
-/** @param srkHandle of the enrolment, or where init would look for one */
+/**
+ * @param srkHandle of the enrolment, or where init would look for one
+ * @param ownSessions how many sessions the manager itself keeps loaded
+ */
 export async function examine(
   tpm: Tpm,
   srkHandle: number,
   enrolment: RootTpmEnrolment | undefined,
+  ownSessions = 0,
 ): Promise<TpmFacts> {
   try {
     await readProperty(tpm, Pt.MANUFACTURER);
@@ -118,19 +137,14 @@ export async function examine(
       failures: (await readProperty(tpm, Pt.LOCKOUT_COUNTER)) ?? 0,
       recoverySeconds: (await readProperty(tpm, LOCKOUT_INTERVAL)) ?? 0,
     },
-    loaded: loaded.flat().length,
+    loaded: Math.max(0, loaded.flat().length - ownSessions),
     srk: srk && { name: srk.name.toString('hex'), flaw: unfitness(srk) },
-    nvHalf: enrolment && (await nvHalfOf(tpm, enrolment)),
+    nvHalf:
+      enrolment && (await stateOf(tpm, { handle: enrolment.root.nvHandle, name: enrolment.root.nvName })),
+    anchorCounter: enrolment && (await stateOf(tpm, enrolment.anchor)),
+    revocationCounter: enrolment && (await stateOf(tpm, enrolment.revocation)),
+    countersLeft: await readProperty(tpm, Pt.NV_COUNTERS_AVAIL),
   };
-}
-
-async function nvHalfOf(tpm: Tpm, enrolment: RootTpmEnrolment): Promise<'fit' | 'absent' | 'changed'> {
-  const index = await readNvIndex(tpm, enrolment.nvHandle);
-  if (index === undefined) return 'absent';
-  const isEnrolled =
-    index.name.toString('hex') === enrolment.nvName &&
-    nvHalfFlaw(index, Buffer.from(enrolment.policyDigest, 'hex')) === undefined;
-  return isEnrolled ? 'fit' : 'changed';
 }
 
 async function bankOf(tpm: Tpm): Promise<readonly number[]> {

@@ -1,36 +1,117 @@
-import { createTpm, openDevice, openSocket, type Tpm } from 'tpm2-ts-bindings';
-import { type Enrolled, type EnrolOptions, enrol } from './enrol.js';
-import type { RootTpmEnrolment, RootTpmLocation } from './enrolment.js';
+import { type Approval, createTpm, openDevice, openSocket, type Tpm, TpmError } from 'tpm2-ts-bindings';
+import { type AnchorCounter, SessionCounter } from './anchor-counter.js';
+import type { PlatformState } from './approvals.js';
+import {
+  checkAnchorAuth,
+  type Enrolled,
+  type EnrolOptions,
+  enrol,
+  type RecreateOptions,
+  recreateAnchorCounter,
+} from './enrol.js';
+import {
+  checkEnrolmentFormat,
+  type NvIndexRef,
+  type RootGeneration,
+  type RootTpmEnrolment,
+  type RootTpmLocation,
+} from './enrolment.js';
 import { examine, type TpmFacts } from './examine.js';
 import { translated } from './failure.js';
+import {
+  eraseIndices,
+  type NewGeneration,
+  type NextGenerationOptions,
+  nextGeneration,
+} from './generation.js';
+import type { Removal } from './nv-index.js';
 import { releaseRootKey } from './release.js';
+import { incrementRevocation, readPlatformState, readRevocation } from './revocation.js';
 import { flushLeftovers, start } from './start.js';
 import { type Withdrawal, type WithdrawOptions, withdraw } from './withdraw.js';
 
-export type { EnrolOptions } from './enrol.js';
-export type { RootTpmEnrolment, RootTpmLocation } from './enrolment.js';
+export type { AnchorCounter } from './anchor-counter.js';
+export { isApproved, type PlatformState, requestApproval } from './approvals.js';
+export type { Enrolled, EnrolOptions, RecreateOptions } from './enrol.js';
+export type {
+  AnchorIndex,
+  GenerationPolicy,
+  NvIndexRef,
+  RootGeneration,
+  RootTpmEnrolment,
+  RootTpmLocation,
+} from './enrolment.js';
+export type { BeforeDefine, NewGeneration, NextGenerationOptions, PolicyChoice } from './generation.js';
+export type { Removal } from './nv-index.js';
+export { rootKeyFromInputs } from './root-key.js';
 export type { Withdrawal, WithdrawOptions } from './withdraw.js';
 
 const DEADLINE_MS = 60_000;
 
-/** The TPM that holds the manager's root key. One call at a time is under way; further ones wait. */
+/**
+ * The TPM that holds the manager's root key. One call at a time is under way; further ones wait. After a connection was
+ * lost, the next call makes a new one.
+ */
 export interface RootTpm {
   /**
-   * Makes the root key: a secret sealed under the storage root key and a half in an NV index, both given out only while
-   * the selected PCRs have the values that they have now. An SRK that is there is used and never replaced; where there
-   * is none, one is made by the TCG template. Proves the enrolment by releasing the key once.
+   * Makes the first generation of the root key: a secret sealed under the storage root key and a half in an NV index,
+   * both given out only while the selected PCRs have the values that they have now; and the two counters. An SRK that is
+   * there is used and never replaced; where there is none, one is made by the TCG template. Proves the enrolment by
+   * releasing the key once.
    * @param options.pcrSelection like `sha256:7` or `sha256:0,2,7`
    * @param options.ownerAuth for chips with an owner password
-   * @returns what to keep, the root key (32 bytes, the caller wipes it), and what was there of other installations
+   * @returns what to keep, the root key and its inputs (the caller wipes them), and what was there of other installations
    * @throws ManagerError `bad-request`, `tpm-unfit`, `tpm-fault`, `tpm-unreachable`
    */
   enrol(options: EnrolOptions): Promise<Enrolled>;
   /**
    * Checks that this is the TPM of the enrolment, then releases the root key (32 bytes, the caller wipes it).
+   * @param approvals of the authority, in any number; needed where the generation has one. None of them needs to be good
    * @throws ManagerError `tpm-changed`, `tpm-emptied`, `platform-policy`, `tpm-fault`, `tpm-busy`, `tpm-lockout`,
-   * `tpm-unreachable`
+   * `tpm-unreachable`, `older-format`, `newer-format`
    */
-  releaseRootKey(enrolment: RootTpmEnrolment): Promise<Buffer>;
+  releaseRootKey(enrolment: RootTpmEnrolment, approvals?: readonly Approval[]): Promise<Buffer>;
+  /**
+   * Makes another generation beside the one that is: a rotation; with another policy, the adoption of an authority or a
+   * change of registers. Both open until the old one is erased, so the caller keeps both enrolments until everything that
+   * hangs on the root key is wrapped anew.
+   * @throws ManagerError as `enrol` and `releaseRootKey`; then nothing is left in the TPM
+   */
+  nextGeneration(enrolment: RootTpmEnrolment, options?: NextGenerationOptions): Promise<NewGeneration>;
+  /**
+   * Overwrites the NV half of a generation that is no longer needed and removes its index: what was sealed for it is
+   * worthless, on old disks too. Only an index with the enrolled Name is touched. Can be repeated.
+   * @param enrolment the one that stays
+   * @throws ManagerError `bad-request` where `old` is what the enrolment needs, or the owner password is another
+   */
+  eraseGeneration(enrolment: RootTpmEnrolment, old: RootGeneration, ownerAuth?: Uint8Array): Promise<Removal>;
+  /** The same for indices that `beforeDefine` named and a crash left. In their order. */
+  eraseIndices(
+    enrolment: RootTpmEnrolment,
+    refs: readonly NvIndexRef[],
+    ownerAuth?: Uint8Array,
+  ): Promise<Removal[]>;
+  /** What an approval would be of, now. @param pcrSelection the generation's, unless given */
+  readPlatformState(enrolment: RootTpmEnrolment, pcrSelection?: string): Promise<PlatformState>;
+  /** @throws ManagerError `tpm-emptied`, `tpm-changed` */
+  readRevocationCounter(enrolment: RootTpmEnrolment): Promise<bigint>;
+  /**
+   * Revokes every approval that is not of the value after. Sign those that shall survive for that value first.
+   * @returns the value after
+   */
+  incrementRevocationCounter(enrolment: RootTpmEnrolment, ownerAuth?: Uint8Array): Promise<bigint>;
+  /** @param anchorAuth what was given to `enrol`; copied, and wiped by `close` */
+  anchorCounter(enrolment: RootTpmEnrolment, anchorAuth: Uint8Array): AnchorCounter;
+  /**
+   * A new anchor counter, above every value that a counter of this chip ever had. Only for who knowingly gives up what the
+   * last one said; that one is left, see `eraseIndices`.
+   * @returns the enrolment with it
+   */
+  recreateAnchorCounter(
+    enrolment: RootTpmEnrolment,
+    anchorAuth: Uint8Array,
+    options?: RecreateOptions,
+  ): Promise<RootTpmEnrolment>;
   /**
    * Takes out of the TPM what the enrolment put there, for good. Can be repeated.
    * @throws ManagerError `bad-request` where the owner password is another, and the TPM's
@@ -73,18 +154,22 @@ export async function openRootTpm(
   location: RootTpmLocation,
   deadlineMs: number = DEADLINE_MS,
 ): Promise<RootTpm> {
-  return translated(async () => {
-    const tpm = await connect(location, deadlineMs);
-    try {
-      await start(tpm, location);
-      // The embedded TPM has no other user: what is loaded was left by a manager that was killed.
-      if (location.kind === 'embedded') await flushLeftovers(tpm);
-    } catch (error) {
-      await tpm.close();
-      throw error;
-    }
-    return new OpenRootTpm(tpm, location);
-  });
+  return translated(
+    async () => new OpenRootTpm(location, deadlineMs, await connectStarted(location, deadlineMs)),
+  );
+}
+
+async function connectStarted(location: RootTpmLocation, deadlineMs: number): Promise<Tpm> {
+  const tpm = await connect(location, deadlineMs);
+  try {
+    await start(tpm, location);
+    // The embedded TPM has no other user: what is loaded was left by a manager that was killed.
+    if (location.kind === 'embedded') await flushLeftovers(tpm);
+    return tpm;
+  } catch (error) {
+    await tpm.close();
+    throw error;
+  }
 }
 
 async function connect(location: RootTpmLocation, deadlineMs: number): Promise<Tpm> {
@@ -95,38 +180,130 @@ async function connect(location: RootTpmLocation, deadlineMs: number): Promise<T
   return createTpm(transport, { total: deadlineMs });
 }
 
+const NO_PASSWORD = new Uint8Array(0);
+
 class OpenRootTpm implements RootTpm {
   #last: Promise<unknown> = Promise.resolve();
+  #tpm: Tpm | undefined;
+  #isClosed = false;
+  readonly #counters: SessionCounter[] = [];
   constructor(
-    private readonly tpm: Tpm,
     private readonly location: RootTpmLocation,
-  ) {}
-
-  enrol(options: EnrolOptions): Promise<Enrolled> {
-    return this.#inTurn(() => enrol(this.tpm, this.location, options));
+    private readonly deadlineMs: number,
+    tpm: Tpm,
+  ) {
+    this.#tpm = tpm;
   }
 
-  releaseRootKey(enrolment: RootTpmEnrolment): Promise<Buffer> {
-    return this.#inTurn(() => releaseRootKey(this.tpm, enrolment));
+  enrol(options: EnrolOptions): Promise<Enrolled> {
+    return this.#inTurn((tpm) => enrol(tpm, this.location, options));
+  }
+
+  releaseRootKey(enrolment: RootTpmEnrolment, approvals: readonly Approval[] = []): Promise<Buffer> {
+    return this.#inTurn((tpm) => releaseRootKey(tpm, enrolment, approvals));
+  }
+
+  nextGeneration(enrolment: RootTpmEnrolment, options: NextGenerationOptions = {}): Promise<NewGeneration> {
+    return this.#inTurn((tpm) => nextGeneration(tpm, enrolment, options));
+  }
+
+  async eraseGeneration(
+    enrolment: RootTpmEnrolment,
+    old: RootGeneration,
+    ownerAuth?: Uint8Array,
+  ): Promise<Removal> {
+    const [removal = 'gone'] = await this.eraseIndices(
+      enrolment,
+      [{ handle: old.nvHandle, name: old.nvName }],
+      ownerAuth,
+    );
+    return removal;
+  }
+
+  eraseIndices(
+    enrolment: RootTpmEnrolment,
+    refs: readonly NvIndexRef[],
+    ownerAuth: Uint8Array = NO_PASSWORD,
+  ): Promise<Removal[]> {
+    return this.#inTurn((tpm) => eraseIndices(tpm, enrolment, refs, ownerAuth));
+  }
+
+  readPlatformState(enrolment: RootTpmEnrolment, pcrSelection?: string): Promise<PlatformState> {
+    return this.#inTurn((tpm) => readPlatformState(tpm, enrolment, pcrSelection));
+  }
+
+  readRevocationCounter(enrolment: RootTpmEnrolment): Promise<bigint> {
+    return this.#inTurn((tpm) => readRevocation(tpm, enrolment));
+  }
+
+  incrementRevocationCounter(
+    enrolment: RootTpmEnrolment,
+    ownerAuth: Uint8Array = NO_PASSWORD,
+  ): Promise<bigint> {
+    return this.#inTurn((tpm) => incrementRevocation(tpm, enrolment, ownerAuth));
+  }
+
+  anchorCounter(enrolment: RootTpmEnrolment, anchorAuth: Uint8Array): AnchorCounter {
+    checkEnrolmentFormat(enrolment);
+    checkAnchorAuth(anchorAuth);
+    const counter = new SessionCounter(enrolment, anchorAuth);
+    this.#counters.push(counter);
+    return {
+      read: () => this.#inTurn((tpm) => counter.read(tpm)),
+      increment: () => this.#inTurn((tpm) => counter.increment(tpm)),
+    };
+  }
+
+  recreateAnchorCounter(
+    enrolment: RootTpmEnrolment,
+    anchorAuth: Uint8Array,
+    options: RecreateOptions = {},
+  ): Promise<RootTpmEnrolment> {
+    return this.#inTurn((tpm) => recreateAnchorCounter(tpm, enrolment, anchorAuth, options));
   }
 
   withdraw(enrolment: RootTpmEnrolment, options: WithdrawOptions): Promise<Withdrawal> {
-    return this.#inTurn(() => withdraw(this.tpm, enrolment, options));
+    return this.#inTurn((tpm) => withdraw(tpm, enrolment, options));
   }
 
   examine(enrolment: RootTpmEnrolment): Promise<TpmFacts> {
-    return this.#inTurn(() => examine(this.tpm, enrolment.srkHandle, enrolment));
+    return this.#inTurn((tpm) => {
+      const own = this.#counters.filter(({ isOpen }) => isOpen).length;
+      return examine(tpm, enrolment.srkHandle, enrolment, own);
+    });
   }
 
   async close(): Promise<void> {
     await this.#last;
-    await this.tpm.close();
+    this.#isClosed = true;
+    for (const counter of this.#counters) await counter.close();
+    await this.#tpm?.close();
   }
 
   // Two at once would need more sessions and objects than a chip has room for.
-  #inTurn<T>(body: () => Promise<T>): Promise<T> {
-    const turn = this.#last.then(() => translated(body));
+  #inTurn<T>(body: (tpm: Tpm) => Promise<T>): Promise<T> {
+    const turn = this.#last.then(() =>
+      translated(async () => {
+        if (this.#isClosed) throw new TpmError('usage', 'the connection to the root TPM was closed');
+        this.#tpm ??= await connectStarted(this.location, this.deadlineMs);
+        try {
+          return await body(this.#tpm);
+        } catch (error) {
+          if (isLost(error)) {
+            const lost = this.#tpm;
+            this.#tpm = undefined;
+            await lost.close();
+          }
+          throw error;
+        }
+      }),
+    );
     this.#last = turn.catch(() => undefined);
     return turn;
   }
+}
+
+/** A transport that failed once is not used again. */
+function isLost(error: unknown): boolean {
+  return error instanceof TpmError && error.code === 'transport';
 }

@@ -21,7 +21,7 @@ import {
   withSession,
 } from 'tpm2-ts-bindings';
 import { ManagerError } from '../error.js';
-import { hexHandle } from './enrolment.js';
+import { hexHandle, type RootTpmEnrolment } from './enrolment.js';
 
 /** The storage root key at `handle`; made there where nothing is. What is there is never replaced. */
 export async function findOrCreateSrk(
@@ -56,6 +56,26 @@ export async function removeSrk(tpm: Tpm, srk: ObjectEntity, ownerAuth: Uint8Arr
   }).catch((error: unknown) => {
     if (!(error instanceof TpmError)) throw error;
   });
+}
+
+/** @throws ManagerError `tpm-emptied`, `tpm-changed` */
+export async function enrolledSrk(tpm: Tpm, enrolment: RootTpmEnrolment): Promise<ObjectEntity> {
+  const srk = await readObject(tpm, enrolment.srkHandle);
+  if (srk === undefined) {
+    throw new ManagerError(
+      'tpm-emptied',
+      `the storage root key at ${hexHandle(enrolment.srkHandle)} is gone: this is another TPM, or it was cleared. ` +
+        'Put the enrolled TPM back',
+    );
+  }
+  if (srk.name.toString('hex') !== enrolment.srkName) {
+    throw new ManagerError(
+      'tpm-changed',
+      `the storage root key at ${hexHandle(enrolment.srkHandle)} is not the enrolled one: this is another TPM, ` +
+        'it was cleared and set up again, or something between it and the manager changes its answers',
+    );
+  }
+  return srk;
 }
 
 /** The error for an object at the SRK's handle that cannot serve. */

@@ -1,19 +1,6 @@
-import {
-  EvictControl,
-  Ht,
-  inSession,
-  listHandles,
-  NV_UndefineSpace,
-  permanent,
-  Rh,
-  readNvIndex,
-  readObject,
-  type Tpm,
-  withSession,
-} from 'tpm2-ts-bindings';
+import { EvictControl, inSession, permanent, Rh, readObject, type Tpm, withSession } from 'tpm2-ts-bindings';
 import { hexHandle, type RootTpmEnrolment } from './enrolment.js';
-import { isNvHalfHandle } from './nv-half.js';
-import { explainOwner } from './srk.js';
+import { indicesInRange, removeIndex } from './nv-index.js';
 
 export interface WithdrawOptions {
   /** For chips with an owner password. */
@@ -40,25 +27,25 @@ export async function withdraw(
   const removed: string[] = [];
   const left: string[] = [];
   const owner = permanent(Rh.OWNER, ownerAuth);
+  const { root, anchor, revocation } = enrolment;
+  const indices = [
+    [{ handle: root.nvHandle, name: root.nvName }, 'a half of the root key'],
+    [anchor, 'the counter of states of the store'],
+    [revocation, 'the counter of revocations'],
+  ] as const;
   await inSession(tpm, { kind: 'hmac' }, async (session) => {
-    const what = `NV index ${hexHandle(enrolment.nvHandle)}`;
-    const index = await readNvIndex(tpm, enrolment.nvHandle);
-    if (index === undefined) {
-      left.push(`no ${what}: it was gone already`);
-    } else if (index.name.toString('hex') !== enrolment.nvName) {
-      left.push(`${what}: it is not the one that init made`);
-    } else {
-      await tpm
-        .run(NV_UndefineSpace, { authHandle: withSession(owner, session), nvIndex: index }, {})
-        .catch(explainOwner);
-      removed.push(`${what} of the TPM, a half of the root key`);
+    for (const [ref, role] of indices) {
+      const what = `NV index ${hexHandle(ref.handle)}`;
+      const removal = await removeIndex(tpm, session, owner, ref);
+      if (removal === 'gone') left.push(`no ${what}: it was gone already`);
+      else if (removal === 'other') left.push(`${what}: it is not the one that init made`);
+      else removed.push(`${what} of the TPM, ${role}`);
     }
   });
   const key = `storage root key ${hexHandle(enrolment.srkHandle)}`;
   const srk = await readObject(tpm, enrolment.srkHandle);
-  const others = (await listHandles(tpm, Ht.NV_INDEX)).filter(
-    (handle) => isNvHalfHandle(handle) && handle !== enrolment.nvHandle,
-  );
+  const own = new Set(indices.map(([{ handle }]) => handle));
+  const others = (await indicesInRange(tpm)).filter((handle) => !own.has(handle));
   if (srk === undefined) {
     left.push(`no ${key}: it was gone already`);
   } else if (!enrolment.srkCreatedByUs) {
