@@ -1,10 +1,8 @@
 import assert from 'node:assert/strict';
-import { execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { promisify } from 'node:util';
 import {
   ObjectAttribute as A,
   Alg,
@@ -22,12 +20,10 @@ import {
   NV_Write,
   type ObjectEntity,
   objectEntity,
-  PCR_Extend,
   permanent,
   publicArea,
   Rc,
   Rh,
-  readNvIndex,
   readObject,
   rsaSrkTemplate,
   runPolicy,
@@ -41,84 +37,32 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
-import { ManagerError, type ManagerErrorCode } from 'vtpm-manager/error';
-import { openRootTpm, type RootTpm, type RootTpmEnrolment } from 'vtpm-manager/root-tpm/index';
+import {
+  type EnrolOptions,
+  openRootTpm,
+  type RootTpm,
+  type RootTpmEnrolment,
+} from 'vtpm-manager/root-tpm/index';
 import { deriveRootKey } from 'vtpm-manager/root-tpm/root-key';
 import { commandCode, startRecordingProxy } from '../support/recording-proxy.js';
-import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked, connectTpm, NOTHING } from '../support/tpm-fixture.js';
-
-const SRK = 0x81000001;
-const PCRS = 'sha256:0,7';
-const INSTALLATION = randomBytes(16);
-const ANCHOR_AUTH = randomBytes(32);
-
-const refuses = (code: ManagerErrorCode, text?: RegExp) => (error: unknown) => {
-  assert.ok(error instanceof ManagerError, String(error));
-  assert.equal(error.code, code, error.message);
-  if (text !== undefined) assert.match(error.message, text);
-  return true;
-};
+import { startSwtpm } from '../support/swtpm.js';
+import { connectTpm, NOTHING } from '../support/tpm-fixture.js';
+import { Chip, ENROL, halfOf, INSTALLATION, refuses, SRK, withLoaded } from './root-tpm-fixture.js';
 
 describe('manager: root TPM', () => {
-  let swtpm: Swtpm;
-  beforeEach(async () => {
-    swtpm = await startSwtpm();
-  });
-  afterEach(async () => {
-    // Whatever a test did, the manager left nothing loaded.
-    if (swtpm.process.exitCode === null && swtpm.process.signalCode === null) {
-      await direct((tpm) => assertNothingLeaked(tpm));
-    }
-    await swtpm.stop();
-  });
-
-  /** One connection of the test's own: swtpm serves one client at a time. */
-  async function direct<T>(body: (tpm: Tpm) => Promise<T>): Promise<T> {
-    const tpm = await connectTpm(swtpm.socket);
-    try {
-      return await body(tpm);
-    } finally {
-      await tpm.close();
-    }
-  }
-
-  async function root<T>(body: (root: RootTpm) => Promise<T>, path = swtpm.socket): Promise<T> {
-    const opened = await openRootTpm({ kind: 'unix', path });
-    try {
-      return await body(opened);
-    } finally {
-      await opened.close();
-    }
-  }
-
-  const enrol = (options: { pcrSelection?: string; srkHandle?: number; ownerAuth?: Buffer } = {}) =>
-    root((tpm) =>
-      tpm.enrol({
-        installation: INSTALLATION,
-        anchorAuth: ANCHOR_AUTH,
-        pcrSelection: PCRS,
-        srkHandle: SRK,
-        ...options,
-      }),
-    );
+  const chip = new Chip();
+  const direct = <T>(body: (tpm: Tpm) => Promise<T>) => chip.direct(body);
+  const root = <T>(body: (root: RootTpm) => Promise<T>, path?: string) => chip.root(body, path);
+  const enrol = (options?: Partial<EnrolOptions>) => chip.enrol(options);
+  const extend = (pcr: number) => chip.extend(pcr);
   const release = (enrolment: RootTpmEnrolment) => root((tpm) => tpm.releaseRootKey(enrolment));
-
-  const extend = (pcr: number) =>
-    direct((tpm) =>
-      tpm.run(
-        PCR_Extend,
-        { pcrHandle: withPassword(permanent(pcr)) },
-        { digests: [{ hashAlg: Alg.SHA256, digest: randomBytes(32) }] },
-      ),
-    );
 
   it('the enrolled key is released again, after a restart of the TPM too', async () => {
     const { enrolment, rootKey } = await enrol();
     assert.equal(rootKey.length, 32);
     const kept = JSON.parse(JSON.stringify(enrolment)) as RootTpmEnrolment;
     assert.deepEqual(await release(kept), rootKey);
-    await swtpm.restart();
+    await chip.swtpm.restart();
     assert.deepEqual(await release(kept), rootKey);
     assert.equal(enrolment.srkCreatedByUs, true);
     assert.equal(enrolment.manufacturer, 'IBM');
@@ -150,7 +94,7 @@ describe('manager: root TPM', () => {
       (error: Error) => TpmError.is(error.cause, Rc.POLICY_FAIL) && /Unseal/.test(error.cause.message),
     );
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
+      const index = await halfOf(tpm, enrolment);
       await inSession(tpm, { kind: 'policy' }, async (session) => {
         const selection = [{ hash: Alg.SHA256, pcrs: [0, 7] }];
         await runPolicy(tpm, session, [{ assert: 'pcr', selection }]);
@@ -162,16 +106,16 @@ describe('manager: root TPM', () => {
       });
     });
     // The values at a reset are those of enrolment.
-    await swtpm.restart();
+    await chip.swtpm.restart();
     assert.deepEqual(await release(enrolment), rootKey);
   });
 
   it('I-6 another implementation gets the same refusal from the chip', async function () {
     this.timeout(120_000);
     const { enrolment, rootKey } = await enrol();
-    const opened = await toolsUnseal(swtpm, enrolment);
+    const opened = await toolsUnseal(chip, enrolment);
     assert.equal(opened.failure, undefined, 'positive control: without a change tpm2_unseal succeeds');
-    const half = await toolsNvRead(swtpm, enrolment);
+    const half = await toolsNvRead(chip, enrolment);
     assert.equal(half.failure, undefined);
     assert.deepEqual(
       deriveRootKey(opened.data, half.data, INSTALLATION),
@@ -180,8 +124,8 @@ describe('manager: root TPM', () => {
     );
 
     await extend(7);
-    assert.match((await toolsUnseal(swtpm, enrolment)).failure ?? '', /policy check failed|0x99d/i);
-    assert.match((await toolsNvRead(swtpm, enrolment)).failure ?? '', /policy check failed|0x99d/i);
+    assert.match((await toolsUnseal(chip, enrolment)).failure ?? '', /policy check failed|0x99d/i);
+    assert.match((await toolsNvRead(chip, enrolment)).failure ?? '', /policy check failed|0x99d/i);
   });
 
   it('I-6 the empty authorisation does not open it', async () => {
@@ -189,7 +133,7 @@ describe('manager: root TPM', () => {
     const refused = (error: unknown) =>
       TpmError.is(error, Rc.AUTH_UNAVAILABLE, Rc.AUTH_FAIL, Rc.BAD_AUTH, Rc.POLICY_FAIL, Rc.NV_AUTHORIZATION);
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
+      const index = await halfOf(tpm, enrolment);
       const range = { size: 32, offset: 0 };
       await withLoaded(tpm, enrolment, async (sealed) => {
         await assert.rejects(tpm.run(Unseal, { itemHandle: withPassword(sealed) }, {}), refused);
@@ -221,18 +165,9 @@ describe('manager: root TPM', () => {
   });
 
   it('I-7 the secret is in no byte on the bus', async () => {
-    const bus = await startRecordingProxy(swtpm.socket);
+    const bus = await startRecordingProxy(chip.swtpm.socket);
     try {
-      const { enrolment, rootKey } = await root(
-        (tpm) =>
-          tpm.enrol({
-            installation: INSTALLATION,
-            anchorAuth: ANCHOR_AUTH,
-            pcrSelection: PCRS,
-            srkHandle: SRK,
-          }),
-        bus.path,
-      );
+      const { enrolment, rootKey } = await root((tpm) => tpm.enrol(ENROL), bus.path);
       assert.deepEqual(await root((tpm) => tpm.releaseRootKey(enrolment), bus.path), rootKey);
       const captured = Buffer.concat([bus.sent(), bus.received()]);
       assert.ok(bus.commands.some((command) => commandCode(command) === Unseal.code));
@@ -251,7 +186,7 @@ describe('manager: root TPM', () => {
         inSession(tpm, { kind: 'policy' }, async (session) => {
           await runPolicy(tpm, session, steps);
           rootSecret = (await tpm.run(Unseal, { itemHandle: withSession(sealed, session) }, {})).outData;
-          const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
+          const index = await halfOf(tpm, enrolment);
           await runPolicy(tpm, session, steps);
           const authHandle = withSession(index, session);
           nvHalf = (await tpm.run(NV_Read, { authHandle, nvIndex: index }, { size: 32, offset: 0 })).data;
@@ -277,7 +212,7 @@ describe('manager: root TPM', () => {
   it('a flipped bit in the answer to Unseal is refused', async () => {
     const { enrolment } = await enrol();
     for (const code of [Unseal.code, NV_Read.code, Load.code]) {
-      const bus = await startRecordingProxy(swtpm.socket, {
+      const bus = await startRecordingProxy(chip.swtpm.socket, {
         response: (message, command) => {
           if (commandCode(command) === code) message[20] = (message[20] ?? 0) ^ 0x10;
           return message;
@@ -302,7 +237,7 @@ describe('manager: root TPM', () => {
     await assert.rejects(release(enrolment), refuses('tpm-changed', /not the enrolled one/));
 
     // An interposer that claims the right Name for his own key: the Name is computed from the public area.
-    const bus = await startRecordingProxy(swtpm.socket, {
+    const bus = await startRecordingProxy(chip.swtpm.socket, {
       response: (message) => {
         const name = message.length - 70; // Before the qualified Name, 2 + 34 bytes.
         if (message.length > 300) Buffer.from(enrolment.srkName, 'hex').copy(message, name);
@@ -324,7 +259,7 @@ describe('manager: root TPM', () => {
   it('an emptied TPM is named', async () => {
     const { enrolment } = await enrol();
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
+      const index = await halfOf(tpm, enrolment);
       const authHandle = withPassword(permanent(Rh.OWNER));
       await tpm.run(NV_UndefineSpace, { authHandle, nvIndex: index }, {});
     });
@@ -336,7 +271,7 @@ describe('manager: root TPM', () => {
   it('overwriting the NV half erases the key for good', async () => {
     const { enrolment, rootKey } = await enrol();
     await direct(async (tpm) => {
-      const index = (await readNvIndex(tpm, enrolment.root.nvHandle))!;
+      const index = await halfOf(tpm, enrolment);
       const authHandle = withPassword(permanent(Rh.OWNER));
       await tpm.run(NV_Write, { authHandle, nvIndex: index }, { data: randomBytes(32), offset: 0 });
     });
@@ -393,20 +328,14 @@ describe('manager: root TPM', () => {
 
   it('an owner password is used and never sent', async () => {
     const ownerAuth = Buffer.from('owner\0 of the chip');
-    await tools(swtpm, tmpdir(), 'tpm2_changeauth', '-c', 'owner', `hex:${ownerAuth.toString('hex')}`);
-    const bus = await startRecordingProxy(swtpm.socket);
+    await chip.tools(tmpdir(), 'tpm2_changeauth', '-c', 'owner', `hex:${ownerAuth.toString('hex')}`);
+    const bus = await startRecordingProxy(chip.swtpm.socket);
     try {
-      const options = {
-        installation: INSTALLATION,
-        anchorAuth: ANCHOR_AUTH,
-        pcrSelection: PCRS,
-        srkHandle: SRK,
-      };
-      const { enrolment, rootKey } = await root((tpm) => tpm.enrol({ ...options, ownerAuth }), bus.path);
+      const { enrolment, rootKey } = await root((tpm) => tpm.enrol({ ...ENROL, ownerAuth }), bus.path);
       assert.equal(bus.saw(ownerAuth), false);
       assert.deepEqual(await root((tpm) => tpm.releaseRootKey(enrolment), bus.path), rootKey);
       await assert.rejects(
-        root((tpm) => tpm.enrol(options), bus.path),
+        root((tpm) => tpm.enrol(ENROL), bus.path),
         refuses('bad-request', /owner password/),
       );
     } finally {
@@ -453,21 +382,15 @@ describe('manager: root TPM', () => {
   });
 
   it('an enrolment that cannot be proved leaves no NV index', async () => {
-    const bus = await startRecordingProxy(swtpm.socket, {
+    const bus = await startRecordingProxy(chip.swtpm.socket, {
       response: (message, command) => {
         if (commandCode(command) === Unseal.code) message[20] = (message[20] ?? 0) ^ 0x10;
         return message;
       },
     });
     try {
-      const options = {
-        installation: INSTALLATION,
-        anchorAuth: ANCHOR_AUTH,
-        pcrSelection: PCRS,
-        srkHandle: SRK,
-      };
       await assert.rejects(
-        root((tpm) => tpm.enrol(options), bus.path),
+        root((tpm) => tpm.enrol(ENROL), bus.path),
         refuses('tpm-fault'),
       );
     } finally {
@@ -485,7 +408,7 @@ describe('manager: root TPM', () => {
       let left = times;
       let replaced = false;
       // The TPM gets another command in place of Unseal, and the client the answer to a PCR that changed.
-      const bus = await startRecordingProxy(swtpm.socket, {
+      const bus = await startRecordingProxy(chip.swtpm.socket, {
         command: (message) => {
           replaced = commandCode(message) === Unseal.code && left-- > 0;
           return replaced ? Buffer.from('80010000000c0000017b0008', 'hex') : message;
@@ -503,8 +426,8 @@ describe('manager: root TPM', () => {
   });
 
   it('Startup is sent where a software TPM waits for it', async () => {
-    await swtpm.stop();
-    swtpm = await startSwtpm({ flags: 'not-need-init' });
+    await chip.swtpm.stop();
+    chip.swtpm = await startSwtpm({ flags: 'not-need-init' });
     const { enrolment, rootKey } = await enrol();
     assert.deepEqual(await release(enrolment), rootKey);
   });
@@ -514,14 +437,14 @@ describe('manager: root TPM', () => {
       const made = await makeTransient(tpm, srkTemplate());
       assert.deepEqual(await listHandles(tpm, Ht.TRANSIENT), [made.handle]);
     });
-    const opened = await openRootTpm({ kind: 'embedded', path: swtpm.socket });
+    const opened = await openRootTpm({ kind: 'embedded', path: chip.swtpm.socket });
     await opened.close();
   });
 
   it('a TPM that is gone is unreachable, not changed', async () => {
     const { enrolment } = await enrol();
-    const opened = await openRootTpm({ kind: 'unix', path: swtpm.socket });
-    await swtpm.kill();
+    const opened = await openRootTpm({ kind: 'unix', path: chip.swtpm.socket });
+    await chip.swtpm.kill();
     await assert.rejects(opened.releaseRootKey(enrolment), refuses('tpm-unreachable'));
     await opened.close();
     await assert.rejects(release(enrolment), refuses('tpm-unreachable'));
@@ -588,36 +511,8 @@ function sealWithAuth(tpm: Tpm, data: Buffer): Promise<ObjectEntity> {
   return makeTransient(tpm, template, NOTHING, data);
 }
 
-async function withLoaded<T>(
-  tpm: Tpm,
-  enrolment: RootTpmEnrolment,
-  body: (sealed: ObjectEntity) => Promise<T>,
-): Promise<T> {
-  const bytes = Buffer.from(enrolment.root.sealedPublic, 'base64');
-  const inPublic = { bytes, value: decode(tpmtPublic, bytes) };
-  const srk = (await readObject(tpm, enrolment.srkHandle))!;
-  const { objectHandle } = await tpm.run(
-    Load,
-    { parentHandle: withPassword(srk) },
-    { inPrivate: Buffer.from(enrolment.root.sealedPrivate, 'base64'), inPublic },
-  );
-  try {
-    return await body(objectEntity(objectHandle, inPublic));
-  } finally {
-    await flush(tpm, objectHandle);
-  }
-}
-
 async function flushTransient(tpm: Tpm): Promise<void> {
   for (const handle of await listHandles(tpm, Ht.TRANSIENT)) await flush(tpm, handle);
-}
-
-const execute = promisify(execFile);
-
-/** Runs one of tpm2-tools against the TPM. */
-async function tools(swtpm: Swtpm, cwd: string, program: string, ...args: string[]): Promise<void> {
-  const TPM2TOOLS_TCTI = `swtpm:path=${swtpm.socket}`;
-  await execute(program, args, { cwd, env: { ...process.env, TPM2TOOLS_TCTI, TSS2_LOG: 'all+ERROR' } });
 }
 
 interface ToolsResult {
@@ -628,29 +523,29 @@ interface ToolsResult {
 
 /** Runs `body` with a directory and a policy session of tpm2-tools on the enrolled PCRs; both are gone after it. */
 async function withToolsPolicy(
-  swtpm: Swtpm,
+  chip: Chip,
   enrolment: RootTpmEnrolment,
   body: (directory: string) => Promise<Buffer>,
 ): Promise<ToolsResult> {
   const directory = mkdtempSync(join(tmpdir(), 'vtpm-tools-'));
   try {
-    await tools(swtpm, directory, 'tpm2_startauthsession', '--policy-session', '-S', 'session');
+    await chip.tools(directory, 'tpm2_startauthsession', '--policy-session', '-S', 'session');
     try {
-      await tools(swtpm, directory, 'tpm2_policypcr', '-S', 'session', '-l', enrolment.root.pcrSelection);
+      await chip.tools(directory, 'tpm2_policypcr', '-S', 'session', '-l', enrolment.root.pcrSelection);
       return { data: await body(directory), failure: undefined };
     } catch (error) {
       return { data: NOTHING, failure: `${(error as { stderr?: string }).stderr ?? error}` };
     } finally {
-      await tools(swtpm, directory, 'tpm2_flushcontext', 'session');
-      await tools(swtpm, directory, 'tpm2_flushcontext', '-t');
+      await chip.tools(directory, 'tpm2_flushcontext', 'session');
+      await chip.tools(directory, 'tpm2_flushcontext', '-t');
     }
   } finally {
     rmSync(directory, { recursive: true, force: true });
   }
 }
 
-function toolsUnseal(swtpm: Swtpm, enrolment: RootTpmEnrolment): Promise<ToolsResult> {
-  return withToolsPolicy(swtpm, enrolment, async (directory) => {
+function toolsUnseal(chip: Chip, enrolment: RootTpmEnrolment): Promise<ToolsResult> {
+  return withToolsPolicy(chip, enrolment, async (directory) => {
     // tpm2-tools keep TPM2B structures: the size in front.
     for (const [name, base64] of [
       ['sealed.pub', enrolment.root.sealedPublic],
@@ -661,18 +556,18 @@ function toolsUnseal(swtpm: Swtpm, enrolment: RootTpmEnrolment): Promise<ToolsRe
     }
     const parent = `0x${enrolment.srkHandle.toString(16)}`;
     const files = ['-u', 'sealed.pub', '-r', 'sealed.priv', '-c', 'sealed.ctx'];
-    await tools(swtpm, directory, 'tpm2_load', '-C', parent, ...files);
+    await chip.tools(directory, 'tpm2_load', '-C', parent, ...files);
     // Without a resource manager the load stays in its slot beside the saved context.
-    await tools(swtpm, directory, 'tpm2_flushcontext', '-t');
-    await tools(swtpm, directory, 'tpm2_unseal', '-c', 'sealed.ctx', '-p', 'session:session', '-o', 'out');
+    await chip.tools(directory, 'tpm2_flushcontext', '-t');
+    await chip.tools(directory, 'tpm2_unseal', '-c', 'sealed.ctx', '-p', 'session:session', '-o', 'out');
     return readFileSync(join(directory, 'out'));
   });
 }
 
-function toolsNvRead(swtpm: Swtpm, enrolment: RootTpmEnrolment): Promise<ToolsResult> {
-  return withToolsPolicy(swtpm, enrolment, async (directory) => {
+function toolsNvRead(chip: Chip, enrolment: RootTpmEnrolment): Promise<ToolsResult> {
+  return withToolsPolicy(chip, enrolment, async (directory) => {
     const index = `0x${enrolment.root.nvHandle.toString(16)}`;
-    await tools(swtpm, directory, 'tpm2_nvread', index, '-C', index, '-P', 'session:session', '-o', 'out');
+    await chip.tools(directory, 'tpm2_nvread', index, '-C', index, '-P', 'session:session', '-o', 'out');
     return readFileSync(join(directory, 'out'));
   });
 }
