@@ -20,10 +20,13 @@ export interface RecordingProxy {
   close(): Promise<void>;
 }
 
-/** What an interposer does with whole messages: given one, the one to hand on. May keep the same buffer. */
+/**
+ * What an interposer does with whole messages: given one, the one to hand on, or undefined to end the connection. May keep
+ * the same buffer.
+ */
 export interface Interposer {
-  command?(message: Buffer): Buffer;
-  response?(message: Buffer, command: Buffer): Buffer;
+  command?(message: Buffer): Buffer | undefined;
+  response?(message: Buffer, command: Buffer): Buffer | undefined;
 }
 
 /** @param target the TPM's data socket, e.g. `Swtpm.socket`; connected to anew for each client */
@@ -51,13 +54,16 @@ export async function startRecordingProxy(
     }
     eachMessage(client, (message) => {
       last = message;
-      const handed = interposer.command?.(message) ?? message;
+      const handed = interposer.command ? interposer.command(message) : message;
+      if (handed === undefined) return void client.destroy();
       commands.push(handed);
       tpm.write(handed);
     });
     eachMessage(tpm, (message) => {
       responses.push(message);
-      client.write(interposer.response?.(Buffer.from(message), last) ?? message);
+      const handed = interposer.response ? interposer.response(Buffer.from(message), last) : message;
+      if (handed === undefined) client.destroy();
+      else client.write(handed);
     });
   });
   await new Promise<void>((resolve) => server.listen(path, resolve));
