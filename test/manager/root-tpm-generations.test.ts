@@ -78,6 +78,24 @@ describe('manager: generations of the root key', () => {
     assert.deepEqual(await release(second.enrolment), second.rootKey);
   });
 
+  it('I-7 a rotation shows no secret on the bus', async () => {
+    const { enrolment } = await chip.enrol();
+    const bus = await startRecordingProxy(chip.swtpm.socket);
+    try {
+      const next = await chip.root((tpm) => tpm.nextGeneration(enrolment), bus.path);
+      assert.ok(bus.commands.some((command) => commandCode(command) === NV_Write.code));
+      for (const half of [
+        next.recoveryInputs.subarray(0, 32),
+        next.recoveryInputs.subarray(32),
+        next.rootKey,
+      ]) {
+        for (let at = 0; at + 8 <= half.length; at++) assert.equal(bus.saw(half.subarray(at, at + 8)), false);
+      }
+    } finally {
+      await bus.close();
+    }
+  });
+
   it('another selection of registers is another generation', async () => {
     const first = await chip.enrol();
     const policy = { kind: 'fixed', pcrSelection: 'sha256:4' } as const;

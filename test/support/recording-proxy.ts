@@ -17,6 +17,11 @@ export interface RecordingProxy {
   /** True where `needle` was on the bus in either direction. */
   saw(needle: Uint8Array): boolean;
   forget(): void;
+  /**
+   * A command of somebody else on the same bus, between two of the client's that is connected. Neither it nor the answer is
+   * recorded.
+   */
+  inject(command: Buffer): Promise<Buffer>;
   close(): Promise<void>;
 }
 
@@ -39,9 +44,12 @@ export async function startRecordingProxy(
   const commands: Buffer[] = [];
   const responses: Buffer[] = [];
   const open = new Set<Socket>();
+  let bus: Socket | undefined;
+  let injected: ((response: Buffer) => void) | undefined;
 
   const server = createServer((client) => {
     const tpm = connect({ path: target });
+    bus = tpm;
     let last: Buffer = Buffer.alloc(0);
     for (const socket of [client, tpm]) {
       open.add(socket);
@@ -60,6 +68,11 @@ export async function startRecordingProxy(
       tpm.write(handed);
     });
     eachMessage(tpm, (message) => {
+      if (injected) {
+        injected(message);
+        injected = undefined;
+        return;
+      }
       responses.push(message);
       const handed = interposer.response ? interposer.response(Buffer.from(message), last) : message;
       if (handed === undefined) client.destroy();
@@ -79,6 +92,12 @@ export async function startRecordingProxy(
     forget() {
       commands.length = 0;
       responses.length = 0;
+    },
+    inject(command) {
+      return new Promise((resolve) => {
+        injected = resolve;
+        bus?.write(command);
+      });
     },
     async close() {
       for (const socket of open) socket.destroy();
