@@ -102,8 +102,8 @@ describe('manager: root TPM under an authority', () => {
           kind: 'authority',
           authority: pair.publicKey,
           pcrSelection: PCRS,
-          approvals: [approval],
         },
+        approvals: [approval],
       });
       assert.equal(await tpm.eraseGeneration(next.enrolment, first.enrolment.root), 'removed');
       return { ...next, now, approval };
@@ -261,7 +261,17 @@ describe('manager: root TPM under an authority', () => {
     }
     for (const bad of [forged, approval]) await refusedByChip(enrolment, bad, Rc.SIGNATURE);
     assert.equal(isApproved(enrolment, AUTHORITY.publicKey, approval), true);
-    assert.throws(() => isApproved(enrolment, AUTHORITY.publicKey, { label: 'x' }), refuses('bad-request'));
+    assert.equal(isApproved(enrolment, AUTHORITY.publicKey, { label: 'x' }), false);
+    await assert.rejects(
+      release(
+        {
+          ...enrolment,
+          root: { ...enrolment.root, policy: { kind: 'authority', authority: STRANGER.publicKey } },
+        },
+        [ofStranger],
+      ),
+      refuses('tpm-fault', /not that of the authority/),
+    );
   });
 
   it('I-6 a ticket of the null hierarchy is worth nothing', async () => {
@@ -365,15 +375,33 @@ describe('manager: root TPM under an authority', () => {
         kind: 'authority',
         authority: AUTHORITY.publicKey,
         pcrSelection: PCRS,
-        approvals,
       } as const;
       await assert.rejects(
-        chip.root((tpm) => tpm.nextGeneration(enrolment, { policy })),
+        chip.root((tpm) => tpm.nextGeneration(enrolment, { policy, approvals })),
         refuses('platform-policy'),
       );
     }
     assert.deepEqual(await chip.direct((tpm) => listHandles(tpm, Ht.NV_INDEX)), before);
     assert.deepEqual(await release(enrolment, []), rootKey);
+  });
+
+  it('rotates under the same approvals, and goes over to another authority', async () => {
+    const { enrolment, rootKey, now, approval } = await adopt();
+    const damaged = { ...approval, signature: undefined } as unknown as Approval;
+    const approvals = [damaged, approval];
+    const rotated = await chip.root((tpm) => tpm.nextGeneration(enrolment, { approvals }));
+    assert.deepEqual(await release(enrolment, approvals), rootKey);
+    assert.deepEqual(await release(rotated.enrolment, approvals), rotated.rootKey);
+
+    const other = signApproval(request(enrolment, now, 'other'), STRANGER.privateKey);
+    const policy = { kind: 'authority', authority: STRANGER.publicKey, pcrSelection: PCRS } as const;
+    const moved = await chip.root((tpm) =>
+      tpm.nextGeneration(rotated.enrolment, { policy, approvals: [other] }),
+    );
+    assert.deepEqual(await release(moved.enrolment, [approval, other]), moved.rootKey);
+    await assert.rejects(release(moved.enrolment, [approval]), refuses('platform-policy'));
+    await chip.root((tpm) => tpm.eraseGeneration(moved.enrolment, rotated.enrolment.root));
+    await assert.rejects(release(rotated.enrolment, [approval]), refuses('tpm-emptied'));
   });
 
   it('keeps the public half only, whatever it is given', async () => {
@@ -384,9 +412,9 @@ describe('manager: root TPM under an authority', () => {
       kind: 'authority',
       authority: AUTHORITY.privateKey,
       pcrSelection: PCRS,
-      approvals: [approval],
     } as const;
-    const next = await chip.root((tpm) => tpm.nextGeneration(enrolment, { policy }));
+    const options = { policy, approvals: [approval] };
+    const next = await chip.root((tpm) => tpm.nextGeneration(enrolment, options));
     assert.deepEqual(next.enrolment.root.policy, { kind: 'authority', authority: AUTHORITY.publicKey });
   });
 

@@ -54,9 +54,18 @@ export function requestApproval(
   );
 }
 
-/** Whether the authority approved this, for this installation. @throws ManagerError `bad-request` for what is no approval */
+/**
+ * Whether the authority approved this, for this installation; false for what is no approval. The TPM decides again.
+ * @throws ManagerError `bad-request` where the authority is no key
+ */
 export function isApproved(enrolment: Installed, authority: string, approval: unknown): approval is Approval {
-  return asked(() => verifyApproval(readApproval(approval), authority, scopeOf(enrolment)));
+  let read: Approval;
+  try {
+    read = readApproval(approval);
+  } catch {
+    return false;
+  }
+  return asked(() => verifyApproval(read, authority, scopeOf(enrolment)));
 }
 
 /** The public half, in the form that is kept. @throws ManagerError `bad-request` */
@@ -95,7 +104,7 @@ export function approvalsFor(
 ): Approval[] {
   const { pcrSelection } = enrolment.root;
   const known = approvals.filter(
-    (approval) => approval.pcrSelection === pcrSelection && isApproved(enrolment, authority, approval),
+    (approval) => isApproved(enrolment, authority, approval) && approval.pcrSelection === pcrSelection,
   );
   const counts = (approval: Approval): boolean => BigInt(approval.counter) === now.counter;
   const sameValues = known.filter(({ pcrs }) => differing(pcrs, now.pcrs).length === 0);

@@ -46,17 +46,18 @@ export type PolicyChoice =
       readonly kind: 'authority';
       /** PEM of the public key. */
       readonly authority: string;
+      /** Of the approvals that count; the policy itself takes any. */
       readonly pcrSelection: string;
-      /** One of them has to be good now: the generation is proved by releasing it. */
-      readonly approvals: readonly Approval[];
     };
 
 /** Called before anything is put into the TPM: write it down, so that a crash leaves nothing that nobody knows of. */
 export type BeforeDefine = (indices: readonly NvIndexRef[]) => void | Promise<void>;
 
 export interface NextGenerationOptions {
-  /** The same as that of the generation before, unless given; under an authority the approvals are needed. */
+  /** The same as that of the generation before, unless given. */
   readonly policy?: PolicyChoice;
+  /** Under an authority: one of them has to be good now, as the generation is proved by releasing it. */
+  readonly approvals?: readonly Approval[];
   readonly ownerAuth?: Uint8Array;
   readonly beforeDefine?: BeforeDefine;
 }
@@ -156,7 +157,7 @@ export async function proveGeneration(
 export async function nextGeneration(
   tpm: Tpm,
   enrolment: RootTpmEnrolment,
-  { policy, ownerAuth = new Uint8Array(0), beforeDefine }: NextGenerationOptions,
+  { policy, approvals = [], ownerAuth = new Uint8Array(0), beforeDefine }: NextGenerationOptions,
 ): Promise<NewGeneration> {
   checkEnrolmentFormat(enrolment);
   const choice = policy ?? samePolicy(enrolment.root);
@@ -175,7 +176,6 @@ export async function nextGeneration(
       const generation = enrolment.root.generation + 1;
       return makeGeneration(tpm, session, { srk, owner }, generation, resolved, half);
     });
-    const approvals = choice.kind === 'authority' ? choice.approvals : [];
     return await proveGeneration(tpm, { ...enrolment, root }, inputs, approvals);
   } catch (error) {
     if (made.length > 0) {
@@ -188,11 +188,7 @@ export async function nextGeneration(
 }
 
 function samePolicy({ policy, pcrSelection }: RootGeneration): PolicyChoice {
-  if (policy.kind === 'fixed') return { kind: 'fixed', pcrSelection };
-  throw new ManagerError(
-    'bad-request',
-    'a generation under an authority is proved with its approvals; give them',
-  );
+  return { ...policy, pcrSelection };
 }
 
 /**

@@ -79,9 +79,12 @@ export async function releaseRootKey(
 function policyFlaw(enrolment: RootTpmEnrolment, authPolicy: Buffer): string | undefined {
   const { policy } = enrolment.root;
   if (policy.kind === 'fixed') return undefined;
-  return authorityPolicy(enrolment, policy.authority).equals(authPolicy)
-    ? undefined
-    : 'its policy is not that of the authority';
+  try {
+    if (authorityPolicy(enrolment, policy.authority).equals(authPolicy)) return undefined;
+    return 'its policy is not that of the authority';
+  } catch (error) {
+    return `its authority is none (${(error as Error).message})`;
+  }
 }
 
 async function enrolledHalf(tpm: Tpm, { root }: RootTpmEnrolment, authPolicy: Buffer): Promise<NvEntity> {
