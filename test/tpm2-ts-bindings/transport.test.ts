@@ -1,5 +1,4 @@
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { createServer, type Server, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -11,13 +10,13 @@ import {
   Rc,
   readRandom,
   retrying,
-  TpmError,
   type Transport,
 } from 'tpm2-ts-bindings';
 import { startSwtpm } from '../support/swtpm.js';
 import { connectTpm } from '../support/tpm-fixture.js';
+import { has } from './make.js';
 
-const isTransport = (error: unknown) => error instanceof TpmError && error.code === 'transport';
+const isTransport = has('transport');
 const COMMAND = Buffer.from('80010000000c0000017b0008', 'hex');
 const OK = Buffer.from('80010000000a00000000', 'hex');
 
@@ -133,20 +132,6 @@ describe('tpm2-ts-bindings: transports', () => {
     }
   });
 
-  // A FIFO gives back what was written: enough to see one write, one read and no position.
-  it('device: one write and one read for each command', async () => {
-    const path = join(directory, 'fifo');
-    execFileSync('mkfifo', [path]);
-    const transport = await openDevice(path);
-    for (let time = 0; time < 3; time++) assert.deepEqual(await transport.transmit(COMMAND), COMMAND);
-    const first = transport.transmit(COMMAND);
-    await assert.rejects(transport.transmit(COMMAND), /already under way/);
-    await first;
-    await assert.rejects(transport.transmit(OK.subarray(0, 4)), /an answer of 4 bytes/);
-    await assert.rejects(transport.transmit(COMMAND), /failed before/);
-    await transport.close();
-  });
-
   it('retry: only what the TPM did not execute is sent again', async () => {
     const scripted = (...codes: number[]): { transport: Transport; sent: () => number } => {
       let sent = 0;
@@ -170,5 +155,27 @@ describe('tpm2-ts-bindings: transports', () => {
       answer(Rc.RETRY),
       'the answer is passed on in the end',
     );
+  });
+
+  it('retry: a signal ends the pauses', async () => {
+    const controller = new AbortController();
+    let sent = 0;
+    const busy: Transport = {
+      async transmit() {
+        sent++;
+        // The pause begins after this turn of the event loop.
+        setImmediate(() => controller.abort());
+        return answer(Rc.RETRY);
+      },
+      close: async () => undefined,
+    };
+    const options = { first: 3_600_000, longest: 3_600_000, total: 3_600_000 };
+    await assert.rejects(retrying(busy, options).transmit(COMMAND, controller.signal), has('aborted'));
+    assert.equal(sent, 1);
+    assert.equal(retrying(busy).cancel, undefined);
+    let cancels = 0;
+    const able = retrying({ ...busy, cancel: async () => void cancels++ });
+    await able.cancel?.();
+    assert.equal(cancels, 1);
   });
 });

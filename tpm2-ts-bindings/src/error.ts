@@ -5,8 +5,9 @@
  * - `bad-hmac`: the answer is not from the TPM that shares the session's key, or was changed on its way.
  * - `poisoned`: the session saw a failure before; nothing more is authorised with it.
  * - `usage`: the caller asked for what cannot be sent. Nothing was.
+ * - `aborted`: the caller's signal came before the TPM executed anything. TPM, sessions and transport are as they were.
  */
-export type TpmErrorCode = 'tpm' | 'transport' | 'malformed' | 'bad-hmac' | 'poisoned' | 'usage';
+export type TpmErrorCode = 'tpm' | 'transport' | 'malformed' | 'bad-hmac' | 'poisoned' | 'usage' | 'aborted';
 
 /** The one error class of this package. */
 export class TpmError extends Error {

@@ -5,9 +5,20 @@ import { Rh, SessionAttribute, St } from './constants.js';
 import type { Authorized, Entity } from './entity.js';
 import { Rc, TpmError } from './error.js';
 import { Session } from './session.js';
+import { abortable } from './transport/abort.js';
 import { type RetryOptions, retrying } from './transport/retry.js';
-import { HEADER, type Transport } from './transport/transport.js';
+import { abortedError, HEADER, type Transport, throwIfAborted } from './transport/transport.js';
 import { Reader } from './wire.js';
+
+export interface RunOptions {
+  /**
+   * Gives the command up. One that waits is dropped with `aborted`: neither the TPM nor a session noticed it. One under way
+   * is cancelled where the transport can ask for it, and then ends as the TPM says: with TPM_RC_CANCELED, or as if nothing
+   * had been asked (TPMs may stop only key generation). Otherwise the wait ends with `transport`, for this command and all
+   * after it.
+   */
+  readonly signal?: AbortSignal;
+}
 
 /** A TPM. Commands are executed one after the other in the order they were asked for. */
 export interface Tpm {
@@ -22,6 +33,7 @@ export interface Tpm {
     handles: HandleArguments<H>,
     params: P,
     sessions?: readonly Session[],
+    options?: RunOptions,
   ): Promise<R>;
   /** Waits for the commands under way, then closes the transport. */
   close(): Promise<void>;
@@ -29,7 +41,7 @@ export interface Tpm {
 
 /** A client on a transport, which it owns from now on. */
 export function createTpm(transport: Transport, retry: RetryOptions = {}): Tpm {
-  return new QueuedTpm(retrying(transport, retry));
+  return new QueuedTpm(retrying(abortable(transport), retry));
 }
 
 /** One entry of the authorisation area. */
@@ -51,11 +63,26 @@ class QueuedTpm implements Tpm {
     handles: HandleArguments<H>,
     params: P,
     sessions: readonly Session[] = [],
+    { signal }: RunOptions = {},
   ): Promise<R> {
+    let hasBegun = false;
     // Nonces roll with each command, so a command is built only when its turn has come.
-    const turn = this.#last.then(() => this.#execute(command, handles, params, sessions));
+    const turn = this.#last.then(() => {
+      throwIfAborted(signal);
+      hasBegun = true;
+      return this.#execute(command, handles, params, sessions, signal);
+    });
     this.#last = turn.catch(() => undefined);
-    return turn;
+    if (signal === undefined) return turn;
+    // Who gives up a command that waits is not kept until its turn.
+    return new Promise((resolve, reject) => {
+      const onAbort = (): void => {
+        if (!hasBegun) reject(abortedError(signal));
+      };
+      if (signal.aborted) onAbort();
+      signal.addEventListener('abort', onAbort, { once: true });
+      turn.finally(() => signal.removeEventListener('abort', onAbort)).then(resolve, reject);
+    });
   }
 
   async close(): Promise<void> {
@@ -68,6 +95,7 @@ class QueuedTpm implements Tpm {
     handles: HandleArguments<H>,
     params: P,
     extra: readonly Session[],
+    signal: AbortSignal | undefined,
   ): Promise<R> {
     const { entities, uses } = collect(command, handles, extra);
     const used = uses.flatMap((use) => (use.by === 'password' ? [] : [use.by]));
@@ -75,7 +103,7 @@ class QueuedTpm implements Tpm {
     let response: Buffer | undefined;
     try {
       try {
-        response = await this.transport.transmit(request.bytes);
+        response = await this.transport.transmit(request.bytes, signal);
       } finally {
         wipe(request.bytes);
       }
@@ -87,8 +115,10 @@ class QueuedTpm implements Tpm {
       }
       return result;
     } catch (error) {
-      // An error the TPM answered with leaves its sessions as they were; after any other the two sides may disagree.
-      if (!(error instanceof TpmError && error.code === 'tpm')) for (const session of used) session.poison();
+      // A command that the TPM refused or did not get leaves its sessions as they were; after any other error the two
+      // sides may disagree.
+      const isInStep = error instanceof TpmError && (error.code === 'tpm' || error.code === 'aborted');
+      if (!isInStep) for (const session of used) session.poison();
       throw error;
     } finally {
       wipe(response);
