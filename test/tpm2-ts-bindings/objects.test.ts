@@ -55,7 +55,7 @@ describe('tpm2-ts-bindings: objects from their making to their flush', () => {
     await assert.rejects(openTpm(join(swtpm.directory, 'none')), /cannot be opened: there is no such device/);
     await assert.rejects(openTpm(swtpm.directory), has('transport'));
     const zero = await openTpm('/dev/zero');
-    await assert.rejects(listHandles(zero, Ht.TRANSIENT), has('malformed'));
+    await assert.rejects(listHandles(zero, Ht.TRANSIENT), has('transport'));
     await zero.close();
   });
 

@@ -33,6 +33,7 @@ export * from './structures.js';
 export * from './templates.js';
 export * from './tpm.js';
 export * from './transport/device.js';
+export type { DeviceOptions } from './transport/device-transport.js';
 export * from './transport/retry.js';
 export * from './transport/socket.js';
 export type { Transport } from './transport/transport.js';
