@@ -36,5 +36,8 @@ export * from './transport/device.js';
 export type { DeviceOptions } from './transport/device-transport.js';
 export * from './transport/retry.js';
 export * from './transport/socket.js';
+export type { Endpoint, SocketOptions } from './transport/stream.js';
+export * from './transport/swtpm.js';
+export { ControlCapability } from './transport/swtpm-control.js';
 export type { Transport } from './transport/transport.js';
 export * from './wire.js';
