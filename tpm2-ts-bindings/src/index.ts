@@ -34,6 +34,7 @@ export * from './templates.js';
 export * from './tpm.js';
 export * from './transport/device.js';
 export type { DeviceOptions } from './transport/device-transport.js';
+export * from './transport/intercept.js';
 export * from './transport/retry.js';
 export * from './transport/socket.js';
 export type { Endpoint, SocketOptions } from './transport/stream.js';
