@@ -130,6 +130,26 @@ describe('tpm2-ts-bindings: swtpm with its control channel', () => {
     assert.deepEqual(codes, [0, undefined, INITIALIZE, 0, false, 0]);
   });
 
+  it('a full queue of connections is waited for, within the time to connect', async () => {
+    // It has taken this connection from the queue.
+    await transport.capabilities();
+    const others: Socket[] = [];
+    for (let isFull = false; !isFull; ) {
+      const other = connect({ path: swtpm.control });
+      isFull = await once(other, 'connect').then(
+        () => false,
+        (error: NodeJS.ErrnoException) => error.code === 'EAGAIN',
+      );
+      others.push(other.on('error', () => undefined));
+    }
+    await assert.rejects(open({ connectTimeout: 30 }), /no connection within 30 ms/);
+    await transport.close();
+    const opening = open();
+    for (const other of others) other.destroy();
+    transport = await opening;
+    assert.equal(await run(getRandom()), 0);
+  });
+
   it('nobody there: a named error, and no connection left', async () => {
     await transport.close();
     const gone = { path: join(swtpm.directory, 'none') };

@@ -1,4 +1,6 @@
+import { once } from 'node:events';
 import { connect, type Socket } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { concat, wipe } from '../bytes.js';
 import type { TpmError } from '../error.js';
 import { announcedSize, MAX_MESSAGE, type Transport, transportError } from './transport.js';
@@ -20,26 +22,35 @@ function nameOf(endpoint: Endpoint): string {
 }
 
 /** @throws TpmError `transport` where nobody accepts the connection */
-export function connectStream(endpoint: Endpoint, options: SocketOptions): Promise<Stream> {
+export async function connectStream(endpoint: Endpoint, options: SocketOptions): Promise<Stream> {
   const { connectTimeout = 10_000, deadline = 120_000 } = options;
   const name = nameOf(endpoint);
-  return new Promise((resolve, reject) => {
-    // An answer is waited for after each command: without noDelay one written in two pieces costs a delayed acknowledgement.
-    const socket = connect({ ...endpoint, noDelay: true });
-    const fail = (message: string, cause?: unknown): void => {
-      clearTimeout(timer);
-      socket.destroy();
-      reject(transportError(`${name}: ${message}`, cause));
-    };
-    const timer = setTimeout(() => fail(`no connection within ${connectTimeout} ms`), connectTimeout);
-    // Not once: trying several addresses of a name may fail more than once.
-    socket.on('error', (error: NodeJS.ErrnoException) => fail(explain(error), error));
-    socket.once('connect', () => {
-      clearTimeout(timer);
-      socket.removeAllListeners('error');
-      resolve(new Stream(name, socket, deadline));
-    });
-  });
+  const over = AbortSignal.timeout(connectTimeout);
+  for (;;) {
+    try {
+      return new Stream(name, await connectOnce(endpoint, over), deadline);
+    } catch (cause) {
+      if (over.aborted) throw transportError(`${name}: no connection within ${connectTimeout} ms`, cause);
+      // unix(7): the queue of the listener is full. swtpm's has room for few, and serves one client at a time.
+      if ((cause as NodeJS.ErrnoException).code !== 'EAGAIN') {
+        throw transportError(`${name}: ${explain(cause as NodeJS.ErrnoException)}`, cause);
+      }
+      await sleep(20);
+    }
+  }
+}
+
+async function connectOnce(endpoint: Endpoint, signal: AbortSignal): Promise<Socket> {
+  // An answer is waited for after each command: without noDelay one written in two pieces costs a delayed acknowledgement.
+  const socket = connect({ ...endpoint, noDelay: true });
+  try {
+    await once(socket, 'connect', { signal });
+    return socket;
+  } catch (error) {
+    // Of several addresses of a name, a later one may still fail.
+    socket.on('error', () => undefined).destroy();
+    throw error;
+  }
 }
 
 function explain(error: NodeJS.ErrnoException): string {
