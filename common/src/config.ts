@@ -20,6 +20,10 @@ export interface Settings {
   'outage-hold': number;
   /** MiB of the store's file system that only saves may use. */
   'store-reserve': number;
+  /** Seconds until the root TPM counts saves: how much an old disk can hide after an unclean stop. */
+  'anchor-window': number;
+  /** Hours from a retirement to the rotation that makes its state unreadable on old disks too; 0 leaves it to the operator. */
+  'erase-after': number;
   /** Seconds that the root TPM has for one command, and in all for one that it wants to be sent again. */
   'tpm-deadline': number;
 }
@@ -63,6 +67,16 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: "MiB of the store's file system that only saves of existing vTPMs may use; below it no vTPM is made",
     fallback: 64,
     range: [0, 1048576],
+  },
+  'anchor-window': {
+    help: 'seconds until the root TPM counts saves; each count wears its memory',
+    fallback: 60,
+    range: [1, 86400],
+  },
+  'erase-after': {
+    help: 'hours from a retirement to the rotation of the root key that erases it on old disks too; 0 never',
+    fallback: 24,
+    range: [0, 8760],
   },
   'tpm-deadline': {
     help: 'seconds that the root TPM has to answer a command, and that one is sent again while it is busy',

@@ -18,6 +18,8 @@ export interface Paths {
     readonly store: string;
     /** The newest segment of the audit log; older ones are beside it, `audit.000001.log`. */
     readonly audit: string;
+    /** Signed approvals of platform states; public. */
+    readonly approvals: string;
     /** State of the embedded TPM. */
     readonly softtpm: string;
     readonly softtpmSocket: string;
@@ -66,6 +68,7 @@ export function pathsOf(home: string, run: string = defaultRun(resolve(home))): 
       enrolment: join(manager, 'enrolment.json'),
       store: join(manager, 'store'),
       audit: join(manager, 'audit.log'),
+      approvals: join(manager, 'approvals.json'),
       softtpm: join(manager, 'softtpm'),
       softtpmSocket: join(sockets, 'manager', 'softtpm.sock'),
       workerSocket: join(sockets, 'manager', 'worker.sock'),

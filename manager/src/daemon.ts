@@ -3,14 +3,17 @@ import { existsSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Finding, type Logger, type Paths, privateDirectory, VERSION } from 'vtpm-common';
 import { type AdminPlane, type Health, serveAdmin } from './admin/server.js';
+import { readApprovals } from './approvals-file.js';
 import { expectationOf, judge } from './doctor/index.js';
 import { type Enrolment, readEnrolment, type UnverifiedEnrolment } from './enrolment.js';
 import { ManagerError } from './error.js';
 import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
-import { deriveKeys, type KeyHierarchy, wipe } from './keys/index.js';
 import { acquireLock } from './lock.js';
 import { openPlatform, type Platform } from './platform.js';
+import { PlatformControl } from './platform-control.js';
+import { Rotation } from './rotation.js';
 import { openService, type Service } from './service.js';
+import { type Unlocked, unlock } from './unlock.js';
 
 export interface DaemonOptions {
   readonly paths: Paths;
@@ -19,6 +22,10 @@ export interface DaemonOptions {
   /** MiB of the store's file system below which no new vTPM is made. */
   readonly storeReserve: number;
   readonly tpmDeadlineMs: number;
+  /** Seconds until the TPM counts saves. */
+  readonly anchorWindow: number;
+  /** Hours from a retirement to the rotation that erases; 0 never. */
+  readonly eraseAfter: number;
 }
 
 export interface Daemon {
@@ -61,7 +68,9 @@ class Manager implements Daemon {
   readonly #log: Logger;
   readonly #paths: Paths['manager'];
   #state: State = { status: 'starting' };
-  #keys: KeyHierarchy | undefined;
+  #file: UnverifiedEnrolment | undefined;
+  #unlocked: Unlocked | undefined;
+  #rotation: Rotation | undefined;
   #platform: Platform | undefined;
   #admin: AdminPlane | undefined;
   #listeners: GrpcListener[] = [];
@@ -76,19 +85,22 @@ class Manager implements Daemon {
   }
 
   async start(): Promise<void> {
-    const file = readEnrolment(this.#paths);
+    this.#file = readEnrolment(this.#paths);
     // Who may write to it may replace the manager's own directory in it.
     privateDirectory(this.options.paths.run);
     this.#admin = await serveAdmin({
       path: this.#paths.adminSocket,
       log: this.#log,
-      health: () => this.#health(file.enrolment),
-      doctor: () => this.#doctor(file.enrolment),
+      health: () => this.#health(),
+      doctor: () => this.#doctor(),
       service: () => this.#service(),
+      platform: () => this.#platformControl(),
     });
+    const { kind, path } = this.#file.enrolment.tpm;
+    const { tpmDeadlineMs } = this.options;
+    this.#platform = await openPlatform({ kind, path }, this.#paths, this.#log, false, tpmDeadlineMs);
     try {
-      this.#keys = await this.#unlock(file);
-      this.#state = { status: 'ready', service: await this.#openService(this.#keys, undefined) };
+      await this.#unlock();
     } catch (error) {
       // Any other refusal ends the start: only this one the operator resolves with the manager's help.
       if (!(error instanceof ManagerError) || error.code !== 'platform-policy') throw error;
@@ -112,41 +124,63 @@ class Manager implements Daemon {
   async #end(): Promise<void> {
     const service = this.#state.status === 'ready' ? this.#state.service : undefined;
     this.#lock(new ManagerError('shutting-down', 'the manager is shutting down; try again when it is back'));
+    await this.#rotation?.stop();
+    await service?.audit.append({ actor: 'manager', action: 'stop', verdict: 'done' }).catch(() => undefined);
     await service?.close();
     for (const listener of this.#listeners) await listener.close();
     await this.#admin?.close();
-    this.#keys?.wipe();
+    this.#unlocked?.keys.wipe();
     await this.#platform?.close();
     this.releaseLock();
   }
 
   /** @throws ManagerError `platform-policy`, or what is not as init left it */
-  async #unlock({ enrolment, verify }: UnverifiedEnrolment): Promise<KeyHierarchy> {
-    const { kind, path } = enrolment.tpm;
-    this.#platform = await openPlatform(
-      { kind, path },
-      this.#paths,
-      this.#log,
-      false,
-      this.options.tpmDeadlineMs,
-    );
-    const rootKey = await this.#platform.tpm.releaseRootKey(enrolment.tpm);
-    const keys = deriveKeys(rootKey, Buffer.from(enrolment.storeId, 'hex'));
-    wipe(rootKey);
-    verify(keys.enrolmentMacKey);
-    return keys;
+  async #unlock(): Promise<void> {
+    const tpm = this.#tpm();
+    const file = readEnrolment(this.#paths);
+    const unlocked = await unlock(tpm, this.#paths, file, readApprovals(this.#paths));
+    let service: Service;
+    try {
+      service = await this.#openService(unlocked, undefined);
+    } catch (error) {
+      unlocked.keys.wipe();
+      throw error;
+    }
+    this.#file = file;
+    this.#unlocked = unlocked;
+    this.#state = { status: 'ready', service };
+    const { enrolment, keys, isRotating } = unlocked;
+    this.#rotation = new Rotation({
+      paths: this.#paths,
+      log: this.#log,
+      tpm,
+      keys,
+      enrolment,
+      isRotating,
+      service: () => this.#service(),
+      eraseAfter: this.options.eraseAfter,
+    });
+    await service.audit.append({
+      actor: 'manager',
+      action: 'start',
+      verdict: 'done',
+      facts: { version: VERSION, generation: String(enrolment.tpm.root.generation) },
+    });
+    this.#rotation.resume();
   }
 
-  async #openService(keys: KeyHierarchy, storeRoots: readonly Buffer[] | undefined): Promise<Service> {
+  async #openService({ keys, enrolment }: Unlocked, roots: readonly Buffer[] | undefined): Promise<Service> {
     let service: Service | undefined;
     service = await openService(keys, {
       paths: this.#paths,
       log: this.#log,
       storeSandbox: this.options.storeSandbox,
       storeReserve: this.options.storeReserve,
-      storeRoots,
+      anchorWindow: this.options.anchorWindow,
+      counter: this.#tpm().anchorCounter(enrolment.tpm, keys.anchorAuth),
+      storeRoots: roots,
       // Lost while it is being opened: that fails with the same error.
-      onLost: (error) => void (service && this.#reopen(keys, service, error)),
+      onLost: (error) => void (service && this.#reopen(service, error)),
     });
     return service;
   }
@@ -155,16 +189,18 @@ class Manager implements Daemon {
    * The store process is gone, or the store is not what was written. It is verified again from the beginning before
    * anything is served from it, and must be the one that was lost; until then workers hold their guests. Never rejects.
    */
-  async #reopen(keys: KeyHierarchy, service: Service, lost: ManagerError): Promise<void> {
+  async #reopen(service: Service, lost: ManagerError): Promise<void> {
+    const unlocked = this.#unlocked;
     // Told twice of the same loss, or of a service that another one has replaced.
-    if (this.#stopping || this.#state.status !== 'ready' || this.#state.service !== service) return;
+    if (!unlocked || this.#stopping || this.#state.status !== 'ready' || this.#state.service !== service)
+      return;
     this.#lock(lost);
     await service.close(new ManagerError('locked', lost.message)).catch(() => undefined);
     for (const pause of REOPEN_AFTER_MS) {
       await delay(pause);
       if (this.#stopping) return;
       try {
-        const next = await this.#openService(keys, service.storeRoots);
+        const next = await this.#openService(unlocked, service.storeRoots);
         if (this.#stopping) return await next.close();
         this.#state = { status: 'ready', service: next };
         this.#log.warn('the store was verified and is open again');
@@ -191,19 +227,55 @@ class Manager implements Daemon {
     throw new ManagerError('locked', `the manager is locked (${state.reason.code}): ${state.reason.message}`);
   }
 
+  /** @throws ManagerError `locked` where the TPM is not open */
+  #tpm(): Platform['tpm'] {
+    if (!this.#platform) throw new ManagerError('locked', 'the manager is starting; try again');
+    return this.#platform.tpm;
+  }
+
+  /** Works while locked too: it is what unlocks. */
+  #platformControl(): PlatformControl {
+    const state = this.#state;
+    if (state.status === 'locked' && state.reason.code === 'shutting-down') throw state.reason;
+    return new PlatformControl({
+      paths: this.#paths,
+      tpm: this.#tpm(),
+      enrolment: this.#enrolment(),
+      lockedBecause: state.status === 'locked' ? state.reason : undefined,
+      rotation: () => {
+        this.#service();
+        if (!this.#rotation) throw new ManagerError('locked', 'the manager is starting; try again');
+        return this.#rotation;
+      },
+      unlock: async () => {
+        await this.#unlock();
+        this.#log.info('the platform is approved: the manager is ready');
+      },
+      audit: async (event) => {
+        if (this.#state.status === 'ready') await this.#state.service.audit.append(event);
+      },
+    });
+  }
+
+  #enrolment(): Enrolment {
+    const enrolment = this.#rotation?.enrolment ?? this.#file?.enrolment;
+    if (!enrolment) throw new ManagerError('locked', 'the manager is starting; try again');
+    return enrolment;
+  }
+
   #vtpms(): number | null {
     return this.#state.status === 'ready' ? this.#state.service.registry.count : null;
   }
 
-  /** @throws ManagerError `locked` where the TPM is not open */
-  async #doctor({ tpm }: Enrolment): Promise<Finding[]> {
-    if (!this.#platform) throw new ManagerError('locked', 'the manager is starting; try again');
+  async #doctor(): Promise<Finding[]> {
+    const { tpm } = this.#enrolment();
     const { pcrSelection } = tpm.root;
     const expected = expectationOf(tpm, tpm, { pcrSelection, srkHandle: tpm.srkHandle });
-    return judge(await this.#platform.tpm.examine(tpm), expected);
+    return judge(await this.#tpm().examine(tpm), expected);
   }
 
-  #health({ managerId, storeId, tpm }: Enrolment): Health {
+  #health(): Health {
+    const { managerId, storeId, tpm } = this.#enrolment();
     const state = this.#state;
     return {
       status: state.status,

@@ -1,11 +1,12 @@
 import { createHmac, timingSafeEqual } from 'node:crypto';
-import { existsSync, readdirSync, readFileSync, renameSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, renameSync, statSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { type Paths, syncDirectory, writeFileDurably } from 'vtpm-common';
 import { ManagerError } from './error.js';
-import type { RootTpmEnrolment } from './root-tpm/index.js';
+import type { RecoveryBox } from './recovery-key.js';
+import type { NvIndexRef, RootGeneration, RootTpmEnrolment } from './root-tpm/index.js';
 
-const ENROLMENT_FORMAT = 1;
+export const ENROLMENT_FORMAT = 2;
 
 /**
  * What init wrote down of this installation: which TPM, which store, who the manager is. It holds no secret. The mac is
@@ -19,6 +20,13 @@ export interface Enrolment {
   /** Hex of 16 bytes. */
   readonly storeId: string;
   readonly tpm: RootTpmEnrolment;
+  /** Base64: the secrets that stay over rotations, under the root key (keys/keyring.ts). */
+  readonly keyring: string;
+  readonly recovery: RecoveryBox;
+  /** Generations of the root key that nothing needs any more and that are still to be erased in the TPM. */
+  readonly erase: readonly RootGeneration[];
+  /** NV indices that a rotation was about to make: what is left of one that did not come to its next enrolment. */
+  readonly planned: readonly NvIndexRef[];
 }
 
 /**
@@ -31,13 +39,45 @@ export function unfinishedPath(paths: Paths['manager']): string {
 
 /** Before the store is made. @param macKey 32 bytes */
 export function writeUnfinished(paths: Paths['manager'], enrolment: Enrolment, macKey: Uint8Array): void {
-  const file = { enrolment, mac: enrolmentMac(enrolment, macKey).toString('hex') };
-  writeFileDurably(unfinishedPath(paths), `${JSON.stringify(file, undefined, 2)}\n`);
+  write(unfinishedPath(paths), enrolment, macKey);
 }
 
 /** Last in init: an init that was interrupted leaves nothing that starts. */
 export function finishEnrolment(paths: Paths['manager']): void {
   move(unfinishedPath(paths), paths.enrolment);
+}
+
+/**
+ * The enrolment with the next generation of the root key, while a rotation is under way: beside the one in force, since
+ * the store is under both.
+ */
+export function nextPath(paths: Paths['manager']): string {
+  return `${paths.enrolment}.next`;
+}
+
+export function writeNext(paths: Paths['manager'], next: Enrolment, macKey: Uint8Array): void {
+  write(nextPath(paths), next, macKey);
+}
+
+/** undefined where no rotation is under way. @throws ManagerError `store-corrupt`, `newer-format` */
+export function readNext(paths: Paths['manager']): UnverifiedEnrolment | undefined {
+  const path = nextPath(paths);
+  return existsSync(path) ? unverified(path, readFileSync(path, 'utf8')) : undefined;
+}
+
+/** The store is under the next generation alone. */
+export function adoptNext(paths: Paths['manager']): void {
+  move(nextPath(paths), paths.enrolment);
+}
+
+/** @param macKey of the generation that the enrolment names */
+export function rewriteEnrolment(paths: Paths['manager'], enrolment: Enrolment, macKey: Uint8Array): void {
+  write(paths.enrolment, enrolment, macKey);
+}
+
+function write(path: string, enrolment: Enrolment, macKey: Uint8Array): void {
+  const file = { enrolment, mac: enrolmentMac(enrolment, macKey).toString('hex') };
+  writeFileDurably(path, `${JSON.stringify(file, undefined, 2)}\n`);
 }
 
 /** First in uninstall: nothing starts any more. */
@@ -71,20 +111,25 @@ export interface UnverifiedEnrolment {
 /** @throws ManagerError `not-initialised`, `store-missing`, `store-corrupt`, `newer-format` */
 export function readEnrolment(paths: Paths['manager']): UnverifiedEnrolment {
   const text = readText(paths);
-  const file = parse(paths.enrolment, text);
+  const file = unverified(paths.enrolment, text);
   if (isMissingOrEmpty(paths.store)) {
     throw new ManagerError(
       'store-missing',
       `${paths.enrolment} names an installation but its store ${paths.store} is missing or empty; restore it from a backup. A new store is never made by itself`,
     );
   }
+  return file;
+}
+
+function unverified(path: string, text: string): UnverifiedEnrolment {
+  const file = parse(path, text);
   return {
     enrolment: file.enrolment,
     verify: (macKey) => {
       const expected = enrolmentMac(file.enrolment, macKey);
       const mac = Buffer.from(file.mac, 'hex');
       if (mac.length !== expected.length || !timingSafeEqual(mac, expected)) {
-        throw unreadable(paths.enrolment, 'was changed since init');
+        throw unreadable(path, 'was changed since it was written');
       }
     },
   };
@@ -104,7 +149,7 @@ export function checkNotEnrolled(paths: Paths['manager']): void {
       `${unfinishedPath(paths)} exists: an init that did not finish, or an uninstall. Clean up with vtpmctl uninstall, then run init again`,
     );
   }
-  const leftovers = [paths.store, paths.softtpm].filter((path) => !isMissingOrEmpty(path));
+  const leftovers = [paths.store, paths.softtpm, paths.audit].filter((path) => !isMissingOrEmpty(path));
   if (leftovers.length > 0) {
     throw new ManagerError(
       'already-initialised',
@@ -160,6 +205,12 @@ function parse(path: string, text: string): EnrolmentFile {
       `${path} has format ${format}, this version knows ${ENROLMENT_FORMAT}; run the version that wrote it`,
     );
   }
+  if (typeof format === 'number' && format < ENROLMENT_FORMAT) {
+    throw new ManagerError(
+      'older-format',
+      `${path} has format ${format}, this version knows ${ENROLMENT_FORMAT} and cannot convert it; run the version that wrote it`,
+    );
+  }
   const isWhole =
     enrolment !== undefined &&
     format === ENROLMENT_FORMAT &&
@@ -176,8 +227,9 @@ function isHex(value: unknown, bytes: number): boolean {
   return typeof value === 'string' && value.length === 2 * bytes && /^[0-9a-f]*$/.test(value);
 }
 
-export function isMissingOrEmpty(directory: string): boolean {
-  return !existsSync(directory) || readdirSync(directory).length === 0;
+export function isMissingOrEmpty(path: string): boolean {
+  const found = statSync(path, { throwIfNoEntry: false });
+  return !found || (found.isDirectory() && readdirSync(path).length === 0);
 }
 
 /** Over the file's own text form: parsing and writing keeps the order of keys. */

@@ -1,21 +1,31 @@
-import { randomBytes, randomFillSync } from 'node:crypto';
+import { randomBytes } from 'node:crypto';
 import { existsSync, rmSync } from 'node:fs';
 import { type Logger, type Paths, privateDirectory } from 'vtpm-common';
+import { createAuditLog } from './audit/index.js';
 import {
   checkNotEnrolled,
+  ENROLMENT_FORMAT,
   type Enrolment,
   finishEnrolment,
   unfinishedPath,
   writeUnfinished,
 } from './enrolment.js';
 import { ManagerError } from './error.js';
-import { deriveKeys, wipe } from './keys/index.js';
-import { secretBuffer } from './keys/secret.js';
+import {
+  anchorAuthOf,
+  KeyHierarchy,
+  newInstallationSecrets,
+  sealInstallationSecrets,
+  wipe,
+  wipeSecrets,
+} from './keys/index.js';
 import { acquireLock } from './lock.js';
 import { NOT_HARDWARE_PROTECTED, openPlatform, parseTpm } from './platform.js';
-import type { RootTpm, RootTpmEnrolment } from './root-tpm/index.js';
+import { boxForRecovery, newRecoveryKey } from './recovery-key.js';
+import type { AnchorCounter, RootTpm, RootTpmEnrolment } from './root-tpm/index.js';
 import { createAnchoredStore, openLmdbStore } from './store/index.js';
 import { createTrustStore } from './trust/trust-configuration.js';
+import { rootKeysOf } from './unlock.js';
 
 export interface InitOptions {
   readonly paths: Paths;
@@ -40,6 +50,8 @@ export interface InitResult {
   };
   readonly storeId: string;
   readonly pcrSelection: string;
+  /** Secret: shown once, and kept nowhere here. */
+  readonly recoveryKey: string;
   readonly warnings: readonly string[];
 }
 
@@ -58,11 +70,11 @@ export async function initialise(options: InitOptions): Promise<InitResult> {
   try {
     checkNotEnrolled(paths);
     try {
-      const { enrolment, leftovers } = await enrol(options, location);
-      return resultOf(enrolment, leftovers);
+      return resultOf(await enrol(options, location));
     } catch (error) {
       rmSync(paths.store, { recursive: true, force: true });
       rmSync(paths.softtpm, { recursive: true, force: true });
+      rmSync(paths.audit, { force: true });
       throw error;
     }
   } finally {
@@ -70,50 +82,62 @@ export async function initialise(options: InitOptions): Promise<InitResult> {
   }
 }
 
-async function enrol(
-  options: InitOptions,
-  location: ReturnType<typeof parseTpm>,
-): Promise<{ enrolment: Enrolment; leftovers: readonly number[] }> {
+interface Initialised {
+  readonly enrolment: Enrolment;
+  readonly recoveryKey: string;
+  readonly leftovers: readonly number[];
+}
+
+async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>): Promise<Initialised> {
   const paths = options.paths.manager;
   const platform = await openPlatform(location, paths, options.log, true, options.tpmDeadlineMs);
+  const secrets = newInstallationSecrets();
+  const storeId = randomBytes(16);
+  const anchorAuth = anchorAuthOf(secrets, storeId);
   try {
-    const installation = randomBytes(16);
-    const storeId = randomBytes(16);
-    const anchorAuth = randomFillSync(secretBuffer(32));
-    const {
-      enrolment: tpm,
-      rootKey,
-      recoveryInputs,
-      leftovers,
-    } = await platform.tpm.enrol({
-      installation,
-      pcrSelection: options.pcrSelection,
-      srkHandle: options.srkHandle,
+    const { pcrSelection, srkHandle, ownerAuth } = options;
+    const made = await platform.tpm.enrol({
+      installation: randomBytes(16),
+      pcrSelection,
+      srkHandle,
       anchorAuth,
-      ...(options.ownerAuth && { ownerAuth: options.ownerAuth }),
+      ...(ownerAuth && { ownerAuth }),
     });
-    const keys = deriveKeys(rootKey, storeId);
-    wipe(rootKey, recoveryInputs, anchorAuth);
+    const { enrolment: tpm, leftovers } = made;
+    const facts = { storeId: storeId.toString('hex'), tpm };
+    const root = rootKeysOf(made.rootKey, facts);
+    const keys = new KeyHierarchy(root, secrets);
+    const recovery = newRecoveryKey();
     try {
       const enrolment: Enrolment = {
-        format: 1,
+        format: ENROLMENT_FORMAT,
         createdAt: new Date().toISOString(),
         managerId: Buffer.from(keys.identity.publicKey).toString('hex'),
-        storeId: storeId.toString('hex'),
-        tpm,
+        ...facts,
+        keyring: sealInstallationSecrets(root, secrets).toString('base64'),
+        recovery: boxForRecovery(
+          recovery.publicKey,
+          tpm.installation,
+          tpm.root.generation,
+          made.recoveryInputs,
+        ),
+        erase: [],
+        planned: [],
       };
-      writeUnfinished(paths, enrolment, keys.enrolmentMacKey);
-      await makeStore(options, keys);
+      writeUnfinished(paths, enrolment, root.enrolmentMacKey);
+      await makeStore(options, keys, platform.tpm.anchorCounter(tpm, anchorAuth));
       finishEnrolment(paths);
-      return { enrolment, leftovers };
+      return { enrolment, recoveryKey: recovery.text, leftovers };
     } catch (error) {
       await takeBack(options, platform.tpm, tpm);
       throw error;
     } finally {
       keys.wipe();
+      wipe(made.rootKey, made.recoveryInputs);
     }
   } finally {
-    wipe(options.ownerAuth);
+    wipeSecrets(secrets);
+    wipe(anchorAuth, options.ownerAuth);
     await platform.close();
   }
 }
@@ -133,19 +157,33 @@ async function takeBack(options: InitOptions, tpm: RootTpm, enrolment: RootTpmEn
   rmSync(unfinishedPath(options.paths.manager), { force: true });
 }
 
-async function makeStore(options: InitOptions, keys: ReturnType<typeof deriveKeys>): Promise<void> {
+async function makeStore(
+  { paths: { manager: paths }, storeSandbox: sandbox, log, toolstackKey }: InitOptions,
+  keys: KeyHierarchy,
+  counter: AnchorCounter,
+): Promise<void> {
+  const { keyId: id, auditKey: key } = keys.current;
+  const audit = await createAuditLog(paths.audit, { id, key });
   const raw = await openLmdbStore({
-    directory: options.paths.manager.store,
+    directory: paths.store,
     create: true,
-    sandbox: options.storeSandbox,
-    log: options.log,
+    sandbox,
+    log,
     onLost: () => undefined,
   });
   try {
-    const store = await createAnchoredStore(raw, keys);
-    await createTrustStore(keys, store, options.toolstackKey, BigInt(Date.now()));
+    await audit.append({
+      actor: { uid: process.getuid?.() ?? 0 },
+      action: 'init',
+      verdict: 'done',
+      facts: { toolstackKey: Buffer.from(toolstackKey).toString('hex') },
+    });
+    const anchor = { keys, counter, windowMs: 0, log, auditHead: () => audit.head };
+    const store = await createAnchoredStore(raw, anchor);
+    await createTrustStore(keys, store, toolstackKey, BigInt(Date.now()));
     await store.close();
   } finally {
+    await audit.close();
     await raw.close();
   }
 }
@@ -161,9 +199,9 @@ function chooseTpm({ tpm, mayEmbed }: InitOptions): string {
   );
 }
 
-function resultOf({ tpm, managerId, storeId }: Enrolment, leftovers: readonly number[]): InitResult {
+function resultOf({ enrolment, recoveryKey, leftovers }: Initialised): InitResult {
+  const { tpm, managerId, storeId } = enrolment;
   const { kind, path, manufacturer, firmwareVersion } = tpm;
-  const { pcrSelection } = tpm.root;
   const warnings: string[] = [];
   if (kind === 'embedded') warnings.push(NOT_HARDWARE_PROTECTED);
   if (kind === 'unix') {
@@ -180,7 +218,8 @@ function resultOf({ tpm, managerId, storeId }: Enrolment, leftovers: readonly nu
     managerId,
     tpm: { kind, path, manufacturer, firmwareVersion, hardwareProtected: kind === 'device' },
     storeId,
-    pcrSelection,
+    pcrSelection: tpm.root.pcrSelection,
+    recoveryKey,
     warnings,
   };
 }

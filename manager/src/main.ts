@@ -12,6 +12,8 @@ import { startDaemon } from './daemon.js';
 import { examineHost } from './doctor/index.js';
 import { ManagerError } from './error.js';
 import { initialise } from './init.js';
+import { type RecoverResult, recover } from './recover.js';
+import { parseRecoveryKey } from './recovery-key.js';
 import { uninstall } from './uninstall.js';
 
 // Before anything secret is in memory: no core dump, no file for others, no slice of a pool that others share.
@@ -32,6 +34,8 @@ interface GlobalFlags {
   readonly logFormat?: string;
   readonly storeReserve?: string;
   readonly tpmDeadline?: string;
+  readonly anchorWindow?: string;
+  readonly eraseAfter?: string;
   readonly storeSandbox: boolean;
 }
 
@@ -53,6 +57,8 @@ const program = new Command('vtpm-managerd')
   .addOption(new Option('--log-level <level>', CONFIG_KEYS['log-level'].help))
   .addOption(new Option('--log-format <format>', CONFIG_KEYS['log-format'].help))
   .addOption(new Option('--store-reserve <MiB>', CONFIG_KEYS['store-reserve'].help))
+  .addOption(new Option('--anchor-window <seconds>', CONFIG_KEYS['anchor-window'].help))
+  .addOption(new Option('--erase-after <hours>', CONFIG_KEYS['erase-after'].help))
   .addOption(new Option('--tpm-deadline <seconds>', CONFIG_KEYS['tpm-deadline'].help))
   .option('--no-store-sandbox', 'run the store process without bubblewrap (hosts without user namespaces)')
   .addHelpText(
@@ -86,6 +92,22 @@ program
   .action(remove);
 
 program
+  .command('recover')
+  .description(
+    'where a start refuses an old store, or the TPM is lost: says what would go back, and does it; vtpmctl recover does this for you',
+  )
+  .option(
+    '--accept-rollback',
+    'do it: what is on the disk is the newest from now on, and every vTPM is marked',
+  )
+  .option('--recovery-key-file <file>', 'file with the recovery key: enrols a TPM anew, without the old one')
+  .option('--tpm <tpm>', 'with a recovery key: device:PATH, unix:PATH or embedded; the old one unless given')
+  .option('--pcrs <selection>', 'with a recovery key: platform state that releases the root key')
+  .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one")
+  .option('--json', 'print the result as JSON')
+  .action(goBack);
+
+program
   .command('doctor')
   .description(
     'looks at the TPM without changing it, and says what is not as it should be; vtpmctl doctor shows more',
@@ -101,8 +123,13 @@ await program.parseAsync().catch((error: unknown) => fail(error));
 async function run(): Promise<void> {
   const { paths, settings, ...common } = setUp(program.opts());
   const { log } = common;
-  const storeReserve = settings['store-reserve'];
-  const daemon = await startDaemon({ paths, storeReserve, ...common });
+  const daemon = await startDaemon({
+    paths,
+    storeReserve: settings['store-reserve'],
+    anchorWindow: settings['anchor-window'],
+    eraseAfter: settings['erase-after'],
+    ...common,
+  });
   const stop = (signal: string): void => {
     log.info({ signal }, 'stopping');
     daemon.stop().then(
@@ -127,7 +154,7 @@ async function init(_flags: object, command: Command): Promise<void> {
     ownerAuth: flags.ownerAuthFile === undefined ? undefined : readSecret(flags.ownerAuthFile),
     toolstackKey: key(flags.toolstackKey),
   });
-  const { tpm, managerId, storeId, pcrSelection, warnings } = result;
+  const { tpm, managerId, storeId, pcrSelection, recoveryKey, warnings } = result;
   const text = flags.json
     ? JSON.stringify(result)
     : [
@@ -136,6 +163,8 @@ async function init(_flags: object, command: Command): Promise<void> {
         `  store     ${storeId}`,
         `  TPM       ${tpm.kind} ${tpm.path} (${tpm.manufacturer}, firmware ${tpm.firmwareVersion})`,
         `  released  while ${pcrSelection} is as now`,
+        `  recovery  ${recoveryKey}`,
+        '            write it down and keep it away from this host: it is shown once, and is the way back without the TPM',
         ...warnings.map((warning) => `  warning   ${warning}`),
       ].join('\n');
   process.stdout.write(`${text}\n`);
@@ -174,6 +203,65 @@ async function remove(_flags: object, command: Command): Promise<void> {
   process.stdout.write(`${flags.json ? JSON.stringify({ removed, left }) : lines.join('\n')}\n`);
 }
 
+interface RecoverFlags extends GlobalFlags {
+  readonly acceptRollback?: boolean;
+  readonly recoveryKeyFile?: string;
+  readonly tpm?: string;
+  readonly pcrs?: string;
+  readonly ownerAuthFile?: string;
+  readonly json?: boolean;
+}
+
+async function goBack(_flags: object, command: Command): Promise<void> {
+  const flags = command.optsWithGlobals<RecoverFlags>();
+  const { settings: _, ...common } = setUp(flags);
+  const { recoveryKeyFile, ownerAuthFile } = flags;
+  if (recoveryKeyFile === undefined && (flags.tpm !== undefined || flags.pcrs !== undefined)) {
+    throw new ManagerError('bad-request', '--tpm and --pcrs go with --recovery-key-file');
+  }
+  const result = await recover({
+    ...common,
+    acceptRollback: flags.acceptRollback === true,
+    recoveryKey:
+      recoveryKeyFile === undefined ? undefined : parseRecoveryKey(readSecret(recoveryKeyFile).toString()),
+    ownerAuth: ownerAuthFile === undefined ? undefined : readSecret(ownerAuthFile),
+    tpm: flags.tpm,
+    pcrSelection: flags.pcrs,
+  });
+  process.stdout.write(
+    `${flags.json ? JSON.stringify(result, numbers) : describeRecovery(result).join('\n')}\n`,
+  );
+}
+
+function describeRecovery({ isDone, refusal, vtpms, recoveryKey }: RecoverResult): string[] {
+  if (refusal === undefined) return ['nothing to recover: the store is the newest one, start the manager'];
+  const time = (ms: bigint): string => (ms === 0n ? 'never' : new Date(Number(ms)).toISOString());
+  return [
+    `refused   ${refusal}`,
+    ...vtpms.map(
+      ({ id, generation, nextGeneration, epoch, savedAt, lostAtLeast }) =>
+        `${isDone ? 'went back' : 'goes back'} ${id} to generation ${generation} of ${time(savedAt)}, epoch ${epoch}` +
+        `${lostAtLeast === undefined ? '' : `; the audit log knows of generation ${lostAtLeast}`}; goes on at ${nextGeneration}`,
+    ),
+    ...(isDone
+      ? ['done      every vTPM bears the mark for ever; start the manager']
+      : [
+          '           nothing was changed. Put the newest store back where there is one; if not, add --accept-rollback',
+        ]),
+    ...(recoveryKey === undefined
+      ? []
+      : [
+          `recovery  ${recoveryKey}`,
+          '          the new recovery key, shown once: write it down and keep it away from this host. The old one is void',
+        ]),
+  ];
+}
+
+/** Generations and times stay below 2^53. */
+function numbers(_key: string, value: unknown): unknown {
+  return typeof value === 'bigint' ? Number(value) : value;
+}
+
 function setUp(flags: GlobalFlags) {
   const { paths, settings } = loadConfiguration({
     home: flags.home,
@@ -181,6 +269,8 @@ function setUp(flags: GlobalFlags) {
     'log-level': flags.logLevel,
     'log-format': flags.logFormat,
     'store-reserve': flags.storeReserve,
+    'anchor-window': flags.anchorWindow,
+    'erase-after': flags.eraseAfter,
     'tpm-deadline': flags.tpmDeadline,
   });
   return {

@@ -1,14 +1,29 @@
 import { type Logger, type Paths, shortageText, spaceShortage } from 'vtpm-common';
+import { type AuditKeys, type AuditLog, openAuditLog } from './audit/index.js';
+import { Erasure } from './erasure.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
 import { VtpmRegistry } from './ownership/registry.js';
+import type { AnchorCounter } from './root-tpm/index.js';
 import { openAnchoredStore, openLmdbStore } from './store/index.js';
 import { openTrustStore, type TrustStore } from './trust/trust-configuration.js';
+
+/** Records of one commit, so that saves find room between them. */
+const REKEY_PAGE = 32;
 
 /** What the manager does while it is unlocked and its store is in order. */
 export interface Service {
   readonly registry: VtpmRegistry;
   readonly trust: TrustStore;
+  readonly audit: AuditLog;
+  readonly erasure: Erasure;
+  /**
+   * Puts everything in the store under the current generation of the root key, beside what else goes on. Can be repeated.
+   * @param isOver asked now and then whether to stop
+   */
+  rekey(isOver: () => boolean): Promise<void>;
+  /** Resolves when the TPM has counted what was written so far. */
+  count(): Promise<void>;
   /** What the store on the disk may be, for `openService` after it was lost; final once `close` has resolved. */
   readonly storeRoots: readonly Buffer[];
   /** Ends the streams with `error`, then closes the store. */
@@ -21,6 +36,9 @@ export interface ServiceOptions {
   readonly storeSandbox: boolean;
   /** MiB of its file system below which no new vTPM is made. */
   readonly storeReserve: number;
+  readonly counter: AnchorCounter;
+  /** Seconds until the TPM counts saves that nobody waits for. */
+  readonly anchorWindow: number;
   /** `storeRoots` of the service before, where this process has had one: an older store is refused then. */
   readonly storeRoots: readonly Buffer[] | undefined;
   /** The store process ended unasked, or the store is not what was written: the service is of no use any more. */
@@ -36,30 +54,78 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
     log: options.log,
     onLost: options.onLost,
   });
+  let audit: AuditLog | undefined;
   try {
-    const store = await openAnchoredStore(raw, keys, options.storeRoots, options.onLost);
+    const store = await openAnchoredStore(
+      raw,
+      {
+        keys,
+        counter: options.counter,
+        windowMs: options.anchorWindow * 1000,
+        log: options.log,
+        // Nothing is written before the log is open.
+        auditHead: () => (audit as AuditLog).head,
+        onBroken: options.onLost,
+      },
+      options.storeRoots,
+    );
+    const opened = await openAuditLog(options.paths.audit, auditKeys(keys), store.auditAtOpen);
+    audit = opened.log;
+    if (opened.unanchored > 0n) {
+      options.log.warn(
+        { entries: Number(opened.unanchored) },
+        'the newest entries of the audit log are of changes that may not have happened: the manager was ended between',
+      );
+    }
+    const log = audit;
+    const erasure = await Erasure.open(store);
     const trust = await openTrustStore(keys, store);
     const registry = new VtpmRegistry({
       keys,
       store,
       trust,
+      audit,
+      erasure,
       checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
     });
     return {
       registry,
       trust,
+      audit: log,
+      erasure,
+      rekey: async (isOver) => {
+        const { keyId: id, auditKey: key } = keys.current;
+        await log.withKey({ id, key });
+        for (let after: string | undefined; !isOver(); ) {
+          const page = registry.list(after, REKEY_PAGE);
+          after = page.at(-1);
+          if (after === undefined) break;
+          await Promise.all(page.map((id) => registry.rekey(id)));
+        }
+        await trust.rekey();
+      },
+      count: () => store.count(),
       get storeRoots() {
         return store.roots;
       },
       close: async (error) => {
         await registry.close(error);
         await store.close();
+        await log.close();
       },
     };
   } catch (error) {
+    await audit?.close();
     await raw.close();
     throw error;
   }
+}
+
+/** Entries are under the newest generation, or the one before where a rotation is under way. */
+export function auditKeys(keys: KeyHierarchy): AuditKeys {
+  const [current, other] = keys.generations.map(({ keyId: id, auditKey: key }) => ({ id, key }));
+  if (!current) throw new ManagerError('internal', 'there is no generation of the root key');
+  return { current, ...(other && { other }) };
 }
 
 /** @throws ManagerError `store-full` */

@@ -5,6 +5,7 @@ import {
   finishEnrolment,
   isMissingOrEmpty,
   markUnfinished,
+  nextPath,
   readEnrolmentText,
   readUnfinished,
   unfinishedPath,
@@ -172,6 +173,9 @@ function removeFiles(paths: Paths['manager']): string[] {
   for (const [path, what] of [
     [paths.store, 'the store of vTPM states'],
     [paths.softtpm, 'the embedded TPM'],
+    [paths.approvals, 'the approvals of platform states'],
+    [paths.audit, 'the audit log'],
+    [nextPath(paths), 'the enrolment of a rotation under way'],
     [unfinishedPath(paths), 'the enrolment with the sealed half of the root key'],
   ] as const) {
     if (!existsSync(path)) continue;

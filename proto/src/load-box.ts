@@ -87,18 +87,22 @@ const { lowlevel } = nacl as unknown as { lowlevel: Salsa };
  * @throws ProtoError `forged` for a peer key of small order
  */
 function boxKey(peerKey: Uint8Array, secretKey: Uint8Array): Uint8Array {
-  expectLength('public key', peerKey, 32);
-  const peer = createPublicKey({ key: Buffer.concat([SPKI_PREFIX, peerKey]), format: 'der', type: 'spki' });
-  let shared: Buffer;
-  try {
-    shared = diffieHellman({ privateKey: privateKeyOf(secretKey), publicKey: peer });
-  } catch (cause) {
-    throw new ProtoError('forged', "the peer's key is none", cause);
-  }
+  const shared = x25519(secretKey, peerKey);
   const key = new Uint8Array(32);
   lowlevel.crypto_core_hsalsa20(key, new Uint8Array(16), shared, SIGMA);
   shared.fill(0);
   return key;
+}
+
+/** RFC 7748 on keys of 32 bytes; the caller wipes the 32 bytes. @throws ProtoError `forged` for a peer key of small order */
+export function x25519(secretKey: Uint8Array, peerKey: Uint8Array): Buffer {
+  expectLength('public key', peerKey, 32);
+  const peer = createPublicKey({ key: Buffer.concat([SPKI_PREFIX, peerKey]), format: 'der', type: 'spki' });
+  try {
+    return diffieHellman({ privateKey: privateKeyOf(secretKey), publicKey: peer });
+  } catch (cause) {
+    throw new ProtoError('forged', "the peer's key is none", cause);
+  }
 }
 
 function privateKeyOf(secretKey: Uint8Array): KeyObject {

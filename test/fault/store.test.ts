@@ -2,10 +2,12 @@ import assert from 'node:assert/strict';
 import {
   closeSync,
   copyFileSync,
+  cpSync,
   openSync,
   readdirSync,
   readFileSync,
   readSync,
+  rmSync,
   statSync,
   truncateSync,
   writeSync,
@@ -131,12 +133,20 @@ describe('I-10 a store file that was damaged under the whole manager', function 
     }
     await manager.stop();
     copyFileSync(file, good);
+    cpSync(manager.paths.softtpm, `${good}.tpm`, { recursive: true });
   });
   afterEach(async () => {
     await manager.stop();
-    copyFileSync(good, file);
+    putBack();
   });
   after(() => manager?.remove());
+
+  /** With the memory of the embedded TPM, which is on the same disk: otherwise the good file would be an old one. */
+  function putBack(): void {
+    copyFileSync(good, file);
+    rmSync(manager.paths.softtpm, { recursive: true });
+    cpSync(`${good}.tpm`, manager.paths.softtpm, { recursive: true });
+  }
 
   async function allowImage(): Promise<void> {
     const image = { digest: manager.toolstack.imageDigest.toString('hex'), note: 'test' };
@@ -207,7 +217,7 @@ describe('I-10 a store file that was damaged under the whole manager', function 
       truncateSync(file, length);
       assert.equal(await startsWholeOrRefuses(`truncated to ${length}`), 'refused', `truncated to ${length}`);
       assert.ok(statSync(file).size <= Math.max(length, 8192), 'no new store was made in its place');
-      copyFileSync(good, file);
+      putBack();
     }
   });
 
@@ -224,7 +234,7 @@ describe('I-10 a store file that was damaged under the whole manager', function 
       flip(offset, mask);
       outcomes[await startsWholeOrRefuses(`bit ${mask} at ${offset}`)] += 1;
       await manager.stop();
-      copyFileSync(good, file);
+      putBack();
     }
     assert.ok(outcomes.refused > 0, 'positive control: some of the flips were in what is used');
   });
@@ -255,7 +265,7 @@ describe('I-10 a store file that was damaged under the whole manager', function 
     );
     neighbour.worker.close();
     await manager.stop();
-    copyFileSync(good, file);
+    putBack();
     assert.equal(await startsWholeOrRefuses('the good file'), 'whole');
   });
 });

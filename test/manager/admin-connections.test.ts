@@ -22,6 +22,7 @@ describe('connections of the admin plane', () => {
       health: unused,
       doctor: unused,
       service: unused,
+      platform: unused,
     });
   };
   beforeEach(() => {

@@ -9,6 +9,7 @@ import {
   type StoreWrite,
 } from 'vtpm-manager/store/index';
 import { encode } from 'vtpm-proto';
+import { anchorOptions, testKeys } from '../support/test-keys.js';
 import { contentOf, type Lmdb, refusal, StoreFixture } from './store-fixture.js';
 
 describe('anchored store', () => {
@@ -378,13 +379,14 @@ describe('anchored store', () => {
 
     it('I-5 the anchor of another store is refused, with the right key and with another one', async () => {
       await fill();
-      const { storeId, anchorKey } = fixture.anchor;
+      const { storeId, rootKey, counter } = fixture;
+      const other = (id: Buffer, key: Buffer) => anchorOptions(testKeys(id, key), counter);
       await assert.rejects(
-        fixture.reopen({ storeId: randomBytes(16), anchorKey }),
-        refusal('store-corrupt', /another store/),
+        fixture.reopen(other(randomBytes(16), rootKey)),
+        refusal('store-corrupt', /anchor/),
       );
       await assert.rejects(
-        fixture.reopen({ storeId, anchorKey: randomBytes(32) }),
+        fixture.reopen(other(storeId, randomBytes(32))),
         refusal('store-corrupt', /anchor/),
       );
       assert.equal((await fixture.reopen()).size, 2);
@@ -410,13 +412,14 @@ describe('anchored store', () => {
       await fill();
       const statement = encode('AnchorStatement', {
         format: 2,
-        storeId: fixture.anchor.storeId,
+        storeId: fixture.storeId,
         root: Buffer.alloc(32),
         counter: 0n,
         auditHead: Buffer.alloc(0),
+        auditLength: 0n,
       });
-      const mac = createHmac('sha256', fixture.anchor.anchorKey).update(statement).digest();
-      fixture.tamper((db) => db.putSync('anchor', encode('AnchorRecord', { statement, mac }), 5));
+      const mac = createHmac('sha256', fixture.anchor.keys.current.anchorKey).update(statement).digest();
+      fixture.tamper((db) => db.putSync('anchor', encode('AnchorRecord', { statement, mac, keyId: 1 }), 5));
       await assert.rejects(fixture.reopen(), refusal('newer-format'));
     });
 
@@ -487,7 +490,7 @@ describe('anchored store', () => {
     }
   });
 
-  it('a whole older copy of the files is not noticed: that takes the counter in the chip', async () => {
+  it('I-5 a whole older copy of the files is refused once the TPM has counted what came after', async () => {
     const anchored = await fixture.create();
     await anchored.write('k', 0, contentOf('k', 1));
     await anchored.close();
@@ -495,16 +498,19 @@ describe('anchored store', () => {
     const again = await fixture.reopen();
     await again.write('k', 1, contentOf('k', 2));
     await again.close();
+    copyFileSync(fixture.dataFile, `${fixture.parent}/new`);
     copyFileSync(`${fixture.parent}/old`, fixture.dataFile);
-    assert.equal((await (await fixture.reopen()).read('k'))?.version, 1);
+    await assert.rejects(fixture.reopen(), refusal('rollback-detected', /old one: its anchor says 2.*to 3/));
+    copyFileSync(`${fixture.parent}/new`, fixture.dataFile);
+    assert.equal((await (await fixture.reopen()).read('k'))?.version, 2);
   });
 
-  it('takes over a store that another AnchoredStore has closed, key and all', async () => {
+  it('leaves the keys to their owner', async () => {
     const anchored = await fixture.create();
-    const { anchorKey } = fixture.anchor;
+    const { anchorKey } = fixture.anchor.keys.current;
     const before = Buffer.from(anchorKey);
     await anchored.close();
-    assert.deepEqual(anchorKey, before, "the caller's key is not wiped");
+    assert.deepEqual(anchorKey, before);
     const store = await fixture.open();
     assert.equal((await openAnchoredStore(store, fixture.anchor)).size, 0);
   });

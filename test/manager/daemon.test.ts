@@ -152,9 +152,11 @@ describe('vtpm-managerd with the embedded TPM', () => {
     const { enrolment, softtpm } = manager.paths;
     const good = readFileSync(enrolment, 'utf8');
     writeFileSync(enrolment, good.replace(/"createdAt": "20/, '"createdAt": "21'));
-    await throws(manager.start(), /was changed since init.*\(store-corrupt\)/);
-    writeFileSync(enrolment, good.replace('"format": 1', '"format": 2'));
+    await throws(manager.start(), /was changed since it was written.*\(store-corrupt\)/);
+    writeFileSync(enrolment, good.replace('"format": 2', '"format": 3'));
     await throws(manager.start(), /\(newer-format\)/);
+    writeFileSync(enrolment, good.replace('"format": 2', '"format": 1'));
+    await throws(manager.start(), /\(older-format\)/);
     writeFileSync(enrolment, good);
     renameSync(softtpm, `${softtpm}.aside`);
     await throws(manager.start(), /\(tpm-unreachable\)/);
@@ -185,9 +187,10 @@ describe('vtpm-managerd with the embedded TPM', () => {
   it('keeps the list of images, and writes down who changed it', async () => {
     await manager.start();
     assert.equal((await manager.admin('POST', '/images', { digest: DIGEST, note: 'n' })).status, 201);
-    const audit = manager.stderr.split('\n').find((line) => line.includes('"audit":"image-allow"'));
-    assert.equal(JSON.parse(audit!).uid, process.getuid!());
-    assert.equal(JSON.parse(audit!).digest, DIGEST);
+    const entry = JSON.parse(readFileSync(manager.paths.audit, 'utf8').trim().split('\n').at(-1)!);
+    assert.equal(entry.action, 'image-allow');
+    assert.equal(entry.actor.uid, process.getuid!());
+    assert.equal(entry.facts.digest, DIGEST);
     const { images } = (await manager.admin('GET', '/images')).body as { images: { digest: string }[] };
     assert.deepEqual(
       images.map(({ digest }) => digest),

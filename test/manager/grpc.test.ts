@@ -16,12 +16,12 @@ import {
   type WorkerService,
   workerServiceDefinition,
 } from 'vtpm-manager/grpc/server';
-import { deriveKeys } from 'vtpm-manager/keys/index';
 import { VtpmRegistry } from 'vtpm-manager/ownership/registry';
 import { createAnchoredStore } from 'vtpm-manager/store/index';
 import { createTrustStore, openTrustStore } from 'vtpm-manager/trust/trust-configuration';
 import { decode, descriptor, encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
 import { MemoryStore } from '../support/memory-store.js';
+import { anchorOptions, testKeys, unwatched } from '../support/test-keys.js';
 import {
   loadRequest,
   type RefusedError,
@@ -42,7 +42,7 @@ const refused = (code: status, reason?: string) => (error: RefusedError) => {
 
 describe('gRPC for workers', () => {
   const toolstack = new TestToolstack();
-  const keys = deriveKeys(randomBytes(32), randomBytes(16));
+  const keys = testKeys();
   const managerId = keys.identity.publicKey;
   const clients: WorkerClient[] = [];
   let directory: string;
@@ -56,11 +56,11 @@ describe('gRPC for workers', () => {
     directory = mkdtempSync(join(tmpdir(), 'vtpm-grpc-'));
     path = join(directory, 'worker.sock');
     disk = new MemoryStore();
-    const store = await createAnchoredStore(disk, keys);
+    const store = await createAnchoredStore(disk, anchorOptions(keys));
     await createTrustStore(keys, store, toolstack.key.publicKey, 1n);
     const trust = await openTrustStore(keys, store);
     await trust.allowImage(toolstack.imageDigest, '', 1n);
-    registry = new VtpmRegistry({ keys, store, trust });
+    registry = new VtpmRegistry({ keys, store, trust, ...unwatched });
     current = () => registry;
     listener = await serveWorkers(path, () => current(), log);
   });

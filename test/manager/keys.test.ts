@@ -3,10 +3,14 @@ import { createCipheriv, hkdfSync } from 'node:crypto';
 import fc from 'fast-check';
 import { ManagerError } from 'vtpm-manager';
 import {
-  deriveKeys,
+  deriveRootKeys,
   type ExpectedContext,
+  KeyHierarchy,
   newDataKey,
+  newInstallationSecrets,
+  openInstallationSecrets,
   openPart,
+  sealInstallationSecrets,
   sealPart,
   unwrapDataKey,
   wipe,
@@ -34,15 +38,21 @@ const expected: ExpectedContext = context;
 
 const corrupt = (error: unknown): boolean => error instanceof ManagerError && error.code === 'store-corrupt';
 
+/** Takes the secrets that the vectors were computed with. */
+function knownKeys(storeId = STORE_ID): KeyHierarchy {
+  const identity = Buffer.from(VECTORS.identitySecret, 'hex');
+  return new KeyHierarchy(deriveRootKeys(ROOT, storeId, 1), { identity, session: ROOT, anchor: ROOT });
+}
+
 describe('key hierarchy', () => {
   it('derives the known keys of a known root key', () => {
-    const keys = deriveKeys(ROOT, STORE_ID);
+    const keys = knownKeys();
     // From RFC 5869 as python3 hmac computes it; a change here makes every store unreadable.
-    assert.equal(keys.storeKey.toString('hex'), VECTORS.storeKey);
-    assert.equal(keys.recordMacKey.toString('hex'), VECTORS.recordMac);
-    assert.equal(keys.trustMacKey.toString('hex'), VECTORS.trustMac);
-    assert.equal(keys.anchorKey.toString('hex'), VECTORS.anchor);
-    assert.equal(keys.enrolmentMacKey.toString('hex'), VECTORS.enrolmentMac);
+    assert.equal(keys.current.storeKey.toString('hex'), VECTORS.storeKey);
+    assert.equal(keys.current.recordMacKey.toString('hex'), VECTORS.recordMac);
+    assert.equal(keys.current.trustMacKey.toString('hex'), VECTORS.trustMac);
+    assert.equal(keys.current.anchorKey.toString('hex'), VECTORS.anchor);
+    assert.equal(keys.current.enrolmentMacKey.toString('hex'), VECTORS.enrolmentMac);
     assert.equal(Buffer.from(keys.identity.secretKey).toString('hex'), VECTORS.identitySecret);
     const session = keys.sessionKey({
       sessionId: filled(16, 7),
@@ -54,12 +64,15 @@ describe('key hierarchy', () => {
   });
 
   it('gives each purpose, store and session another key', () => {
-    const a = deriveKeys(ROOT, STORE_ID);
-    const b = deriveKeys(ROOT, filled(16, 0xa2));
+    const a = knownKeys();
+    const b = knownKeys(filled(16, 0xa2));
     const names = { sessionId: filled(16, 7), vtpmUuid: filled(16, 2), epoch: 6n, workerKey: filled(32, 8) };
     const all = [
-      ...[a, b].flatMap((keys) => [keys.storeKey, keys.recordMacKey, keys.trustMacKey, keys.anchorKey]),
-      a.enrolmentMacKey,
+      ...[a, b].flatMap(({ current: { enrolmentMacKey: _, ...ofStore }, anchorAuth }) => [
+        ...Object.values(ofStore).filter((value) => Buffer.isBuffer(value) && value.length === 32),
+        anchorAuth,
+      ]),
+      a.current.enrolmentMacKey,
       Buffer.from(a.identity.secretKey),
       a.sessionKey(names),
       b.sessionKey(names),
@@ -67,21 +80,53 @@ describe('key hierarchy', () => {
       a.sessionKey({ ...names, vtpmUuid: filled(16, 9) }),
       a.sessionKey({ ...names, epoch: 7n }),
       a.sessionKey({ ...names, workerKey: filled(32, 9) }),
-    ].map((key) => key.toString('hex'));
+    ].map((key) => (key as Buffer).toString('hex'));
+    assert.equal(all.length, 22);
     assert.equal(new Set(all).size, all.length);
   });
 
   it('keeps its keys outside the shared pool, and wipes them', () => {
-    const keys = deriveKeys(ROOT, STORE_ID);
-    const held = [keys.storeKey, keys.recordMacKey, keys.trustMacKey, keys.anchorKey, keys.enrolmentMacKey];
-    for (const key of held) assert.equal(key.buffer.byteLength, 32);
+    const keys = knownKeys();
+    const { storeKey, recordMacKey, trustMacKey, anchorKey, auditKey, enrolmentMacKey, keyringKey } =
+      keys.current;
+    const held = [storeKey, recordMacKey, trustMacKey, anchorKey, auditKey, enrolmentMacKey, keyringKey];
+    for (const key of [...held, keys.anchorAuth]) assert.equal(key.buffer.byteLength, 32);
     keys.wipe();
-    for (const key of [...held, keys.identity.secretKey]) assert.ok(key.every((byte) => byte === 0));
+    for (const key of [...held, keys.anchorAuth, keys.identity.secretKey])
+      assert.ok(key.every((byte) => byte === 0));
     const dataKey = newDataKey();
     assert.equal(dataKey.buffer.byteLength, 32);
     assert.ok(dataKey.some((byte) => byte !== 0));
     wipe(dataKey);
     assert.ok(dataKey.every((byte) => byte === 0));
+  });
+
+  it('has two generations while it is rotated, and one before and after', () => {
+    const keys = knownKeys();
+    const old = keys.current;
+    keys.advance(deriveRootKeys(filled(32, 9), STORE_ID, 2));
+    assert.equal(keys.ofGeneration(1, 'x'), old);
+    assert.equal(keys.ofGeneration(2, 'x'), keys.current);
+    keys.forgetOlder();
+    assert.ok(old.storeKey.every((byte) => byte === 0));
+    assert.throws(() => keys.ofGeneration(1, 'x'), /rotation/);
+    assert.throws(() => keys.ofGeneration(3, 'x'), corrupt);
+  });
+
+  it('seals the secrets of the installation for one store and generation', () => {
+    const secrets = newInstallationSecrets();
+    const keys = deriveRootKeys(ROOT, STORE_ID, 1);
+    const sealed = sealInstallationSecrets(keys, secrets);
+    assert.deepEqual(openInstallationSecrets(keys, sealed), secrets);
+    for (const part of Object.values(secrets)) assert.equal(sealed.includes(part), false);
+    for (const other of [
+      deriveRootKeys(ROOT, STORE_ID, 2),
+      deriveRootKeys(ROOT, filled(16, 1), 1),
+      deriveRootKeys(filled(32, 1), STORE_ID, 1),
+    ]) {
+      assert.throws(() => openInstallationSecrets(other, sealed), corrupt);
+    }
+    assert.throws(() => openInstallationSecrets(keys, sealed.subarray(1)), corrupt);
   });
 });
 

@@ -6,12 +6,12 @@ import { join } from 'node:path';
 import { createLogger } from 'vtpm-common';
 import { ManagerError } from 'vtpm-manager';
 import { serveWorkers } from 'vtpm-manager/grpc/server';
-import { deriveKeys } from 'vtpm-manager/keys/index';
 import { VtpmRegistry } from 'vtpm-manager/ownership/registry';
 import { Slot } from 'vtpm-manager/ownership/slot';
 import { createAnchoredStore } from 'vtpm-manager/store/index';
 import { createTrustStore, openTrustStore } from 'vtpm-manager/trust/trust-configuration';
 import { MemoryStore } from '../support/memory-store.js';
+import { anchorOptions, testKeys, unwatched } from '../support/test-keys.js';
 import {
   type RefusedError,
   TestSession,
@@ -24,7 +24,7 @@ const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' }
 
 describe('links that are lost at once', () => {
   const toolstack = new TestToolstack();
-  const keys = deriveKeys(randomBytes(32), randomBytes(16));
+  const keys = testKeys();
   const managerId = keys.identity.publicKey;
   const directory = mkdtempSync(join(tmpdir(), 'vtpm-links-'));
   const path = join(directory, 'worker.sock');
@@ -33,11 +33,11 @@ describe('links that are lost at once', () => {
   let close: () => Promise<void>;
 
   before(async () => {
-    const store = await createAnchoredStore(new MemoryStore(), keys);
+    const store = await createAnchoredStore(new MemoryStore(), anchorOptions(keys));
     await createTrustStore(keys, store, toolstack.key.publicKey, 1n);
     const trust = await openTrustStore(keys, store);
     await trust.allowImage(toolstack.imageDigest, '', 1n);
-    registry = new VtpmRegistry({ keys, store, trust });
+    registry = new VtpmRegistry({ keys, store, trust, ...unwatched });
     const listener = await serveWorkers(path, () => registry, log);
     close = async () => {
       await registry.close();
@@ -61,7 +61,7 @@ describe('links that are lost at once', () => {
       (error) => error === gone,
     );
     assert.equal((await registry.view(vtpm.id)).isConnected, false);
-    await registry.retire(vtpm.id);
+    await registry.retire(vtpm.id, 'manager');
   });
 
   it('a stream for a vTPM that is not there leaves nothing behind', async () => {

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { bootId, monotonicMs } from 'vtpm-common';
 import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
-import { deriveKeys, type KeyHierarchy } from 'vtpm-manager/keys/index';
+import type { KeyHierarchy } from 'vtpm-manager/keys/index';
 import type { VtpmEvent } from 'vtpm-manager/ownership/events';
 import {
   type AttachedStream,
@@ -10,7 +10,12 @@ import {
   VtpmRegistry,
   type WorkerConnection,
 } from 'vtpm-manager/ownership/registry';
-import { type AnchoredStore, createAnchoredStore, openAnchoredStore } from 'vtpm-manager/store/index';
+import {
+  type AnchoredStore,
+  type AnchorOptions,
+  createAnchoredStore,
+  openAnchoredStore,
+} from 'vtpm-manager/store/index';
 import { createTrustStore, openTrustStore, type TrustStore } from 'vtpm-manager/trust/trust-configuration';
 import {
   type Ack,
@@ -29,6 +34,7 @@ import {
   type WorkerFrame,
 } from 'vtpm-proto';
 import { MemoryStore, storeFull } from '../support/memory-store.js';
+import { anchorOptions, testKeys, unwatched } from '../support/test-keys.js';
 import {
   loadRequest,
   saveBytes,
@@ -117,16 +123,18 @@ class World {
   private constructor(
     readonly keys: KeyHierarchy,
     public store: AnchoredStore,
+    readonly anchor: AnchorOptions,
   ) {}
 
   trust!: TrustStore;
   registry!: VtpmRegistry;
 
   static async create(): Promise<World> {
-    const keys = deriveKeys(randomBytes(32), randomBytes(16));
+    const keys = testKeys();
     const disk = new MemoryStore();
-    const store = await createAnchoredStore(disk, keys);
-    const world = new World(keys, store);
+    const anchor = anchorOptions(keys);
+    const store = await createAnchoredStore(disk, anchor);
+    const world = new World(keys, store, anchor);
     Object.assign(world, { disk });
     await createTrustStore(keys, store, world.toolstack.key.publicKey, 1n);
     await world.start();
@@ -140,6 +148,7 @@ class World {
       keys: this.keys,
       store: this.store,
       trust: this.trust,
+      ...unwatched,
       clock: { bootId: () => this.boot, monotonicMs: () => this.now },
     });
     this.registry.events.subscribe((event) => this.events.push(event));
@@ -147,7 +156,7 @@ class World {
 
   /** What a kill -9 and a start of the manager leave: the disk. */
   async restart(): Promise<void> {
-    this.store = await openAnchoredStore(this.disk, this.keys);
+    this.store = await openAnchoredStore(this.disk, this.anchor);
     await this.start();
   }
 
@@ -333,7 +342,7 @@ describe('Load', () => {
   it('refuses what was retired: retired', async () => {
     const worker = await world.manufactured();
     worker.stream!.detach();
-    await world.registry.retire(worker.vtpm.id);
+    await world.registry.retire(worker.vtpm.id, 'manager');
     await assert.rejects(
       world.worker(worker.vtpm).load({ expectedEpoch: 1n, verbs: ['COLD'] }),
       refused('retired'),
@@ -597,7 +606,7 @@ describe('sessions over links and restarts', () => {
 
   it('tell the event stream what happens', async () => {
     worker.stream!.detach();
-    await world.registry.retire(worker.vtpm.id);
+    await world.registry.retire(worker.vtpm.id, 'manager');
     assert.deepEqual(
       world.events.map(({ type, generation }) => `${type} ${generation}`),
       ['loaded 0', 'link-up 0', 'saved 1', 'link-lost 1', 'retired 1'],
@@ -609,11 +618,11 @@ describe('retire', () => {
   it('needs the worker gone and the vTPM known', async () => {
     const world = await World.create();
     const worker = await world.manufactured();
-    await assert.rejects(world.registry.retire(worker.vtpm.id), refused('busy'));
-    await assert.rejects(world.registry.retire(testVtpm().id), refused('unknown-vtpm'));
+    await assert.rejects(world.registry.retire(worker.vtpm.id, 'manager'), refused('busy'));
+    await assert.rejects(world.registry.retire(testVtpm().id, 'manager'), refused('unknown-vtpm'));
     worker.stream!.detach();
-    await world.registry.retire(worker.vtpm.id);
-    await world.registry.retire(worker.vtpm.id);
+    await world.registry.retire(worker.vtpm.id, 'manager');
+    await world.registry.retire(worker.vtpm.id, 'manager');
     await assert.rejects(worker.connect({}), refused('fenced'));
   });
 });

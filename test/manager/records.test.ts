@@ -2,7 +2,6 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
 import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
-import { deriveKeys } from 'vtpm-manager/keys/index';
 import {
   applyLoad,
   applySave,
@@ -15,8 +14,9 @@ import {
   type VtpmRecord,
 } from 'vtpm-manager/records/index';
 import { decode, encode, type SaveBody, type StoredRecord } from 'vtpm-proto';
+import { testKeys } from '../support/test-keys.js';
 
-const keys = deriveKeys(randomBytes(32), randomBytes(16));
+const keys = testKeys();
 const names = { vtpmUuid: randomBytes(16), vmUuid: randomBytes(16) };
 const RUN_1 = Buffer.alloc(16, 1);
 const RUN_2 = Buffer.alloc(16, 2);
@@ -122,7 +122,7 @@ describe('records', () => {
     decodeRecord(keys, names.vtpmUuid, bytes);
     assert.throws(() => decodeRecord(keys, randomBytes(16), bytes), refused('store-corrupt'));
     const root = randomBytes(32);
-    const [a, b] = [deriveKeys(root, Buffer.alloc(16, 1)), deriveKeys(root, Buffer.alloc(16, 2))];
+    const [a, b] = [testKeys(Buffer.alloc(16, 1), root), testKeys(Buffer.alloc(16, 2), root)];
     const other = encodeRecord(a, newRecord(a, names, facts(), 1n));
     decodeRecord(a, names.vtpmUuid, other);
     assert.throws(() => decodeRecord(b, names.vtpmUuid, other), refused('store-corrupt'));

@@ -311,10 +311,10 @@ describe('store process', () => {
 
   for (const mode of ['sandbox', 'plain']) {
     it(`I-4 a manager killed with -9 takes its ${mode} process along, and the next one has every acknowledged record`, async () => {
-      const { storeId, anchorKey } = fixture.anchor;
+      const { storeId, rootKey } = fixture;
       const writer = spawn(
         process.execPath,
-        [WRITER, fixture.directory, storeId.toString('hex'), anchorKey.toString('hex'), mode, '1000000'],
+        [WRITER, fixture.directory, storeId.toString('hex'), rootKey.toString('hex'), mode, '1000000'],
         { stdio: ['ignore', 'pipe', 'inherit'] },
       );
       const acknowledged = new Map<string, number>();
@@ -335,10 +335,10 @@ describe('store process', () => {
   }
 
   it('a manager killed with -9 takes along even a process that hangs', async () => {
-    const { storeId, anchorKey } = fixture.anchor;
+    const { storeId, rootKey } = fixture;
     const writer = spawn(
       process.execPath,
-      [WRITER, fixture.directory, storeId.toString('hex'), anchorKey.toString('hex'), 'sandbox', '1000000'],
+      [WRITER, fixture.directory, storeId.toString('hex'), rootKey.toString('hex'), 'sandbox', '1000000'],
       { stdio: ['ignore', 'pipe', 'inherit'] },
     );
     const lines = createInterface({ input: writer.stdout });
@@ -352,14 +352,14 @@ describe('store process', () => {
 
   it('I-4 acknowledges a commit only after fdatasync of the data and a synced meta page', async () => {
     const trace = join(fixture.parent, 'trace');
-    const { storeId, anchorKey } = fixture.anchor;
+    const { storeId, rootKey } = fixture;
     const calls = 'trace=openat,fdatasync,write,writev,pwrite64,pwritev,sendmsg';
     const { status, error } = spawnSync(
       'strace',
       ['-f', '-y', '-s', '0', '-e', calls, '-o', trace, process.execPath, WRITER].concat(
         fixture.directory,
         storeId.toString('hex'),
-        anchorKey.toString('hex'),
+        rootKey.toString('hex'),
         ['plain', '20'],
       ),
       { stdio: ['ignore', 'ignore', 'inherit'] },

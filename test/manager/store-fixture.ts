@@ -15,6 +15,9 @@ import {
   type StateStore,
 } from 'vtpm-manager/store/index';
 
+import { MemoryCounter } from '../support/memory-counter.js';
+import { anchorOptions, testKeys } from '../support/test-keys.js';
+
 export const WRITER = fileURLToPath(new URL('./store-writer.js', import.meta.url));
 
 const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
@@ -23,7 +26,11 @@ const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' }
 export class StoreFixture {
   readonly parent = realpathSync(mkdtempSync(join(tmpdir(), 'vtpm-store-')));
   readonly directory: string;
-  readonly anchor = { storeId: randomBytes(16), anchorKey: randomBytes(32) };
+  readonly storeId = randomBytes(16);
+  readonly rootKey = randomBytes(32);
+  /** The TPM's counter, which is not on the disk. */
+  readonly counter = new MemoryCounter();
+  readonly anchor = anchorOptions(testKeys(this.storeId, this.rootKey), this.counter);
   /** What `onLost` was called with, in order. */
   readonly lost: ManagerError[] = [];
   readonly #open: StateStore[] = [];

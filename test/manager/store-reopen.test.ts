@@ -1,15 +1,14 @@
 import assert from 'node:assert/strict';
-import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { cpSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { type IncomingMessage, request } from 'node:http';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { ManagerError } from 'vtpm-manager';
-import { deriveKeys } from 'vtpm-manager/keys/index';
 import { createAnchoredStore, openAnchoredStore } from 'vtpm-manager/store/index';
 import { ManagerInstallation } from '../support/manager-process.js';
 import { MemoryStore, storeFull } from '../support/memory-store.js';
+import { anchorOptions, testKeys } from '../support/test-keys.js';
 import { until } from '../support/until.js';
 import { testVtpm } from '../support/worker-client.js';
 
@@ -98,10 +97,11 @@ describe('the store after its process ended', () => {
   });
 
   it('a commit of which nobody knows whether it happened may be there or not', async () => {
-    const keys = deriveKeys(randomBytes(32), randomBytes(16));
+    const keys = testKeys();
     for (const isThere of [true, false]) {
       const disk = new MemoryStore();
-      const store = await createAnchoredStore(disk, keys);
+      const anchor = anchorOptions(keys);
+      const store = await createAnchoredStore(disk, anchor);
       await store.write('vtpm/a', 0, Buffer.from('1'));
       const commit = disk.commit.bind(disk);
       disk.commit = async (writes) => {
@@ -110,15 +110,15 @@ describe('the store after its process ended', () => {
       };
       await assert.rejects(store.write('vtpm/a', 1, Buffer.from('2')));
       disk.commit = commit;
-      const again = await openAnchoredStore(disk, keys, store.roots);
+      const again = await openAnchoredStore(disk, anchor, store.roots);
       assert.equal((await again.read('vtpm/a'))?.value.toString(), isThere ? '2' : '1');
     }
   });
 
   it('a full disk leaves one state only', async () => {
-    const keys = deriveKeys(randomBytes(32), randomBytes(16));
+    const keys = testKeys();
     const disk = new MemoryStore();
-    const store = await createAnchoredStore(disk, keys);
+    const store = await createAnchoredStore(disk, anchorOptions(keys));
     disk.beforeCommit = storeFull;
     await assert.rejects(store.write('vtpm/a', 0, Buffer.from('1')));
     assert.equal(store.roots.length, 1);

@@ -2,13 +2,14 @@
  * Stands in for a manager that is killed or traced: makes a store, then writes records and says on standard output
  * which ones were acknowledged.
  *
- *     node store-writer.js DIRECTORY STORE_ID ANCHOR_KEY sandbox|plain COUNT
+ *     node store-writer.js DIRECTORY STORE_ID ROOT_KEY sandbox|plain COUNT
  */
 import { createLogger } from 'vtpm-common';
 import { createAnchoredStore, openLmdbStore } from 'vtpm-manager/store/index';
+import { anchorOptions, testKeys } from '../support/test-keys.js';
 import { contentOf } from './store-fixture.js';
 
-const [directory = '', storeId = '', anchorKey = '', mode = '', count = ''] = process.argv.slice(2);
+const [directory = '', storeId = '', rootKey = '', mode = '', count = ''] = process.argv.slice(2);
 const store = await openLmdbStore({
   directory,
   create: true,
@@ -18,10 +19,10 @@ const store = await openLmdbStore({
     throw error;
   },
 });
-const anchored = await createAnchoredStore(store, {
-  storeId: Buffer.from(storeId, 'hex'),
-  anchorKey: Buffer.from(anchorKey, 'hex'),
-});
+const anchored = await createAnchoredStore(
+  store,
+  anchorOptions(testKeys(Buffer.from(storeId, 'hex'), Buffer.from(rootKey, 'hex'))),
+);
 for (let i = 0; i < Number(count); i++) {
   const key = `vtpm/${i % 10}`;
   const version = Math.floor(i / 10);

@@ -3,10 +3,14 @@ import type { StateStore, StoreEntry, StoreWrite } from 'vtpm-manager/store/stat
 
 /** A StateStore in memory: what a test puts under AnchoredStore where the disk is not what it tests. */
 export class MemoryStore implements StateStore {
-  readonly #entries = new Map<string, StoreEntry>();
+  readonly #entries: Map<string, StoreEntry>;
   /** Called before each commit; what it throws fails the commit, what it returns is waited for. */
   beforeCommit: (writes: readonly StoreWrite[]) => void | Promise<void> = () => undefined;
   commits = 0;
+
+  constructor(entries: readonly StoreEntry[] = []) {
+    this.#entries = new Map(entries.map((entry) => [entry.key, entry]));
+  }
 
   async get(key: string): Promise<StoreEntry | undefined> {
     return this.#entries.get(key);

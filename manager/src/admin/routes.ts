@@ -1,4 +1,5 @@
 import { type AllowedImage, uuidToText } from 'vtpm-proto';
+import type { AuditActor, AuditLog } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import type { VtpmRegistry, VtpmView } from '../ownership/registry.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
@@ -8,6 +9,7 @@ import type { Answer } from './http.js';
 export interface AdminService {
   readonly registry: VtpmRegistry;
   readonly trust: TrustStore;
+  readonly audit: AuditLog;
 }
 
 export interface AdminRequest {
@@ -15,8 +17,8 @@ export interface AdminRequest {
   readonly path: readonly string[];
   readonly query: URLSearchParams;
   body(): Promise<Record<string, unknown>>;
-  /** Says in the audit log who changes what. */
-  audit(action: string, facts: Record<string, string>): void;
+  /** The caller's uid, for the audit log. */
+  readonly actor: AuditActor;
 }
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
@@ -58,23 +60,32 @@ async function listVtpms({ query }: AdminRequest, { registry }: AdminService): P
 }
 
 async function retireVtpm(id: string, request: AdminRequest, { registry }: AdminService): Promise<Answer> {
-  request.audit('retire', { vtpm: id });
-  await registry.retire(id);
+  await registry.retire(id, request.actor);
   return ok({ id, kind: 'retired' });
 }
 
-async function allowImage(request: AdminRequest, { trust }: AdminService): Promise<Answer> {
+async function allowImage(request: AdminRequest, { trust, audit }: AdminService): Promise<Answer> {
   const body = await request.body();
   const bytes = digest(body.digest);
   const { note } = body;
   if (note !== undefined && typeof note !== 'string') throw new ManagerError('bad-request', '"note" is text');
-  request.audit('image-allow', { digest: bytes.toString('hex'), ...(note !== undefined && { note }) });
+  const facts = { digest: bytes.toString('hex'), ...(note !== undefined && { note }) };
+  await audit.append({ actor: request.actor, action: 'image-allow', verdict: 'done', facts });
   return { status: 201, body: describeImage(await trust.allowImage(bytes, note, BigInt(Date.now()))) };
 }
 
-async function removeImage(bytes: Buffer, request: AdminRequest, { trust }: AdminService): Promise<Answer> {
+async function removeImage(
+  bytes: Buffer,
+  request: AdminRequest,
+  { trust, audit }: AdminService,
+): Promise<Answer> {
   const hex = bytes.toString('hex');
-  request.audit('image-remove', { digest: hex });
+  await audit.append({
+    actor: request.actor,
+    action: 'image-remove',
+    verdict: 'done',
+    facts: { digest: hex },
+  });
   if (!(await trust.removeImage(bytes))) {
     return {
       status: 404,

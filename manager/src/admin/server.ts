@@ -3,6 +3,7 @@ import type { Socket } from 'node:net';
 import type { Finding, Logger } from 'vtpm-common';
 import { ManagerError } from '../error.js';
 import { listenLocally } from '../local-socket.js';
+import type { PlatformControl } from '../platform-control.js';
 import { streamEvents } from './event-stream.js';
 import { errorAnswer, readJson, sendJson } from './http.js';
 import { type AdminService, route } from './routes.js';
@@ -38,6 +39,8 @@ export interface AdminOptions {
   doctor(): Promise<Finding[]>;
   /** @throws ManagerError `locked` where only /health works */
   service(): AdminService;
+  /** Works while locked too. */
+  platform(): PlatformControl;
 }
 
 export interface AdminPlane {
@@ -103,7 +106,7 @@ async function answer(
         path,
         query: url.searchParams,
         body: () => readJson(request),
-        audit: (action, facts) => options.log.info({ audit: action, uid, ...facts }, `admin: ${action}`),
+        actor: { uid: uid ?? -1 },
       },
       service,
     );

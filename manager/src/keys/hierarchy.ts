@@ -1,25 +1,8 @@
 import { type BoxKeyPair, boxKeyPair, expectLength } from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import { anchorAuthOf, type InstallationSecrets } from './keyring.js';
+import type { RootKeys } from './root-keys.js';
 import { hkdf, wipe } from './secret.js';
-
-/** Number of the store key in use; records name it so that it can be rotated. */
-export const STORE_KEY_ID = 1;
-
-/** Everything the manager derives from the root key. It lives in memory only, as long as the manager is unlocked. */
-export interface KeyHierarchy {
-  readonly storeId: Buffer;
-  /** Wraps the data keys of the vTPMs. */
-  readonly storeKey: Buffer;
-  readonly recordMacKey: Buffer;
-  readonly trustMacKey: Buffer;
-  readonly anchorKey: Buffer;
-  /** Authenticates the enrolment file. */
-  readonly enrolmentMacKey: Buffer;
-  /** The manager's identity: Load requests are boxed to it. */
-  readonly identity: BoxKeyPair;
-  /** Key of one session. The same inputs give the same key, so that a restarted manager goes on with it. 32 bytes. */
-  sessionKey(session: SessionNames): Buffer;
-  wipe(): void;
-}
 
 export interface SessionNames {
   /** 16 bytes */
@@ -31,36 +14,91 @@ export interface SessionNames {
   readonly workerKey: Uint8Array;
 }
 
-const NO_SALT = new Uint8Array(0);
+/**
+ * Every key of an unlocked manager, in memory only. What is stored names the generation of the root key that protects
+ * it: while the root key is rotated there are two, and writes take the newer one.
+ */
+export class KeyHierarchy {
+  /** The manager's identity: Load requests are boxed to it. */
+  readonly identity: BoxKeyPair;
+  readonly #sessionRoot: Buffer;
+  readonly #anchorAuth: Buffer;
+  readonly #generations = new Map<number, RootKeys>();
+  #current: RootKeys;
 
-/** @param rootKey 32 bytes; the caller wipes it @param storeId 16 bytes */
-export function deriveKeys(rootKey: Uint8Array, storeId: Uint8Array): KeyHierarchy {
-  expectLength('root key', rootKey, 32);
-  expectLength('store id', storeId, 16);
-  const ofStore = (purpose: string): Buffer => hkdf(rootKey, storeId, `vtpm.v1 ${purpose}`);
-  const storeKey = ofStore('store key');
-  const recordMacKey = ofStore('record mac');
-  const trustMacKey = ofStore('trust mac');
-  const anchorKey = ofStore('anchor');
-  const sessionRoot = ofStore('session root');
-  // These two outlive a store.
-  const enrolmentMacKey = hkdf(rootKey, NO_SALT, 'vtpm.v1 enrolment mac');
-  const identitySecret = hkdf(rootKey, NO_SALT, 'vtpm.v1 manager identity');
-  const identity = boxKeyPair(identitySecret);
-  // The pair has its own copy.
-  wipe(identitySecret);
-  return {
-    storeId: Buffer.from(storeId),
-    storeKey,
-    recordMacKey,
-    trustMacKey,
-    anchorKey,
-    enrolmentMacKey,
-    identity,
-    sessionKey: (session) => hkdf(sessionRoot, session.sessionId, sessionInfo(session)),
-    wipe: () =>
-      wipe(storeKey, recordMacKey, trustMacKey, anchorKey, sessionRoot, enrolmentMacKey, identity.secretKey),
-  };
+  /** Takes over `root`, copies `secrets`. */
+  constructor(root: RootKeys, secrets: InstallationSecrets) {
+    this.#current = root;
+    this.#generations.set(root.keyId, root);
+    this.identity = boxKeyPair(secrets.identity);
+    this.#sessionRoot = hkdf(secrets.session, root.storeId, 'vtpm.v1 session root');
+    this.#anchorAuth = anchorAuthOf(secrets, root.storeId);
+  }
+
+  /** 16 bytes */
+  get storeId(): Buffer {
+    return this.#current.storeId;
+  }
+
+  /** Protects whatever is written from now on. */
+  get current(): RootKeys {
+    return this.#current;
+  }
+
+  /** The current one first. */
+  get generations(): RootKeys[] {
+    return [...this.#generations.values()].reverse();
+  }
+
+  /** Authorises the anchor's counter in the TPM, 32 bytes. */
+  get anchorAuth(): Buffer {
+    return this.#anchorAuth;
+  }
+
+  /**
+   * @param what that is under it, for the message
+   * @throws ManagerError `rollback-detected` where that generation was erased, `store-corrupt` where it never was
+   */
+  ofGeneration(keyId: number, what: string): RootKeys {
+    const keys = this.#generations.get(keyId);
+    if (keys) return keys;
+    if (keyId > 0 && keyId < this.#current.keyId) {
+      throw new ManagerError(
+        'rollback-detected',
+        `${what} is from before the last rotation of the root key (generation ${keyId}, now ${this.#current.keyId}), ` +
+          'and nothing opens it any more; put the newest store back',
+      );
+    }
+    throw new ManagerError(
+      'store-corrupt',
+      `the store is damaged: ${what} names generation ${keyId} of the root key, which there is not; restore it from a backup`,
+    );
+  }
+
+  /** Key of one session. The same inputs give the same key, so that a restarted manager goes on with it. 32 bytes. */
+  sessionKey(session: SessionNames): Buffer {
+    return hkdf(this.#sessionRoot, session.sessionId, sessionInfo(session));
+  }
+
+  /** Begins a rotation: both generations open, writes take `next`, which is taken over. */
+  advance(next: RootKeys): void {
+    this.#generations.set(next.keyId, next);
+    this.#current = next;
+  }
+
+  /** Ends a rotation: only the current generation is left. */
+  forgetOlder(): void {
+    for (const [keyId, keys] of this.#generations) {
+      if (keys === this.#current) continue;
+      keys.wipe();
+      this.#generations.delete(keyId);
+    }
+  }
+
+  wipe(): void {
+    for (const keys of this.#generations.values()) keys.wipe();
+    wipe(this.#sessionRoot, this.#anchorAuth, this.identity.secretKey);
+  }
 }
 
 /** "vtpm.v1 session", uuid, epoch (u64, big-endian), worker key: every part has a fixed length. */

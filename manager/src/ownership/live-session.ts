@@ -12,7 +12,14 @@ import {
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
-import { applySave, encodeRecord, PART_LIMITS, type VtpmRecord, withoutSession } from '../records/index.js';
+import {
+  applySave,
+  encodeRecord,
+  PART_LIMITS,
+  rekey,
+  type VtpmRecord,
+  withoutSession,
+} from '../records/index.js';
 import type { AnchoredStore } from '../store/anchored-store.js';
 import type { SaveLink } from './registry.js';
 import type { Slot } from './slot.js';
@@ -95,6 +102,12 @@ export class LiveSession {
 
   thaw(): Promise<void> {
     return this.#control('THAW', EMPTY);
+  }
+
+  /** Puts the record under the current generation of the root key, between two saves. Called in the slot's order. */
+  async rekey(): Promise<void> {
+    if (this.#isOver || this.record.header.keyId === this.parts.keys.current.keyId) return;
+    await this.#commit(rekey(this.parts.keys, this.record));
   }
 
   /** Tells the worker that the session is over, and ends the stream. Does not wait for the worker. */

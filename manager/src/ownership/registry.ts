@@ -13,6 +13,8 @@ import {
   uuidToText,
   type WorkerFrame,
 } from 'vtpm-proto';
+import type { AuditAction, AuditActor, AuditLog, AuditVerdict } from '../audit/index.js';
+import type { Erasure } from '../erasure.js';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import {
@@ -22,11 +24,12 @@ import {
   type LoadFacts,
   newRecord,
   openState,
+  rekey,
   retire,
   savedBytes,
   type VtpmRecord,
 } from '../records/index.js';
-import type { AnchoredStore } from '../store/anchored-store.js';
+import type { AnchoredStore, Counting } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
@@ -65,6 +68,8 @@ export interface RegistryOptions {
   readonly keys: KeyHierarchy;
   readonly store: AnchoredStore;
   readonly trust: TrustStore;
+  readonly audit: Pick<AuditLog, 'append'>;
+  readonly erasure: Pick<Erasure, 'note'>;
   /** Called before a new vTPM is made. @throws ManagerError `store-full` where the room left is for the others */
   checkRoom?(): void;
   /** For tests: another boot, another time. */
@@ -153,7 +158,7 @@ export class VtpmRegistry {
   }
 
   /** Final: key and state are dropped. @throws ManagerError `unknown-vtpm`, `busy` while a worker is connected */
-  async retire(vtpmUuid: string): Promise<void> {
+  async retire(vtpmUuid: string, actor: AuditActor): Promise<void> {
     this.#checkOpen();
     await this.#checkKnown(vtpmUuid, unknownVtpm(vtpmUuid));
     const slot = this.#slot(vtpmUuid);
@@ -165,9 +170,27 @@ export class VtpmRegistry {
       if (!held) throw unknownVtpm(vtpmUuid);
       if (held.record.header.kind === 'RETIRED') return;
       const record = retire(held.record);
-      await this.#write(vtpmUuid, held.version, record);
+      await this.#audit(actor, 'retire', 'intended', record.header);
+      await this.options.erasure.note(this.options.keys.current.keyId, Date.now());
+      // Counted first: a disk from before does not bring it back.
+      await this.#write(vtpmUuid, held.version, record, 'now');
+      await this.#audit(actor, 'retire', 'done', record.header);
       this.#emit('retired', record.header);
     });
+  }
+
+  /** Puts a vTPM's record under the current generation of the root key, between two of its operations. */
+  async rekey(vtpmUuid: string): Promise<void> {
+    this.#checkOpen();
+    const slot = this.#slot(vtpmUuid);
+    await slot.inOrder(async () => {
+      if (slot.live) return await slot.live.rekey();
+      const held = await this.#read(vtpmUuid);
+      if (!held || held.record.header.keyId === this.options.keys.current.keyId) return;
+      await this.#write(vtpmUuid, held.version, rekey(this.options.keys, held.record));
+    });
+    // All vTPMs come by here: those that do nothing must not cost memory for ever.
+    if (slot.isDispensable) this.#slots.delete(vtpmUuid);
   }
 
   /** @throws ManagerError `unknown-vtpm` */
@@ -206,8 +229,9 @@ export class VtpmRegistry {
     this.#checkOpen();
     const { keys } = this.options;
     const { ticket, claim, vtpmUuid } = checked;
+    const actor = { worker: Buffer.from(ticket.workerPublicKey).toString('hex').slice(0, 16) };
     const held = await this.#read(vtpmUuid);
-    const mode = checkAgainstRecord(checked, held?.record.header);
+    const mode = await this.#checkLoad(checked, held?.record.header, actor);
     if (mode === 'manufacture') this.options.checkRoom?.();
     const session: Session = {
       sessionId: randomBytes(16),
@@ -227,13 +251,47 @@ export class VtpmRegistry {
     const record = held ? applyLoad(held.record, facts) : newRecord(keys, ticket, facts, BigInt(Date.now()));
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = this.#grant(checked, record, mode === 'manufacture');
+    await this.#audit(actor, 'load', 'done', record.header, undefined, { mode, isolation: ticket.isolation });
     await this.#write(vtpmUuid, held?.version ?? 0, record);
     connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
     const { live } = slot;
     slot.live = undefined;
     this.#emit('loaded', record.header);
+    if (live) await this.#audit('manager', 'fence', 'done', record.header);
     live?.fence(`vTPM ${vtpmUuid} was loaded by another worker, epoch ${record.header.epoch}`);
     return response;
+  }
+
+  /** What the ticket may not have is written down: it is signed, so somebody who is trusted asked for it. */
+  async #checkLoad(checked: CheckedLoad, header: RecordHeader | undefined, actor: AuditActor) {
+    try {
+      return checkAgainstRecord(checked, header);
+    } catch (error) {
+      const reason = ManagerError.from(error);
+      const facts = header ?? { ...checked.ticket, epoch: 0n, generation: 0n };
+      await this.#audit(actor, 'load', 'refused', facts, reason);
+      throw error;
+    }
+  }
+
+  async #audit(
+    actor: AuditActor,
+    action: AuditAction,
+    verdict: AuditVerdict,
+    { vtpmUuid, epoch, generation }: Pick<RecordHeader, 'vtpmUuid' | 'epoch' | 'generation'>,
+    reason?: ManagerError,
+    facts?: Readonly<Record<string, string>>,
+  ): Promise<void> {
+    await this.options.audit.append({
+      actor,
+      action,
+      verdict,
+      vtpm: uuidToText(vtpmUuid),
+      epoch,
+      generation,
+      ...(reason && { reason: { code: reason.code, message: reason.message } }),
+      ...(facts && { facts }),
+    });
   }
 
   #grant({ ticket, claim }: CheckedLoad, record: VtpmRecord, manufacture: boolean): LoadResponse {
@@ -317,8 +375,9 @@ export class VtpmRegistry {
     );
   }
 
-  async #write(vtpmUuid: string, version: number, record: VtpmRecord): Promise<void> {
-    await this.options.store.write(PREFIX + vtpmUuid, version, encodeRecord(this.options.keys, record));
+  async #write(vtpmUuid: string, version: number, record: VtpmRecord, counting?: Counting): Promise<void> {
+    const bytes = encodeRecord(this.options.keys, record);
+    await this.options.store.write(PREFIX + vtpmUuid, version, bytes, counting);
   }
 
   /** A slot stays for ever: who proved nothing must not make one for each uuid that he thinks of. */

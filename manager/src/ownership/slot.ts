@@ -12,13 +12,20 @@ export class Slot {
   newestLink: { readonly sessionId: Uint8Array; readonly number: bigint } | undefined;
   #holder: { readonly operation: string; readonly since: number } | undefined;
   #tail: Promise<unknown> = Promise.resolve();
+  #pending = 0;
 
   constructor(readonly vtpmUuid: string) {}
 
   inOrder<T>(operation: () => Promise<T>): Promise<T> {
-    const run = this.#tail.then(operation);
+    this.#pending++;
+    const run = this.#tail.then(operation).finally(() => this.#pending--);
     this.#tail = run.catch(() => undefined);
     return run;
+  }
+
+  /** Nothing is remembered here that the record does not say. */
+  get isDispensable(): boolean {
+    return this.#pending === 0 && !this.#holder && !this.live && !this.newestLink;
   }
 
   /** @throws ManagerError `busy` with holder and age */

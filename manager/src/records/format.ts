@@ -10,7 +10,7 @@ import {
   uuidToText,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import { type KeyHierarchy, WRAPPED_KEY_BYTES } from '../keys/index.js';
+import { type KeyHierarchy, type RootKeys, WRAPPED_KEY_BYTES } from '../keys/index.js';
 
 /** Format number of records; a newer one is refused by name. */
 export const RECORD_FORMAT = 1;
@@ -28,7 +28,7 @@ export function encodeRecord(keys: KeyHierarchy, record: VtpmRecord): Buffer {
   return encode('StoredRecord', {
     header,
     parts,
-    mac: recordMac(keys, record.header.vtpmUuid, header, parts),
+    mac: recordMac(keys.ofGeneration(record.header.keyId, 'a record'), record.header.vtpmUuid, header, parts),
   });
 }
 
@@ -41,11 +41,11 @@ export function decodeRecord(keys: KeyHierarchy, vtpmUuid: Uint8Array, bytes: Ui
   try {
     const stored = decode('StoredRecord', bytes);
     checkFormat(name, stored.header);
-    verifyMac(keys, name, vtpmUuid, stored);
+    const header = decode('RecordHeader', stored.header);
+    verifyMac(keys.ofGeneration(header.keyId, `the record of vTPM ${name}`), name, vtpmUuid, stored);
     // protobuf has many encodings of one message; only the one that was written is taken.
     if (!bytesEqual(encode('StoredRecord', stored), bytes))
       throw corrupt(name, 'is not encoded as it was written');
-    const header = decode('RecordHeader', stored.header);
     checkHeader(keys, name, vtpmUuid, header);
     return { header, parts: stored.parts };
   } catch (error) {
@@ -79,7 +79,7 @@ function decodeFormat(header: Uint8Array): { format: number } {
   return { format };
 }
 
-function verifyMac(keys: KeyHierarchy, name: string, vtpmUuid: Uint8Array, stored: StoredRecord): void {
+function verifyMac(keys: RootKeys, name: string, vtpmUuid: Uint8Array, stored: StoredRecord): void {
   const expected = recordMac(keys, vtpmUuid, stored.header, stored.parts);
   if (stored.mac.length !== expected.length || !timingSafeEqual(stored.mac, expected)) {
     throw corrupt(name, 'does not authenticate: it was changed, or belongs to another vTPM or store');
@@ -100,7 +100,7 @@ function checkHeader(keys: KeyHierarchy, name: string, vtpmUuid: Uint8Array, hea
  * fixed length, so that nothing can be shifted from one into another.
  */
 function recordMac(
-  keys: KeyHierarchy,
+  keys: RootKeys,
   vtpmUuid: Uint8Array,
   header: Uint8Array,
   parts: readonly SealedPart[],

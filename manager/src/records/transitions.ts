@@ -13,7 +13,6 @@ import {
   type KeyHierarchy,
   newDataKey,
   openPart,
-  STORE_KEY_ID,
   sealPart,
   unwrapDataKey,
   wipe,
@@ -44,9 +43,10 @@ export function newRecord(
   now: bigint,
 ): VtpmRecord {
   const dataKey = newDataKey();
-  const wrappedDataKey = wrapDataKey(keys.storeKey, dataKey, {
+  const { keyId, storeKey } = keys.current;
+  const wrappedDataKey = wrapDataKey(storeKey, dataKey, {
     format: RECORD_FORMAT,
-    keyId: STORE_KEY_ID,
+    keyId,
     storeId: keys.storeId,
     vtpmUuid: names.vtpmUuid,
   });
@@ -60,7 +60,7 @@ export function newRecord(
     vmRunId: load.vmRunId,
     generation: 0n,
     epoch: 1n,
-    keyId: STORE_KEY_ID,
+    keyId,
     wrappedDataKey,
     session: load.session,
     libtpmsVersion: load.libtpmsVersion,
@@ -127,6 +127,62 @@ export function retire(record: VtpmRecord): VtpmRecord {
   return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY }, parts: [] };
 }
 
+/** What an operator must see of a vTPM for ever. */
+export type Mark = 'rolled-back' | 'recovered' | 'restored';
+
+/**
+ * Generations from which on a vTPM goes on after an old state of it was accepted: the saves since are lost, and nobody
+ * knows how many there were. So the upper half of a generation counts accepted rollbacks, the lower one saves.
+ */
+const ROLLBACK_STEP = 1n << 32n;
+
+/** An old state goes on as the newest: marked, owned by nobody, at a generation that was never used. */
+export function resume(record: VtpmRecord, mark: Mark): VtpmRecord {
+  const { header, parts } = withoutSession(record);
+  const generation =
+    (header.generation / ROLLBACK_STEP + 1n) * ROLLBACK_STEP + (header.generation % ROLLBACK_STEP);
+  const marks = header.marks.includes(mark) ? header.marks : [...header.marks, mark];
+  return { header: { ...header, generation, epoch: header.epoch + 1n, marks }, parts };
+}
+
+/**
+ * The same record under the current generation of the root key: state under a new data key, that one wrapped anew.
+ * A tombstone has neither and is only authenticated anew.
+ */
+export function rekey(keys: KeyHierarchy, record: VtpmRecord): VtpmRecord {
+  const { keyId, storeKey } = keys.current;
+  if (record.header.kind === 'RETIRED') return { ...record, header: { ...record.header, keyId } };
+  const oldKey = openDataKey(keys, record.header);
+  const dataKey = newDataKey();
+  try {
+    const { format, storeId, vtpmUuid } = record.header;
+    const wrappedDataKey = wrapDataKey(storeKey, dataKey, { format, keyId, storeId, vtpmUuid });
+    const header: RecordHeader = { ...record.header, keyId, wrappedDataKey };
+    return {
+      header,
+      parts: record.parts.map((part) => reseal(oldKey, record.header, part, dataKey, header)),
+    };
+  } finally {
+    wipe(oldKey, dataKey);
+  }
+}
+
+function reseal(
+  oldKey: Uint8Array,
+  oldHeader: RecordHeader,
+  part: SealedPart,
+  dataKey: Uint8Array,
+  header: RecordHeader,
+): SealedPart {
+  const { kind, generation, epoch, libtpmsVersion } = decode('PartContext', part.context);
+  const plain = openPart(oldKey, part, contextOf(oldHeader, kind));
+  try {
+    return sealPart(dataKey, { ...contextOf(header, kind), generation, epoch, libtpmsVersion }, plain);
+  } finally {
+    wipe(plain);
+  }
+}
+
 /** State in the clear; the caller wipes it. `volatile` is there only for the VM run that the record is at. */
 export function openState(
   keys: KeyHierarchy,
@@ -136,7 +192,7 @@ export function openState(
   try {
     const open = (kind: PartKind): Buffer | undefined => {
       const part = ofKind(record.parts, kind)[0];
-      return part && openPart(dataKey, part, { ...contextOf(record.header, kind) });
+      return part && openPart(dataKey, part, contextOf(record.header, kind));
     };
     return { permanent: open('PERMANENT'), volatile: open('VOLATILE') };
   } finally {
@@ -191,13 +247,7 @@ function ofKind(parts: readonly SealedPart[], kind: PartKind): SealedPart[] {
 }
 
 function openDataKey(keys: KeyHierarchy, header: RecordHeader): Buffer {
-  if (header.keyId !== STORE_KEY_ID) {
-    throw new ManagerError(
-      'newer-format',
-      `the record is under store key ${header.keyId}, which is not known here`,
-    );
-  }
-  return unwrapDataKey(keys.storeKey, header.wrappedDataKey, {
+  return unwrapDataKey(keys.ofGeneration(header.keyId, 'a record').storeKey, header.wrappedDataKey, {
     format: header.format,
     keyId: header.keyId,
     storeId: header.storeId,

@@ -1,8 +1,8 @@
 import {
   concat,
+  inSession,
   NV_Increment,
   type NvEntity,
-  openSession,
   Rc,
   readNvIndex,
   type Session,
@@ -28,17 +28,11 @@ export interface AnchorCounter {
   increment(): Promise<bigint>;
 }
 
-interface Opened {
-  readonly tpm: Tpm;
-  readonly session: Session;
-  readonly index: NvEntity;
-}
-
-/** Keeps one salted session open, as opening one costs several times what its use does. */
+/**
+ * Opens a session for each use: one that was kept would stay loaded when the manager is killed, and a TPM without a
+ * resource manager has room for three or so.
+ */
 export class SessionCounter {
-  #opened: Opened | undefined;
-  /** The last proved value. */
-  #last: bigint | undefined;
   readonly #auth: Buffer;
 
   /** @param auth 32 bytes; copied */
@@ -49,59 +43,29 @@ export class SessionCounter {
     this.#auth = concat(auth);
   }
 
-  /** Whether a session of it is loaded in the TPM now. */
-  get isOpen(): boolean {
-    return this.#opened !== undefined;
-  }
-
   read(tpm: Tpm): Promise<bigint> {
-    return this.#use(tpm, (opened) => this.#read(opened));
+    return this.#use(tpm, (index, session) => readCounterBy(tpm, index, session));
   }
 
   increment(tpm: Tpm): Promise<bigint> {
-    const before = this.#last;
-    let isFirst = true;
-    return this.#use(tpm, async (opened) => {
-      const { session, index } = opened;
-      // Nothing proves an answer that the session is gone: the TPM may have counted before it.
-      const hasCounted = !isFirst && before !== undefined && (await this.#read(opened)) > before;
-      isFirst = false;
-      if (!hasCounted)
-        await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
-      return this.#read(opened);
+    return this.#use(tpm, async (index, session) => {
+      await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
+      return await readCounterBy(tpm, index, session);
     });
   }
 
-  async close(): Promise<void> {
-    await this.#drop();
+  close(): void {
     wipe(this.#auth);
   }
 
-  async #read({ tpm, index, session }: Opened): Promise<bigint> {
-    this.#last = await readCounterBy(tpm, index, session);
-    return this.#last;
-  }
-
-  async #use<T>(tpm: Tpm, body: (opened: Opened) => Promise<T>): Promise<T> {
-    // After a new connection nothing of the old one is there.
-    if (this.#opened !== undefined && this.#opened.tpm !== tpm) this.#opened = undefined;
-    for (let mayBeStale = this.#opened !== undefined; ; mayBeStale = false) {
-      this.#opened ??= await this.#open(tpm);
-      try {
-        return await body(this.#opened);
-      } catch (error) {
-        // Whatever it was: the session may be out of step, and the index is looked at again.
-        await this.#drop();
-        if (mayBeStale && isGone(error)) continue;
-        throw await this.#explain(tpm, error);
-      }
-    }
-  }
-
-  async #open(tpm: Tpm): Promise<Opened> {
+  async #use<T>(tpm: Tpm, body: (index: NvEntity, session: Session) => Promise<T>): Promise<T> {
     const srk = await enrolledSrk(tpm, this.enrolment);
     const index = await this.#enrolledIndex(tpm);
-    return { tpm, index, session: await openSession(tpm, { kind: 'hmac', salt: srk }) };
+    try {
+      return await inSession(tpm, { kind: 'hmac', salt: srk }, (session) => body(index, session));
+    } catch (error) {
+      throw await this.#explain(tpm, error);
+    }
   }
 
   async #enrolledIndex(tpm: Tpm): Promise<NvEntity> {
@@ -121,18 +85,6 @@ export class SessionCounter {
     }
     return error;
   }
-
-  async #drop(): Promise<void> {
-    const opened = this.#opened;
-    this.#opened = undefined;
-    await opened?.session.close();
-  }
-}
-
-/** The TPM does not know the session, which another program or a reset removed. Such a command was not executed. */
-function isGone(error: unknown): boolean {
-  if (TpmError.is(error, Rc.REFERENCE_S0, Rc.REFERENCE_S1, Rc.REFERENCE_S2)) return true;
-  return TpmError.is(error, Rc.VALUE, Rc.HANDLE) && error.response.subject === 'session';
 }
 
 const RECOVER =

@@ -105,13 +105,11 @@ const ALGORITHMS = ['SHA256', 'HMAC', 'AES', 'CFB', 'KEYEDHASH'] as const;
 
 /**
  * @param srkHandle of the enrolment, or where init would look for one
- * @param ownSessions how many sessions the manager itself keeps loaded
  */
 export async function examine(
   tpm: Tpm,
   srkHandle: number,
   enrolment: RootTpmEnrolment | undefined,
-  ownSessions = 0,
 ): Promise<TpmFacts> {
   try {
     await readProperty(tpm, Pt.MANUFACTURER);
@@ -137,7 +135,7 @@ export async function examine(
       failures: (await readProperty(tpm, Pt.LOCKOUT_COUNTER)) ?? 0,
       recoverySeconds: (await readProperty(tpm, LOCKOUT_INTERVAL)) ?? 0,
     },
-    loaded: Math.max(0, loaded.flat().length - ownSessions),
+    loaded: loaded.flat().length,
     srk: srk && { name: srk.name.toString('hex'), flaw: unfitness(srk) },
     nvHalf:
       enrolment && (await stateOf(tpm, { handle: enrolment.root.nvHandle, name: enrolment.root.nvName })),

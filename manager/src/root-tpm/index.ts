@@ -267,16 +267,13 @@ class OpenRootTpm implements RootTpm {
   }
 
   examine(enrolment: RootTpmEnrolment): Promise<TpmFacts> {
-    return this.#inTurn((tpm) => {
-      const own = this.#counters.filter(({ isOpen }) => isOpen).length;
-      return examine(tpm, enrolment.srkHandle, enrolment, own);
-    });
+    return this.#inTurn((tpm) => examine(tpm, enrolment.srkHandle, enrolment));
   }
 
   async close(): Promise<void> {
     await this.#last;
     this.#isClosed = true;
-    for (const counter of this.#counters) await counter.close();
+    for (const counter of this.#counters) counter.close();
     await this.#tpm?.close();
   }
 

@@ -1,30 +1,40 @@
 import { createHmac, timingSafeEqual } from 'node:crypto';
-import { type AnchorStatement, bytesEqual, decode, encode } from 'vtpm-proto';
+import { bytesEqual, decode, encode } from 'vtpm-proto';
+import type { AuditHead } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import type { KeyHierarchy, RootKeys } from '../keys/index.js';
 
 /** The record that states what the newest store is. */
 export const ANCHOR_KEY = 'anchor';
 const FORMAT = 1;
 
-/** The anchor for a root of 32 bytes. */
-export function sealAnchor(anchorKey: Uint8Array, storeId: Uint8Array, root: Uint8Array): Buffer {
+export interface AnchorFacts {
+  /** Root of the Merkle tree, 32 bytes. */
+  readonly root: Uint8Array;
+  /** What the chip's counter shows, or will show next. */
+  readonly counter: bigint;
+  readonly audit: AuditHead;
+}
+
+export function sealAnchor({ anchorKey, storeId, keyId }: RootKeys, facts: AnchorFacts): Buffer {
   const statement = encode('AnchorStatement', {
     format: FORMAT,
     storeId,
-    root,
-    // The chip has no counter for it yet.
-    counter: 0n,
-    auditHead: new Uint8Array(0),
+    root: facts.root,
+    counter: facts.counter,
+    auditHead: facts.audit.digest,
+    auditLength: facts.audit.length,
   });
-  return encode('AnchorRecord', { statement, mac: macOf(anchorKey, statement) });
+  return encode('AnchorRecord', { statement, mac: macOf(anchorKey, statement), keyId });
 }
 
 /**
  * @returns the statement of an anchor that was written under this key for this store
  * @throws ManagerError `store-corrupt` or `newer-format`
  */
-export function openAnchor(anchorKey: Uint8Array, storeId: Uint8Array, record: Uint8Array): AnchorStatement {
-  const { statement, mac } = parse('AnchorRecord', record);
+export function openAnchor(keys: KeyHierarchy, record: Uint8Array): AnchorFacts {
+  const { statement, mac, keyId } = parse('AnchorRecord', record);
+  const { anchorKey, storeId } = keys.ofGeneration(keyId, 'its anchor');
   const expected = macOf(anchorKey, statement);
   if (mac.length !== expected.length || !timingSafeEqual(mac, expected)) {
     throw corrupt("its anchor was not written by this installation's TPM key, or was changed");
@@ -38,7 +48,8 @@ export function openAnchor(anchorKey: Uint8Array, storeId: Uint8Array, record: U
   }
   if (parsed.format !== FORMAT) throw corrupt(`its anchor has format ${parsed.format}, which there is not`);
   if (!bytesEqual(parsed.storeId, storeId)) throw corrupt('its anchor belongs to another store');
-  return parsed;
+  const { root, counter, auditHead, auditLength } = parsed;
+  return { root, counter, audit: { length: auditLength, digest: Buffer.from(auditHead) } };
 }
 
 function parse<K extends 'AnchorRecord' | 'AnchorStatement'>(

@@ -1,4 +1,11 @@
-export { type AnchoredStore, createAnchoredStore, openAnchoredStore } from './anchored-store.js';
+export { adoptStore, examineStore, type StoreVerdict, spoilAnchor } from './adopt.js';
+export {
+  type AnchoredStore,
+  type AnchorOptions,
+  type Counting,
+  createAnchoredStore,
+  openAnchoredStore,
+} from './anchored-store.js';
 export { MAX_VALUE_BYTES } from './limits.js';
 export { openLmdbStore } from './lmdb-store.js';
 export type { StateStore, StoreEntry, StoreWrite } from './state-store.js';

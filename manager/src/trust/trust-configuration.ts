@@ -9,10 +9,10 @@ import {
   type TrustConfiguration,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import type { KeyHierarchy } from '../keys/index.js';
+import type { KeyHierarchy, RootKeys } from '../keys/index.js';
 import type { AnchoredStore } from '../store/anchored-store.js';
 
-const TRUST_KEY = 'trust';
+export const TRUST_KEY = 'trust';
 const TRUST_FORMAT = 1;
 /** The whole configuration is one record: more images than this are a mistake, not an installation. */
 const MAX_IMAGES = 1024;
@@ -28,6 +28,8 @@ export interface TrustStore {
   allowImage(digest: Uint8Array, note: string | undefined, now: bigint): Promise<AllowedImage>;
   /** @returns false where the image was not on the list */
   removeImage(digest: Uint8Array): Promise<boolean>;
+  /** Puts the record under the current generation of the root key. */
+  rekey(): Promise<void>;
 }
 
 /** Writes the first configuration: one toolstack key for every vTPM, no image. Used by init alone. */
@@ -44,7 +46,7 @@ export async function createTrustStore(
     toolstackKeys: [{ publicKey: toolstackKey, vtpmScope: [], addedAt: now }],
     images: [],
   };
-  await store.write(TRUST_KEY, 0, encodeTrust(keys, configuration));
+  await store.write(TRUST_KEY, 0, encodeTrust(keys, configuration), 'now');
 }
 
 /** @throws ManagerError `store-corrupt` where the record is missing or was changed, `newer-format` */
@@ -120,13 +122,18 @@ class StoredTrust implements TrustStore {
     return isRemoved;
   }
 
-  /** In memory the change takes effect only after it is durable. */
+  rekey(): Promise<void> {
+    return this.#change((images) => [...images]);
+  }
+
+  /** In memory the change takes effect only after it is durable and counted. */
   #change(edit: (images: readonly AllowedImage[]) => AllowedImage[] | undefined): Promise<void> {
     const run = this.#last.then(async () => {
       const images = edit(this.configuration.images);
       if (!images) return;
       const next = { ...this.configuration, images };
-      this.version = await this.store.write(TRUST_KEY, this.version, encodeTrust(this.keys, next));
+      const bytes = encodeTrust(this.keys, next);
+      this.version = await this.store.write(TRUST_KEY, this.version, bytes, 'now');
       this.configuration = next;
     });
     this.#last = run.catch(() => undefined);
@@ -134,15 +141,24 @@ class StoredTrust implements TrustStore {
   }
 }
 
+/** The record under the current generation of the root key. @throws ManagerError `store-corrupt` */
+export function rekeyTrust(keys: KeyHierarchy, bytes: Uint8Array): Buffer {
+  return encodeTrust(keys, decodeTrust(keys, bytes));
+}
+
 function encodeTrust(keys: KeyHierarchy, value: TrustConfiguration): Buffer {
   const configuration = encode('TrustConfiguration', value);
-  return encode('TrustRecord', { configuration, mac: trustMac(keys, configuration) });
+  const { keyId } = keys.current;
+  return encode('TrustRecord', { configuration, mac: trustMac(keys.current, configuration), keyId });
 }
 
 function decodeTrust(keys: KeyHierarchy, bytes: Uint8Array): TrustConfiguration {
   try {
     const record = decode('TrustRecord', bytes);
-    const expected = trustMac(keys, record.configuration);
+    const expected = trustMac(
+      keys.ofGeneration(record.keyId, 'the trust configuration'),
+      record.configuration,
+    );
     if (record.mac.length !== expected.length || !timingSafeEqual(record.mac, expected)) {
       throw corrupt('does not authenticate');
     }
@@ -161,7 +177,7 @@ function decodeTrust(keys: KeyHierarchy, bytes: Uint8Array): TrustConfiguration 
   }
 }
 
-function trustMac(keys: KeyHierarchy, configuration: Uint8Array): Buffer {
+function trustMac(keys: RootKeys, configuration: Uint8Array): Buffer {
   return createHmac('sha256', keys.trustMacKey).update('vtpm.v1 trust\0').update(configuration).digest();
 }
 

@@ -1,0 +1,167 @@
+import { existsSync, readdirSync, renameSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
+import { type Logger, type Paths, syncDirectory } from 'vtpm-common';
+import { uuidToBytes, uuidToText } from 'vtpm-proto';
+import { type AuditHead, type AuditLog, createAuditLog, EMPTY_HEAD, openAuditLog } from './audit/index.js';
+import { ManagerError } from './error.js';
+import type { KeyHierarchy } from './keys/index.js';
+import { decodeRecord, encodeRecord, type Mark, rekey, resume } from './records/index.js';
+import type { AnchorCounter } from './root-tpm/index.js';
+import { auditKeys } from './service.js';
+import { adoptStore, examineStore, type StateStore, type StoreEntry } from './store/index.js';
+import { rekeyTrust, TRUST_KEY } from './trust/trust-configuration.js';
+
+export interface AcceptOptions {
+  readonly store: StateStore;
+  readonly keys: KeyHierarchy;
+  readonly paths: Paths['manager'];
+  readonly log: Logger;
+  /** That every live vTPM bears from now on. */
+  readonly mark: Mark;
+}
+
+/** A vTPM as the disk has it. */
+export interface RecoveredVtpm {
+  readonly id: string;
+  /** It goes on from `generation` with `nextGeneration`: none of the lost ones is used again. */
+  readonly generation: bigint;
+  readonly nextGeneration: bigint;
+  readonly epoch: bigint;
+  /** Unix milliseconds. */
+  readonly savedAt: bigint;
+  /** The newest generation that the audit log knows of, where that is more. */
+  readonly lostAtLeast: bigint | undefined;
+}
+
+export interface Survey {
+  /** Why a start refuses the store; undefined where it does not. */
+  readonly refusal: string | undefined;
+  readonly vtpms: readonly RecoveredVtpm[];
+}
+
+const PREFIX = 'vtpm/';
+/** Entries of the audit log that are looked through for what was lost. */
+const AUDIT_ENTRIES = 10_000;
+
+/**
+ * What accepting the store would bring back. Changes nothing.
+ * @param counted what the TPM shows; undefined where its counter is gone
+ */
+export async function surveyStore(options: AcceptOptions, counted: bigint | undefined): Promise<Survey> {
+  const { store, keys, paths } = options;
+  const found: Omit<RecoveredVtpm, 'lostAtLeast'>[] = [];
+  const verdict = await examineStore(store, keys, (entry) => {
+    const record = recordOf(keys, entry);
+    if (!record || record.header.kind === 'RETIRED') return;
+    const { vtpmUuid, generation, epoch, savedAt } = record.header;
+    const nextGeneration = resume(record, options.mark).header.generation;
+    found.push({ id: uuidToText(vtpmUuid), generation, nextGeneration, epoch, savedAt });
+  });
+  const known = new Map<string, bigint>();
+  let auditFlaw: string | undefined;
+  try {
+    const { log } = await openAuditLog(paths.audit, auditKeys(keys), verdict.anchor?.audit ?? EMPTY_HEAD);
+    for (const { vtpm, generation = 0n } of await log.tail(AUDIT_ENTRIES)) {
+      if (vtpm !== undefined && generation > (known.get(vtpm) ?? 0n)) known.set(vtpm, generation);
+    }
+    await log.close();
+  } catch (error) {
+    if (!(error instanceof ManagerError)) throw error;
+    auditFlaw = error.message;
+  }
+  const vtpms = found.map((vtpm) => {
+    const newest = known.get(vtpm.id) ?? 0n;
+    return { ...vtpm, lostAtLeast: newest > vtpm.generation ? newest : undefined };
+  });
+  return { refusal: refusalOf(verdict, counted) ?? auditFlaw, vtpms };
+}
+
+function refusalOf(
+  { anchor, isWhole }: Awaited<ReturnType<typeof examineStore>>,
+  counted: bigint | undefined,
+): string | undefined {
+  if (!anchor) return 'the store has no anchor, or one that is not of this installation';
+  if (!isWhole) return 'the records are not those that the anchor speaks of';
+  if (counted === undefined) return "the TPM's counter is gone";
+  const { counter } = anchor;
+  if (counter === counted || counter === counted + 1n) return undefined;
+  return `the store's anchor says ${counter}, the TPM has counted to ${counted}`;
+}
+
+/**
+ * Takes the store for the newest, after `spoilAnchor`: every live vTPM is marked, loses its session, and goes on with a
+ * generation that none of the lost ones can have had; everything is put under the current generation of the root key.
+ */
+export async function acceptStore(options: AcceptOptions, counter: AnchorCounter): Promise<void> {
+  const { store, keys, mark } = options;
+  const audit = await openOrBeginAudit(options);
+  try {
+    const action = mark === 'recovered' ? 'recover' : 'accept-rollback';
+    const actor = { uid: process.getuid?.() ?? 0 };
+    await audit.append({ actor, action, verdict: 'intended' });
+    const events: { vtpm: string; generation: bigint; epoch: bigint }[] = [];
+    const change = (entry: StoreEntry): Uint8Array | undefined => {
+      if (entry.key === TRUST_KEY) return rekeyTrust(keys, entry.value);
+      const record = recordOf(keys, entry);
+      if (!record) return undefined;
+      const isLive = record.header.kind === 'LIVE';
+      if (!isLive && record.header.keyId === keys.current.keyId) return undefined;
+      const next = rekey(keys, isLive ? resume(record, mark) : record);
+      const { vtpmUuid, generation, epoch } = next.header;
+      if (isLive) events.push({ vtpm: uuidToText(vtpmUuid), generation, epoch });
+      return encodeRecord(keys, next);
+    };
+    let head: AuditHead = audit.head;
+    const announce = async (): Promise<void> => {
+      await Promise.all(events.map((event) => audit.append({ actor, action, verdict: 'done', ...event })));
+      head = audit.head;
+    };
+    await adoptStore(store, keys, counter, () => head, change, announce);
+  } finally {
+    await audit.close();
+  }
+}
+
+function recordOf(keys: KeyHierarchy, { key, value }: StoreEntry) {
+  return key.startsWith(PREFIX)
+    ? decodeRecord(keys, uuidToBytes(key.slice(PREFIX.length)), value)
+    : undefined;
+}
+
+/** A log that does not verify is put aside whole, and a new chain begins that says so. */
+async function openOrBeginAudit({ store, keys, paths, log }: AcceptOptions): Promise<AuditLog> {
+  const { anchor } = await examineStore(store, keys, () => undefined);
+  try {
+    return (await openAuditLog(paths.audit, auditKeys(keys), anchor?.audit ?? EMPTY_HEAD)).log;
+  } catch (error) {
+    if (!(error instanceof ManagerError)) throw error;
+    const aside = putAside(paths.audit);
+    log.warn(
+      { reason: error.code, aside },
+      'the audit log does not verify; it was put aside, and a new one begins',
+    );
+    const { keyId: id, auditKey: key } = keys.current;
+    const begun = await createAuditLog(paths.audit, { id, key });
+    await begun.append({
+      actor: 'manager',
+      action: 'accept-rollback',
+      verdict: 'intended',
+      reason: { code: error.code, message: error.message },
+      facts: { putAside: aside },
+    });
+    return begun;
+  }
+}
+
+/** @returns the ending that the files have now */
+function putAside(path: string): string {
+  const directory = dirname(path);
+  const ending = `.aside-${new Date().toISOString().replaceAll(':', '')}`;
+  const stem = basename(path, '.log');
+  for (const name of existsSync(directory) ? readdirSync(directory) : []) {
+    const isSegment = name === basename(path) || (name.startsWith(`${stem}.`) && name.endsWith('.log'));
+    if (isSegment) renameSync(join(directory, name), join(directory, name + ending));
+  }
+  syncDirectory(directory);
+  return ending;
+}

@@ -1,0 +1,132 @@
+import { bytesEqual } from 'vtpm-proto';
+import type { AuditHead } from '../audit/index.js';
+import { ManagerError } from '../error.js';
+import type { KeyHierarchy } from '../keys/index.js';
+import type { AnchorCounter } from '../root-tpm/index.js';
+import { ANCHOR_KEY, type AnchorFacts, openAnchor, sealAnchor } from './anchor.js';
+import { MAX_BATCH_BYTES, MAX_BATCH_WRITES } from './limits.js';
+import { buildMerkleTree, type LeafChange, valueDigest } from './merkle-tree.js';
+import type { StateStore, StoreEntry, StoreWrite } from './state-store.js';
+
+/** What a store says of itself, and whether that is so. For `recover`, which is told what a start refuses. */
+export interface StoreVerdict {
+  /** Undefined where the anchor is missing or not authentic. */
+  readonly anchor: AnchorFacts | undefined;
+  /** The records are those of the anchor. */
+  readonly isWhole: boolean;
+}
+
+/** Reads every record; what is no record of ours is for `take` to refuse. */
+export async function examineStore(
+  store: StateStore,
+  keys: KeyHierarchy,
+  take: (entry: StoreEntry) => void,
+): Promise<StoreVerdict> {
+  const leaves: LeafChange[] = [];
+  let anchor: AnchorFacts | undefined;
+  for await (const entry of entriesOf(store)) {
+    if (entry.key === ANCHOR_KEY) {
+      anchor = authentic(keys, entry.value);
+      continue;
+    }
+    leaves.push({ key: entry.key, version: entry.version, digest: valueDigest(entry.value) });
+    take(entry);
+  }
+  return { anchor, isWhole: anchor !== undefined && bytesEqual(buildMerkleTree(leaves).root, anchor.root) };
+}
+
+/**
+ * Takes a store as it is for the newest one, after `spoilAnchor`. First every record is written as `change` has it, then
+ * one anchor that fits, which the TPM counts. A crash leaves a store that is refused as before, and this is repeated.
+ * @param change the new value, or undefined where the record stays
+ * @param beforeAnchor called when every record is as it will be
+ */
+export async function adoptStore(
+  store: StateStore,
+  keys: KeyHierarchy,
+  counter: AnchorCounter,
+  audit: () => AuditHead,
+  change: (entry: StoreEntry) => Uint8Array | undefined,
+  beforeAnchor: () => Promise<void>,
+): Promise<void> {
+  const shown = await counter.read();
+  const leaves: LeafChange[] = [];
+  let anchorVersion = 0;
+  let batch: StoreWrite[] = [];
+  let bytes = 0;
+  const flush = async (): Promise<void> => {
+    if (batch.length > 0 && !(await store.commit(batch))) throw changed();
+    batch = [];
+    bytes = 0;
+  };
+  for await (const entry of entriesOf(store)) {
+    if (entry.key === ANCHOR_KEY) {
+      anchorVersion = entry.version;
+      continue;
+    }
+    const value = change(entry);
+    const version = value ? entry.version + 1 : entry.version;
+    leaves.push({ key: entry.key, version, digest: valueDigest(value ?? entry.value) });
+    if (!value) continue;
+    batch.push({ key: entry.key, expectedVersion: entry.version, value });
+    bytes += value.length;
+    if (batch.length >= MAX_BATCH_WRITES || bytes >= MAX_BATCH_BYTES / 2) await flush();
+  }
+  await flush();
+  await beforeAnchor();
+  const root = buildMerkleTree(leaves).root;
+  const anchor = sealAnchor(keys.current, { root, counter: shown + 1n, audit: audit() });
+  const isWritten = await store.commit([{ key: ANCHOR_KEY, expectedVersion: anchorVersion, value: anchor }]);
+  if (!isWritten) throw changed();
+  if ((await counter.increment()) !== shown + 1n) {
+    throw new ManagerError(
+      'rollback-detected',
+      "somebody else counts with the TPM's counter; stop it and repeat",
+    );
+  }
+}
+
+/**
+ * Makes a store that no start takes, whatever the TPM's counter shows, until `adoptStore` has written the anchor that
+ * fits. An anchor that is none already stays.
+ */
+export async function spoilAnchor(store: StateStore, keys: KeyHierarchy): Promise<void> {
+  const entry = await store.get(ANCHOR_KEY);
+  const stated = entry && authentic(keys, entry.value);
+  if (!stated) return;
+  const value = sealAnchor(keys.current, { ...stated, root: Buffer.alloc(32) });
+  if (!(await store.commit([{ key: ANCHOR_KEY, expectedVersion: entry.version, value }]))) throw changed();
+}
+
+function authentic(keys: KeyHierarchy, anchor: Uint8Array): AnchorFacts | undefined {
+  try {
+    return openAnchor(keys, anchor);
+  } catch (error) {
+    if (error instanceof ManagerError && ['store-corrupt', 'rollback-detected'].includes(error.code))
+      return undefined;
+    throw error;
+  }
+}
+
+const PAGE_RECORDS = 64;
+
+async function* entriesOf(store: StateStore): AsyncGenerator<StoreEntry> {
+  for (let after: string | undefined; ; ) {
+    const page = await store.list(after, PAGE_RECORDS);
+    if (page.length === 0) return;
+    for (const entry of page) {
+      if (after !== undefined && entry.key <= after) {
+        throw new ManagerError(
+          'store-corrupt',
+          'the records of the store are out of order: its files are damaged',
+        );
+      }
+      after = entry.key;
+      yield entry;
+    }
+  }
+}
+
+function changed(): ManagerError {
+  return new ManagerError('store-corrupt', 'the store was changed meanwhile; repeat');
+}

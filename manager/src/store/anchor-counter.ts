@@ -1,0 +1,133 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import { barrier, type Logger } from 'vtpm-common';
+import { ManagerError } from '../error.js';
+import type { AnchorCounter } from '../root-tpm/index.js';
+
+/** Milliseconds before each further attempt of a step; the last one again and again. */
+const RETRY_AFTER_MS = [100, 500, 2_000, 10_000];
+
+/**
+ * Advances the counter in the order that survives a crash: the next value is written in the anchor first, then the chip
+ * counts. So the chip shows what the newest anchor says, or one less; an anchor from before the last step says less than
+ * the chip for ever.
+ */
+export class CounterSteps {
+  #isDue = false;
+  #timer: NodeJS.Timeout | undefined;
+  #stepping: Promise<void> | undefined;
+  readonly #ended = new AbortController();
+
+  /**
+   * @param value what the chip shows now
+   * @param windowMs after which plain writes are counted
+   * @param onDue called when a step should be taken
+   */
+  constructor(
+    private readonly counter: AnchorCounter,
+    private value: bigint,
+    private readonly windowMs: number,
+    private readonly log: Logger,
+    private readonly onDue: () => void,
+  ) {}
+
+  /** What an anchor says that takes no step. */
+  get stated(): bigint {
+    return this.#stepping ? this.value + 1n : this.value;
+  }
+
+  /** The chip is counting: until it has, no anchor may say more. */
+  get isStepping(): boolean {
+    return this.#stepping !== undefined;
+  }
+
+  /** Plain writes have waited for a step as long as they may. */
+  get isDue(): boolean {
+    return this.#isDue;
+  }
+
+  /** There are plain writes that no step has covered. */
+  get isOpen(): boolean {
+    return this.#timer !== undefined || this.#isDue;
+  }
+
+  /** A plain write was committed. */
+  noteWrite(): void {
+    if (this.#timer || this.#isDue || this.#ended.signal.aborted) return;
+    this.#timer = setTimeout(() => {
+      this.#timer = undefined;
+      this.#isDue = true;
+      this.onDue();
+    }, this.windowMs);
+    this.#timer.unref();
+  }
+
+  /**
+   * Takes the step that the anchor on the disk says. It is tried until the chip answers: the anchor cannot be unsaid.
+   * @throws ManagerError `rollback-detected` where somebody else counts too; `shutting-down` after `end`
+   */
+  take(): Promise<void> {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    this.#isDue = false;
+    barrier('anchor.stated');
+    this.#stepping = this.#step(this.value + 1n).then(() => {
+      this.value += 1n;
+      this.#stepping = undefined;
+      barrier('anchor.counted');
+    });
+    return this.#stepping;
+  }
+
+  /** No further attempt of a step that fails. */
+  end(): void {
+    this.#ended.abort();
+    clearTimeout(this.#timer);
+  }
+
+  async #step(wanted: bigint): Promise<void> {
+    for (let attempt = 0; ; attempt++) {
+      try {
+        // Of a step that failed it is not known whether the chip has counted.
+        const now = attempt === 0 ? wanted - 1n : await this.counter.read();
+        const after = now < wanted ? await this.counter.increment() : now;
+        if (after === wanted) return;
+        throw new ManagerError(
+          'rollback-detected',
+          `the TPM's counter shows ${after} instead of ${wanted}: another program counts with this installation's key, ` +
+            'or a copy of this installation runs on the same TPM',
+        );
+      } catch (error) {
+        const known = ManagerError.from(error, "the TPM's counter cannot be advanced");
+        if (known.code === 'rollback-detected' || this.#ended.signal.aborted) throw known;
+        this.log.warn(
+          { reason: known.code },
+          `the TPM's counter cannot be advanced, which is tried again: ${known.message}. ` +
+            'Saves go on; what has to be counted first waits',
+        );
+        const pause = RETRY_AFTER_MS[Math.min(attempt, RETRY_AFTER_MS.length - 1)];
+        await delay(pause, undefined, { ref: false, signal: this.#ended.signal }).catch(() => undefined);
+      }
+    }
+  }
+}
+
+/**
+ * Compares what the newest anchor says with the chip, and takes the step that a crash has left out.
+ * @returns the chip's value, which is then the anchor's
+ * @throws ManagerError `rollback-detected`, and the TPM's
+ */
+export async function reconcile(counter: AnchorCounter, stated: bigint): Promise<bigint> {
+  const shown = await counter.read();
+  if (stated === shown) return shown;
+  if (stated === shown + 1n) {
+    const after = await counter.increment();
+    if (after === stated) return after;
+  }
+  throw new ManagerError(
+    'rollback-detected',
+    stated < shown
+      ? `the store is an old one: its anchor says ${stated}, the TPM has counted to ${shown}. Put the newest store back; ` +
+          'if it is lost, vtpmctl recover --accept-rollback says what goes back to what, and does it'
+      : `the TPM's counter shows ${shown}, the store's anchor says ${stated}: the TPM's memory was put back, or it is another TPM`,
+  );
+}

@@ -1,0 +1,309 @@
+import { barrier } from 'vtpm-common';
+import type { AuditHead } from '../audit/index.js';
+import { ManagerError } from '../error.js';
+import { ANCHOR_KEY, sealAnchor } from './anchor.js';
+import { CounterSteps } from './anchor-counter.js';
+import type { AnchoredStore, AnchorOptions, Counting } from './anchored-store.js';
+import { isStoreKey, MAX_BATCH_BYTES, MAX_BATCH_WRITES } from './limits.js';
+import { type MerkleTree, type StagedTree, valueDigest } from './merkle-tree.js';
+import { checkWrite, type StateStore, type StoreEntry, type StoreWrite } from './state-store.js';
+
+/** What the disk says at the beginning. */
+export interface OpenedAnchor {
+  readonly anchorVersion: number;
+  /** What the TPM shows, and the anchor says. */
+  readonly counter: bigint;
+  readonly audit: AuditHead;
+}
+
+interface QueuedWrite extends StoreWrite {
+  readonly value: Uint8Array;
+  readonly counting: Counting;
+  resolve(version: number): void;
+  reject(error: ManagerError): void;
+}
+
+interface Waiter {
+  resolve(): void;
+  reject(error: ManagerError): void;
+}
+
+/** The store in service: see AnchoredStore. */
+export class GroupCommitStore implements AnchoredStore {
+  readonly auditAtOpen: AuditHead;
+  readonly #steps: CounterSteps;
+  #anchorVersion: number;
+  /** Who wants a step although he writes nothing. */
+  #countWaiters: Waiter[] = [];
+  #queue: QueuedWrite[] = [];
+  /** The commit under way. It never rejects. */
+  #committing: Promise<void> | undefined;
+  #committingKeys: ReadonlySet<string> = new Set();
+  #isScheduled = false;
+  /** The root of a commit of which it is not known whether it is on the disk. */
+  #uncertain: Buffer | undefined;
+  /** Why the store refuses everything. */
+  #broken: ManagerError | undefined;
+  #closing: Promise<void> | undefined;
+  /** Resolves when the step under way has been taken, or failed. */
+  #stepping: Promise<void> | undefined;
+
+  constructor(
+    private readonly store: StateStore,
+    private readonly tree: MerkleTree,
+    opened: OpenedAnchor,
+    private readonly options: AnchorOptions,
+  ) {
+    this.#anchorVersion = opened.anchorVersion;
+    this.auditAtOpen = opened.audit;
+    const { counter, windowMs, log } = options;
+    this.#steps = new CounterSteps(counter, opened.counter, windowMs, log, () => this.#schedule());
+  }
+
+  get size(): number {
+    return this.tree.size;
+  }
+
+  get roots(): readonly Buffer[] {
+    return this.#uncertain ? [this.tree.root, this.#uncertain] : [this.tree.root];
+  }
+
+  keys(after: string | undefined, limit: number): string[] {
+    return this.tree.keys(after, limit);
+  }
+
+  async read(key: string): Promise<StoreEntry | undefined> {
+    checkKey(key);
+    for (;;) {
+      this.#refuseIfEnded();
+      const before = this.#fingerprint(key);
+      const entry = await this.store.get(key);
+      const read = fingerprintOf(entry);
+      if (read === before || read === this.#fingerprint(key)) return entry;
+      // A commit may have been overtaken: its content is on disk, and not yet in the tree.
+      const isMoving = this.#committingKeys.has(key) || before !== this.#fingerprint(key);
+      if (!isMoving) throw this.#break(corrupt(`${key} is not what was last written`));
+      await this.#committing;
+    }
+  }
+
+  write(
+    key: string,
+    expectedVersion: number,
+    value: Uint8Array,
+    counting: Counting = 'later',
+  ): Promise<number> {
+    return new Promise((resolve, reject) => {
+      checkKey(key);
+      this.#refuseIfEnded();
+      checkWrite({ key, expectedVersion, value });
+      this.#queue.push({ key, expectedVersion, value, counting, resolve, reject });
+      this.#schedule();
+    });
+  }
+
+  count(): Promise<void> {
+    return new Promise((resolve, reject) => {
+      this.#refuseIfEnded();
+      this.#countWaiters.push({ resolve, reject });
+      this.#schedule();
+    });
+  }
+
+  close(): Promise<void> {
+    this.#closing ??= this.#end();
+    return this.#closing;
+  }
+
+  async #end(): Promise<void> {
+    this.#steps.end();
+    // An anchor from before the end is an old one from now on.
+    if (this.#steps.isOpen && !this.#broken) this.#countWaiters.push(IGNORED);
+    while (this.#committing || this.#hasWork()) {
+      await (this.#committing ?? this.#commitNext());
+      await this.#stepping?.catch(() => undefined);
+    }
+    await this.#stepping?.catch(() => undefined);
+    await this.store.close();
+  }
+
+  /** Not at once: writes of the same turn of the event loop share the first commit too. */
+  #schedule(): void {
+    if (this.#isScheduled || this.#committing) return;
+    this.#isScheduled = true;
+    queueMicrotask(() => {
+      this.#isScheduled = false;
+      void this.#commitNext();
+    });
+  }
+
+  #commitNext(): Promise<void> {
+    if (this.#committing) return this.#committing;
+    if (this.#broken) return Promise.resolve();
+    const batch = this.#takeBatch();
+    const isCounting = !this.#steps.isStepping && this.#wantsCounting(batch);
+    if (batch.length === 0 && !isCounting) return Promise.resolve();
+    this.#committingKeys = new Set(batch.map((write) => write.key));
+    this.#committing = this.#commit(batch, isCounting).finally(() => {
+      this.#committing = undefined;
+      this.#committingKeys = new Set();
+      if (this.#hasWork()) this.#schedule();
+    });
+    return this.#committing;
+  }
+
+  #wantsCounting(batch: readonly QueuedWrite[]): boolean {
+    return (
+      this.#steps.isDue || this.#countWaiters.length > 0 || batch.some(({ counting }) => counting === 'now')
+    );
+  }
+
+  /** Something that the next commit would do. */
+  #hasWork(): boolean {
+    if (this.#broken) return false;
+    if (this.#steps.isStepping) return this.#queue.some(({ counting }) => counting === 'later');
+    return this.#queue.length > 0 || this.#countWaiters.length > 0 || this.#steps.isDue;
+  }
+
+  /**
+   * The writes of the next commit. A stale one is refused here, alone: in the transaction it would fail all. A second
+   * write of a key waits for the next commit, which decides whether it is stale. While the TPM counts, no anchor may
+   * say more than that it is about to: writes that have to be counted wait.
+   */
+  #takeBatch(): QueuedWrite[] {
+    const batch: QueuedWrite[] = [];
+    const waiting: QueuedWrite[] = [];
+    const keys = new Set<string>();
+    let bytes = 0;
+    let isFull = false;
+    for (const write of this.#queue) {
+      isFull ||=
+        batch.length === MAX_BATCH_WRITES ||
+        (batch.length > 0 && bytes + write.value.length > MAX_BATCH_BYTES);
+      const mustWait = write.counting === 'now' && this.#steps.isStepping;
+      if (isFull || mustWait || keys.has(write.key)) {
+        waiting.push(write);
+        keys.add(write.key);
+        continue;
+      }
+      const version = this.tree.get(write.key)?.version ?? 0;
+      if (write.expectedVersion !== version) {
+        write.reject(
+          new ManagerError('stale', `${write.key} has version ${version}, not ${write.expectedVersion}`),
+        );
+        continue;
+      }
+      keys.add(write.key);
+      batch.push(write);
+      bytes += write.value.length;
+    }
+    this.#queue = waiting;
+    return batch;
+  }
+
+  async #commit(batch: readonly QueuedWrite[], isCounting: boolean): Promise<void> {
+    // Whoever asks while the commit is under way is not in it.
+    const waiters = isCounting ? this.#countWaiters.splice(0) : [];
+    try {
+      const staged = await this.#commitStaged(batch, isCounting);
+      staged.apply();
+      this.#uncertain = undefined;
+      this.#anchorVersion++;
+    } catch (cause) {
+      const error = ManagerError.from(cause, 'the store cannot be written');
+      // Of anything but a full disk it is not known whether it is on the disk.
+      if (error.code === 'store-full') this.#uncertain = undefined;
+      else this.#break(error);
+      for (const waiter of [...batch, ...waiters]) waiter.reject(error);
+      return;
+    }
+    const counted = batch.filter(({ counting }) => counting === 'now');
+    for (const write of batch) {
+      if (write.counting === 'later') write.resolve(write.expectedVersion + 1);
+    }
+    if (isCounting) this.#take(counted, waiters);
+    else if (batch.length > 0) this.#steps.noteWrite();
+  }
+
+  /** The anchor on the disk says the next value: has the TPM count, beside the commits that follow. */
+  #take(counted: readonly QueuedWrite[], waiters: readonly Waiter[]): void {
+    const settled = this.#steps.take().then(
+      () => {
+        for (const write of counted) write.resolve(write.expectedVersion + 1);
+        for (const waiter of waiters) waiter.resolve();
+      },
+      (cause: unknown) => {
+        const error = this.#break(ManagerError.from(cause));
+        for (const waiter of [...counted, ...waiters]) waiter.reject(error);
+      },
+    );
+    this.#stepping = settled.then(() => {
+      this.#stepping = undefined;
+      if (this.#hasWork()) this.#schedule();
+    });
+  }
+
+  async #commitStaged(batch: readonly QueuedWrite[], isCounting: boolean): Promise<StagedTree> {
+    const staged = this.tree.stage(
+      batch.map(({ key, expectedVersion, value }) => ({
+        key,
+        version: expectedVersion + 1,
+        digest: valueDigest(value),
+      })),
+    );
+    const anchor = sealAnchor(this.options.keys.current, {
+      root: staged.root,
+      counter: this.#steps.stated + (isCounting ? 1n : 0n),
+      audit: this.options.auditHead(),
+    });
+    this.#uncertain = staged.root;
+    barrier('store.commit');
+    const isCommitted = await this.store.commit([
+      ...batch.map(({ key, expectedVersion, value }) => ({ key, expectedVersion, value })),
+      { key: ANCHOR_KEY, expectedVersion: this.#anchorVersion, value: anchor },
+    ]);
+    barrier('store.committed');
+    if (!isCommitted) throw corrupt('it was changed while the manager was running');
+    return staged;
+  }
+
+  #break(error: ManagerError): ManagerError {
+    const isFirst = !this.#broken;
+    this.#broken ??= error;
+    for (const waiter of [...this.#queue.splice(0), ...this.#countWaiters.splice(0)]) waiter.reject(error);
+    this.#steps.end();
+    if (isFirst) this.options.onBroken?.(error);
+    return error;
+  }
+
+  #refuseIfEnded(): void {
+    if (this.#broken) throw this.#broken;
+    if (this.#closing) throw new ManagerError('shutting-down', 'the store is being closed');
+  }
+
+  #fingerprint(key: string): string {
+    const leaf = this.tree.get(key);
+    return leaf ? fingerprint(leaf.version, leaf.digest) : '';
+  }
+}
+
+function fingerprintOf(entry: StoreEntry | undefined): string {
+  return entry ? fingerprint(entry.version, valueDigest(entry.value)) : '';
+}
+
+/** Version and content in one comparable value; '' is no record. */
+function fingerprint(version: number, digest: Uint8Array): string {
+  return `${version} ${Buffer.from(digest.buffer, digest.byteOffset, digest.length).toString('latin1')}`;
+}
+
+function checkKey(key: string): void {
+  if (!isStoreKey(key) || key === ANCHOR_KEY) {
+    throw new ManagerError('bad-request', 'this is no key of a record');
+  }
+}
+
+const IGNORED: Waiter = { resolve: () => undefined, reject: () => undefined };
+
+function corrupt(what: string): ManagerError {
+  return new ManagerError('store-corrupt', `the store is damaged: ${what}; restore it from a backup`);
+}
