@@ -70,7 +70,8 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
   },
   'anchor-window': {
     help: 'seconds until the root TPM counts saves; each count wears its memory',
-    fallback: 60,
+    // One count in ten minutes is 52,560 a year; makers speak of 500,000 writes.
+    fallback: 600,
     range: [1, 86400],
   },
   'erase-after': {

@@ -36,6 +36,8 @@ export interface InitOptions {
   readonly mayEmbed: boolean;
   readonly pcrSelection: string;
   readonly srkHandle: number;
+  /** Keeps the anchor's counter in the chip's RAM between orderly shutdowns. */
+  readonly orderlyCounter: boolean;
   readonly ownerAuth: Uint8Array | undefined;
   /** Ed25519 public key, 32 bytes. */
   readonly toolstackKey: Uint8Array;
@@ -95,12 +97,13 @@ async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>
   const storeId = randomBytes(16);
   const anchorAuth = anchorAuthOf(secrets, storeId);
   try {
-    const { pcrSelection, srkHandle, ownerAuth } = options;
+    const { pcrSelection, srkHandle, orderlyCounter: orderly, ownerAuth } = options;
     const made = await platform.tpm.enrol({
       installation: randomBytes(16),
       pcrSelection,
       srkHandle,
       anchorAuth,
+      orderly,
       ...(ownerAuth && { ownerAuth }),
     });
     const { enrolment: tpm, leftovers } = made;

@@ -44,6 +44,7 @@ interface InitFlags extends GlobalFlags {
   readonly yesEmbedded?: boolean;
   readonly pcrs: string;
   readonly srkHandle: string;
+  readonly orderlyCounter?: boolean;
   readonly ownerAuthFile?: string;
   readonly toolstackKey: string;
   readonly json?: boolean;
@@ -75,6 +76,10 @@ program
   .option('--yes-embedded', 'let auto take the embedded TPM: nothing is hardware-protected then')
   .option('--pcrs <selection>', 'platform state that releases the root key', 'sha256:7')
   .option('--srk-handle <handle>', 'persistent handle of the storage root key', '0x81000001')
+  .option(
+    '--orderly-counter',
+    'count in the RAM of the TPM: no wear, and an old disk can pass for the newest after a loss of power',
+  )
   .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one")
   .requiredOption('--toolstack-key <hex>', 'Ed25519 public key of the toolstack, 64 hex digits')
   .option('--json', 'print the result as JSON')
@@ -151,6 +156,7 @@ async function init(_flags: object, command: Command): Promise<void> {
     mayEmbed: flags.yesEmbedded === true,
     pcrSelection: flags.pcrs,
     srkHandle: handle(flags.srkHandle),
+    orderlyCounter: flags.orderlyCounter === true,
     ownerAuth: flags.ownerAuthFile === undefined ? undefined : readSecret(flags.ownerAuthFile),
     toolstackKey: key(flags.toolstackKey),
   });

@@ -78,6 +78,14 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       );
     }
     const log = audit;
+    if (store.isUnclean) {
+      const message =
+        'the TPM lost power with an orderly counter: whether the store is the newest of the block that was counted last cannot be told';
+      options.log.warn(message);
+      const reason = { code: 'unclean', message };
+      await audit.append({ actor: 'manager', action: 'unclean', verdict: 'done', reason });
+      await store.count();
+    }
     const erasure = await Erasure.open(store);
     const trust = await openTrustStore(keys, store);
     const registry = new VtpmRegistry({

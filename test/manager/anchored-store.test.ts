@@ -417,6 +417,7 @@ describe('anchored store', () => {
         counter: 0n,
         auditHead: Buffer.alloc(0),
         auditLength: 0n,
+        resets: 0,
       });
       const mac = createHmac('sha256', fixture.anchor.keys.current.anchorKey).update(statement).digest();
       fixture.tamper((db) => db.putSync('anchor', encode('AnchorRecord', { statement, mac, keyId: 1 }), 5));

@@ -4,6 +4,7 @@ import {
   NV_Increment,
   type NvEntity,
   Rc,
+  ReadClock,
   readNvIndex,
   type Session,
   type Tpm,
@@ -26,6 +27,15 @@ export interface AnchorCounter {
   read(): Promise<bigint>;
   /** Counts, and returns the value read after it. */
   increment(): Promise<bigint>;
+  /** Where the chip keeps the value in its RAM: after a loss of power it may be ahead of what it was. */
+  readonly orderly?: OrderlyCounter;
+}
+
+export interface OrderlyCounter {
+  /** By how much at most. */
+  readonly ahead: bigint;
+  /** How often the TPM was reset (Part 2, TPMS_CLOCK_INFO: resetCount), proved like the value. */
+  resets(): Promise<number>;
 }
 
 /**
@@ -51,6 +61,13 @@ export class SessionCounter {
     return this.#use(tpm, async (index, session) => {
       await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
       return await readCounterBy(tpm, index, session);
+    });
+  }
+
+  resets(tpm: Tpm): Promise<number> {
+    return this.#use(tpm, async (_, session) => {
+      const { currentTime } = await tpm.run(ReadClock, {}, {}, [session]);
+      return currentTime.clockInfo.resetCount;
     });
   }
 

@@ -246,11 +246,19 @@ class OpenRootTpm implements RootTpm {
   anchorCounter(enrolment: RootTpmEnrolment, anchorAuth: Uint8Array): AnchorCounter {
     checkEnrolmentFormat(enrolment);
     checkAnchorAuth(anchorAuth);
+    const { orderlyCount } = enrolment.anchor;
     const counter = new SessionCounter(enrolment, anchorAuth);
     this.#counters.push(counter);
     return {
       read: () => this.#inTurn((tpm) => counter.read(tpm)),
       increment: () => this.#inTurn((tpm) => counter.increment(tpm)),
+      ...(orderlyCount > 0 && {
+        orderly: {
+          // Part 1, "NV counters": the value after an unorderly reset is the end of the block that was begun.
+          ahead: BigInt(orderlyCount) + 1n,
+          resets: () => this.#inTurn((tpm) => counter.resets(tpm)),
+        },
+      }),
     };
   }
 

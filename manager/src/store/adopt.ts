@@ -50,6 +50,7 @@ export async function adoptStore(
   beforeAnchor: () => Promise<void>,
 ): Promise<void> {
   const shown = await counter.read();
+  const resets = (await counter.orderly?.resets()) ?? 0;
   const leaves: LeafChange[] = [];
   let anchorVersion = 0;
   let batch: StoreWrite[] = [];
@@ -75,7 +76,7 @@ export async function adoptStore(
   await flush();
   await beforeAnchor();
   const root = buildMerkleTree(leaves).root;
-  const anchor = sealAnchor(keys.current, { root, counter: shown + 1n, audit: audit() });
+  const anchor = sealAnchor(keys.current, { root, counter: shown + 1n, audit: audit(), resets });
   const isWritten = await store.commit([{ key: ANCHOR_KEY, expectedVersion: anchorVersion, value: anchor }]);
   if (!isWritten) throw changed();
   if ((await counter.increment()) !== shown + 1n) {

@@ -2,6 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
 import { ManagerError } from '../error.js';
 import type { AnchorCounter } from '../root-tpm/index.js';
+import type { AnchorFacts } from './anchor.js';
 
 /** Milliseconds before each further attempt of a step; the last one again and again. */
 const RETRY_AFTER_MS = [100, 500, 2_000, 10_000];
@@ -111,23 +112,43 @@ export class CounterSteps {
   }
 }
 
+/** What the chip shows, and whether it lost count on the way there. */
+export interface Reconciled {
+  /** Which is then the anchor's. */
+  readonly counter: bigint;
+  /** Of the TPM, where its counter is orderly; 0 where it is not. */
+  readonly resets: number;
+  /**
+   * The TPM lost power with an orderly counter, which is now ahead of what it was. Anchors of the block in which that
+   * happened cannot be told apart: take a step at once, after which they are old.
+   */
+  readonly isUnclean: boolean;
+}
+
 /**
  * Compares what the newest anchor says with the chip, and takes the step that a crash has left out.
- * @returns the chip's value, which is then the anchor's
  * @throws ManagerError `rollback-detected`, and the TPM's
  */
-export async function reconcile(counter: AnchorCounter, stated: bigint): Promise<bigint> {
+export async function reconcile(counter: AnchorCounter, stated: AnchorFacts): Promise<Reconciled> {
   const shown = await counter.read();
-  if (stated === shown) return shown;
-  if (stated === shown + 1n) {
+  const resets = (await counter.orderly?.resets()) ?? 0;
+  if (stated.counter === shown) return { counter: shown, resets, isUnclean: false };
+  if (stated.counter === shown + 1n) {
     const after = await counter.increment();
-    if (after === stated) return after;
+    if (after === stated.counter) return { counter: after, resets, isUnclean: false };
+  }
+  const end = stated.counter + (counter.orderly?.ahead ?? 0n);
+  if (resets !== stated.resets && stated.counter < shown && shown <= end) {
+    // To the last value that this anchor is taken at. A crash on the way there leaves it good; the next step ends that.
+    let value = shown;
+    while (value < end) value = await counter.increment();
+    return { counter: value, resets, isUnclean: true };
   }
   throw new ManagerError(
     'rollback-detected',
-    stated < shown
-      ? `the store is an old one: its anchor says ${stated}, the TPM has counted to ${shown}. Put the newest store back; ` +
+    stated.counter < shown
+      ? `the store is an old one: its anchor says ${stated.counter}, the TPM has counted to ${shown}. Put the newest store back; ` +
           'if it is lost, vtpmctl recover --accept-rollback says what goes back to what, and does it'
-      : `the TPM's counter shows ${shown}, the store's anchor says ${stated}: the TPM's memory was put back, or it is another TPM`,
+      : `the TPM's counter shows ${shown}, the store's anchor says ${stated.counter}: the TPM's memory was put back, or it is another TPM`,
   );
 }

@@ -14,6 +14,8 @@ export interface AnchorFacts {
   /** What the chip's counter shows, or will show next. */
   readonly counter: bigint;
   readonly audit: AuditHead;
+  /** Of the TPM, where its counter is orderly; 0 where it is not. */
+  readonly resets: number;
 }
 
 export function sealAnchor({ anchorKey, storeId, keyId }: RootKeys, facts: AnchorFacts): Buffer {
@@ -24,6 +26,7 @@ export function sealAnchor({ anchorKey, storeId, keyId }: RootKeys, facts: Ancho
     counter: facts.counter,
     auditHead: facts.audit.digest,
     auditLength: facts.audit.length,
+    resets: facts.resets,
   });
   return encode('AnchorRecord', { statement, mac: macOf(anchorKey, statement), keyId });
 }
@@ -48,8 +51,8 @@ export function openAnchor(keys: KeyHierarchy, record: Uint8Array): AnchorFacts 
   }
   if (parsed.format !== FORMAT) throw corrupt(`its anchor has format ${parsed.format}, which there is not`);
   if (!bytesEqual(parsed.storeId, storeId)) throw corrupt('its anchor belongs to another store');
-  const { root, counter, auditHead, auditLength } = parsed;
-  return { root, counter, audit: { length: auditLength, digest: Buffer.from(auditHead) } };
+  const { root, counter, auditHead, auditLength, resets } = parsed;
+  return { root, counter, audit: { length: auditLength, digest: Buffer.from(auditHead) }, resets };
 }
 
 function parse<K extends 'AnchorRecord' | 'AnchorStatement'>(

@@ -34,6 +34,8 @@ export interface AnchoredStore {
   count(): Promise<void>;
   /** The audit chain as the anchor said it when the store was opened. */
   readonly auditAtOpen: AuditHead;
+  /** The TPM lost power with an orderly counter: have it count at once. */
+  readonly isUnclean: boolean;
   /** Up to `limit` keys greater than `after`, ascending, from memory. */
   keys(after: string | undefined, limit: number): string[];
   /** Count of records. */
@@ -67,14 +69,20 @@ export interface AnchorOptions {
 export async function createAnchoredStore(store: StateStore, options: AnchorOptions): Promise<AnchoredStore> {
   const tree = buildMerkleTree([]);
   const counter = await options.counter.read();
+  const resets = (await options.counter.orderly?.resets()) ?? 0;
   const audit = options.auditHead();
-  const anchor = sealAnchor(options.keys.current, { root: tree.root, counter, audit });
+  const anchor = sealAnchor(options.keys.current, { root: tree.root, counter, audit, resets });
   const isFirst =
     (await store.list(undefined, 1)).length === 0 &&
     (await store.commit([{ key: ANCHOR_KEY, expectedVersion: 0, value: anchor }]));
   if (!isFirst)
     throw new ManagerError('already-initialised', 'the store is not empty; it is not anchored again');
-  return new GroupCommitStore(store, tree, { anchorVersion: 1, counter, audit }, options);
+  return new GroupCommitStore(
+    store,
+    tree,
+    { anchorVersion: 1, counter, audit, resets, isUnclean: false },
+    options,
+  );
 }
 
 /**
@@ -110,13 +118,9 @@ export async function openAnchoredStore(
       'the store was put back to an older state while the manager was running; restore the newest one',
     );
   }
-  const counter = await reconcile(options.counter, stated.counter);
-  return new GroupCommitStore(
-    store,
-    tree,
-    { anchorVersion: anchor.version, counter, audit: stated.audit },
-    options,
-  );
+  const reconciled = await reconcile(options.counter, stated);
+  const opened = { anchorVersion: anchor.version, audit: stated.audit, ...reconciled };
+  return new GroupCommitStore(store, tree, opened, options);
 }
 
 const PAGE_RECORDS = 512;

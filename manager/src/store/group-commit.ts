@@ -14,6 +14,8 @@ export interface OpenedAnchor {
   /** What the TPM shows, and the anchor says. */
   readonly counter: bigint;
   readonly audit: AuditHead;
+  readonly resets: number;
+  readonly isUnclean: boolean;
 }
 
 interface QueuedWrite extends StoreWrite {
@@ -31,6 +33,8 @@ interface Waiter {
 /** The store in service: see AnchoredStore. */
 export class GroupCommitStore implements AnchoredStore {
   readonly auditAtOpen: AuditHead;
+  readonly isUnclean: boolean;
+  readonly #resets: number;
   readonly #steps: CounterSteps;
   #anchorVersion: number;
   /** Who wants a step although he writes nothing. */
@@ -56,6 +60,8 @@ export class GroupCommitStore implements AnchoredStore {
   ) {
     this.#anchorVersion = opened.anchorVersion;
     this.auditAtOpen = opened.audit;
+    this.isUnclean = opened.isUnclean;
+    this.#resets = opened.resets;
     const { counter, windowMs, log } = options;
     this.#steps = new CounterSteps(counter, opened.counter, windowMs, log, () => this.#schedule());
   }
@@ -255,6 +261,7 @@ export class GroupCommitStore implements AnchoredStore {
       root: staged.root,
       counter: this.#steps.stated + (isCounting ? 1n : 0n),
       audit: this.options.auditHead(),
+      resets: this.#resets,
     });
     this.#uncertain = staged.root;
     barrier('store.commit');
