@@ -48,7 +48,14 @@ describe('tpm2-ts-bindings: response codes', () => {
     assert.equal(TpmError.is(error, Rc.POLICY_FAIL), true);
     assert.equal(TpmError.is(error, Rc.AUTH_FAIL, Rc.VALUE), false);
     assert.equal(TpmError.is(new TpmError('transport', 'gone'), Rc.POLICY_FAIL), false);
-    assert.equal(error.message, 'TPM2_Unseal: TPM_RC_POLICY_FAIL (session 1)');
+  });
+
+  it('the message names command, code and what it is about, in the words of the specification', () => {
+    const message = (rc: number) => TpmError.fromResponse('Unseal', rc).message;
+    assert.equal(message(0x99d), 'TPM2_Unseal: TPM_RC_POLICY_FAIL (session 1): a policy check failed');
+    assert.equal(message(0x22), 'TPM2_Unseal: TPM_RC 0x22');
+    assert.equal(message(0x9d), 'TPM2_Unseal: TPM_RC_POLICY_FAIL: a policy check failed');
+    assert.equal(message(0x922), 'TPM2_Unseal: TPM_RC_RETRY: the TPM was not able to start the command');
   });
 
   it('an unknown code keeps its number', () => {

@@ -18,7 +18,8 @@ import {
   objectEntity,
   unnamed,
 } from './entity.js';
-import { Rc, TpmError } from './error.js';
+import { TpmError } from './error.js';
+import { Rc } from './response-code.js';
 import type { Session } from './session.js';
 import { tpmsNvPublic } from './structures.js';
 import { createTpm, type Tpm } from './tpm.js';

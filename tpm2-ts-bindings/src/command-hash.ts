@@ -4,7 +4,8 @@ import type { Command, HandleEntities, HandleNames } from './command.js';
 import { Alg } from './constants.js';
 import { digest, requireHash } from './crypto.js';
 import type { Entity } from './entity.js';
-import { Rc, TpmError } from './error.js';
+import { TpmError } from './error.js';
+import { Rc } from './response-code.js';
 
 /** Hashes over commands, for policies that allow only those (`cp-hash`, `name-hash`) and for audits. */
 

@@ -27,6 +27,7 @@ export { policyDigest } from './policy-digest.js';
 export * from './policy-step.js';
 export * from './public-key.js';
 export * from './registry.js';
+export * from './response-code.js';
 export * from './session.js';
 export * from './software-key.js';
 export * from './structures.js';

@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises';
-import { parseResponseCode } from '../error.js';
+import { parseResponseCode } from '../response-code.js';
 import { HEADER, type Transport, throwIfAborted, wrapped } from './transport.js';
 
 export interface RetryOptions {
