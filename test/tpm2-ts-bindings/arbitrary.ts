@@ -12,7 +12,7 @@ import {
   hashInfo,
   St,
 } from 'tpm2-ts-bindings';
-import * as commands from 'tpm2-ts-bindings/commands/index';
+import * as commands from 'tpm2-ts-bindings/internal/commands/index';
 
 /** Values of every codec that the package exports and of every command. What is forgotten here fails by name. */
 

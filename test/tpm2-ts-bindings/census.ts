@@ -1,5 +1,5 @@
 import { writeFileSync } from 'node:fs';
-import { StreamTransport } from 'tpm2-ts-bindings/transport/stream';
+import { StreamTransport } from 'tpm2-ts-bindings/internal/transport/stream';
 
 /**
  * For `mocha --require`: notes which commands the tests of that run sent over a socket and what came back, below all

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import * as commands from 'tpm2-ts-bindings/commands/index';
+import * as commands from 'tpm2-ts-bindings/internal/commands/index';
 import { REPOSITORY, run } from '../support/installation.js';
 
 /** Tests whose sockets have swtpm at the other end, and nothing that makes answers up. */

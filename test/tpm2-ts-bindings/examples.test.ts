@@ -76,7 +76,7 @@ describe('tpm2-ts-bindings: examples', () => {
         name.replace(/.$/, (last) => (last === '0' ? '1' : '0')),
       );
       assert.equal(other.code, 1);
-      assert.match(other.stderr, /another storage key/);
+      assert.match(other.stderr, /another key than the trusted one/);
     } finally {
       await bus.close();
     }

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { openDevice } from 'tpm2-ts-bindings';
-import { type DeviceFile, DeviceTransport } from 'tpm2-ts-bindings/transport/device-transport';
+import { type DeviceFile, DeviceTransport } from 'tpm2-ts-bindings/internal/transport/device-transport';
 import { until } from '../support/until.js';
 import { has } from './make.js';
 

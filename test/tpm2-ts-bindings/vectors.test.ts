@@ -27,7 +27,7 @@ import {
   tpmtSensitive,
   withPassword,
 } from 'tpm2-ts-bindings';
-import { cfb } from 'tpm2-ts-bindings/crypto';
+import { cfb } from 'tpm2-ts-bindings/internal/crypto';
 import { NOTHING, withPrimary, withSuiteTpm } from '../support/tpm-fixture.js';
 import { OWNER, withNv } from './make.js';
 import { CFB, CFB_IV, CFB_PLAIN, hex, KDFA, KDFE, KEM } from './vectors.js';

@@ -26,11 +26,10 @@ import {
 const [path = '/dev/tpmrm0', trustedName] = process.argv.slice(2);
 const tpm = await openTpm(path);
 try {
-  await whileLoaded(tpm, createPrimary(tpm, srkTemplate()), async (srk) => {
-    // Whoever sits on the bus could offer a key of his own: compare with the Name of the first, trusted run.
-    const name = srk.name.toString('hex');
-    if (trustedName !== undefined && trustedName !== name) throw new Error('this is another storage key');
-    console.log(`storage key: ${name}`);
+  // Whoever sits on the bus could offer a key of his own: only the one of the first, trusted run is taken then.
+  const pin = trustedName === undefined ? {} : { name: Buffer.from(trustedName, 'hex') };
+  await whileLoaded(tpm, createPrimary(tpm, srkTemplate(), pin), async (srk) => {
+    console.log(`storage key: ${srk.name.toString('hex')}`);
 
     const selection = parsePcrSelection('sha256:7,16');
     const digest = pcrDigest(Alg.SHA256, await readPcrs(tpm, selection));

@@ -55,24 +55,25 @@ export function parseAttest(bytes: Uint8Array): Attest {
   return attest;
 }
 
-/** True where `signature` is over `message` by `key`. Unknown combinations are false. */
+/**
+ * True where `signature` is over `message` by `key`. Unknown combinations, and keys that sign nothing, are false.
+ * @throws TpmError `malformed` for a public area that holds no valid key
+ */
 export function verifySignature(key: Public, message: Uint8Array, signature: Signature): boolean {
   const hash = hashInfo(signature.hash);
   if (hash === undefined) return false;
-  const object = publicKeyObject(key);
   if (signature.sigAlg === Alg.ECDSA) {
-    if (key.type !== Alg.ECC) return false;
-    const size = curveInfo(key.parameters.curveID)?.size ?? 0;
+    const size = key.type === Alg.ECC ? curveInfo(key.parameters.curveID)?.size : undefined;
+    if (size === undefined) return false;
     const rs = Buffer.concat([leftPad(signature.signatureR, size), leftPad(signature.signatureS, size)]);
-    return verify(hash.name, message, { key: object, dsaEncoding: 'ieee-p1363' }, rs);
+    return verify(hash.name, message, { key: publicKeyObject(key), dsaEncoding: 'ieee-p1363' }, rs);
   }
-
   if (key.type !== Alg.RSA) return false;
   return verify(
     hash.name,
     message,
     {
-      key: object,
+      key: publicKeyObject(key),
       padding:
         signature.sigAlg === Alg.RSASSA ? constants.RSA_PKCS1_PADDING : constants.RSA_PKCS1_PSS_PADDING,
     },

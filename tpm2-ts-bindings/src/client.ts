@@ -1,4 +1,3 @@
-import { stat } from 'node:fs/promises';
 import { concat, wipe } from './bytes.js';
 import { embed } from './codec.js';
 import {
@@ -22,25 +21,11 @@ import { TpmError } from './error.js';
 import { Rc } from './response-code.js';
 import type { Session } from './session.js';
 import { tpmsNvPublic } from './structures.js';
-import { createTpm, type Tpm } from './tpm.js';
-import { openDevice } from './transport/device.js';
-import { openSocket } from './transport/socket.js';
+import type { Tpm } from './tpm.js';
 
 const NOTHING = Buffer.alloc(0);
 
 /** Steps that every user of a TPM needs, made of single commands. */
-
-/**
- * The TPM at a path: a character device such as `/dev/tpmrm0`, or a unix socket such as swtpm's.
- * @throws TpmError `transport` where it cannot be opened
- */
-export async function openTpm(path: string): Promise<Tpm> {
-  const isSocket = await stat(path).then(
-    (found) => found.isSocket(),
-    () => false,
-  );
-  return createTpm(await (isSocket ? openSocket(path) : openDevice(path)));
-}
 
 /** A new NV index. */
 export interface NewNvIndex {
@@ -117,7 +102,11 @@ export async function flush(tpm: Tpm, handle: number): Promise<void> {
   });
 }
 
-/** Handles in use of one type. @param type `Ht.TRANSIENT` and so on */
+/**
+ * Handles in use of one type, ascending.
+ * @param type `Ht.TRANSIENT` and so on
+ * @throws TpmError
+ */
 export async function listHandles(tpm: Tpm, type: number): Promise<number[]> {
   const handles: number[] = [];
   for (let next = (type << 24) >>> 0; ; ) {
@@ -127,10 +116,15 @@ export async function listHandles(tpm: Tpm, type: number): Promise<number[]> {
       { capability: Cap.HANDLES, property: next, propertyCount: 254 },
     );
     const found = capabilityData.capability === Cap.HANDLES ? capabilityData.handles : [];
-    handles.push(...found);
-    const last = found.at(-1);
-    if (!moreData || last === undefined) return handles;
-    next = last + 1;
+    for (const handle of found) {
+      // What does not go on would never end.
+      if (handle < next || handle >>> 24 !== type) {
+        throw new TpmError('malformed', 'answer to TPM2_GetCapability: handles that were not asked for');
+      }
+      handles.push(handle);
+      next = handle + 1;
+    }
+    if (!moreData || found.length === 0) return handles;
   }
 }
 
@@ -149,7 +143,12 @@ export async function readProperty(tpm: Tpm, property: number): Promise<number |
 export async function readRandom(tpm: Tpm, size: number, sessions: readonly Session[] = []): Promise<Buffer> {
   let out: Buffer = Buffer.alloc(0);
   while (out.length < size) {
-    const { randomBytes } = await tpm.run(GetRandom, {}, { bytesRequested: size - out.length }, sessions);
+    const { randomBytes } = await tpm.run(
+      GetRandom,
+      {},
+      { bytesRequested: Math.min(size - out.length, 0xffff) },
+      sessions,
+    );
     if (randomBytes.length === 0 || randomBytes.length > size - out.length) {
       throw new TpmError('malformed', `answer to TPM2_GetRandom: ${randomBytes.length} bytes`);
     }

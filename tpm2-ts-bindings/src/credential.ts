@@ -1,4 +1,4 @@
-import { concat, wipe } from './bytes.js';
+import { wipe } from './bytes.js';
 import { encode, tpm2b } from './codec.js';
 import { encapsulate } from './crypto.js';
 import { protect } from './protect.js';
@@ -18,7 +18,7 @@ export interface Credential {
  */
 export function makeCredential(key: Public, objectName: Buffer, credential: Buffer): Credential {
   const { secret, encrypted } = encapsulate(key, 'IDENTITY');
-  const plain = encode(tpm2b, concat(credential));
+  const plain = encode(tpm2b, credential);
   try {
     return { credentialBlob: protect(key, secret, objectName, plain), secret: encrypted };
   } finally {

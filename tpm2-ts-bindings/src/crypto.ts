@@ -114,7 +114,7 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
   const hash = requireHash(key.nameAlg);
   if (key.type === Alg.RSA) {
     const secret = random(hash.size);
-    const encrypted = checked(() =>
+    const encrypted = checked('usage', () =>
       publicEncrypt({ key: publicKeyObject(key), ...oaep(hash, label) }, secret),
     );
     return { secret, encrypted };
@@ -126,7 +126,7 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
   const own = ephemeral.generateKeys();
   const ownX = own.subarray(1, 1 + curve.size);
   // computeSecret refuses a point that is not on the curve.
-  const z = checked(() =>
+  const z = checked('usage', () =>
     ephemeral.computeSecret(concat(Buffer.of(4), x, leftPad(key.unique.y, curve.size))),
   );
   const secret = kdfe(hash, z, label, ownX, x, hash.size * 8);
@@ -139,17 +139,17 @@ export function encapsulate(key: Public, label: string): { secret: Buffer; encry
 
 /**
  * The secret of `encapsulate`, for who holds the private key in software.
- * @throws TpmError `usage` where the key and the bytes do not fit
+ * @throws TpmError `malformed` where the bytes are not for this key and label, `usage` for a key that receives no secrets
  */
 export function decapsulate(key: Public, privateKey: KeyObject, label: string, encrypted: Buffer): Buffer {
   const hash = requireHash(key.nameAlg);
   if (key.type === Alg.RSA) {
-    return checked(() => privateDecrypt({ key: privateKey, ...oaep(hash, label) }, encrypted));
+    return checked('malformed', () => privateDecrypt({ key: privateKey, ...oaep(hash, label) }, encrypted));
   }
   if (key.type !== Alg.ECC) throw new TpmError('usage', 'only ECC and RSA keys can receive a secret');
   const size = requireCurve(key.parameters.curveID).size;
   const point = decode(tpmsEccPoint, encrypted, 'encrypted secret');
-  const z = checked(() =>
+  const z = checked('malformed', () =>
     diffieHellman({ privateKey, publicKey: publicKeyObject({ ...key, unique: point }) }),
   );
   try {
@@ -169,14 +169,13 @@ function oaep(hash: HashInfo, label: string) {
 }
 
 /** Points that are not on their curve and bytes that do not decrypt come from outside: a typed error. */
-function checked<T>(body: () => T): T {
+function checked<T>(code: 'usage' | 'malformed', body: () => T): T {
   try {
     return body();
   } catch (error) {
     if (error instanceof TpmError) throw error;
-    throw new TpmError('usage', 'the key is no valid one, or the encrypted secret is for another key', {
-      cause: error,
-    });
+    const message = 'the key is no valid one, or the encrypted secret is for another key';
+    throw new TpmError(code, message, { cause: error });
   }
 }
 

@@ -21,6 +21,7 @@ export * from './error.js';
 export * from './nv-content.js';
 export * from './objects.js';
 export * from './open-session.js';
+export * from './open-tpm.js';
 export * from './pcr.js';
 export * from './policy.js';
 export { policyDigest } from './policy-digest.js';

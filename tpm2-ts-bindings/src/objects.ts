@@ -33,12 +33,17 @@ export interface NewObject {
 export interface NewPrimary extends NewObject {
   /** The owner's with an empty password unless given. */
   readonly hierarchy?: Authorized;
+  /**
+   * The Name that was recorded when the machine was trusted. Whoever can change what is on the bus may offer a key of
+   * his own: give it before salting to the key or wrapping anything for it.
+   */
+  readonly name?: Buffer;
 }
 
 /**
  * Makes a primary object (Part 3, 24.1): the same key each time for the same template, until the hierarchy is cleared.
  * It takes up a slot of the TPM: flush it, or use `whileLoaded`.
- * @throws TpmError
+ * @throws TpmError, `malformed` where it is another key than the one of that Name; that one is flushed
  */
 export async function createPrimary(
   tpm: Tpm,
@@ -52,7 +57,15 @@ export async function createPrimary(
     creation(template, options),
     options.sessions,
   );
-  return loaded('CreatePrimary', created, created.outPublic, options.authValue);
+  const object = loaded('CreatePrimary', created, created.outPublic, options.authValue);
+  if (options.name !== undefined && !object.name.equals(options.name)) {
+    await flush(tpm, object.handle);
+    throw new TpmError(
+      'malformed',
+      `answer to TPM2_CreatePrimary: another key than the trusted one; its Name is ${object.name.toString('hex')}`,
+    );
+  }
+  return object;
 }
 
 /** A child as its parent wrapped it: store both parts, load it when it is needed. */

@@ -28,7 +28,7 @@ export function formatPcrSelection(selection: PcrSelection): string {
 /**
  * The values of all selected registers in the order of selection, all read in the same state of the TPM.
  * @param sessions authenticate the answers
- * @throws TpmError `usage` where the TPM has no such bank or register
+ * @throws TpmError `usage` where the TPM has no such bank or register, or they change too often to be read together
  */
 export async function readPcrs(
   tpm: Tpm,
@@ -56,8 +56,11 @@ async function readOnce(
       if (counter !== undefined && counter !== read.pcrUpdateCounter) return undefined;
       counter = read.pcrUpdateCounter;
       const got = new Set(read.pcrSelectionOut.flatMap((bank) => (bank.hash === hash ? bank.pcrs : [])));
-      if (got.size === 0 || got.size !== read.pcrValues.length) {
+      if (got.size === 0) {
         throw new TpmError('usage', `the TPM has no ${formatPcrSelection([{ hash, pcrs: rest }])}`);
+      }
+      if (got.size !== read.pcrValues.length || [...got].some((pcr) => !rest.includes(pcr))) {
+        throw new TpmError('malformed', 'answer to TPM2_PCR_Read: other registers than were asked for');
       }
       values.push(...read.pcrValues);
       rest = rest.filter((pcr) => !got.has(pcr));

@@ -73,7 +73,11 @@ class QueuedTpm implements Tpm {
       hasBegun = true;
       return this.#execute(command, handles, params, sessions, signal);
     });
-    this.#last = turn.catch(() => undefined);
+    // Without the result, which may be a secret that the caller wipes and forgets.
+    this.#last = turn.then(
+      () => undefined,
+      () => undefined,
+    );
     if (signal === undefined) return turn;
     // Who gives up a command that waits is not kept until its turn.
     return new Promise((resolve, reject) => {
@@ -165,50 +169,49 @@ function build<P>(
   uses: readonly Use[],
   params: P,
 ): Request {
-  const nonces = uses.map((use) => (use.by === 'password' ? NO_NONCE : use.by.begin(command.name)));
+  const own = uses.map((use) => (use.by === 'password' ? NO_NONCE : use.by.begin(command.name)));
   const find = (wanted: (session: Session) => boolean): Use | undefined =>
     uses.find((use) => use.by !== 'password' && wanted(use.by));
   const decrypting = command.encryptable.in ? find((session) => session.encryptsIn) : undefined;
   const encrypting = command.encryptable.out ? find((session) => session.encryptsOut) : undefined;
 
-  const plain = encode(command.params, params);
-  const parameters = decrypting === undefined ? plain : encryptFirst(decrypting, plain);
-  if (parameters !== plain) wipe(plain);
-
-  const authorisations: Buffer[] = [];
-  uses.forEach((use, at) => {
-    const nonce = nonces[at] ?? NO_NONCE;
-    const attributes = attributesOf(use, decrypting, encrypting);
-    const proof = prove(
-      command,
-      entities,
-      use,
-      parameters,
-      attributes,
-      at === 0 ? others(uses, decrypting, encrypting) : [],
+  const secrets: Buffer[] = [];
+  const keep = (buffer: Buffer): Buffer => {
+    secrets.push(buffer);
+    return buffer;
+  };
+  try {
+    const plain = keep(encode(command.params, params));
+    const parameters = decrypting === undefined ? plain : encryptFirst(decrypting, plain);
+    const authorisations = uses.flatMap((use, at) => {
+      const attributes = attributesOf(use, decrypting, encrypting);
+      const nonces = at === 0 ? others(uses, decrypting, encrypting) : [];
+      const proof = keep(prove(command, entities, use, parameters, attributes, nonces));
+      return [
+        u32Bytes(use.by === 'password' ? Rh.PASSWORD : use.by.handle),
+        encode(tpm2b, own[at] ?? NO_NONCE),
+        Buffer.of(attributes),
+        keep(encode(tpm2b, proof)),
+      ];
+    });
+    const authorisation = keep(concat(...authorisations));
+    const body = keep(
+      concat(
+        ...entities.map((entity) => u32Bytes(entity.handle)),
+        ...(uses.length > 0 ? [u32Bytes(authorisation.length), authorisation] : []),
+        parameters,
+      ),
     );
-    authorisations.push(
-      u32Bytes(use.by === 'password' ? Rh.PASSWORD : use.by.handle),
-      encode(tpm2b, nonce),
-      Buffer.of(attributes),
-      encode(tpm2b, proof),
+    const bytes = concat(
+      u16Bytes(uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS),
+      u32Bytes(HEADER + body.length),
+      u32Bytes(command.code),
+      body,
     );
-  });
-
-  const authorisation = concat(...authorisations);
-  const body = concat(
-    ...entities.map((entity) => u32Bytes(entity.handle)),
-    ...(uses.length > 0 ? [u32Bytes(authorisation.length), authorisation] : []),
-    parameters,
-  );
-  const bytes = concat(
-    u16Bytes(uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS),
-    u32Bytes(10 + body.length),
-    u32Bytes(command.code),
-    body,
-  );
-  wipe(parameters, body, authorisation, ...authorisations);
-  return { bytes, encrypting };
+    return { bytes, encrypting };
+  } finally {
+    wipe(...secrets);
+  }
 }
 
 function attributesOf(use: Use, decrypting: Use | undefined, encrypting: Use | undefined): number {

@@ -13,7 +13,7 @@ export class Writer {
   #buffer = Buffer.alloc(1024);
   #length = 0;
 
-  reserve(count: number): number {
+  #reserve(count: number): number {
     const at = this.#length;
     if (at + count > this.#buffer.length) {
       const old = this.#buffer;
@@ -25,33 +25,29 @@ export class Writer {
     return at;
   }
 
-  get length(): number {
-    return this.#length;
-  }
-
   unsigned(value: number, size: 1 | 2 | 4): void {
     if (!Number.isInteger(value) || value < 0 || value >= 2 ** (8 * size)) {
       throw new TpmError('usage', `${value} does not fit in ${size} unsigned bytes`);
     }
-    const at = this.reserve(size);
+    const at = this.#reserve(size);
     this.#buffer.writeUIntBE(value, at, size);
   }
 
   u64(value: bigint): void {
     if (value < 0n || value > 0xffff_ffff_ffff_ffffn)
       throw new TpmError('usage', `${value} does not fit in 64 bits`);
-    const at = this.reserve(8);
+    const at = this.#reserve(8);
     this.#buffer.writeBigUInt64BE(value, at);
   }
 
   bytes(value: Uint8Array): void {
-    const at = this.reserve(value.length);
+    const at = this.#reserve(value.length);
     this.#buffer.set(value, at);
   }
 
   /** Writes the size of what `body` writes in front of it. */
   sized(body: () => void): void {
-    const at = this.reserve(2);
+    const at = this.#reserve(2);
     body();
     const size = this.#length - at - 2;
     if (size > 0xffff) throw new TpmError('usage', `a sized field of ${size} bytes is too long`);
@@ -75,7 +71,7 @@ export class Writer {
 export class Reader {
   #offset = 0;
   constructor(
-    readonly source: Uint8Array,
+    private readonly source: Uint8Array,
     readonly what: string,
   ) {}
 

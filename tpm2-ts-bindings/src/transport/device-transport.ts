@@ -78,6 +78,8 @@ export class DeviceTransport implements Transport {
       for (;;) {
         this.#throwIfEnded();
         const count = await this.file.read(buffer.subarray(received));
+        // Nobody waits any more for what came after the deadline: it is wiped.
+        this.#throwIfEnded();
         received += count;
         const answer = buffer.subarray(0, received);
         const size = announcedSize(answer, BUFFER);

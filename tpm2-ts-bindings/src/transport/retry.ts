@@ -22,8 +22,8 @@ export function retrying(transport: Transport, options: RetryOptions = {}): Tran
     async transmit(command, signal) {
       for (let pause = first, waited = 0; ; pause = Math.min(pause * 2, longest)) {
         const response = await transport.transmit(command, signal);
-        const isError = response.length === HEADER && parseResponseCode(response.readUInt32BE(6)).retryable;
-        if (!isError || waited >= total) return response;
+        const asksAgain = response.length === HEADER && parseResponseCode(response.readUInt32BE(6)).retryable;
+        if (!asksAgain || waited >= total) return response;
         await sleep(pause, undefined, signal && { signal }).catch(() => throwIfAborted(signal));
         waited += pause;
       }

@@ -106,7 +106,8 @@ export class Stream {
       const timer = setTimeout(() => this.fail(`no answer within ${this.deadline} ms`), this.deadline);
       this.#waiter = { framing, resolve, reject, timer };
       // A copy, because the caller wipes the command after the answer; the kernel may take it later than that.
-      this.socket.write(concat(request));
+      const copy = concat(request);
+      this.socket.write(copy, () => wipe(copy));
     });
   }
 

@@ -3,6 +3,7 @@ import { TpmError } from '../error.js';
 /** The way to a TPM: one command out, one answer back. The caller has one command under way at a time. */
 export interface Transport {
   /**
+   * The answer is the caller's, who wipes it; so is the command, which is wiped as soon as this settles.
    * @param signal for wrappers that wait before they send: they stop, and throw `aborted` where the TPM has executed
    * nothing. A transport itself need not look at it: what was sent is given up with `cancel` or `close`.
    * @throws TpmError `transport`; then nothing more can be sent over it
