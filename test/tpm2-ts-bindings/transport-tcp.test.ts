@@ -5,7 +5,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createTpm, openSwtpm, openTcp, readRandom } from 'tpm2-ts-bindings';
+import { openSwtpm, openTcp, openTpm, readRandom } from 'tpm2-ts-bindings';
 import { reapAtExit } from '../support/reap.js';
 import { until } from '../support/until.js';
 import { has } from './make.js';
@@ -47,10 +47,13 @@ describe('tpm2-ts-bindings: TCP transport', () => {
       const exited = once(child, 'exit');
       try {
         await until('swtpm listens', () => isListening(data) && isListening(control));
-        const tpm = createTpm(await openTcp({ host, port: data }));
-        assert.equal((await readRandom(tpm, 32)).length, 32);
-        await tpm.close();
-        const transport = await openSwtpm({ data: { host, port: data }, control: { host, port: control } });
+        const channels = { data: { host, port: data }, control: { host, port: control } };
+        for (const address of [channels.data, channels]) {
+          const tpm = await openTpm(address);
+          assert.equal((await readRandom(tpm, 32)).length, 32);
+          await tpm.close();
+        }
+        const transport = await openSwtpm(channels);
         assert.equal(await transport.established(), false);
         await transport.shutdown();
         await exited;
