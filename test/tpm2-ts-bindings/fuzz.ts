@@ -184,7 +184,9 @@ export async function judge({
 function fuzzSession(tpm: Tpm): Session {
   const hash = hashInfo(Alg.SHA256);
   assert.ok(hash);
-  return new Session(
+  // Its constructor is internal: only here is a key given that no TPM agreed to.
+  const Made = Session as unknown as new (...parts: unknown[]) => Session;
+  return new Made(
     tpm,
     0x02000000,
     hash,

@@ -126,8 +126,9 @@ describe('tpm2-ts-bindings: giving commands up', () => {
       await readRandom(tpm, 8, [session]);
       bus.forget();
       let begun = 0;
-      const begin = session.begin.bind(session);
-      session.begin = (command) => {
+      const internal = session as unknown as { begin(command: string): Buffer };
+      const begin = internal.begin.bind(session);
+      internal.begin = (command) => {
         begun++;
         return begin(command);
       };

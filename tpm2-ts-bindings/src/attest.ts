@@ -16,7 +16,10 @@ import {
 } from './structures.js';
 import { Reader } from './wire.js';
 
-/** What a TPM says and signs (Part 2, 10.12), checked with node:crypto alone: the verifier needs no TPM. */
+/**
+ * What a TPM says and signs (Part 2, "Attestation Structures"), checked with node:crypto alone: the verifier needs no
+ * TPM.
+ */
 
 /** TPM_GENERATED_VALUE: a restricted key signs nothing from outside that starts with it. */
 const MAGIC = 0xff544347;
@@ -148,7 +151,7 @@ export function verifyQuote(
   if (formatPcrSelection(pcrSelect) !== formatPcrSelection(expected.selection)) {
     refuse('quote', 'over other registers');
   }
-  // The digest is over the values with the hash of the signing scheme (Part 3, 18.4.1).
+  // The digest is over the values with the hash of the signing scheme (Part 3, Quote).
   const digest = pcrDigest(requireHash(signature.hash).alg, expected.values);
   if (!digest.equals(attest.attested.pcrDigest)) refuse('quote', 'other register values');
   return attest;
@@ -165,7 +168,10 @@ export function verifyCertify(
   return attest;
 }
 
-/** Checks what CertifyCreation says. @param expected with creationHash, the hash over creationData @throws TpmError `malformed` */
+/**
+ * Checks what CertifyCreation says. @param expected with creationHash, the hash over creationData @throws TpmError
+ * `malformed`
+ */
 export function verifyCertifyCreation(
   certifyInfo: Buffer,
   signature: Signature,

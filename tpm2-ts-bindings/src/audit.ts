@@ -39,7 +39,7 @@ export class AuditDigest {
   }
 }
 
-/** The digest over the codes of audited commands that `verifyCommandAudit` compares (Part 2, 10.12.7). */
+/** The digest over the codes of audited commands that `verifyCommandAudit` compares (Part 2, TPMS_COMMAND_AUDIT_INFO). */
 export function auditedCommands(codes: readonly number[], hashAlg: number = Alg.SHA256): Buffer {
   const ascending = [...new Set(codes)].sort((a, b) => a - b);
   return digest(requireHash(hashAlg), ...ascending.map(u32Bytes));

@@ -24,7 +24,8 @@ export function leftPad(value: Uint8Array, length: number): Buffer {
 }
 
 /**
- * An authValue without its trailing zeros, as it enters HMAC keys (Part 1, section 17). Zeros inside belong to it.
+ * An authValue without its trailing zeros, as it enters HMAC keys (Part 1, "Session-Based Authorizations"). Zeros
+ * inside belong to it.
  */
 export function trimTrailingZeros(value: Uint8Array): Uint8Array {
   let end = value.length;

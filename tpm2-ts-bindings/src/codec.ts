@@ -9,7 +9,10 @@ import { type Embedded, Reader, Writer } from './wire.js';
 export interface Codec<T> {
   write(writer: Writer, value: T): void;
   read(reader: Reader): T;
-  /** It starts with its own two-byte size. Only such a first parameter can be encrypted (Part 1, section 21). */
+  /**
+   * It starts with its own two-byte size. Only such a first parameter can be encrypted (Part 1, "Session-Based
+   * Encryption").
+   */
   readonly sized?: boolean;
 }
 
@@ -44,7 +47,7 @@ export const i32: Codec<number> = {
   read: (reader) => reader.unsigned(4) | 0,
 };
 
-/** TPMI_YES_NO (Part 2, 9.2). */
+/** TPMI_YES_NO. */
 export const yesNo: Codec<boolean> = {
   write: (writer, value) => writer.unsigned(value ? 1 : 0, 1),
   read(reader) {

@@ -9,7 +9,10 @@ import { Rc } from './response-code.js';
 
 /** Hashes over commands, for policies that allow only those (`cp-hash`, `name-hash`) and for audits. */
 
-/** cpHash: code, Names of all handles and parameters as they are sent, not encrypted (Part 1, 16.7). */
+/**
+ * cpHash: code, Names of all handles and parameters as they are sent, not encrypted (Part 1, "Command Parameter Hash
+ * (cpHash)").
+ */
 export function commandHash<H extends HandleNames, P>(
   command: Command<H, P, unknown>,
   handles: HandleEntities<H>,
@@ -26,7 +29,10 @@ export function commandHash<H extends HandleNames, P>(
   );
 }
 
-/** rpHash: success, code and parameters as they come, not encrypted (Part 1, 16.8). Handles are no part of it. */
+/**
+ * rpHash: success, code and parameters as they come, not encrypted (Part 1, "Response Parameter Hash (rpHash)").
+ * Handles are no part of it.
+ */
 export function responseHash<H extends HandleNames, P, R>(
   command: Command<H, P, R>,
   result: R,

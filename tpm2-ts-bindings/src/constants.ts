@@ -52,7 +52,7 @@ export const Ht = {
 
 /** Structure tags (TPM_ST, Part 2). */
 export const St = {
-  /** Of an error about a command whose tag no TPM 2.0 knows (Part 2, 6.9). */
+  /** Of an error about a command whose tag no TPM 2.0 knows (Part 2, TPM_ST). */
   RSP_COMMAND: 0x00c4,
   NO_SESSIONS: 0x8001,
   SESSIONS: 0x8002,

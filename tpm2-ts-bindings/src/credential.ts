@@ -11,7 +11,8 @@ export interface Credential {
 }
 
 /**
- * MakeCredential without a TPM (Part 1, section 24): only the TPM that holds both `key` and the object with that Name
+ * MakeCredential without a TPM (Part 1, "Credential Protection"): only the TPM that holds both `key` and the object
+ * with that Name
  * gives `credential` out.
  * @param key a storage key, usually an endorsement key that a certificate vouches for
  * @param credential at most as long as the digest of the key's nameAlg

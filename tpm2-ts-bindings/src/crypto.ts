@@ -18,7 +18,7 @@ import { TpmError } from './error.js';
 import { publicKeyObject } from './public-key.js';
 import { type Public, tpmsEccPoint } from './structures.js';
 
-/** The key derivations and encryptions of Part 1, sections 11.4 and annexes B and C. */
+/** The key derivations and encryptions of Part 1, "Cryptography Subsystem" and its annexes B and C. */
 
 export function requireHash(alg: number): HashInfo {
   const hash = hashInfo(alg);
@@ -46,7 +46,7 @@ export function random(size: number): Buffer {
 
 const ZERO = new Uint8Array(1);
 
-/** KDFa: SP 800-108 in counter mode with HMAC (Part 1, 11.4.10.2). @returns `bits`, with zeros before them to whole bytes */
+/** KDFa: SP 800-108 in counter mode with HMAC (Part 1, "KDFa()"). @returns `bits`, with zeros before them to whole bytes */
 export function kdfa(
   hash: HashInfo,
   key: Uint8Array,
@@ -59,7 +59,7 @@ export function kdfa(
   return expand(hash, bits, (counter) => hmac(hash, key, counter, ...fixed));
 }
 
-/** KDFe: SP 800-56A with a hash (Part 1, 11.4.10.3). @returns `bits`, with zeros before them to whole bytes */
+/** KDFe: SP 800-56A with a hash (Part 1, "KDFe for ECDH"). @returns `bits`, with zeros before them to whole bytes */
 export function kdfe(
   hash: HashInfo,
   z: Uint8Array,
@@ -83,7 +83,10 @@ function expand(hash: HashInfo, bits: number, block: (counter: Buffer) => Buffer
   return out;
 }
 
-/** AES in CFB mode, for parameters (Part 1, section 21) and wrapped objects. @param key of 16, 24 or 32 bytes */
+/**
+ * AES in CFB mode, for parameters (Part 1, "Session-Based Encryption") and wrapped objects. @param key of 16, 24 or 32
+ * bytes
+ */
 export function cfb(
   direction: 'encrypt' | 'decrypt',
   key: Uint8Array,
@@ -106,7 +109,8 @@ export function canEncapsulate(key: Public): boolean {
 }
 
 /**
- * A fresh secret that only the TPM holding the key can read, with the bytes to send for it (Part 1, B.10 and C.6).
+ * A fresh secret that only the TPM holding the key can read, with the bytes to send for it (Part 1, annexes B and C,
+ * "Secret Sharing").
  * @param label SECRET for a session's salt, IDENTITY for credentials, DUPLICATE for import
  * @returns a secret of the size of the key's nameAlg; the content of a TPM2B_ENCRYPTED_SECRET
  */
@@ -159,7 +163,7 @@ export function decapsulate(key: Public, privateKey: KeyObject, label: string, e
   }
 }
 
-/** Labels end with a zero byte (Part 1, B.4). */
+/** Labels end with a zero byte (Part 1, annex B, "RSAES_OAEP"). */
 function oaep(hash: HashInfo, label: string) {
   return {
     padding: constants.RSA_PKCS1_OAEP_PADDING,
@@ -185,7 +189,7 @@ function requireCurve(curveID: number): CurveInfo {
   return curve;
 }
 
-/** nameAlg and the digest of the public area (Part 1, 16). */
+/** nameAlg and the digest of the public area (Part 1, "Names"). */
 export function nameOf(nameAlg: number, bytes: Uint8Array): Buffer {
   return concat(u16Bytes(nameAlg), digest(requireHash(nameAlg), bytes));
 }

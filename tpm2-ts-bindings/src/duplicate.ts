@@ -31,7 +31,7 @@ const NOTHING = Buffer.alloc(0);
 const tpm2bSensitive = sized(tpmtSensitive);
 
 /**
- * Wraps an object made in software for Import under `parent` (Part 1, section 23.3).
+ * Wraps an object made in software for Import under `parent` (Part 1, "Duplication").
  * @param objectPublic without fixedTPM and fixedParent; its `unique` has to fit `sensitive`
  * @param options `inner`: a second wrapper of AES with a key of that many bits. An object with encryptedDuplication
  * needs one.
@@ -100,7 +100,10 @@ function unwrapOuter(
   }
 }
 
-/** A digest over the plain bytes and the Name goes in front, then all is encrypted (Part 1, 23.3.2.3). */
+/**
+ * A digest over the plain bytes and the Name goes in front, then all is encrypted (Part 1, "Inner Duplication
+ * Wrapper").
+ */
 function wrapInner(object: Public, key: Buffer, name: Buffer, plain: Buffer): Buffer {
   const integrity = digest(requireHash(object.nameAlg), plain, name);
   const together = concat(encode(tpm2b, integrity), plain);

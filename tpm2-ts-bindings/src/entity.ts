@@ -7,7 +7,7 @@ import type { Embedded } from './wire.js';
 /** Something with a handle. Name and authValue stay with it, so that neither can be mixed up or forgotten. */
 export interface Entity {
   readonly handle: number;
-  /** Its Name (Part 1, 16). Undefined only where it is not known yet: then no session can be used with it. */
+  /** Its Name (Part 1, "Names"). Undefined only where it is not known yet: then no session can be used with it. */
   readonly name: Buffer | undefined;
   /** Without trailing zeros. */
   readonly authValue: Uint8Array;
@@ -63,7 +63,7 @@ export function nvEntity(nvPublic: Embedded<NvPublic>, authValue: Uint8Array = N
   };
 }
 
-/** A hash or HMAC sequence: it has no public area, so its Name is empty (Part 1, 16). */
+/** A hash or HMAC sequence: it has no public area, so its Name is empty (Part 1, "Names"). */
 export function sequenceEntity(handle: number, authValue: Uint8Array = NO_AUTH): Entity {
   return { handle, name: Buffer.alloc(0), authValue: trimTrailingZeros(authValue) };
 }

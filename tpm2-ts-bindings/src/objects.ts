@@ -23,7 +23,7 @@ const NOTHING = Buffer.alloc(0);
 export interface NewObject {
   /** At most as long as a digest of the object's nameAlg. Empty unless given. */
   readonly authValue?: Buffer;
-  /** What a sealed object holds, at most 128 bytes (Part 2, 11.1.14: MAX_SYM_DATA). */
+  /** What a sealed object holds, at most 128 bytes (Part 2, MAX_SYM_DATA). */
   readonly data?: Buffer;
   /** Further sessions. One that encrypts `in` hides authValue and data on their way. */
   readonly sessions?: readonly Session[];

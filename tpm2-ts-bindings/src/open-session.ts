@@ -49,7 +49,7 @@ export async function openSession(tpm: Tpm, options: SessionOptions): Promise<Se
       await flush(tpm, started.sessionHandle);
       throw new TpmError('malformed', 'answer to TPM2_StartAuthSession: no session of the kind asked for');
     }
-    // Part 1, section 19: no key where there is neither salt nor bind.
+    // Part 1, "Session-Based Authorizations": no key where there is neither salt nor bind.
     const key =
       salt === undefined && bind === undefined
         ? NOTHING

@@ -8,7 +8,7 @@ import type { Public } from './structures.js';
 import { Reader } from './wire.js';
 
 /**
- * Encryption and HMAC with keys from one seed, for a Name (Part 1, section 22.4, "outer wrap"): the form of credential
+ * Encryption and HMAC with keys from one seed, for a Name (Part 1, "Protected Storage"): the form of credential
  * blobs and duplicates. The key it is for says with which algorithms.
  */
 

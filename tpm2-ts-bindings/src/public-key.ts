@@ -23,7 +23,7 @@ export function publicKeyObject(key: Public): KeyObject {
     }
   }
   if (key.type === Alg.RSA) {
-    // Exponent 0 stands for 2^16 + 1 (Part 2, 12.2.3.5).
+    // Exponent 0 stands for 2^16 + 1 (Part 2, TPMS_RSA_PARMS).
     const exponent = u32Bytes(key.parameters.exponent || 65537);
     return fromJwk({
       kty: 'RSA',

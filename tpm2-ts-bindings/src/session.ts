@@ -37,7 +37,7 @@ export type SessionOptions = {
 
 const NOTHING = Buffer.alloc(0);
 
-/** A session in the TPM. Made by `openSession`; the methods below `close` are for the command pipeline. */
+/** A session in the TPM, made by `openSession`. What is internal is for the command pipeline. */
 export class Session implements Entity {
   readonly name: Buffer;
   readonly authValue = NOTHING;
@@ -53,6 +53,7 @@ export class Session implements Entity {
   /** Of the command under way. */
   #sent: { readonly cpHash: Buffer; readonly attributes: number } = { cpHash: NOTHING, attributes: 0 };
 
+  /** @internal */
   constructor(
     private readonly tpm: Tpm,
     readonly handle: number,
@@ -99,19 +100,26 @@ export class Session implements Entity {
     this.#resetsAudit = true;
   }
 
+  /** The TPM's last nonce: what a `signed` policy step signs holds it. */
   get nonceTpm(): Buffer {
     return this.tpmNonce;
   }
 
+  /** @internal */
   get encryptsIn(): boolean {
     return this.options.encrypt === 'in' || this.options.encrypt === 'both';
   }
 
+  /** @internal */
   get encryptsOut(): boolean {
     return this.options.encrypt === 'out' || this.options.encrypt === 'both';
   }
 
-  /** A new nonce for the next command. @throws TpmError `poisoned` or `usage` where the session is of no use */
+  /**
+   * A new nonce for the next command.
+   * @internal
+   * @throws TpmError `poisoned` or `usage` where the session is of no use
+   */
   begin(command: string): Buffer {
     if (this.#state === 'poisoned') {
       throw new TpmError('poisoned', `TPM2_${command}: the session saw a failure before; open a new one`);
@@ -122,16 +130,20 @@ export class Session implements Entity {
     return this.nonceCaller;
   }
 
-  /** Nothing more is authorised with it: both sides may disagree on nonces, or someone sits between them. */
+  /**
+   * Nothing more is authorised with it: both sides may disagree on nonces, or someone sits between them.
+   * @internal
+   */
   poison(): void {
     if (this.#state === 'open') this.#state = 'poisoned';
   }
 
   /**
    * Attributes for the next command (TPMA_SESSION, Part 2). A session that neither authorises nor encrypts has to audit
-   * (Part 1, section 19: otherwise TPM_RC_ATTRIBUTES): then its HMAC still proves the answer.
+   * (otherwise TPM_RC_ATTRIBUTES): then its HMAC still proves the answer.
    * @param crypts `decrypt` and `encrypt` of `SessionAttribute`, as the session does that in the command
    * @throws TpmError `usage` where the session has nothing to do in it
+   * @internal
    */
   attributes(crypts: number, authorises: boolean): number {
     if (!authorises && this.#proves === 'password') {
@@ -152,12 +164,19 @@ export class Session implements Entity {
     );
   }
 
-  /** Takes what PolicyAuthValue, PolicyPassword and PolicyRestart do (`command.policyEffect`). The last one counts. */
+  /**
+   * Takes what PolicyAuthValue, PolicyPassword and PolicyRestart do (`command.policyEffect`). The last one counts.
+   * @internal
+   */
   policyEffect(effect: PolicyEffect): void {
     this.#proves = effect === 'restart' ? 'nothing' : effect;
   }
 
-  /** The HMAC of a command (Part 1, section 19). `extraNonces`: of other sessions that encrypt, for the first session. */
+  /**
+   * The HMAC of a command (Part 1, "Session-Based Authorizations"). `extraNonces`: of other sessions that encrypt, for
+   * the first session.
+   * @internal
+   */
   commandHmac(
     entity: Entity | undefined,
     cpHash: Buffer,
@@ -165,7 +184,7 @@ export class Session implements Entity {
     extraNonces: readonly Buffer[],
   ): Buffer {
     this.#sent = { cpHash, attributes };
-    // The authValue itself is in the place of the HMAC (Part 3, 23.18: PolicyPassword).
+    // The authValue itself is in the place of the HMAC (Part 3, PolicyPassword).
     if (this.#proves === 'password') return concat(entity?.authValue ?? NOTHING);
     return this.#hmac(entity, entity?.authValue, [
       cpHash,
@@ -180,6 +199,7 @@ export class Session implements Entity {
    * Checks the HMAC, nonce and attributes of a response and takes them.
    * @param newAuth the authValue of `entity` where the command has changed it
    * @throws TpmError `bad-hmac`, or `malformed` where it is not the answer to what was sent
+   * @internal
    */
   acceptResponse(
     entity: Entity | undefined,
@@ -189,7 +209,7 @@ export class Session implements Entity {
     received: Buffer,
     newAuth?: Uint8Array,
   ): void {
-    // Nothing proves an answer to a password, in any session (Part 3, 23.18: PolicyPassword).
+    // Nothing proves an answer to a password, in any session (Part 3, PolicyPassword).
     const isPassword = this.#proves === 'password';
     const authValue = newAuth === undefined ? entity?.authValue : trimTrailingZeros(newAuth);
     const expected = isPassword
@@ -208,12 +228,12 @@ export class Session implements Entity {
     if ((attributes & SessionAttribute.audit) !== 0) this.#extendAudit(rpHash, attributes);
     if ((attributes & SessionAttribute.continueSession) === 0 && this.#state === 'open')
       this.#state = 'ended';
-    // A policy session starts anew with each use (Part 1, section 19: policyDigest is reset with the nonce).
+    // A policy session starts anew with each use (its policyDigest is reset with the nonce).
     this.#proves = 'nothing';
   }
 
   #extendAudit(rpHash: Buffer, attributes: number): void {
-    // The TPM takes the binding away with the first command it audits, once that has succeeded (Part 1, section 19).
+    // The TPM takes the binding away with the first command it audits, once that has succeeded.
     this.#boundTo = undefined;
     const isReset = (this.#sent.attributes & SessionAttribute.auditReset) !== 0;
     if (isReset) this.#resetsAudit = false;
@@ -222,22 +242,32 @@ export class Session implements Entity {
     this.#isExclusive = (attributes & SessionAttribute.auditExclusive) !== 0;
   }
 
-  /** Encrypts a first parameter to the TPM. */
+  /**
+   * Encrypts a first parameter to the TPM.
+   * @internal
+   */
   encrypt(entity: Entity | undefined, data: Uint8Array): Buffer {
     return this.#crypt('encrypt', entity, this.nonceCaller, this.tpmNonce, data);
   }
 
-  /** Decrypts a first parameter from the TPM, after `acceptResponse`. */
+  /**
+   * Decrypts a first parameter from the TPM, after `acceptResponse`.
+   * @internal
+   */
   decrypt(entity: Entity | undefined, data: Uint8Array): Buffer {
     return this.#crypt('decrypt', entity, this.tpmNonce, this.nonceCaller, data);
   }
 
-  /** Hash over the parameters of a command or response with what is in front of them. */
+  /**
+   * Hash over the parameters of a command or response with what is in front of them.
+   * @internal
+   */
   parameterHash(...parts: readonly Uint8Array[]): Buffer {
     return digest(this.hash, ...parts);
   }
 
-  // Part 1, section 21: the authValue enters the encryption key of every session that authorises, bound, policy or not.
+  // Part 1, "Session-Based Encryption": the authValue enters the encryption key of every session that authorises,
+  // bound, policy or not.
   #crypt(
     direction: 'encrypt' | 'decrypt',
     entity: Entity | undefined,
@@ -259,7 +289,7 @@ export class Session implements Entity {
     const auth = entity !== undefined && this.#usesAuthValue(entity) ? (authValue ?? NOTHING) : NOTHING;
     const key = concat(this.key, auth);
     try {
-      // With nothing to prove, a policy session carries an empty HMAC both ways (Part 1, section 19).
+      // With nothing to prove, a policy session carries an empty HMAC both ways.
       if (key.length === 0 && this.kind === 'policy') return NOTHING;
       return hmac(this.hash, key, ...parts);
     } finally {

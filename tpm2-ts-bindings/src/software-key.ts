@@ -47,7 +47,7 @@ export function softwareKeyPublic(key: KeyObject, options: SoftwareKeyOptions): 
   return publicArea({
     type: Alg.RSA,
     ...head,
-    // 0 stands for 2^16 + 1 (Part 2, 12.2.3.5).
+    // 0 stands for 2^16 + 1 (Part 2, TPMS_RSA_PARMS).
     parameters: {
       symmetric,
       scheme,
@@ -60,7 +60,7 @@ export function softwareKeyPublic(key: KeyObject, options: SoftwareKeyOptions): 
 
 /**
  * The private part of such a key.
- * @param options `storage`: with a seed for the children's wrapping, which a parent needs (Part 2, 12.3.2.4)
+ * @param options `storage`: with a seed for the children's wrapping, which a parent needs (Part 2, TPMT_SENSITIVE)
  */
 export function softwareKeySensitive(
   key: KeyObject,

@@ -24,7 +24,7 @@ import type { Embedded } from './wire.js';
 const nothing = struct({});
 const hashOnly = struct({ hashAlg: u16 });
 
-/** TPMS_PCR_SELECT with its bank: which registers of one bank (Part 2, 10.6.2). */
+/** TPMS_PCR_SELECT with its bank: which registers of one bank. */
 export interface PcrBankSelection {
   readonly hash: number;
   /** Register numbers, ascending. */
@@ -62,13 +62,13 @@ export type PcrSelection = ValueOf<typeof tpmlPcrSelection>;
 
 export const tpmlDigest = list(tpm2b);
 
-/** TPMT_SYM_DEF and TPMT_SYM_DEF_OBJECT (Part 2, 11.1.6 and 11.1.7). */
+/** TPMT_SYM_DEF and TPMT_SYM_DEF_OBJECT. */
 export const tpmtSymDef = tagged('algorithm', u16, {
   [Alg.NULL]: nothing,
   [Alg.AES]: struct({ keyBits: u16, mode: u16 }),
 });
 
-/** TPMT_SIG_SCHEME (Part 2, 11.2.1.5). */
+/** TPMT_SIG_SCHEME. */
 export const tpmtSigScheme = tagged('scheme', u16, {
   [Alg.NULL]: nothing,
   [Alg.RSASSA]: hashOnly,
@@ -77,7 +77,7 @@ export const tpmtSigScheme = tagged('scheme', u16, {
   [Alg.HMAC]: hashOnly,
 });
 
-/** TPMT_RSA_SCHEME, TPMT_ECC_SCHEME and TPMT_RSA_DECRYPT (Part 2, 11.2.4.2, 11.2.5.6 and 11.2.4.4). */
+/** TPMT_RSA_SCHEME, TPMT_ECC_SCHEME and TPMT_RSA_DECRYPT. */
 export const tpmtAsymScheme = tagged('scheme', u16, {
   [Alg.NULL]: nothing,
   [Alg.RSASSA]: hashOnly,
@@ -100,10 +100,10 @@ const tpmtKeyedHashScheme = tagged('scheme', u16, {
   [Alg.XOR]: struct({ hashAlg: u16, kdf: u16 }),
 });
 
-/** TPMS_ECC_POINT (Part 2, 11.2.5.2). */
+/** TPMS_ECC_POINT. */
 export const tpmsEccPoint = struct({ x: tpm2b, y: tpm2b });
 
-/** TPMT_HA (Part 2, 10.3.2): the algorithm says how long the digest is. */
+/** TPMT_HA: the algorithm says how long the digest is. */
 export const tpmtHa: Codec<TaggedDigest> = {
   write(writer, value) {
     if (hashInfo(value.hashAlg)?.size !== value.digest.length)
@@ -130,7 +130,7 @@ const rsaParms = struct({ symmetric: tpmtSymDef, scheme: tpmtAsymScheme, keyBits
 const keyedHashParms = struct({ scheme: tpmtKeyedHashScheme });
 const symCipherParms = struct({ sym: tpmtSymDef });
 
-/** TPMT_PUBLIC_PARMS (Part 2, 12.2.3.8). */
+/** TPMT_PUBLIC_PARMS. */
 export const tpmtPublicParms = tagged('type', u16, {
   [Alg.ECC]: struct({ parameters: eccParms }),
   [Alg.RSA]: struct({ parameters: rsaParms }),
@@ -140,7 +140,7 @@ export const tpmtPublicParms = tagged('type', u16, {
 
 const publicHead = { nameAlg: u16, objectAttributes: u32, authPolicy: tpm2b };
 
-/** TPMT_PUBLIC (Part 2, 12.2.4). */
+/** TPMT_PUBLIC. */
 export const tpmtPublic = tagged('type', u16, {
   [Alg.ECC]: struct({
     ...publicHead,
@@ -169,10 +169,10 @@ export function publicArea(value: Public): PublicArea {
   return embed(tpmtPublic, value);
 }
 
-/** TPM2B_SENSITIVE_CREATE (Part 2, 11.1.16). */
+/** TPM2B_SENSITIVE_CREATE. */
 export const tpm2bSensitiveCreate = sized(struct({ userAuth: tpm2b, data: tpm2b }));
 
-/** TPMT_SENSITIVE (Part 2, 12.3.2.4): the private part of an object, of any type. */
+/** TPMT_SENSITIVE: the private part of an object, of any type. */
 export const tpmtSensitive = struct({
   sensitiveType: u16,
   authValue: tpm2b,
@@ -181,13 +181,13 @@ export const tpmtSensitive = struct({
 });
 export type Sensitive = ValueOf<typeof tpmtSensitive>;
 
-/** TPMS_CONTEXT (Part 2, 14.3): only the TPM that made it can read it, and only byte by byte as it made it. */
+/** TPMS_CONTEXT: only the TPM that made it can read it, and only byte by byte as it made it. */
 export const tpmsContext = captured(
   struct({ sequence: u64, savedHandle: u32, hierarchy: u32, contextBlob: tpm2b }),
 );
 export type SavedContext = ValueOf<typeof tpmsContext>;
 
-/** TPMT_SIGNATURE (Part 2, 11.3.4). */
+/** TPMT_SIGNATURE. */
 export const tpmtSignature = tagged('sigAlg', u16, {
   [Alg.RSASSA]: struct({ hash: u16, sig: tpm2b }),
   [Alg.RSAPSS]: struct({ hash: u16, sig: tpm2b }),
@@ -195,11 +195,11 @@ export const tpmtSignature = tagged('sigAlg', u16, {
 });
 export type Signature = ValueOf<typeof tpmtSignature>;
 
-/** TPMT_TK_CREATION, _VERIFIED, _AUTH and _HASHCHECK (Part 2, 10.7): proofs only their TPM can check. */
+/** TPMT_TK_CREATION, _VERIFIED, _AUTH and _HASHCHECK: proofs only their TPM can check. */
 export const tpmtTicket = struct({ tag: u16, hierarchy: u32, digest: tpm2b });
 export type Ticket = ValueOf<typeof tpmtTicket>;
 
-/** TPMS_NV_PUBLIC (Part 2, 13.5). */
+/** TPMS_NV_PUBLIC. */
 export const tpmsNvPublic = struct({
   nvIndex: u32,
   nameAlg: u16,
@@ -210,13 +210,13 @@ export const tpmsNvPublic = struct({
 export type NvPublic = ValueOf<typeof tpmsNvPublic>;
 export const tpm2bNvPublic = embedded(tpmsNvPublic);
 
-/** TPMS_CLOCK_INFO (Part 2, 10.11.1). `clock` is in milliseconds. */
+/** TPMS_CLOCK_INFO. `clock` is in milliseconds. */
 export const tpmsClockInfo = struct({ clock: u64, resetCount: u32, restartCount: u32, safe: yesNo });
 
-/** TPMS_TIME_INFO (Part 2, 10.11.2). `time` is in milliseconds since the TPM got power. */
+/** TPMS_TIME_INFO. `time` is in milliseconds since the TPM got power. */
 export const tpmsTimeInfo = struct({ time: u64, clockInfo: tpmsClockInfo });
 
-/** TPMS_CAPABILITY_DATA (Part 2, 10.10.2). */
+/** TPMS_CAPABILITY_DATA. */
 export const tpmsCapabilityData = tagged('capability', u32, {
   [Cap.ALGS]: struct({ algorithms: list(struct({ alg: u16, algProperties: u32 })) }),
   [Cap.HANDLES]: struct({ handles: list(u32) }),

@@ -221,7 +221,7 @@ function attributesOf(use: Use, decrypting: Use | undefined, encrypting: Use | u
   return use.by.attributes(crypts, use.entity !== undefined);
 }
 
-/** The password itself, or the HMAC over command code, Names and parameters (Part 1, sections 16 and 19). */
+/** The password itself, or the HMAC over command code, Names and parameters (Part 1, "Session-Based Authorizations"). */
 function prove(
   command: Command<HandleNames, unknown, unknown>,
   entities: readonly Entity[],
@@ -244,7 +244,7 @@ function prove(
 /**
  * The nonceTPM of encrypting sessions other than the first, which the first one's HMAC covers so that none of them can
  * be taken away: decrypt, then encrypt, once if they are the same. Only a first session that authorises covers them
- * (Part 1, section 19).
+ * (Part 1, "Session-Based Authorizations").
  */
 function others(uses: readonly Use[], decrypting: Use | undefined, encrypting: Use | undefined): Buffer[] {
   const first = uses[0];

@@ -1,6 +1,6 @@
 import { TpmError } from './error.js';
 
-/** Bytes in and out, within bounds. All integers are big-endian (Part 2, 4.2). */
+/** Bytes in and out, within bounds. All integers are big-endian. */
 
 /** A structure with the exact bytes it was received as: Names and signatures are over those, not over a copy. */
 export interface Embedded<T> {

@@ -8,7 +8,10 @@ export const DictionaryAttackLockReset = command('DictionaryAttackLockReset', {
   handles: ['!lockHandle'],
 });
 
-/** `newRecoveryTime`: seconds after which one failure is forgotten. `lockoutRecovery`: seconds for the lockout hierarchy. */
+/**
+ * `newRecoveryTime`: seconds after which one failure is forgotten. `lockoutRecovery`: seconds for the lockout
+ * hierarchy.
+ */
 export const DictionaryAttackParameters = command('DictionaryAttackParameters', {
   code: 0x13a,
   handles: ['!lockHandle'],

@@ -10,7 +10,7 @@ export const PCR_Extend = command('PCR_Extend', {
   params: { digests: list(tpmtHa) },
 });
 
-/** Only debug (16) and application (23) registers, others at some localities only (PC Client Profile, 4.6). */
+/** Only debug (16) and application (23) registers, others at some localities only (PC Client Platform TPM Profile). */
 export const PCR_Reset = command('PCR_Reset', { code: 0x13d, handles: ['!pcrHandle'] });
 
 /** At most eight registers a call: `readPcrs` reads them all. */

@@ -38,8 +38,8 @@ export interface SwtpmTransport extends Transport {
   /** Clears that bit. @param locality who asks; TPMs grant it to 3 and 4 */
   resetEstablished(locality: number): Promise<void>;
   /**
-   * A D-RTM measurement from locality 4: resets PCR 17 and extends it with the digest of `data` (Part 1, section 34:
-   * dynamic root of trust; the interface commands _TPM_Hash_Start, _Data and _End). Before TPM2_Startup it is the
+   * A D-RTM measurement from locality 4: resets PCR 17 and extends it with the digest of `data` (the dynamic root
+   * of trust, through the interface commands _TPM_Hash_Start, _Data and _End). Before TPM2_Startup it is the
    * H-CRTM's, in PCR 0.
    */
   hash(data: Uint8Array): Promise<void>;
