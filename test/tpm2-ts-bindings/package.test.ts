@@ -23,9 +23,10 @@ const RESOLUTIONS = { nodenext: 'nodenext', bundler: 'esnext' } as const;
 
 /** What the fragments of the README take as given. */
 const GIVEN = `
-import type { NvEntity, ObjectEntity, PcrSelection, PolicyStep, Session, Tpm, Transport } from 'tpm2-ts-bindings';
+import type { X509Certificate } from 'node:crypto';
+import type { NvEntity, ObjectEntity, PcrSelection, PolicyStep, Session, Tpm } from 'tpm2-ts-bindings';
 declare const tpm: Tpm, session: Session, srk: ObjectEntity, sealed: ObjectEntity, index: NvEntity;
-declare const selection: PcrSelection, digest: Buffer, srkName: Buffer;
+declare const selection: PcrSelection, digest: Buffer, srkName: Buffer, roots: X509Certificate[];
 `;
 
 describe('tpm2-ts-bindings: the package', () => {
