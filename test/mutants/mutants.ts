@@ -178,4 +178,62 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (stated <= shown) return shown;',
     test: { file: 'manager/anchored-store', name: 'a whole older copy of the files is refused' },
   },
+  {
+    name: 'tpm2-ts-bindings: the HMAC of an answer is compared',
+    file: 'tpm2-ts-bindings/src/session.ts',
+    guard: 'if (expected.length !== received.length || !timingSafeEqual(expected, received)) {',
+    without: 'if (expected.length !== received.length && !timingSafeEqual(expected, received)) {',
+    test: { file: 'tpm2-ts-bindings/session', name: 'an answer made with another key is refused' },
+  },
+  {
+    name: 'tpm2-ts-bindings: an answer with an error has nothing after its code',
+    file: 'tpm2-ts-bindings/src/tpm.ts',
+    guard: 'if (response.length !== HEADER || (tag !== St.NO_SESSIONS && tag !== St.RSP_COMMAND)) {',
+    without: 'if (response.length < HEADER) {',
+    test: { file: 'tpm2-ts-bindings/flip', name: 'is refused, and ends the session' },
+  },
+  {
+    name: 'tpm2-ts-bindings: a primary key has the trusted Name',
+    file: 'tpm2-ts-bindings/src/objects.ts',
+    guard: 'if (options.name !== undefined && !object.name.equals(options.name)) {',
+    without: 'if (options.name !== undefined && options.name.length === 0) {',
+    test: { file: 'tpm2-ts-bindings/hostile', name: 'with a storage key of its own TPM is refused by Name' },
+  },
+  {
+    name: 'tpm2-ts-bindings: nothing encrypts without a salt or a secret that is bound',
+    file: 'tpm2-ts-bindings/src/open-session.ts',
+    guard: 'if (options.encrypt !== undefined && salt === undefined && !bind?.authValue.length) {',
+    without: 'if (options.encrypt !== undefined && salt === undefined && bind?.authValue.length === 999) {',
+    test: { file: 'tpm2-ts-bindings/session', name: 'encryption without salt or bind cannot be asked for' },
+  },
+  {
+    name: 'tpm2-ts-bindings: a list is as long as its bytes at the most',
+    file: 'tpm2-ts-bindings/src/codec.ts',
+    guard: 'if (count > MAX_LIST || count > reader.left) {',
+    without: 'if (count > MAX_LIST * reader.left) {',
+    test: { file: 'tpm2-ts-bindings/codec', name: 'a list that announces more than there is' },
+  },
+  {
+    name: 'tpm2-ts-bindings: no late answer is that of the next command',
+    file: 'tpm2-ts-bindings/src/transport/stream.ts',
+    guard: 'const timer = setTimeout(() => this.fail(',
+    without:
+      'const fail = (why: string) => { this.#waiter = undefined; reject(transportError(why)); };' +
+      'const timer = setTimeout(() => fail(',
+    test: { file: 'tpm2-ts-bindings/transport', name: 'after the deadline a late answer is nobody’s' },
+  },
+  {
+    name: 'tpm2-ts-bindings: what counts wrong guesses is not sent again',
+    file: 'tpm2-ts-bindings/src/response-code.ts',
+    guard: 'Rc.YIELDED, Rc.TESTING, Rc.NV_RATE]',
+    without: 'Rc.YIELDED, Rc.TESTING, Rc.NV_RATE, Rc.LOCKOUT]',
+    test: { file: 'tpm2-ts-bindings/error', name: 'only RETRY, YIELDED, TESTING and NV_RATE are retryable' },
+  },
+  {
+    name: 'tpm2-ts-bindings: a session whose command got no answer is of no more use',
+    file: 'tpm2-ts-bindings/src/tpm.ts',
+    guard: 'if (!isInStep) for (const session of used) session.poison();',
+    without: 'if (!isInStep && used.length > 9) for (const session of used) session.poison();',
+    test: { file: 'tpm2-ts-bindings/session', name: 'a session whose command got no answer is poisoned' },
+  },
 ];

@@ -10,6 +10,7 @@ import {
   encode,
   i32,
   list,
+  type Reader,
   sized,
   struct,
   TpmError,
@@ -180,6 +181,23 @@ describe('tpm2-ts-bindings: codec', () => {
   it('a list that announces more than there is, is refused before memory is taken', () => {
     assert.throws(() => decode(list(u32), Buffer.from('ffffffff00000001', 'hex')), isMalformed);
     assert.throws(() => decode(list(u8), Buffer.from('0000000300', 'hex')), isMalformed);
+    let reads = 0;
+    const counted = {
+      ...u8,
+      read: (reader: Reader) => {
+        reads++;
+        return u8.read(reader);
+      },
+    };
+    const announcing = (count: number, bytes: number) => {
+      const message = Buffer.alloc(4 + bytes);
+      message.writeUInt32BE(count);
+      return message;
+    };
+    assert.throws(() => decode(list(counted), announcing(5, 4)), isMalformed);
+    assert.throws(() => decode(list(counted), announcing(1025, 1025)), isMalformed);
+    assert.equal(reads, 0);
+    assert.equal(decode(list(counted), announcing(1024, 1024)).length, 1024);
   });
 
   it('an unknown selector is refused both ways', () => {

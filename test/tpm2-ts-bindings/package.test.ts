@@ -11,6 +11,7 @@ import {
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { createTpm, openSwtpm, readRandom } from 'tpm2-ts-bindings';
 import { REPOSITORY, run } from '../support/installation.js';
 import { startSwtpm } from '../support/swtpm.js';
 
@@ -140,6 +141,19 @@ describe('tpm2-ts-bindings: the package', () => {
         );
       } finally {
         await swtpm.stop();
+      }
+    });
+
+    it('and so does the swtpm that its README starts', async () => {
+      const readme = readFileSync(installed('tpm2-ts-bindings', 'README.md'), 'utf8');
+      const [, start = ''] = /```sh\n(mkdir tpm\n.*?)```/s.exec(readme) ?? [];
+      await succeed('sh', '-c', `cd '${project}' && ${start}`);
+      const at = (name: string) => ({ path: join(project, 'tpm', name) });
+      const swtpm = await openSwtpm({ data: at('socket'), control: at('control') });
+      try {
+        assert.equal((await readRandom(createTpm(swtpm), 8)).length, 8);
+      } finally {
+        await swtpm.shutdown();
       }
     });
 

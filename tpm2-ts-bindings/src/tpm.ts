@@ -1,4 +1,4 @@
-import { concat, u16Bytes, u32Bytes, wipe } from './bytes.js';
+import { concat, u32Bytes, wipe } from './bytes.js';
 import { encode, tpm2b } from './codec.js';
 import type { Command, HandleArguments, HandleNames } from './command.js';
 import { Rh, SessionAttribute, St } from './constants.js';
@@ -9,7 +9,7 @@ import { Session } from './session.js';
 import { abortable } from './transport/abort.js';
 import { type RetryOptions, retrying } from './transport/retry.js';
 import { abortedError, HEADER, type Transport, throwIfAborted } from './transport/transport.js';
-import { Reader } from './wire.js';
+import { Reader, Writer } from './wire.js';
 
 export interface RunOptions {
   /**
@@ -175,42 +175,37 @@ function build<P>(
   const decrypting = command.encryptable.in ? find((session) => session.encryptsIn) : undefined;
   const encrypting = command.encryptable.out ? find((session) => session.encryptsOut) : undefined;
 
-  const secrets: Buffer[] = [];
-  const keep = (buffer: Buffer): Buffer => {
-    secrets.push(buffer);
-    return buffer;
-  };
+  const authorisation = new Writer();
+  const out = new Writer();
+  let plain: Buffer | undefined;
   try {
-    const plain = keep(encode(command.params, params));
+    plain = encode(command.params, params);
     const parameters = decrypting === undefined ? plain : encryptFirst(decrypting, plain);
-    const authorisations = uses.flatMap((use, at) => {
+    for (const [at, use] of uses.entries()) {
       const attributes = attributesOf(use, decrypting, encrypting);
       const nonces = at === 0 ? others(uses, decrypting, encrypting) : [];
-      const proof = keep(prove(command, entities, use, parameters, attributes, nonces));
-      return [
-        u32Bytes(use.by === 'password' ? Rh.PASSWORD : use.by.handle),
-        encode(tpm2b, own[at] ?? NO_NONCE),
-        Buffer.of(attributes),
-        keep(encode(tpm2b, proof)),
-      ];
-    });
-    const authorisation = keep(concat(...authorisations));
-    const body = keep(
-      concat(
-        ...entities.map((entity) => u32Bytes(entity.handle)),
-        ...(uses.length > 0 ? [u32Bytes(authorisation.length), authorisation] : []),
-        parameters,
-      ),
-    );
-    const bytes = concat(
-      u16Bytes(uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS),
-      u32Bytes(HEADER + body.length),
-      u32Bytes(command.code),
-      body,
-    );
-    return { bytes, encrypting };
+      const proof = prove(command, entities, use, parameters, attributes, nonces);
+      authorisation.unsigned(use.by === 'password' ? Rh.PASSWORD : use.by.handle, 4);
+      tpm2b.write(authorisation, own[at] ?? NO_NONCE);
+      authorisation.unsigned(attributes, 1);
+      tpm2b.write(authorisation, proof);
+      wipe(proof);
+    }
+    out.unsigned(uses.length > 0 ? St.SESSIONS : St.NO_SESSIONS, 2);
+    const sizes = 4 * entities.length + (uses.length > 0 ? 4 + authorisation.length : 0);
+    out.unsigned(HEADER + sizes + parameters.length, 4);
+    out.unsigned(command.code, 4);
+    for (const { handle } of entities) out.unsigned(handle, 4);
+    if (uses.length > 0) {
+      out.unsigned(authorisation.length, 4);
+      out.bytes(authorisation.written);
+    }
+    out.bytes(parameters);
+    return { bytes: out.finish(), encrypting };
   } finally {
-    wipe(...secrets);
+    wipe(plain);
+    authorisation.wipe();
+    out.wipe();
   }
 }
 

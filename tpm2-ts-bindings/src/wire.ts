@@ -8,9 +8,12 @@ export interface Embedded<T> {
   readonly value: T;
 }
 
+/** Most structures and commands fit; zeroing more costs more than growing. */
+const FIRST_SIZE = 512;
+
 /** A growing buffer outside Node's pool; `wipe` clears it, outgrown parts are cleared at once. */
 export class Writer {
-  #buffer = Buffer.alloc(1024);
+  #buffer = Buffer.alloc(FIRST_SIZE);
   #length = 0;
 
   #reserve(count: number): number {
@@ -54,15 +57,24 @@ export class Writer {
     this.#buffer.writeUInt16BE(size, at);
   }
 
+  get length(): number {
+    return this.#length;
+  }
+
+  /** What was written so far, until the next write. */
+  get written(): Uint8Array {
+    return this.#buffer.subarray(0, this.#length);
+  }
+
   /** A copy of what was written. */
   finish(): Buffer {
     const out = Buffer.alloc(this.#length);
-    out.set(this.#buffer.subarray(0, this.#length));
+    out.set(this.written);
     return out;
   }
 
   wipe(): void {
-    this.#buffer.fill(0);
+    this.#buffer.fill(0, 0, this.#length);
     this.#length = 0;
   }
 }
