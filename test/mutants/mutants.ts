@@ -187,7 +187,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'tpm2-ts-bindings: an answer with an error has nothing after its code',
-    file: 'tpm2-ts-bindings/src/tpm.ts',
+    file: 'tpm2-ts-bindings/src/pipeline.ts',
     guard: 'if (response.length !== HEADER || (tag !== St.NO_SESSIONS && tag !== St.RSP_COMMAND)) {',
     without: 'if (response.length < HEADER) {',
     test: { file: 'tpm2-ts-bindings/flip', name: 'is refused, and ends the session' },
