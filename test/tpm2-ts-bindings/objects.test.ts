@@ -24,6 +24,7 @@ import {
   publicArea,
   Rh,
   readNvIndex,
+  readObject,
   runPolicy,
   sealedTemplate,
   srkTemplate,
@@ -35,7 +36,7 @@ import {
 } from 'tpm2-ts-bindings';
 import { startRecordingProxy } from '../support/recording-proxy.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { assertNothingLeaked } from '../support/tpm-fixture.js';
+import { assertNothingLeaked, withPrimary } from '../support/tpm-fixture.js';
 import { has, OWNER, says } from './make.js';
 
 describe('tpm2-ts-bindings: objects from their making to their flush', () => {
@@ -72,6 +73,13 @@ describe('tpm2-ts-bindings: objects from their making to their flush', () => {
       owner,
     );
     assert.notEqual(await nameOf(Rh.ENDORSEMENT), owner);
+  });
+
+  it('readObject: what is not loaded or not persistent is undefined', async () => {
+    for (const handle of [0x80000000, 0x81000777]) assert.equal(await readObject(tpm, handle), undefined);
+    await withPrimary(tpm, srkTemplate(), async (srk) => {
+      assert.deepEqual((await readObject(tpm, srk.handle))?.name, srk.name);
+    });
   });
 
   it('whileLoaded: flushes after an error too', async () => {

@@ -12,7 +12,7 @@ import {
   type Transport,
 } from 'tpm2-ts-bindings';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
-import { withPrimary } from '../support/tpm-fixture.js';
+import { assertNothingLeaked, withPrimary } from '../support/tpm-fixture.js';
 import { create, has } from './make.js';
 
 /** Compiles only while every property of what an observer gets is a number: none can hold or lead to a body. */
@@ -82,6 +82,7 @@ describe('tpm2-ts-bindings: interceptor', () => {
     await withPrimary(tpm, srkTemplate(), async (srk) => {
       await create(tpm, srk, srkTemplate(), { auth: data });
     });
+    await assertNothingLeaked(tpm);
     await tpm.close();
     assert.ok(given.some((values) => (values[1] as ObservedExchange).commandCode === Create.code));
     for (const [self, exchange, ...more] of given) {

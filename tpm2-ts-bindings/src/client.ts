@@ -71,7 +71,8 @@ export async function readObject(
     }
     return entity;
   } catch (error) {
-    if (TpmError.is(error, Rc.HANDLE)) return undefined;
+    // The first for persistent handles, the second for transient ones.
+    if (TpmError.is(error, Rc.HANDLE, Rc.REFERENCE_H0)) return undefined;
     throw error;
   }
 }
@@ -95,7 +96,10 @@ export async function readNvIndex(
   }
 }
 
-/** Removes a transient object or session. Never rejects for an answer of the TPM: then it is gone already. */
+/**
+ * Removes a transient object or session. Never rejects with a TpmError: after a refusal it is gone already, and without an
+ * answer nothing is left to do.
+ */
 export async function flush(tpm: Tpm, handle: number): Promise<void> {
   await tpm.run(FlushContext, {}, { flushHandle: handle }).catch((error: unknown) => {
     if (!(error instanceof TpmError)) throw error;

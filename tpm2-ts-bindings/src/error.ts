@@ -3,7 +3,8 @@ import { parseResponseCode, type ResponseCode } from './response-code.js';
 /**
  * - `tpm`: the TPM answered with a response code, see `response`. Such answers carry no HMAC: hints, never evidence.
  * - `transport`: no answer: the device or socket failed, closed or was too slow. It cannot be used any more.
- * - `malformed`: an answer that is not in the format of its command.
+ * - `malformed`: an answer that is not what its command has, or a statement, key or secret from elsewhere that is not
+ *   what it has to be.
  * - `bad-hmac`: the answer is not from the TPM that shares the session's key, or was changed on its way.
  * - `poisoned`: the session saw a failure before; nothing more is authorised with it.
  * - `usage`: the caller asked for what cannot be sent. Nothing was.
