@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { join } from 'node:path';
 import {
   attestationKeyTemplate,
+  ContextSave,
   createChild,
   createPrimary,
   createTpm,
@@ -73,6 +74,22 @@ describe('tpm2-ts-bindings: objects from their making to their flush', () => {
       owner,
     );
     assert.notEqual(await nameOf(Rh.ENDORSEMENT), owner);
+  });
+
+  it('listHandles: sessions of either kind, loaded or saved', async () => {
+    await inSession(tpm, { kind: 'hmac' }, (hmac) =>
+      inSession(tpm, { kind: 'policy' }, async (policy) => {
+        const both = [hmac.handle, policy.handle].sort();
+        assert.deepEqual((await listHandles(tpm, Ht.HMAC_SESSION)).sort(), both);
+        await tpm.run(ContextSave, { saveHandle: policy }, {});
+        assert.deepEqual(await listHandles(tpm, Ht.HMAC_SESSION), [hmac.handle]);
+        const saved = await listHandles(tpm, Ht.POLICY_SESSION);
+        assert.deepEqual(
+          saved.map((handle) => handle & 0xff_ffff),
+          [policy.handle & 0xff_ffff],
+        );
+      }),
+    );
   });
 
   it('readObject: what is not loaded or not persistent is undefined', async () => {

@@ -8,7 +8,7 @@ import {
   NV_ReadPublic,
   ReadPublic,
 } from './commands/index.js';
-import { Alg, Cap } from './constants.js';
+import { Alg, Cap, Ht } from './constants.js';
 import {
   type Authorized,
   type NvEntity,
@@ -24,6 +24,7 @@ import { tpmsNvPublic } from './structures.js';
 import type { Tpm } from './tpm.js';
 
 const NOTHING = Buffer.alloc(0);
+const SESSION_TYPES: readonly number[] = [Ht.HMAC_SESSION, Ht.POLICY_SESSION];
 
 /** Steps that every user of a TPM needs, made of single commands. */
 
@@ -107,26 +108,31 @@ export async function flush(tpm: Tpm, handle: number): Promise<void> {
 }
 
 /**
- * Handles in use of one type, ascending.
+ * Handles in use of one type, ascending. Of sessions, TPMs give both kinds: the loaded ones for `Ht.HMAC_SESSION`, the
+ * saved ones for `Ht.POLICY_SESSION` (Part 2, TPM_HT: LOADED_SESSION, SAVED_SESSION), of which only the lower
+ * three bytes say which session it is.
  * @param type `Ht.TRANSIENT` and so on
  * @throws TpmError
  */
 export async function listHandles(tpm: Tpm, type: number): Promise<number[]> {
   const handles: number[] = [];
-  for (let next = (type << 24) >>> 0; ; ) {
+  const types: readonly number[] = SESSION_TYPES.includes(type) ? SESSION_TYPES : [type];
+  const base = type * 2 ** 24;
+  for (let next = 0; ; ) {
     const { capabilityData, moreData } = await tpm.run(
       GetCapability,
       {},
-      { capability: Cap.HANDLES, property: next, propertyCount: 254 },
+      { capability: Cap.HANDLES, property: base + next, propertyCount: 254 },
     );
     const found = capabilityData.capability === Cap.HANDLES ? capabilityData.handles : [];
     for (const handle of found) {
       // What does not go on would never end.
-      if (handle < next || handle >>> 24 !== type) {
+      const index = handle & 0xff_ffff;
+      if (index < next || !types.includes(handle >>> 24)) {
         throw new TpmError('malformed', 'answer to TPM2_GetCapability: handles that were not asked for');
       }
       handles.push(handle);
-      next = handle + 1;
+      next = index + 1;
     }
     if (!moreData || found.length === 0) return handles;
   }
