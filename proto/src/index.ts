@@ -5,4 +5,5 @@ export * from './generated/messages.js';
 export * from './grpc-wire.js';
 export * from './identity.js';
 export * from './load-box.js';
+export * from './random.js';
 export * from './session.js';

@@ -1,7 +1,8 @@
-import { createCipheriv, createDecipheriv, hkdfSync, randomBytes } from 'node:crypto';
+import { createCipheriv, createDecipheriv, hkdfSync } from 'node:crypto';
 import { expectLength } from './bytes.js';
 import { ProtoError } from './error.js';
 import type { ManagerFrame, ManagerFrameType, WorkerFrame, WorkerFrameType } from './generated/messages.js';
+import { publicRandom } from './random.js';
 
 /**
  * The cryptography of the Save stream: AES-256-GCM under one key per direction, derived from the session key of the
@@ -70,7 +71,7 @@ function deriveKey(sessionKey: Uint8Array, sessionId: Uint8Array, direction: str
 }
 
 function seal(key: Uint8Array, aad: Uint8Array, payload: Uint8Array): { nonce: Buffer; sealed: Buffer } {
-  const nonce = randomBytes(12);
+  const nonce = publicRandom(12);
   const cipher = createCipheriv('aes-256-gcm', key, nonce);
   cipher.setAAD(aad);
   return { nonce, sealed: Buffer.concat([cipher.update(payload), cipher.final(), cipher.getAuthTag()]) };
@@ -89,7 +90,10 @@ function open(
   decipher.setAAD(aad);
   decipher.setAuthTag(frame.sealed.subarray(-16));
   try {
-    return Buffer.concat([decipher.update(body), decipher.final()]);
+    // GCM has given out everything with `update`.
+    const payload = decipher.update(body);
+    decipher.final();
+    return payload;
   } catch (cause) {
     throw new ProtoError('forged', `${type}: the frame is not of this session, epoch and sequence`, cause);
   }

@@ -12,7 +12,7 @@ import type { Instruction, MeasuredSaves, SaveOrder, StreamIdentity } from './sa
 import { median, percentile } from './statistics.js';
 
 const CLIENT = fileURLToPath(new URL('./save-client.js', import.meta.url));
-const STREAMS = [1, 16, 64];
+const STREAMS = [1, 16, 64, 256];
 const STATE_BYTES = 10 * 1024;
 const SLICE_MS = 500;
 

@@ -16,6 +16,7 @@ import {
   wipe,
   wrapDataKey,
 } from 'vtpm-manager/keys/index';
+import { hkdf } from 'vtpm-manager/keys/secret';
 import { decode, encode, type PartContext } from 'vtpm-proto';
 
 const filled = (length: number, byte: number): Buffer => Buffer.alloc(length, byte);
@@ -61,6 +62,15 @@ describe('key hierarchy', () => {
       workerKey: filled(32, 8),
     });
     assert.equal(session.toString('hex'), VECTORS.session);
+  });
+
+  it('derives as HKDF-SHA256 of RFC 5869 does', () => {
+    const input = fc.uint8Array({ maxLength: 100 });
+    fc.assert(
+      fc.property(fc.uint8Array({ minLength: 1, maxLength: 100 }), input, input, (key, salt, info) => {
+        assert.deepEqual(hkdf(key, salt, info), Buffer.from(hkdfSync('sha256', key, salt, info, 32)));
+      }),
+    );
   });
 
   it('gives each purpose, store and session another key', () => {

@@ -141,7 +141,7 @@ describe('records', () => {
     const one = saved(first, { permanent: Buffer.from('one') });
     const two = saved(one, { permanent: Buffer.from('two') });
     const stored = decode('StoredRecord', encodeRecord(keys, two));
-    const mixed: StoredRecord = { ...stored, parts: [...one.parts] };
+    const mixed: StoredRecord = { ...stored, parts: one.parts.map((part) => encode('SealedPart', part)) };
     assert.throws(
       () => decodeRecord(keys, names.vtpmUuid, encode('StoredRecord', mixed)),
       refused('store-corrupt'),

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { sessionCipher } from 'vtpm-proto';
+import fc from 'fast-check';
+import { publicRandom, sessionCipher } from 'vtpm-proto';
 
 const key = randomBytes(32);
 const id = randomBytes(16);
@@ -32,5 +33,22 @@ describe('the Save stream cipher', () => {
       sealed[bit >> 3]! ^= 1 << (bit & 7);
       assert.throws(() => cipher.openWorker({ ...frame, sealed }), { code: 'forged' });
     }
+  });
+});
+
+describe('random bytes for nonces and salts', () => {
+  it('have the length that is asked for, and none is given out twice', () => {
+    fc.assert(
+      fc.property(fc.array(fc.integer({ min: 1, max: 1500 }), { minLength: 1, maxLength: 40 }), (lengths) => {
+        const given = lengths.map((length) => publicRandom(length));
+        assert.deepEqual(
+          given.map(({ length }) => length),
+          lengths,
+        );
+        // Each is marked with a byte of its own: where memory was shared, another one's mark shows.
+        for (const [mark, bytes] of given.entries()) bytes.fill(mark);
+        for (const [mark, bytes] of given.entries()) assert.ok(bytes.every((byte) => byte === mark));
+      }),
+    );
   });
 });

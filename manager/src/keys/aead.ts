@@ -1,5 +1,5 @@
-import { createCipheriv, createDecipheriv, randomBytes } from 'node:crypto';
-import { expectLength } from 'vtpm-proto';
+import { createCipheriv, createDecipheriv } from 'node:crypto';
+import { expectLength, publicRandom } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { secretBuffer, wipe } from './secret.js';
 
@@ -12,7 +12,7 @@ export function aeadSeal(
   associated: Uint8Array,
   plain: Uint8Array,
 ): { nonce: Buffer; sealed: Buffer } {
-  const nonce = randomBytes(NONCE_BYTES);
+  const nonce = publicRandom(NONCE_BYTES);
   const cipher = createCipheriv('aes-256-gcm', key, nonce);
   cipher.setAAD(associated);
   return { nonce, sealed: Buffer.concat([cipher.update(plain), cipher.final(), cipher.getAuthTag()]) };

@@ -1,5 +1,12 @@
-import { randomBytes } from 'node:crypto';
-import { bytesEqual, decode, encode, type PartContext, type PartKind, type SealedPart } from 'vtpm-proto';
+import {
+  bytesEqual,
+  decode,
+  encode,
+  type PartContext,
+  type PartKind,
+  publicRandom,
+  type SealedPart,
+} from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { aeadOpen, aeadSeal } from './aead.js';
 import { hkdf, wipe } from './secret.js';
@@ -16,7 +23,7 @@ export function sealPart(
   plain: Uint8Array,
 ): SealedPart {
   const bytes = encode('PartContext', { ...context, length: BigInt(plain.length) });
-  const salt = randomBytes(SALT_BYTES);
+  const salt = publicRandom(SALT_BYTES);
   const key = partKey(dataKey, salt, context.kind);
   try {
     return { context: bytes, salt, ...aeadSeal(key, bytes, plain) };

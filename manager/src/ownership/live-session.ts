@@ -1,4 +1,4 @@
-import { createHash } from 'node:crypto';
+import { hash } from 'node:crypto';
 import { barrier } from 'vtpm-common';
 import {
   bytesEqual,
@@ -129,7 +129,7 @@ export class LiveSession {
   /** @returns the acknowledgement to send */
   async #save(sequence: bigint, payload: Uint8Array): Promise<Buffer> {
     if (this.#isOver) throw new ManagerError('fenced', 'the session is over');
-    const digest = createHash('sha256').update(payload).digest();
+    const digest = hash('sha256', payload, 'buffer');
     const { session } = this.record.header;
     const last = session?.lastSequence ?? 0n;
     if (session && sequence === last && bytesEqual(session.lastDigest, digest)) {

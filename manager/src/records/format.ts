@@ -1,4 +1,4 @@
-import { createHash, createHmac, timingSafeEqual } from 'node:crypto';
+import { createHmac, hash, timingSafeEqual } from 'node:crypto';
 import {
   bytesEqual,
   decode,
@@ -24,7 +24,7 @@ export interface VtpmRecord {
 /** @returns the bytes to store under the vTPM's uuid */
 export function encodeRecord(keys: KeyHierarchy, record: VtpmRecord): Buffer {
   const header = encode('RecordHeader', record.header);
-  const parts = [...record.parts];
+  const parts = record.parts.map((part) => encode('SealedPart', part));
   return encode('StoredRecord', {
     header,
     parts,
@@ -43,11 +43,12 @@ export function decodeRecord(keys: KeyHierarchy, vtpmUuid: Uint8Array, bytes: Ui
     checkFormat(name, stored.header);
     const header = decode('RecordHeader', stored.header);
     verifyMac(keys.ofGeneration(header.keyId, `the record of vTPM ${name}`), name, vtpmUuid, stored);
-    // protobuf has many encodings of one message; only the one that was written is taken.
+    // protobuf has many encodings of one message; only the one that was written is taken. Those of header and parts are
+    // authenticated.
     if (!bytesEqual(encode('StoredRecord', stored), bytes))
       throw corrupt(name, 'is not encoded as it was written');
     checkHeader(keys, name, vtpmUuid, header);
-    return { header, parts: stored.parts };
+    return { header, parts: stored.parts.map((part) => decode('SealedPart', part)) };
   } catch (error) {
     if (!(error instanceof ProtoError)) throw error;
     throw corrupt(name, `is not readable (${error.message})`, error);
@@ -103,15 +104,13 @@ function recordMac(
   keys: RootKeys,
   vtpmUuid: Uint8Array,
   header: Uint8Array,
-  parts: readonly SealedPart[],
+  parts: readonly Uint8Array[],
 ): Buffer {
   const mac = createHmac('sha256', keys.recordMacKey)
     .update('vtpm.v1 record\0')
     .update(vtpmUuid)
-    .update(createHash('sha256').update(header).digest());
-  for (const part of parts) {
-    mac.update(createHash('sha256').update(encode('SealedPart', part)).digest());
-  }
+    .update(hash('sha256', header, 'buffer'));
+  for (const part of parts) mac.update(hash('sha256', part, 'buffer'));
   return mac.digest();
 }
 

@@ -50,8 +50,8 @@ export function valueDigest(value: Uint8Array): Buffer {
 
 const BUCKETS = 4096;
 const DIGEST = 32;
-const BUCKET_TAG = Buffer.from([0]);
-const NODE_TAG = Buffer.from([1]);
+const BUCKET_TAG = 0;
+const NODE_TAG = 1;
 
 function bucketOf(key: string): number {
   return valueDigest(Buffer.from(key, 'latin1')).readUInt16BE(0) >> 4;
@@ -181,17 +181,20 @@ class ArrayMerkleTree implements MerkleTree {
   }
 
   #bucketDigest(keys: readonly string[], changed: ReadonlyMap<string, LeafChange>): Buffer {
-    const parts: Uint8Array[] = [BUCKET_TAG];
+    const bucket = Buffer.allocUnsafe(keys.reduce((sum, key) => sum + 10 + key.length + DIGEST, 1));
+    bucket[0] = BUCKET_TAG;
+    let at = 1;
     for (const key of keys) {
       const leaf = changed.get(key) ?? this.get(key);
       if (!leaf) throw new ManagerError('internal', `${key} is in a bucket but not in the tree`);
-      const head = Buffer.alloc(10 + key.length);
-      head.writeUInt16BE(key.length, 0);
-      head.write(key, 2, 'latin1');
-      head.writeBigUInt64BE(BigInt(leaf.version), 2 + key.length);
-      parts.push(head, leaf.digest);
+      at = bucket.writeUInt16BE(key.length, at);
+      at += bucket.write(key, at, 'latin1');
+      at = bucket.writeUInt32BE(Math.floor(leaf.version / 2 ** 32), at);
+      at = bucket.writeUInt32BE(leaf.version % 2 ** 32, at);
+      bucket.set(leaf.digest, at);
+      at += DIGEST;
     }
-    return valueDigest(Buffer.concat(parts));
+    return valueDigest(bucket);
   }
 
   #node(node: number): Buffer {
@@ -206,7 +209,7 @@ class ArrayMerkleTree implements MerkleTree {
 /** The nodes of a tree without records: one digest for each level. */
 function emptyNodes(): Buffer {
   const nodes = Buffer.alloc(2 * BUCKETS * DIGEST);
-  let digest: Uint8Array = valueDigest(BUCKET_TAG);
+  let digest: Uint8Array = valueDigest(Buffer.from([BUCKET_TAG]));
   for (let first = BUCKETS; first >= 1; first >>= 1) {
     nodes.fill(digest, first * DIGEST, 2 * first * DIGEST);
     digest = nodeDigest(digest, digest);
@@ -216,8 +219,13 @@ function emptyNodes(): Buffer {
 
 const NOTHING: ReadonlyMap<string, LeafChange> = new Map();
 
+/** One for all: memory of its own for each would cost more than its digest. */
+const nodeBytes = Buffer.alloc(1 + 2 * DIGEST, NODE_TAG);
+
 function nodeDigest(left: Uint8Array, right: Uint8Array): Buffer {
-  return valueDigest(Buffer.concat([NODE_TAG, left, right]));
+  nodeBytes.set(left, 1);
+  nodeBytes.set(right, 1 + DIGEST);
+  return valueDigest(nodeBytes);
 }
 
 // Code units, the order of LMDB; localeCompare has another one.
