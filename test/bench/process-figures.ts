@@ -23,6 +23,11 @@ export function privateMiB(pid: number): number {
   return kibibytes / 1024;
 }
 
+/** The most that was resident at once, in MiB (proc(5), status, VmHWM). */
+export function peakMiB(pid: number): number {
+  return Number(/^VmHWM:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1]) / 1024;
+}
+
 /**
  * Keeps all threads of a process on one CPU, or with undefined lets them go where they like. Whether client and TPM share
  * a CPU is luck otherwise, and decides more about a round trip of 20 microseconds than either of them.

@@ -6,6 +6,7 @@ import type { AnchorCounter } from '../root-tpm/index.js';
 import { ANCHOR_KEY, type AnchorFacts, openAnchor, sealAnchor } from './anchor.js';
 import { MAX_BATCH_BYTES, MAX_BATCH_WRITES } from './limits.js';
 import { buildMerkleTree, type LeafChange, valueDigest } from './merkle-tree.js';
+import { pagesOf } from './pages.js';
 import type { StateStore, StoreEntry, StoreWrite } from './state-store.js';
 
 /** What a store says of itself, and whether that is so. For `recover`, which is told what a start refuses. */
@@ -109,23 +110,8 @@ function authentic(keys: KeyHierarchy, anchor: Uint8Array): AnchorFacts | undefi
   }
 }
 
-const PAGE_RECORDS = 64;
-
 async function* entriesOf(store: StateStore): AsyncGenerator<StoreEntry> {
-  for (let after: string | undefined; ; ) {
-    const page = await store.list(after, PAGE_RECORDS);
-    if (page.length === 0) return;
-    for (const entry of page) {
-      if (after !== undefined && entry.key <= after) {
-        throw new ManagerError(
-          'store-corrupt',
-          'the records of the store are out of order: its files are damaged',
-        );
-      }
-      after = entry.key;
-      yield entry;
-    }
-  }
+  for await (const page of pagesOf(store)) yield* page;
 }
 
 function changed(): ManagerError {

@@ -8,6 +8,7 @@ import { ANCHOR_KEY, openAnchor, sealAnchor } from './anchor.js';
 import { reconcile } from './anchor-counter.js';
 import { GroupCommitStore } from './group-commit.js';
 import { buildMerkleTree, type LeafChange, valueDigest } from './merkle-tree.js';
+import { pagesOf } from './pages.js';
 import type { StateStore, StoreEntry } from './state-store.js';
 
 /**
@@ -123,23 +124,17 @@ export async function openAnchoredStore(
   return new GroupCommitStore(store, tree, opened, options);
 }
 
-const PAGE_RECORDS = 512;
-
 async function readAll(store: StateStore): Promise<{ leaves: LeafChange[]; anchor: StoreEntry | undefined }> {
   const leaves: LeafChange[] = [];
   let anchor: StoreEntry | undefined;
-  for (let after: string | undefined; ; ) {
-    const page = await store.list(after, PAGE_RECORDS);
-    if (page.length === 0) return { leaves, anchor };
+  for await (const page of pagesOf(store)) {
     for (const entry of page) {
       const { key, version, value } = entry;
-      // Damaged pages may lead in circles.
-      if (after !== undefined && key <= after) throw corrupt('its records are out of order');
-      after = key;
       if (key === ANCHOR_KEY) anchor = entry;
       else leaves.push({ key, version, digest: valueDigest(value) });
     }
   }
+  return { leaves, anchor };
 }
 
 function corrupt(what: string): ManagerError {
