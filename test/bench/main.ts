@@ -3,6 +3,7 @@ import { parseArgs } from 'node:util';
 import { chart } from './chart.js';
 import { clientSuite } from './client-rows.js';
 import { commandSuite } from './command-rows.js';
+import { hostileSuite } from './hostile-rows.js';
 import { manySuite } from './many-rows.js';
 import { memorySuite } from './memory-rows.js';
 import { heading, machine, tableLine } from './report.js';
@@ -20,7 +21,7 @@ Measures this service beside Debian's swtpm and prints a table. Takes about thre
   --full          more rounds and starts; 5 s of warm-up and a window of 20 s for Saves a second
 `;
 
-const SUITES = [commandSuite, startSuite, saveSuite, manySuite, memorySuite, clientSuite];
+const SUITES = [commandSuite, startSuite, saveSuite, hostileSuite, manySuite, memorySuite, clientSuite];
 const SHORT: Effort = { rounds: 9, starts: 9, warmUpSeconds: 2, windowSeconds: 5 };
 const FULL: Effort = { rounds: 15, starts: 15, warmUpSeconds: 5, windowSeconds: 20 };
 

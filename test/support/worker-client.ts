@@ -116,12 +116,12 @@ export function loadRequest(managerId: Uint8Array, ticket: SignedTicket, keys: B
 
 /** One connection of a worker, spoken over the real grpc-js client: what an honest or a hostile worker can send. */
 export class WorkerClient {
-  readonly keys: BoxKeyPair = boxKeyPair();
   readonly #client: Client;
 
   constructor(
     socketPath: string,
     readonly managerId: Uint8Array,
+    readonly keys: BoxKeyPair = boxKeyPair(),
   ) {
     this.#client = new Client(`unix:${socketPath}`, credentials.createInsecure(), {
       'grpc.use_local_subchannel_pool': 1,

@@ -20,6 +20,20 @@ export interface Limits {
   readonly loadsPerUid: Rate;
   /** Connections of a uid: all its workers come back at once after a restart of the manager. */
   readonly connectionsPerUid: Rate;
+  /** Connections that are open at the same time. */
+  readonly openConnections: number;
+  /**
+   * Bytes of Saves of a connection. What is above waits unread in its socket, so that a worker with the largest saves
+   * leaves the manager and its disk to the others for most of the time. A guest that saves 10 KiB without pause is below.
+   */
+  readonly saveBytes: Rate;
+  /** Milliseconds until a call is refused: who makes nonsense of his calls does it slowly. */
+  readonly refusalPauseMs: number;
+  /**
+   * Bytes that a connection may send beside the messages that the manager takes, and those on their way in open calls:
+   * frames of HTTP/2, calls of methods that there are not. Above it the connection is closed.
+   */
+  readonly otherBytes: number;
   /** Milliseconds until a Load is answered, whatever the store does. */
   readonly loadDeadlineMs: number;
 }
@@ -32,11 +46,15 @@ export interface Rate {
 
 /** docs/bad-input.md has this table for operators. */
 export const DEFAULT_LIMITS: Limits = {
-  transportBytes: 1024 * 1024,
-  streams: 8,
+  transportBytes: 576 * 1024,
+  streams: 4,
   callsPerConnection: 16,
   loadsPerUid: { burst: 512, perSecond: 64 },
   connectionsPerUid: { burst: 4096, perSecond: 256 },
+  openConnections: 8192,
+  saveBytes: { burst: 2 * 1024 * 1024, perSecond: 8 * 1024 * 1024 },
+  refusalPauseMs: 20,
+  otherBytes: 128 * 1024,
   loadDeadlineMs: 20_000,
 };
 
@@ -45,6 +63,13 @@ export interface AdmittedConnection {
   readonly uid: number;
   readonly worker: WorkerConnection;
   calls: number;
+  /** Calls under way. */
+  open: number;
+  /** Bytes of its messages, with what HTTP/2 puts around them. */
+  messageBytes: number;
+  readonly saves: Bucket;
+  /** Bytes that came so far. */
+  received(): number;
   close(): void;
 }
 
@@ -58,8 +83,28 @@ export class CallLimits {
     this.#connections = new Buckets(limits.connectionsPerUid);
   }
 
-  admitConnection(uid: number): boolean {
-    return this.#connections.take(uid);
+  /** @param open connections that there are */
+  admitConnection(uid: number, open: number): boolean {
+    return open < this.limits.openConnections && this.#connections.take(uid);
+  }
+
+  newBucket(): Bucket {
+    return new Bucket(this.limits.saveBytes);
+  }
+
+  /** Counts a message. @returns milliseconds until the next one of its stream is read */
+  admitMessage(connection: AdmittedConnection, bytes: number): number {
+    // A frame of 9 bytes around each 16 KiB, and the windows that the worker opens for its acknowledgement.
+    connection.messageBytes += bytes + Math.ceil(bytes / 256) + 256;
+    return connection.saves.spend(bytes);
+  }
+
+  /** Whether what a connection sends is something else than its messages. */
+  isNoise({ open, messageBytes, received }: AdmittedConnection): boolean {
+    const { otherBytes, transportBytes } = this.limits;
+    return (
+      received() - messageBytes > otherBytes + open * ((MESSAGES_AHEAD + 1) * transportBytes + WINDOW_BYTES)
+    );
   }
 
   /** @throws ManagerError `rate-limited` */
@@ -102,19 +147,52 @@ export function within<T>(milliseconds: number, body: () => Promise<T>): Promise
   });
 }
 
-/** Token buckets by uid. Only root and the manager's own uid get here. */
+/** Messages that are read of a stream while one of it is worked on. */
+export const MESSAGES_AHEAD = 2;
+/** What HTTP/2 lets a stream send before it is read (RFC 9113 section 6.9.2). */
+const WINDOW_BYTES = 65_535;
+
+/** A token bucket. */
+export class Bucket {
+  #tokens: number;
+  #at = performance.now();
+
+  constructor(private readonly rate: Rate) {
+    this.#tokens = rate.burst;
+  }
+
+  /** Takes one where there is one. */
+  take(): boolean {
+    this.#fill();
+    if (this.#tokens < 1) return false;
+    this.#tokens -= 1;
+    return true;
+  }
+
+  /** Takes `count`, there or not. @returns milliseconds until none is owed */
+  spend(count: number): number {
+    this.#fill();
+    this.#tokens -= count;
+    return Math.max(0, (-1000 * this.#tokens) / this.rate.perSecond);
+  }
+
+  #fill(): void {
+    const now = performance.now();
+    const { burst, perSecond } = this.rate;
+    this.#tokens = Math.min(burst, this.#tokens + ((now - this.#at) / 1000) * perSecond);
+    this.#at = now;
+  }
+}
+
+/** One for each uid. Only root and the manager's own uid get here. */
 class Buckets {
-  readonly #buckets = new Map<number, { tokens: number; at: number }>();
+  readonly #buckets = new Map<number, Bucket>();
 
   constructor(private readonly rate: Rate) {}
 
   take(uid: number): boolean {
-    const { burst, perSecond } = this.rate;
-    const now = performance.now();
-    const last = this.#buckets.get(uid) ?? { tokens: burst, at: now };
-    const tokens = Math.min(burst, last.tokens + ((now - last.at) / 1000) * perSecond);
-    if (tokens < 1) return false;
-    this.#buckets.set(uid, { tokens: tokens - 1, at: now });
-    return true;
+    const bucket = this.#buckets.get(uid) ?? new Bucket(this.rate);
+    this.#buckets.set(uid, bucket);
+    return bucket.take();
   }
 }

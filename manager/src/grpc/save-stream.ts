@@ -1,9 +1,11 @@
 import { once } from 'node:events';
+import { setTimeout as delay } from 'node:timers/promises';
 import type { ServerDuplexStream } from '@grpc/grpc-js';
 import type { Logger } from 'vtpm-common';
 import { encode, type ManagerFrame } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import type { AttachedStream, SaveLink, WorkerConnection } from '../ownership/registry.js';
+import type { AttachedStream, SaveLink } from '../ownership/registry.js';
+import type { AdmittedConnection, CallLimits } from './limits.js';
 import { readMessage } from './messages.js';
 import type { WorkerService } from './server.js';
 import { refusal, statusOf } from './status.js';
@@ -14,13 +16,14 @@ const FIRST_FRAME_MS = 10_000;
 type Call = ServerDuplexStream<Buffer, Buffer>;
 
 /**
- * Runs one Save stream: frame by frame, the next one read when the last one is answered, so that what a worker sends
- * ahead waits in its own socket.
+ * Runs one Save stream: frame by frame, the next one read when the last one is answered and paid for, so that what a
+ * worker sends ahead or too much waits in its own socket.
  */
 export function serveSaveStream(
   call: Call,
   service: () => WorkerService,
-  connection: WorkerConnection,
+  connection: AdmittedConnection,
+  limits: CallLimits,
   log: Logger,
 ): void {
   const link = new GrpcLink(call);
@@ -34,7 +37,7 @@ export function serveSaveStream(
     const frame = readMessage('WorkerFrame', bytes);
     if (attached) return await attached.receive(frame);
     clearTimeout(timer);
-    attached = await service().attach(frame, link, connection);
+    attached = await service().attach(frame, link, connection.worker);
     // It went while it was let in.
     if (isGone) attached.detach();
   };
@@ -48,7 +51,13 @@ export function serveSaveStream(
   call.on('data', (bytes: Buffer) => {
     if (link.isEnded) return;
     call.pause();
-    take(bytes).then(() => call.resume(), refuse);
+    const pause = limits.admitMessage(connection, bytes.length);
+    take(bytes)
+      .then(async () => {
+        if (pause > 0) await delay(pause, undefined, { ref: false });
+        call.resume();
+      })
+      .catch(refuse);
   });
   call.once('end', () => link.finish());
   const gone = (): void => {

@@ -1,4 +1,6 @@
-import type { Socket } from 'node:net';
+import { Socket } from 'node:net';
+import { setDefaultHighWaterMark } from 'node:stream';
+import { setTimeout as delay } from 'node:timers/promises';
 import {
   type handleBidiStreamingCall,
   type handleUnaryCall,
@@ -10,10 +12,20 @@ import type { Logger } from 'vtpm-common';
 import { encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
 import { type LocalListener, listenLocally } from '../local-socket.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
-import { type AdmittedConnection, CallLimits, DEFAULT_LIMITS, type Limits, within } from './limits.js';
+import {
+  type AdmittedConnection,
+  CallLimits,
+  DEFAULT_LIMITS,
+  type Limits,
+  MESSAGES_AHEAD,
+  within,
+} from './limits.js';
 import { readMessage } from './messages.js';
 import { serveSaveStream } from './save-stream.js';
 import { refusal, statusOf } from './status.js';
+
+/** Milliseconds between two looks at what the connections send. */
+const WATCH_MS = 250;
 
 /** What the workers' calls need of the registry. */
 export type WorkerService = Pick<VtpmRegistry, 'load' | 'attach'>;
@@ -50,8 +62,10 @@ export async function serveWorkers(
   const callLimits = new CallLimits(limits);
   const server = newServer();
   const load: handleUnaryCall<Buffer, Buffer> = (call, callback) => {
+    const connection = connectionOf(connections, call.getPeer(), callLimits);
+    connection.open += 1;
     const run = async (): Promise<Buffer> => {
-      const connection = connectionOf(connections, call.getPeer());
+      callLimits.admitMessage(connection, call.request.length);
       callLimits.admitLoad(connection);
       const request = readMessage('LoadRequest', call.request);
       return encode(
@@ -59,38 +73,76 @@ export async function serveWorkers(
         await within(limits.loadDeadlineMs, () => service().load(request, connection.worker)),
       );
     };
-    run().then(
+    const answered = run().then(
       (bytes) => callback(null, bytes),
-      (error: unknown) => {
+      async (error: unknown) => {
         const reason = refusal(error);
         log.warn(
           { reason: reason.code, cause: (reason.cause as Error | undefined)?.message },
           reason.message,
         );
+        await delay(limits.refusalPauseMs);
         callback(statusOf(reason));
       },
     );
+    void answered.finally(() => {
+      connection.open -= 1;
+    });
   };
   const save: handleBidiStreamingCall<Buffer, Buffer> = (call) => {
-    const connection = connectionOf(connections, call.getPeer());
+    const connection = connectionOf(connections, call.getPeer(), callLimits);
+    connection.open += 1;
+    call.once('close', () => {
+      connection.open -= 1;
+    });
     try {
       callLimits.admitCall(connection);
     } catch (error) {
-      call.emit('error', statusOf(refusal(error)));
+      void delay(limits.refusalPauseMs).then(() => call.emit('error', statusOf(refusal(error))));
       return;
     }
-    serveSaveStream(call, service, connection.worker, log);
+    serveSaveStream(call, service, connection, callLimits, log);
   };
   server.addService(workerServiceDefinition, { Load: load, Save: save });
-  return await listen(server, path, log, (socket, name, uid) => {
-    if (!callLimits.admitConnection(uid)) {
+  const watch = setInterval(() => {
+    for (const connection of connections.values()) {
+      if (!callLimits.isNoise(connection)) continue;
+      log.warn(
+        { uid: connection.uid, reason: 'rate-limited' },
+        'a connection is closed: it sends no messages',
+      );
+      connection.close();
+    }
+  }, WATCH_MS);
+  watch.unref();
+  const listener = await listen(server, path, log, (socket, name, uid) => {
+    if (!callLimits.admitConnection(uid, connections.size)) {
       log.warn({ uid, reason: 'rate-limited' }, 'a connection is closed: too many at once');
       return false;
     }
-    connections.set(name, { uid, calls: 0, worker: {}, close: () => socket.destroy() });
+    connections.set(name, admitted(uid, callLimits, socket));
     socket.once('close', () => connections.delete(name));
     return true;
   });
+  return {
+    close: () => {
+      clearInterval(watch);
+      return listener.close();
+    },
+  };
+}
+
+function admitted(uid: number, limits: CallLimits, socket: Socket): AdmittedConnection {
+  return {
+    uid,
+    calls: 0,
+    open: 0,
+    messageBytes: 0,
+    saves: limits.newBucket(),
+    worker: {},
+    received: () => socket.bytesRead,
+    close: () => socket.destroy(),
+  };
 }
 
 /** The toolstack's socket: its calls come with migration, until then each is UNIMPLEMENTED. */
@@ -99,6 +151,9 @@ export function serveToolstack(path: string, log: Logger): Promise<GrpcListener>
 }
 
 function newServer(): Server {
+  // grpc-js reads 16 messages of a stream ahead, however large they are, and has no setting for it. Its calls are the only
+  // streams of objects in this process.
+  setDefaultHighWaterMark(true, MESSAGES_AHEAD);
   // Keepalive pings stay off: the peer is a process on this host, its death closes the socket.
   return new Server({
     'grpc.max_receive_message_length': DEFAULT_LIMITS.transportBytes,
@@ -141,8 +196,9 @@ function nameConnection(socket: Socket, name: string): void {
 function connectionOf(
   connections: ReadonlyMap<string, AdmittedConnection>,
   peer: string,
+  limits: CallLimits,
 ): AdmittedConnection {
   const connection = connections.get(peer);
   // The socket closed while the call was on its way: what it does has no connection to be bound to.
-  return connection ?? { uid: -1, calls: 0, worker: { isLoading: true }, close: () => undefined };
+  return connection ?? { ...admitted(-1, limits, new Socket()), worker: { isLoading: true } };
 }

@@ -23,6 +23,7 @@ import {
 import type { AnchoredStore } from '../store/anchored-store.js';
 import type { SaveLink } from './registry.js';
 import type { Slot } from './slot.js';
+import type { WorkGate } from './work-gate.js';
 
 const EMPTY = new Uint8Array(0);
 const MAX_VERSION_LENGTH = 64;
@@ -35,6 +36,7 @@ export interface HeldRecord {
 
 export interface SessionParts {
   readonly slot: Slot;
+  readonly work: WorkGate;
   readonly storeKey: string;
   readonly keys: KeyHierarchy;
   readonly store: AnchoredStore;
@@ -74,21 +76,18 @@ export class LiveSession {
    * @throws ManagerError that ends the stream: `bad-request`, `too-large`, `fenced`, or the store's
    */
   async receive(frame: WorkerFrame): Promise<void> {
-    const payload = openFrame(this.parts.cipher, frame);
-    try {
-      if (frame.type === 'SAVE') {
-        const ack = await this.parts.slot.inOrder(() => this.#save(frame.sequence, payload));
-        // Outside the order: a worker that does not read holds up nobody but itself.
-        await this.#send('ACK', frame.sequence, ack);
-      } else if (frame.type === 'FROZEN') {
-        this.#onFrozen?.();
-        this.#onFrozen = undefined;
-      } else {
-        throw new ManagerError('bad-request', `${frame.type} is only the first frame of a stream`);
-      }
-    } finally {
-      wipe(payload);
+    if (frame.type === 'SAVE') {
+      const ack = await this.#commitFrame(frame);
+      // Outside the order and the gate: a worker that does not read holds up nobody but itself.
+      await this.#send('ACK', frame.sequence, ack);
+      return;
     }
+    openFrame(this.parts.cipher, frame);
+    if (frame.type !== 'FROZEN') {
+      throw new ManagerError('bad-request', `${frame.type} is only the first frame of a stream`);
+    }
+    this.#onFrozen?.();
+    this.#onFrozen = undefined;
   }
 
   /** Asks the worker to stop between two commands. Resolves when it says so: its last save is acknowledged then. */
@@ -124,6 +123,19 @@ export class LiveSession {
   end(error: ManagerError): void {
     this.#isOver = true;
     this.parts.link.end(error);
+  }
+
+  async #commitFrame(frame: WorkerFrame): Promise<Buffer> {
+    const leave = await this.parts.work.enter(frame.sealed.length);
+    let payload: Buffer | undefined;
+    try {
+      const opened = openFrame(this.parts.cipher, frame);
+      payload = opened;
+      return await this.parts.slot.inOrder(() => this.#save(frame.sequence, opened));
+    } finally {
+      wipe(payload);
+      leave();
+    }
   }
 
   /** @returns the acknowledgement to send */

@@ -36,6 +36,7 @@ import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { type HeldRecord, LiveSession } from './live-session.js';
 import { Slot } from './slot.js';
 import { type CheckedLoad, checkAgainstRecord, checkTicket, type TicketEnvironment } from './ticket-check.js';
+import { WorkGate } from './work-gate.js';
 
 /** One connection of a worker. It carries one session: a second vTPM on it is refused. */
 export interface WorkerConnection {
@@ -77,6 +78,8 @@ export interface RegistryOptions {
 }
 
 const PREFIX = 'vtpm/';
+/** Bytes of the saves that are worked on at once: some six thousand of them, or 160 of the largest. */
+const MAX_WORK_BYTES = 64 * 1024 * 1024;
 
 /**
  * Who owns each vTPM. A Load is a compare-and-set on the epoch; only the session of the newest epoch saves, and only
@@ -84,6 +87,8 @@ const PREFIX = 'vtpm/';
  */
 export class VtpmRegistry {
   readonly events = new VtpmEvents();
+  /** Saves that are worked on. */
+  readonly work = new WorkGate(MAX_WORK_BYTES);
   readonly #slots = new Map<string, Slot>();
   readonly #environment: TicketEnvironment;
   #isClosing = false;
@@ -346,6 +351,7 @@ export class VtpmRegistry {
     slot.live?.end(new ManagerError('busy', 'another link of this session took over'));
     const live = new LiveSession({
       slot,
+      work: this.work,
       storeKey: PREFIX + slot.vtpmUuid,
       keys,
       store,
