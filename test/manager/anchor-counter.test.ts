@@ -62,6 +62,14 @@ describe('what the TPM counts', () => {
     assert.equal(counter.increments, 1, 'nothing was written: nothing is counted');
   });
 
+  it('I-5 an audit log that has grown is anchored and counted when the store is closed', async () => {
+    const grown = { length: 3n, digest: Buffer.alloc(32, 3) };
+    const again = await openAnchoredStore(disk, { ...options(), auditHead: () => grown });
+    await again.close();
+    assert.equal(counter.increments, 1);
+    assert.deepEqual((await open()).auditAtOpen, grown);
+  });
+
   it('plain writes are counted together when the window is over', async () => {
     await store.close();
     store = await open(50);

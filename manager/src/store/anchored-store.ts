@@ -46,7 +46,7 @@ export interface AnchoredStore {
    * of which it is not known whether it happened. Whoever opens the store again after it was lost hands them over.
    */
   readonly roots: readonly Buffer[];
-  /** Writes what was asked for, has the TPM count it, then closes the StateStore. */
+  /** Writes what was asked for, has the TPM count it and the audit chain as it is, then closes the StateStore. */
   close(): Promise<void>;
 }
 

@@ -44,6 +44,8 @@ export class GroupCommitStore implements AnchoredStore {
   #committing: Promise<void> | undefined;
   #committingKeys: ReadonlySet<string> = new Set();
   #isScheduled = false;
+  /** Entries of the audit log that the anchor on the disk holds. */
+  #anchoredAudit: bigint;
   /** The root of a commit of which it is not known whether it is on the disk. */
   #uncertain: Buffer | undefined;
   /** Why the store refuses everything. */
@@ -62,6 +64,7 @@ export class GroupCommitStore implements AnchoredStore {
     this.auditAtOpen = opened.audit;
     this.isUnclean = opened.isUnclean;
     this.#resets = opened.resets;
+    this.#anchoredAudit = opened.audit.length;
     const { counter, windowMs, log } = options;
     this.#steps = new CounterSteps(counter, opened.counter, windowMs, log, () => this.#schedule());
   }
@@ -123,8 +126,9 @@ export class GroupCommitStore implements AnchoredStore {
 
   async #end(): Promise<void> {
     this.#steps.end();
-    // An anchor from before the end is an old one from now on.
-    if (this.#steps.isOpen && !this.#broken) this.#countWaiters.push(IGNORED);
+    // An anchor from before the end is an old one from now on, and an audit log from before it is cut short.
+    const hasNews = this.#steps.isOpen || this.options.auditHead().length !== this.#anchoredAudit;
+    if (hasNews && !this.#broken) this.#countWaiters.push(IGNORED);
     while (this.#committing || this.#hasWork()) {
       await (this.#committing ?? this.#commitNext());
       await this.#stepping?.catch(() => undefined);
@@ -257,10 +261,11 @@ export class GroupCommitStore implements AnchoredStore {
         digest: valueDigest(value),
       })),
     );
+    const audit = this.options.auditHead();
     const anchor = sealAnchor(this.options.keys.current, {
       root: staged.root,
       counter: this.#steps.stated + (isCounting ? 1n : 0n),
-      audit: this.options.auditHead(),
+      audit,
       resets: this.#resets,
     });
     this.#uncertain = staged.root;
@@ -271,6 +276,7 @@ export class GroupCommitStore implements AnchoredStore {
     ]);
     barrier('store.committed');
     if (!isCommitted) throw corrupt('it was changed while the manager was running');
+    this.#anchoredAudit = audit.length;
     return staged;
   }
 
