@@ -4,7 +4,6 @@ import {
   copyFileSync,
   cpSync,
   openSync,
-  readdirSync,
   readFileSync,
   readSync,
   rmSync,
@@ -17,23 +16,9 @@ import { connectGuest } from 'vtpm-quickstart/guest';
 import { Installation } from '../support/installation.js';
 import { GuestLoad, type Tally } from '../support/load.js';
 import { ManagerInstallation } from '../support/manager-process.js';
+import { storeProcesses } from '../support/store-processes.js';
 import { until } from '../support/until.js';
 import { type TestSession, type TestVtpm, testVtpm, type WorkerClient } from '../support/worker-client.js';
-
-/** The store processes of a directory: bubblewrap and what it runs. */
-function storeProcesses(directory: string): number[] {
-  return readdirSync('/proc')
-    .filter((name) => /^\d+$/.test(name))
-    .filter((pid) => {
-      try {
-        const words = readFileSync(`/proc/${pid}/cmdline`, 'utf8').split('\0');
-        return words.some((word) => word.endsWith('/child-main.js')) && words.includes(directory);
-      } catch {
-        return false;
-      }
-    })
-    .map(Number);
-}
 
 function killStore(directory: string): void {
   const pids = storeProcesses(directory);

@@ -91,20 +91,9 @@ export class StoreFixture {
     execFileSync('prlimit', ['--pid', String(this.childPid()), `--fsize=${bytes ?? 'unlimited'}:`]);
   }
 
-  /** Changes the files as somebody with control of the disk does: through LMDB, without the manager. */
+  /** Changes the files as somebody with control of the disk does. */
   tamper(change: (db: Lmdb) => void): void {
-    const db = lmdb.open({
-      path: this.directory,
-      noSubdir: false,
-      encoding: 'binary',
-      useVersions: true,
-      overlappingSync: false,
-    });
-    try {
-      db.transactionSync(() => change(db));
-    } finally {
-      db.close();
-    }
+    tamperStore(this.directory, change);
   }
 }
 
@@ -120,6 +109,29 @@ export interface Lmdb {
 const lmdb = createRequire(fileURLToPath(import.meta.resolve('vtpm-manager/store/index')))('lmdb') as {
   open(options: object): Lmdb;
 };
+
+/** Opens the files of a store through LMDB, without the manager, whether or not it runs. The caller closes it. */
+export function openLmdb(directory: string): Lmdb {
+  return lmdb.open({
+    path: directory,
+    noSubdir: false,
+    encoding: 'binary',
+    useVersions: true,
+    overlappingSync: false,
+    // Nothing here is about power loss.
+    noSync: true,
+  });
+}
+
+/** Changes the files of a store in one transaction. */
+export function tamperStore(directory: string, change: (db: Lmdb) => void): void {
+  const db = openLmdb(directory);
+  try {
+    db.transactionSync(() => change(db));
+  } finally {
+    db.close();
+  }
+}
 
 function argumentsOf(pid: string): string[] {
   try {

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
-import { cpSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { cpSync, mkdtempSync, renameSync, rmSync } from 'node:fs';
 import { type IncomingMessage, request } from 'node:http';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -8,23 +8,10 @@ import { ManagerError } from 'vtpm-manager';
 import { createAnchoredStore, openAnchoredStore } from 'vtpm-manager/store/index';
 import { ManagerInstallation } from '../support/manager-process.js';
 import { MemoryStore, storeFull } from '../support/memory-store.js';
+import { storeProcesses } from '../support/store-processes.js';
 import { anchorOptions, testKeys } from '../support/test-keys.js';
 import { until } from '../support/until.js';
 import { testVtpm } from '../support/worker-client.js';
-
-/** Processes of the store on a directory. */
-function storeProcesses(directory: string): number[] {
-  return readdirSync('/proc')
-    .map(Number)
-    .filter((pid) => {
-      try {
-        const line = readFileSync(`/proc/${pid}/cmdline`, 'utf8').split('\0');
-        return line.some((word) => word.endsWith('/child-main.js')) && line.includes(directory);
-      } catch {
-        return false;
-      }
-    });
-}
 
 describe('the store after its process ended', () => {
   let manager: ManagerInstallation;

@@ -54,8 +54,10 @@ export class ManagerInstallation {
     const child = this.#spawn([]);
     this.child = child;
     this.#stderr = collect(child.stderr);
+    const closed = once(child, 'close');
     for (;;) {
       if (child.exitCode !== null) {
+        await closed;
         throw new Error(`vtpm-managerd ended with ${child.exitCode}: ${this.stderr}`);
       }
       if (/"status":"(ready|locked)"/.test(this.stderr)) return (await this.admin('GET', '/health')).body;
