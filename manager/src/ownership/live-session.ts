@@ -55,6 +55,8 @@ export interface SessionParts {
 export class LiveSession {
   #held: HeldRecord;
   #isOver = false;
+  /** Only the worker itself can have sent what was new. */
+  #isProven = false;
   #controlFrames = 0n;
   #onFrozen: (() => void) | undefined;
 
@@ -148,6 +150,13 @@ export class LiveSession {
       // The acknowledgement was lost with the link.
       return this.#ack();
     }
+    if (sequence < last && !this.#isProven) {
+      // After a restart of the manager the first frame may be a recorded one: such a link ends, and not the session.
+      throw new ManagerError(
+        'wrong-worker',
+        `save ${sequence} is older than save ${last}, on a link that brought nothing new: a replay; resume the session`,
+      );
+    }
     if (sequence <= last) {
       const message = `save ${sequence} is older than save ${last} or has other content: two workers, or a replay`;
       // Durable before it is said, so that no later link revives the session.
@@ -163,6 +172,7 @@ export class LiveSession {
     await this.#commit(
       applySave(this.parts.keys, this.record, { body, sequence, digest, now: BigInt(Date.now()) }),
     );
+    this.#isProven = true;
     this.parts.onSaved(this.record);
     return this.#ack();
   }
