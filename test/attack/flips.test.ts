@@ -1,11 +1,11 @@
 import assert from 'node:assert/strict';
-import { randomBytes } from 'node:crypto';
 import { ManagerError } from 'vtpm-manager';
-import { applySave, decodeRecord, encodeRecord, newRecord } from 'vtpm-manager/records/index';
+import { decodeRecord } from 'vtpm-manager/records/index';
 import { type AnchoredStore, openAnchoredStore, type StateStore } from 'vtpm-manager/store/index';
 import { type Lmdb, openLmdb, refusal, StoreFixture } from '../manager/store-fixture.js';
 import { until } from '../support/until.js';
-import { type TestVtpm, testVtpm } from '../support/worker-client.js';
+import type { TestVtpm } from '../support/worker-client.js';
+import { savedRecord } from './saved-record.js';
 import { keyOf, refusedBecause, Target } from './target.js';
 
 const POSITIONS = 2_000;
@@ -27,39 +27,15 @@ describe(`attack: one bit of a saved record is flipped, at ${POSITIONS} places`,
   this.timeout(120_000);
   const fixture = new StoreFixture();
   const { keys } = fixture.anchor;
-  const [victim, neighbour] = [testVtpm(), testVtpm()];
+  const saved = [savedRecord(keys), savedRecord(keys)] as const;
+  const [victim, neighbour] = [saved[0].vtpm, saved[1].vtpm];
   let db: Lmdb;
   let good: Buffer;
   let bits: number[];
 
   before(async () => {
     const store = await fixture.create();
-    for (const { id, uuid, vmUuid } of [victim, neighbour]) {
-      const session = {
-        sessionId: randomBytes(16),
-        workerKey: randomBytes(32),
-        lastSequence: 0n,
-        lastDigest: Buffer.alloc(0),
-        imageDigest: randomBytes(32),
-        isolation: 'sandbox',
-      };
-      const load = {
-        vmRunId: randomBytes(16),
-        bootId: randomBytes(16),
-        session,
-        libtpmsVersion: '0.9.2',
-        keepsVolatile: true,
-      };
-      const empty = newRecord(keys, { vtpmUuid: uuid, vmUuid }, load, 1n);
-      const body = {
-        libtpmsVersion: '0.9.2',
-        permanent: randomBytes(6_000),
-        volatile: randomBytes(600),
-        journal: { sequence: 1n, request: randomBytes(100), response: randomBytes(100) },
-      };
-      const saved = applySave(keys, empty, { body, sequence: 1n, digest: randomBytes(32), now: 2n });
-      await store.write(`vtpm/${id}`, 0, encodeRecord(keys, saved));
-    }
+    for (const { vtpm, bytes } of saved) await store.write(keyOf(vtpm), 0, bytes);
     await store.close();
     db = openLmdb(fixture.directory);
     good = Buffer.from(db.getEntry(keyOf(victim))!.value);

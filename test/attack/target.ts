@@ -69,10 +69,13 @@ export class Target {
     assert.equal(status, 201);
   }
 
-  /** A Load with a new worker, and its Save stream. @throws RefusedError */
-  async load(vtpm: TestVtpm = testVtpm(), epoch = 0n): Promise<LoadedWorker> {
+  /** A Load and a Save stream, with a new worker unless one is given. @throws RefusedError */
+  async load(
+    vtpm: TestVtpm = testVtpm(),
+    epoch = 0n,
+    worker = this.manager.worker(this.managerId),
+  ): Promise<LoadedWorker> {
     const { manager } = this;
-    const worker = manager.worker(this.managerId);
     try {
       const ticket = manager.toolstack.ticket(worker.managerId, vtpm, worker.keys.publicKey, {
         expectedEpoch: epoch,
