@@ -162,13 +162,13 @@ describe('attack: the recorded conversation of a worker is replayed', () => {
     thief.close();
   }
 
-  async function replayFrames(replayed: readonly Buffer[], reason: string): Promise<void> {
+  async function replayFrames(replayed: readonly Buffer[], reason: string, message = /./): Promise<void> {
     const thief = target.manager.worker(target.managerId);
     const stream = thief.openStream();
     for (const bytes of replayed) stream.sendBytes(bytes);
     const refusal = await stream.ended;
     assert.ok(refusal, 'the stream was refused');
-    refusedBecause(reason)(refusal);
+    refusedBecause(reason, message)(refusal);
     thief.close();
   }
 
@@ -182,7 +182,7 @@ describe('attack: the recorded conversation of a worker is replayed', () => {
     const before = await state();
     await replayBytes('stale-epoch', 'wrong-worker');
     await replayLoad('stale-epoch');
-    await replayFrames(frames, 'wrong-worker');
+    await replayFrames(frames, 'wrong-worker', /HELLO of link 1 was used before/);
     await replayFrames(frames.slice(1), 'bad-request');
     assert.deepEqual(await state(), before);
     await goesOn(3n);
@@ -194,7 +194,7 @@ describe('attack: the recorded conversation of a worker is replayed', () => {
     await target.starts();
     await replayBytes('stale-epoch', 'wrong-worker');
     await replayLoad('stale-epoch');
-    await replayFrames(frames, 'wrong-worker');
+    await replayFrames(frames, 'wrong-worker', /HELLO of link 1 was used before/);
     await replayFrames(frames.slice(1), 'bad-request');
     const after = await state();
     assert.deepEqual({ ...after, session: undefined }, { ...before, session: undefined });
@@ -218,7 +218,11 @@ describe('attack: the recorded conversation of a worker is replayed', () => {
     await target.manager.stop('SIGKILL');
     second.close();
     await target.starts();
-    await replayFrames([resume, frames[1]!], 'wrong-worker');
+    await replayFrames(
+      [resume, frames[1]!],
+      'wrong-worker',
+      /save 1 is older than save 2, on a link that brought nothing new/,
+    );
     const again = target.manager.worker(target.managerId);
     await worker.session.connect(again.openStream());
     assert.deepEqual(await state(), before);
