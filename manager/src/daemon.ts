@@ -4,8 +4,9 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { type Finding, type Logger, type Paths, privateDirectory, VERSION } from 'vtpm-common';
 import { type AdminPlane, type Health, serveAdmin } from './admin/server.js';
 import { readApprovals } from './approvals-file.js';
+import type { AuditEvent } from './audit/index.js';
 import { expectationOf, judge } from './doctor/index.js';
-import { type Enrolment, readEnrolment, type UnverifiedEnrolment } from './enrolment.js';
+import { type Enrolment, nextPath, readEnrolment, type UnverifiedEnrolment } from './enrolment.js';
 import { ManagerError } from './error.js';
 import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
 import { acquireLock } from './lock.js';
@@ -75,6 +76,14 @@ class Manager implements Daemon {
   #admin: AdminPlane | undefined;
   #listeners: GrpcListener[] = [];
   #stopping: Promise<void> | undefined;
+  readonly #platformControl: PlatformControl;
+  /** Attempts to unlock, one after the other. Never rejects. */
+  #unlocking: Promise<void> = Promise.resolve();
+  /** The store being opened again. Never rejects. */
+  #reopening: Promise<void> | undefined;
+  readonly #ended = new AbortController();
+  /** What was done while the log could not be opened. */
+  #owedToAudit: AuditEvent[] = [];
 
   constructor(
     private readonly options: DaemonOptions,
@@ -82,6 +91,24 @@ class Manager implements Daemon {
   ) {
     this.#log = options.log;
     this.#paths = options.paths.manager;
+    this.#platformControl = new PlatformControl({
+      paths: this.#paths,
+      tpm: () => this.#tpm(),
+      enrolment: () => this.#enrolment(),
+      isReady: () => this.#state.status === 'ready',
+      lockedBecause: () => (this.#state.status === 'locked' ? this.#state.reason : undefined),
+      isRotating: () => this.#rotation?.isUnfinished ?? existsSync(nextPath(this.#paths)),
+      rotation: () => {
+        this.#service();
+        if (!this.#rotation) throw new ManagerError('locked', 'the manager is starting; try again');
+        return this.#rotation;
+      },
+      unlock: () => this.#unlock(),
+      audit: async (event) => {
+        if (this.#state.status === 'ready') await this.#state.service.audit.append(event);
+        else this.#owedToAudit.push(event);
+      },
+    });
   }
 
   async start(): Promise<void> {
@@ -94,7 +121,7 @@ class Manager implements Daemon {
       health: () => this.#health(),
       doctor: () => this.#doctor(),
       service: () => this.#service(),
-      platform: () => this.#platformControl(),
+      platform: () => this.#platformCalls(),
     });
     const { kind, path } = this.#file.enrolment.tpm;
     const { tpmDeadlineMs } = this.options;
@@ -103,8 +130,7 @@ class Manager implements Daemon {
       await this.#unlock();
     } catch (error) {
       // Any other refusal ends the start: only this one the operator resolves with the manager's help.
-      if (!(error instanceof ManagerError) || error.code !== 'platform-policy') throw error;
-      this.#lock(error);
+      if (!isPlatformPolicy(error)) throw error;
     }
     this.#listeners.push(
       await serveWorkers(this.#paths.workerSocket, () => this.#service().registry, this.#log),
@@ -124,6 +150,9 @@ class Manager implements Daemon {
   async #end(): Promise<void> {
     const service = this.#state.status === 'ready' ? this.#state.service : undefined;
     this.#lock(new ManagerError('shutting-down', 'the manager is shutting down; try again when it is back'));
+    this.#ended.abort();
+    await this.#unlocking;
+    await this.#reopening;
     await this.#rotation?.stop();
     await service?.audit.append({ actor: 'manager', action: 'stop', verdict: 'done' }).catch(() => undefined);
     await service?.close();
@@ -134,22 +163,44 @@ class Manager implements Daemon {
     this.releaseLock();
   }
 
-  /** @throws ManagerError `platform-policy`, or what is not as init left it */
-  async #unlock(): Promise<void> {
+  /**
+   * Does nothing where it is done already, whatever the manager is locked for since.
+   * @throws ManagerError `platform-policy`, or what is not as init left it
+   */
+  #unlock(): Promise<void> {
+    const attempt = this.#unlocking.then(async () => {
+      if (this.#unlocked || this.#stopping) return;
+      try {
+        await this.#tryUnlock();
+      } catch (error) {
+        if (!this.#unlocked && !this.#stopping) {
+          this.#lock(ManagerError.from(error, 'the manager cannot be unlocked'));
+        }
+        throw error;
+      }
+    });
+    this.#unlocking = attempt.catch(() => undefined);
+    return attempt;
+  }
+
+  async #tryUnlock(): Promise<void> {
+    const wasLocked = this.#state.status === 'locked' ? this.#state.reason : undefined;
     const tpm = this.#tpm();
     const file = readEnrolment(this.#paths);
     const unlocked = await unlock(tpm, this.#paths, file, readApprovals(this.#paths));
+    const { enrolment, keys, isRotating } = unlocked;
     let service: Service;
     try {
       service = await this.#openService(unlocked, undefined);
     } catch (error) {
-      unlocked.keys.wipe();
+      keys.wipe();
       throw error;
     }
-    this.#file = file;
     this.#unlocked = unlocked;
+    // Who ends the manager wipes the keys.
+    if (this.#stopping) return await service.close();
+    this.#file = file;
     this.#state = { status: 'ready', service };
-    const { enrolment, keys, isRotating } = unlocked;
     this.#rotation = new Rotation({
       paths: this.#paths,
       log: this.#log,
@@ -160,13 +211,18 @@ class Manager implements Daemon {
       service: () => this.#service(),
       eraseAfter: this.options.eraseAfter,
     });
-    await service.audit.append({
-      actor: 'manager',
-      action: 'start',
-      verdict: 'done',
-      facts: { version: VERSION, generation: String(enrolment.tpm.root.generation) },
-    });
-    this.#rotation.resume();
+    const facts = { version: VERSION, generation: String(enrolment.tpm.root.generation) };
+    try {
+      if (wasLocked) {
+        const { code, message } = wasLocked;
+        const locked = { actor: 'manager', action: 'locked', verdict: 'done' } as const;
+        await service.audit.append({ ...locked, reason: { code, message } });
+      }
+      for (const event of this.#owedToAudit.splice(0)) await service.audit.append(event);
+      await service.audit.append({ actor: 'manager', action: 'start', verdict: 'done', facts });
+    } finally {
+      this.#rotation.resume();
+    }
   }
 
   async #openService({ keys, enrolment }: Unlocked, roots: readonly Buffer[] | undefined): Promise<Service> {
@@ -180,32 +236,40 @@ class Manager implements Daemon {
       counter: this.#tpm().anchorCounter(enrolment.tpm, keys.anchorAuth),
       storeRoots: roots,
       // Lost while it is being opened: that fails with the same error.
-      onLost: (error) => void (service && this.#reopen(service, error)),
+      onLost: (error) => service && this.#lose(service, error),
     });
     return service;
+  }
+
+  #lose(service: Service, lost: ManagerError): void {
+    const unlocked = this.#unlocked;
+    // Told twice of the same loss, or of a service that another one has replaced.
+    if (!unlocked || this.#stopping || this.#state.status !== 'ready' || this.#state.service !== service)
+      return;
+    this.#lock(lost);
+    this.#reopening = this.#reopen(unlocked, service, lost).finally(() => {
+      this.#reopening = undefined;
+    });
   }
 
   /**
    * The store process is gone, or the store is not what was written. It is verified again from the beginning before
    * anything is served from it, and must be the one that was lost; until then workers hold their guests. Never rejects.
    */
-  async #reopen(service: Service, lost: ManagerError): Promise<void> {
-    const unlocked = this.#unlocked;
-    // Told twice of the same loss, or of a service that another one has replaced.
-    if (!unlocked || this.#stopping || this.#state.status !== 'ready' || this.#state.service !== service)
-      return;
-    this.#lock(lost);
+  async #reopen(unlocked: Unlocked, service: Service, lost: ManagerError): Promise<void> {
     await service.close(new ManagerError('locked', lost.message)).catch(() => undefined);
     for (const pause of REOPEN_AFTER_MS) {
-      await delay(pause);
+      await delay(pause, undefined, { signal: this.#ended.signal }).catch(() => undefined);
       if (this.#stopping) return;
       try {
         const next = await this.#openService(unlocked, service.storeRoots);
         if (this.#stopping) return await next.close();
         this.#state = { status: 'ready', service: next };
         this.#log.warn('the store was verified and is open again');
+        this.#rotation?.resume();
         return;
       } catch (error) {
+        if (this.#stopping) return;
         this.#lock(ManagerError.from(error, 'the store cannot be opened again'));
       }
     }
@@ -234,27 +298,11 @@ class Manager implements Daemon {
   }
 
   /** Works while locked too: it is what unlocks. */
-  #platformControl(): PlatformControl {
+  #platformCalls(): PlatformControl {
     const state = this.#state;
     if (state.status === 'locked' && state.reason.code === 'shutting-down') throw state.reason;
-    return new PlatformControl({
-      paths: this.#paths,
-      tpm: this.#tpm(),
-      enrolment: this.#enrolment(),
-      lockedBecause: state.status === 'locked' ? state.reason : undefined,
-      rotation: () => {
-        this.#service();
-        if (!this.#rotation) throw new ManagerError('locked', 'the manager is starting; try again');
-        return this.#rotation;
-      },
-      unlock: async () => {
-        await this.#unlock();
-        this.#log.info('the platform is approved: the manager is ready');
-      },
-      audit: async (event) => {
-        if (this.#state.status === 'ready') await this.#state.service.audit.append(event);
-      },
-    });
+    this.#tpm();
+    return this.#platformControl;
   }
 
   #enrolment(): Enrolment {
@@ -294,4 +342,8 @@ class Manager implements Daemon {
       instance: this.#instance,
     };
   }
+}
+
+function isPlatformPolicy(error: unknown): boolean {
+  return error instanceof ManagerError && error.code === 'platform-policy';
 }

@@ -239,7 +239,7 @@ async function goBack(_flags: object, command: Command): Promise<void> {
   );
 }
 
-function describeRecovery({ isDone, refusal, vtpms, recoveryKey }: RecoverResult): string[] {
+function describeRecovery({ isDone, refusal, vtpms, recoveryKey, needsAuthority }: RecoverResult): string[] {
   if (refusal === undefined) return ['nothing to recover: the store is the newest one, start the manager'];
   const time = (ms: bigint): string => (ms === 0n ? 'never' : new Date(Number(ms)).toISOString());
   return [
@@ -254,6 +254,9 @@ function describeRecovery({ isDone, refusal, vtpms, recoveryKey }: RecoverResult
       : [
           '           nothing was changed. Put the newest store back where there is one; if not, add --accept-rollback',
         ]),
+    ...(isDone && needsAuthority
+      ? ['authority  it does not count any more; adopt it again: vtpmctl platform adopt --authority FILE']
+      : []),
     ...(recoveryKey === undefined
       ? []
       : [

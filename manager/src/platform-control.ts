@@ -4,18 +4,31 @@ import { readApprovals, writeApprovals } from './approvals-file.js';
 import type { AuditActor, AuditEvent } from './audit/index.js';
 import type { Enrolment } from './enrolment.js';
 import { ManagerError } from './error.js';
-import { isApproved, type PlatformState, type RootTpm, requestApproval } from './root-tpm/index.js';
+import {
+  isApproved,
+  type PlatformState,
+  type PolicyChoice,
+  type RootTpm,
+  readAuthority,
+  requestApproval,
+} from './root-tpm/index.js';
 import type { Rotation } from './rotation.js';
 
 export interface PlatformParts {
   readonly paths: Paths['manager'];
-  readonly tpm: RootTpm;
-  readonly enrolment: Enrolment;
-  readonly lockedBecause: ManagerError | undefined;
+  /** @throws ManagerError `locked` */
+  tpm(): RootTpm;
+  /** In force, or about to be. */
+  enrolment(): Enrolment;
+  isReady(): boolean;
+  lockedBecause(): ManagerError | undefined;
+  /** A rotation is under way or was interrupted: a start needs two generations of the root key. */
+  isRotating(): boolean;
   /** @throws ManagerError `locked` */
   rotation(): Rotation;
-  /** Tries the root key again. @throws ManagerError */
+  /** Tries the root key again where it was never released; after those who try it already. @throws ManagerError */
   unlock(): Promise<void>;
+  /** Written down now, or when the log can be opened. */
   audit(event: AuditEvent): Promise<void>;
 }
 
@@ -27,40 +40,70 @@ export interface PlatformView {
   /** Of the root key. */
   readonly generation: number;
   readonly pcrSelection: string;
-  /** By name, `sha256:7`, in hex. */
+  /** Now: by name, `sha256:7`, in hex. */
   readonly pcrs: PlatformState['pcrs'];
+  /** When this generation was made: what a fixed policy wants. */
+  readonly enrolledPcrs: PlatformState['pcrs'];
   /** Whether the chip releases the root key at the values of now. */
   readonly isApproved: boolean;
   /** Of revocations. */
   readonly counter: bigint;
   readonly isRotating: boolean;
-  readonly approvals: readonly (Approval & { readonly state: ApprovalState })[];
+  readonly approvals: readonly ListedApproval[];
+  readonly lockedBecause: ManagerError | undefined;
+  /** Retired vTPMs that wait for a rotation; undefined where there are none, or it cannot be known. */
+  readonly erasure: ReturnType<Rotation['erasure']>;
 }
 
-/** `active`: good for these values now; `ready`: good when the registers are so; `revoked`; `early`: for a revocation to come. */
-export type ApprovalState = 'active' | 'ready' | 'revoked' | 'early';
+export type ListedApproval = Approval & { readonly state: ApprovalState };
+
+/**
+ * `active`: good for these values now; `ready`: good when the registers are so; `revoked`; `early`: for a revocation to
+ * come; `other`: of another authority or selection of registers than the generation in force has.
+ */
+export type ApprovalState = 'active' | 'ready' | 'revoked' | 'early' | 'other';
+
+export interface PolicyChange {
+  /** PEM of another authority, or the same again; null for none. Undefined: as it is. */
+  readonly authority?: string | null;
+  /** Undefined: as it is. */
+  readonly pcrSelection?: string;
+}
+
+export interface ApprovalOutcome {
+  readonly approval: ListedApproval;
+  /** By this call. */
+  readonly isUnlocked: boolean;
+  /** Where it is locked all the same. */
+  readonly lockedBecause: ManagerError | undefined;
+}
 
 /** The operator's part in the platform policy. Works while the manager is locked: it is how it is unlocked. */
 export class PlatformControl {
+  /** Changes of what is approved, one after the other. */
+  #last: Promise<unknown> = Promise.resolve();
+
   constructor(private readonly parts: PlatformParts) {}
 
   async view(): Promise<PlatformView> {
-    const { enrolment, lockedBecause } = this.parts;
-    const { root } = enrolment.tpm;
+    const { root } = this.parts.enrolment().tpm;
     const now = await this.#state();
-    const approvals = this.#approvals().map((approval) => ({ ...approval, state: stateOf(approval, now) }));
-    const isFixedMet = Object.entries(root.pcrValues).every(([name, value]) => now.pcrs[name] === value);
+    const approvals = this.#approvals().map((approval) => this.#listed(approval, now));
+    const isFixedMet = isSame(root.pcrValues, now.pcrs);
     return {
       policy: root.policy.kind,
       authority: root.policy.kind === 'authority' ? root.policy.authority : undefined,
       generation: root.generation,
       pcrSelection: root.pcrSelection,
       pcrs: now.pcrs,
+      enrolledPcrs: root.pcrValues,
       isApproved:
         root.policy.kind === 'fixed' ? isFixedMet : approvals.some(({ state }) => state === 'active'),
       counter: now.counter,
-      isRotating: lockedBecause === undefined && this.parts.rotation().isRunning,
+      isRotating: this.parts.isRotating(),
       approvals,
+      lockedBecause: this.parts.lockedBecause(),
+      erasure: this.parts.isReady() ? this.parts.rotation().erasure() : undefined,
     };
   }
 
@@ -74,9 +117,10 @@ export class PlatformControl {
     label: string,
     pcrs: PlatformState['pcrs'],
     isNext: boolean,
-    pcrSelection = this.parts.enrolment.tpm.root.pcrSelection,
+    pcrSelection = this.parts.enrolment().tpm.root.pcrSelection,
   ): Promise<ApprovalRequest> {
-    const now = await this.parts.tpm.readPlatformState(this.parts.enrolment.tpm, pcrSelection);
+    const { tpm } = this.parts.enrolment();
+    const now = await this.parts.tpm().readPlatformState(tpm, pcrSelection);
     for (const [name, value] of Object.entries(pcrs)) {
       const old = now.pcrs[name];
       if (old === undefined) {
@@ -89,7 +133,7 @@ export class PlatformControl {
         );
       }
     }
-    return requestApproval(this.parts.enrolment.tpm, {
+    return requestApproval(tpm, {
       label,
       pcrSelection,
       pcrs: { ...now.pcrs, ...pcrs },
@@ -103,38 +147,116 @@ export class PlatformControl {
    * @param authority PEM: before one is adopted, its approvals are collected under it
    * @throws ManagerError `bad-request` where the authority did not sign it for this installation
    */
-  async approve(
-    actor: AuditActor,
-    approval: unknown,
-    authority?: string,
-  ): Promise<{ readonly isUnlocked: boolean }> {
+  async approve(actor: AuditActor, approval: unknown, authority?: string): Promise<ApprovalOutcome> {
     const checked = this.#check(approval, authority);
     this.#keep([checked]);
+    const { label, policyDigest, counter } = checked;
     await this.parts.audit({
       actor,
       action: 'platform-approve',
       verdict: 'done',
-      facts: { label: checked.label, policyDigest: checked.policyDigest, counter: checked.counter },
+      facts: { label, policyDigest, counter },
     });
-    if (this.parts.lockedBecause?.code !== 'platform-policy') return { isUnlocked: false };
-    await this.parts.unlock();
-    return { isUnlocked: true };
+    const isUnlocked = await this.#tryUnlock();
+    const listed = this.#listed(checked, await this.#state());
+    return { approval: listed, isUnlocked, lockedBecause: this.parts.lockedBecause() };
   }
 
   /**
    * Revokes every approval but the survivors, which were signed for the counter's next value.
-   * @throws ManagerError `bad-request` where none of them is good now, which would lock this host at its next start
+   * @throws ManagerError `bad-request` where none of them is good now, which would lock this host at its next start;
+   * `busy` while the root key is rotated
    */
-  async revoke(
+  revoke(
     actor: AuditActor,
     survivors: readonly unknown[],
     ownerAuth: Uint8Array | undefined,
   ): Promise<{ readonly counter: bigint; readonly revoked: readonly string[] }> {
-    const { tpm, enrolment } = this.parts;
-    const now = await this.#state();
-    const next = now.counter + 1n;
-    const checked = survivors.map((survivor) => this.#check(survivor));
-    const wrong = checked.find(({ counter }) => BigInt(counter) !== next);
+    return this.#inTurn(async () => {
+      const enrolment = this.parts.enrolment();
+      if (enrolment.tpm.root.policy.kind === 'fixed') throw noAuthority();
+      // The other generation may be under another authority: its approvals would die with the rest.
+      if (this.parts.isRotating()) {
+        throw new ManagerError(
+          'busy',
+          'a rotation of the root key is under way, which needs the approvals of now; ' +
+            'try again when vtpmctl platform show says that it is done',
+        );
+      }
+      const now = await this.#state();
+      const next = now.counter + 1n;
+      const checked = survivors.map((survivor) => this.#check(survivor));
+      this.#checkSurvivors(checked, now, next);
+      const before = this.#approvals().filter((old) => isOneOf(this.#listed(old, now), 'active', 'ready'));
+      // Kept first: after a crash here both are there, and the old ones count until it is repeated.
+      this.#keep(checked);
+      const revoked = before.filter((old) => !checked.some((survivor) => isSame(survivor.pcrs, old.pcrs)));
+      const facts = {
+        counter: String(next),
+        survivors: String(checked.length),
+        revoked: String(revoked.length),
+      };
+      const event = { actor, action: 'platform-revoke', facts } as const;
+      await this.parts.audit({ ...event, verdict: 'intended' });
+      try {
+        const counter = await this.parts.tpm().incrementRevocationCounter(enrolment.tpm, ownerAuth);
+        await this.parts.audit({ ...event, verdict: 'done' });
+        await this.#tryUnlock();
+        return { counter, revoked: revoked.map(({ label }) => label) };
+      } catch (error) {
+        const { code, message } = ManagerError.from(error);
+        await this.parts.audit({ ...event, verdict: 'failed', reason: { code, message } });
+        throw error;
+      }
+    });
+  }
+
+  /** Another policy for the root key, through a rotation. @throws ManagerError */
+  adopt(actor: AuditActor, change: PolicyChange, ownerAuth: Uint8Array | undefined): Promise<Enrolment> {
+    return this.#inTurn(async () => {
+      const rotation = this.parts.rotation();
+      const { root } = this.parts.enrolment().tpm;
+      const { pcrSelection = root.pcrSelection } = change;
+      const now = root.policy.kind === 'authority' ? root.policy.authority : null;
+      const { authority = now } = change;
+      const policy: PolicyChoice =
+        authority === null
+          ? { kind: 'fixed', pcrSelection }
+          : { kind: 'authority', authority: readAuthority(authority), pcrSelection };
+      await this.parts.audit({
+        actor,
+        action: 'platform-authority',
+        verdict: 'intended',
+        facts: { pcrSelection, policy: policy.kind },
+      });
+      return await rotation.rotate({ actor, ownerAuth, policy });
+    });
+  }
+
+  rotate(actor: AuditActor, ownerAuth: Uint8Array | undefined): Promise<Enrolment> {
+    return this.#inTurn(() => this.parts.rotation().rotate({ actor, ownerAuth }));
+  }
+
+  #inTurn<T>(body: () => Promise<T>): Promise<T> {
+    const turn = this.#last.then(body);
+    this.#last = turn.catch(() => undefined);
+    return turn;
+  }
+
+  /** @returns whether it was locked, and is not any more */
+  async #tryUnlock(): Promise<boolean> {
+    if (this.parts.isReady()) return false;
+    try {
+      await this.parts.unlock();
+    } catch (error) {
+      // What was asked for is done; why it is locked all the same is told beside it.
+      if (!(error instanceof ManagerError)) throw error;
+    }
+    return this.parts.isReady();
+  }
+
+  #checkSurvivors(survivors: readonly Approval[], now: PlatformState, next: bigint): void {
+    const wrong = survivors.find(({ counter }) => BigInt(counter) !== next);
     if (wrong) {
       throw new ManagerError(
         'bad-request',
@@ -142,86 +264,48 @@ export class PlatformControl {
           'vtpmctl platform predict --next',
       );
     }
-    if (!checked.some((approval) => isMet(approval, now))) {
+    const after = { ...now, counter: next };
+    if (!survivors.some((approval) => this.#listed(approval, after).state === 'active')) {
       throw new ManagerError(
         'bad-request',
         'none of the survivors is for the PCR values of now: this host would stay locked at its next start. ' +
           'Sign one for them too: vtpmctl platform predict --next',
       );
     }
-    const before = this.#approvals().filter(({ counter }) => BigInt(counter) === now.counter);
-    // Kept first: after a crash here both are there, and the old ones count until it is repeated.
-    this.#keep(checked);
-    const revoked = before.filter((old) => !checked.some((survivor) => isSame(survivor.pcrs, old.pcrs)));
-    const event = {
-      actor,
-      action: 'platform-revoke',
-      facts: { counter: String(next), survivors: String(checked.length), revoked: String(revoked.length) },
-    } as const;
-    await this.parts.audit({ ...event, verdict: 'intended' });
-    const counter = await tpm.incrementRevocationCounter(enrolment.tpm, ownerAuth);
-    await this.parts.audit({ ...event, verdict: 'done' });
-    return { counter, revoked: revoked.map(({ label }) => label) };
   }
 
-  /** Another policy for the root key, through a rotation. @throws ManagerError */
-  async adopt(
-    actor: AuditActor,
-    policy: { readonly authority?: string; readonly pcrSelection?: string },
-    ownerAuth: Uint8Array | undefined,
-  ): Promise<Enrolment> {
-    const { root } = this.parts.enrolment.tpm;
-    const pcrSelection = policy.pcrSelection ?? root.pcrSelection;
-    const { authority } = policy;
-    await this.parts.audit({
-      actor,
-      action: 'platform-authority',
-      verdict: 'intended',
-      facts: { pcrSelection, policy: authority === undefined ? 'fixed' : 'authority' },
-    });
-    return await this.parts.rotation().rotate({
-      actor,
-      ownerAuth,
-      policy:
-        authority === undefined
-          ? { kind: 'fixed', pcrSelection }
-          : { kind: 'authority', authority, pcrSelection },
-    });
-  }
-
-  async rotate(actor: AuditActor, ownerAuth: Uint8Array | undefined): Promise<Enrolment> {
-    return await this.parts.rotation().rotate({ actor, ownerAuth });
+  #listed(approval: Approval, now: PlatformState): ListedApproval {
+    const { tpm } = this.parts.enrolment();
+    const { policy, pcrSelection } = tpm.root;
+    const isOurs =
+      policy.kind === 'authority' &&
+      approval.pcrSelection === pcrSelection &&
+      isApproved(tpm, policy.authority, approval);
+    return { ...approval, state: isOurs ? stateOf(approval, now) : 'other' };
   }
 
   #state(): Promise<PlatformState> {
-    return this.parts.tpm.readPlatformState(this.parts.enrolment.tpm);
+    return this.parts.tpm().readPlatformState(this.parts.enrolment().tpm);
   }
 
   #approvals(): readonly Approval[] {
     return readApprovals(this.parts.paths);
   }
 
-  /** Beside those that are there; one of the same state and counter takes the place of the other. */
+  /** Beside those that are there; one of the same policy, which has state and counter in it, takes the place of the other. */
   #keep(added: readonly Approval[]): void {
     const others = this.#approvals().filter(
-      (old) =>
-        !added.some(
-          (approval) => approval.policyDigest === old.policyDigest && approval.counter === old.counter,
-        ),
+      (old) => !added.some(({ policyDigest }) => policyDigest === old.policyDigest),
     );
     writeApprovals(this.parts.paths, [...others, ...added]);
   }
 
   #check(approval: unknown, given?: string): Approval {
-    const { policy } = this.parts.enrolment.tpm.root;
+    const { tpm } = this.parts.enrolment();
+    const { policy } = tpm.root;
     const authority = given ?? (policy.kind === 'authority' ? policy.authority : undefined);
-    if (authority === undefined) {
-      throw new ManagerError(
-        'bad-request',
-        'this installation has no policy authority yet; name its public key: vtpmctl platform adopt --authority FILE',
-      );
-    }
-    if (!isApproved(this.parts.enrolment.tpm, authority, approval)) {
+    if (authority === undefined) throw noAuthority();
+    if (!isApproved(tpm, authority, approval)) {
       throw new ManagerError(
         'bad-request',
         'this approval was not signed by the authority for this installation, or was changed',
@@ -231,8 +315,15 @@ export class PlatformControl {
   }
 }
 
-function isMet(approval: Approval, now: PlatformState): boolean {
-  return Object.entries(approval.pcrs).every(([name, value]) => now.pcrs[name] === value);
+function noAuthority(): ManagerError {
+  return new ManagerError(
+    'bad-request',
+    'this installation has no policy authority yet; name its public key: vtpmctl platform adopt --authority FILE',
+  );
+}
+
+function isOneOf({ state }: ListedApproval, ...states: readonly ApprovalState[]): boolean {
+  return states.includes(state);
 }
 
 function isSame(a: PlatformState['pcrs'], b: PlatformState['pcrs']): boolean {
@@ -244,5 +335,5 @@ function stateOf(approval: Approval, now: PlatformState): ApprovalState {
   const counter = BigInt(approval.counter);
   if (counter < now.counter) return 'revoked';
   if (counter > now.counter) return 'early';
-  return isMet(approval, now) ? 'active' : 'ready';
+  return isSame(approval.pcrs, now.pcrs) ? 'active' : 'ready';
 }

@@ -1,5 +1,5 @@
 import { existsSync } from 'node:fs';
-import type { Logger, Paths } from 'vtpm-common';
+import { barrier, type Logger, type Paths } from 'vtpm-common';
 import { readApprovals } from './approvals-file.js';
 import {
   adoptNext,
@@ -22,10 +22,10 @@ import {
 import { acquireLock } from './lock.js';
 import { openPlatform, type Platform, parseTpm } from './platform.js';
 import { boxForRecovery, newRecoveryKey, openRecoveryBox } from './recovery-key.js';
-import { type RootTpmLocation, rootKeyFromInputs } from './root-tpm/index.js';
+import { type AnchorCounter, type RootTpmLocation, rootKeyFromInputs } from './root-tpm/index.js';
 import { openLmdbStore, spoilAnchor } from './store/index.js';
 import { type AcceptOptions, acceptStore, type RecoveredVtpm, surveyStore } from './store-acceptance.js';
-import { hierarchy, rootKeysOf, unlock } from './unlock.js';
+import { hierarchy, rootKeysOf, type Unlocked, unlock } from './unlock.js';
 
 /**
  * What an operator does when a start is refused and the newest store, or the TPM, is gone for good. It runs offline, with
@@ -54,6 +54,8 @@ export interface RecoverResult {
   readonly vtpms: readonly RecoveredVtpm[];
   /** A new one, shown once: only with a recovery key. */
   readonly recoveryKey: string | undefined;
+  /** The authority that approved platform states has to be adopted again. */
+  readonly needsAuthority: boolean;
 }
 
 export async function recover(options: RecoverOptions): Promise<RecoverResult> {
@@ -73,17 +75,11 @@ async function withTpm(options: RecoverOptions): Promise<RecoverResult> {
   const file = readEnrolment(paths);
   const platform = await open(options, file.enrolment.tpm);
   try {
-    const { keys, enrolment, isRotating } = await unlock(platform.tpm, paths, file, readApprovals(paths));
+    const unlocked = await unlock(platform.tpm, paths, file, readApprovals(paths));
     try {
-      if (isRotating) {
-        throw new ManagerError(
-          'busy',
-          'a rotation of the root key is under way; put the newest store back, or use the recovery key',
-        );
-      }
-      return await acceptOld(options, platform, keys, enrolment);
+      return await acceptOld(options, platform, unlocked);
     } finally {
-      keys.wipe();
+      unlocked.keys.wipe();
     }
   } finally {
     await platform.close();
@@ -93,36 +89,47 @@ async function withTpm(options: RecoverOptions): Promise<RecoverResult> {
 async function acceptOld(
   options: RecoverOptions,
   { tpm }: Platform,
-  keys: KeyHierarchy,
-  enrolment: Enrolment,
+  { keys, enrolment, isRotating }: Unlocked,
 ): Promise<RecoverResult> {
   const paths = options.paths.manager;
-  let inForce = enrolment;
-  const counterOf = () => tpm.anchorCounter(inForce.tpm, keys.anchorAuth);
-  let counted: bigint | undefined;
-  try {
-    counted = await counterOf().read();
-  } catch (error) {
-    if (!(error instanceof ManagerError) || error.code !== 'anchor-removed') throw error;
-  }
+  const { ownerAuth } = options;
+  const counted = await countedBy(tpm.anchorCounter(enrolment.tpm, keys.anchorAuth));
   return await inStore(options, keys, 'rolled-back', async (accept) => {
     const { refusal, vtpms } = await surveyStore(accept, counted);
-    if (refusal === undefined || !options.acceptRollback) {
-      return { isDone: false, refusal, vtpms, recoveryKey: undefined };
-    }
+    const result = { refusal, vtpms, recoveryKey: undefined, needsAuthority: false };
+    if (refusal === undefined || !options.acceptRollback) return { ...result, isDone: false };
     // Whatever the counter says from here on, no start takes the store before it is accepted as a whole.
     await spoilAnchor(accept.store, keys);
+    let inForce = enrolment;
     if (counted === undefined) {
-      const { ownerAuth } = options;
-      const renewed = await tpm.recreateAnchorCounter(inForce.tpm, keys.anchorAuth, {
+      const { planned } = enrolment;
+      const write = isRotating ? writeNext : rewriteEnrolment;
+      const renewed = await tpm.recreateAnchorCounter(enrolment.tpm, keys.anchorAuth, {
         ...(ownerAuth && { ownerAuth }),
+        beforeDefine: (refs) =>
+          write(paths, { ...enrolment, planned: [...planned, ...refs] }, keys.current.enrolmentMacKey),
       });
-      inForce = { ...inForce, tpm: renewed };
-      rewriteEnrolment(paths, inForce, keys.current.enrolmentMacKey);
+      barrier('recover.counter-made');
+      inForce = { ...enrolment, tpm: renewed };
+      write(paths, inForce, keys.current.enrolmentMacKey);
     }
-    await acceptStore(accept, counterOf());
-    return { isDone: true, refusal, vtpms, recoveryKey: undefined };
+    await acceptStore(accept, tpm.anchorCounter(inForce.tpm, keys.anchorAuth));
+    barrier('recover.accepted');
+    // Everything is under the next generation alone; the next start erases the other.
+    if (isRotating) adoptNext(paths);
+    return { ...result, isDone: true };
   });
+}
+
+/** undefined where the counter is gone, or another one is in its place. */
+async function countedBy(counter: AnchorCounter): Promise<bigint | undefined> {
+  try {
+    return await counter.read();
+  } catch (error) {
+    const isGone = error instanceof ManagerError && ['anchor-removed', 'tpm-changed'].includes(error.code);
+    if (!isGone) throw error;
+    return undefined;
+  }
 }
 
 /** The TPM that was enrolled is lost, or its platform policy for good: a TPM is enrolled anew. */
@@ -132,26 +139,31 @@ async function withoutTpm(options: RecoverOptions, recoveryKey: Buffer): Promise
   const old = file.enrolment;
   const next = readNext(paths);
   const keys = hierarchy(unbox(recoveryKey, file), old);
+  const isLookedAt = options.acceptRollback || next !== undefined;
+  let platform: Platform | undefined;
   try {
     const location = options.tpm === undefined ? old.tpm : parseTpm(options.tpm, paths);
-    const platform = await open(options, location);
-    try {
-      if (next) keys.advance(await releaseNext(recoveryKey, next, platform));
-      return await inStore(options, keys, 'recovered', async (accept) => {
-        const { vtpms } = await surveyStore(accept, undefined);
-        const refusal = 'the recovery key is used: whether the store is the newest cannot be known';
-        if (!options.acceptRollback) return { isDone: false, refusal, vtpms, recoveryKey: undefined };
-        const before = next ? [old, next.enrolment] : [old];
-        const { enrolment, text } = await enrolAnew(options, platform, keys, before);
-        await spoilAnchor(accept.store, keys);
-        await acceptStore(accept, platform.tpm.anchorCounter(enrolment.tpm, keys.anchorAuth));
-        adoptNext(paths);
-        return { isDone: true, refusal, vtpms, recoveryKey: text };
-      });
-    } finally {
-      await platform.close();
-    }
+    platform = isLookedAt ? await open(options, location) : undefined;
+    if (next && platform) await releaseNext(recoveryKey, old, next, platform, keys, options.log);
+    return await inStore(options, keys, 'recovered', async (accept) => {
+      const { vtpms } = await surveyStore(accept, undefined);
+      const refusal = 'the recovery key is used: whether the store is the newest cannot be known';
+      const needsAuthority = old.tpm.root.policy.kind === 'authority';
+      const result = { refusal, vtpms, needsAuthority };
+      if (!options.acceptRollback || !platform) {
+        return { ...result, isDone: false, recoveryKey: undefined };
+      }
+      const before = next ? [old, next.enrolment] : [old];
+      const { enrolment, text } = await enrolAnew(options, platform, keys, before);
+      barrier('recover.enrolled');
+      await spoilAnchor(accept.store, keys);
+      await acceptStore(accept, platform.tpm.anchorCounter(enrolment.tpm, keys.anchorAuth));
+      barrier('recover.accepted');
+      adoptNext(paths);
+      return { ...result, isDone: true, recoveryKey: text };
+    });
   } finally {
+    await platform?.close();
     keys.wipe();
   }
 }
@@ -167,22 +179,40 @@ function unbox(recoveryKey: Uint8Array, { enrolment, verify }: UnverifiedEnrolme
   return keys;
 }
 
-/** A rotation was under way, which has the same recovery key; or an earlier recovery, whose generation is the TPM's. */
+/**
+ * Adds the generations after the one in force. A rotation that was under way has the same recovery key. One of an earlier
+ * recovery that was interrupted, or of several, has another that nobody saw: its TPM releases it.
+ */
 async function releaseNext(
   recoveryKey: Uint8Array,
+  old: Enrolment,
   next: UnverifiedEnrolment,
   { tpm }: Platform,
-): Promise<RootKeys> {
+  keys: KeyHierarchy,
+  log: Logger,
+): Promise<void> {
   try {
-    return unbox(recoveryKey, next);
+    return keys.advance(unbox(recoveryKey, next));
   } catch (error) {
     if (!(error instanceof ManagerError) || error.code !== 'bad-request') throw error;
   }
-  const rootKey = await tpm.releaseRootKey(next.enrolment.tpm);
-  const keys = rootKeysOf(rootKey, next.enrolment);
-  wipe(rootKey);
-  next.verify(keys.enrolmentMacKey);
-  return keys;
+  const { enrolment } = next;
+  const between = enrolment.erase.filter(({ generation }) => generation > old.tpm.root.generation);
+  for (const root of [...between, enrolment.tpm.root]) {
+    const facts = { storeId: enrolment.storeId, tpm: { ...enrolment.tpm, root } };
+    try {
+      const rootKey = await tpm.releaseRootKey(facts.tpm);
+      keys.advance(rootKeysOf(rootKey, facts));
+      wipe(rootKey);
+    } catch (error) {
+      // It may have come to nothing. What is under it says so when it is read.
+      const { code, message } = ManagerError.from(error);
+      log.warn(
+        { reason: code },
+        `an earlier recovery was interrupted, and the TPM does not release what it made: ${message}`,
+      );
+    }
+  }
 }
 
 /** The enrolment of a new generation, written beside the old one. @param before what may be in the TPM of earlier ones */
@@ -196,15 +226,20 @@ async function enrolAnew(
   if (!old) throw new ManagerError('internal', 'there is no enrolment to recover');
   const paths = options.paths.manager;
   const { ownerAuth, pcrSelection = old.tpm.root.pcrSelection } = options;
+  const { enrolmentMacKey } = keys.ofGeneration(old.tpm.root.generation, 'the enrolment');
   const made = await tpm.enrol({
     installation: Buffer.from(old.tpm.installation, 'hex'),
     pcrSelection,
     srkHandle: old.tpm.srkHandle,
     anchorAuth: keys.anchorAuth,
     ...(ownerAuth && { ownerAuth }),
+    beforeDefine: (refs) =>
+      rewriteEnrolment(paths, { ...old, planned: [...old.planned, ...refs] }, enrolmentMacKey),
   });
+  barrier('recover.made');
   try {
-    const generation = keys.current.keyId + 1;
+    const newest = Math.max(...before.map(({ tpm: { root } }) => root.generation));
+    const generation = newest + 1;
     const facts = {
       storeId: old.storeId,
       tpm: { ...made.enrolment, root: { ...made.enrolment.root, generation } },
@@ -213,13 +248,19 @@ async function enrolAnew(
     const first = keys.generations.at(-1) ?? keys.current;
     const secrets = openInstallationSecrets(first, Buffer.from(old.keyring, 'base64'));
     const recovery = newRecoveryKey();
+    const { anchor, revocation } = facts.tpm;
+    const inUse = new Set([anchor.name, revocation.name]);
     const enrolment: Enrolment = {
       ...old,
       ...facts,
       keyring: sealInstallationSecrets(root, secrets).toString('base64'),
       recovery: boxForRecovery(recovery.publicKey, old.tpm.installation, generation, made.recoveryInputs),
       erase: before.flatMap(({ erase, tpm: { root: erased } }) => [...erase, erased]),
-      planned: before.flatMap(({ planned, tpm: { anchor, revocation } }) => [...planned, anchor, revocation]),
+      // On another TPM a new counter may have the place, and with it the Name, of an old one.
+      planned: before
+        .flatMap(({ planned, tpm: { anchor, revocation } }) => [...planned, anchor, revocation])
+        .map(({ handle, name }) => ({ handle, name }))
+        .filter(({ name }) => !inUse.has(name)),
     };
     wipeSecrets(secrets);
     writeNext(paths, enrolment, root.enrolmentMacKey);
@@ -234,7 +275,8 @@ function open(options: RecoverOptions, location: RootTpmLocation): Promise<Platf
   const { kind, path } = location;
   const paths = options.paths.manager;
   // Only where it is knowingly lost, and with the recovery key: a start never makes a TPM.
-  const create = kind === 'embedded' && options.recoveryKey !== undefined && !existsSync(paths.softtpm);
+  const mayMake = options.recoveryKey !== undefined && options.acceptRollback;
+  const create = kind === 'embedded' && mayMake && !existsSync(paths.softtpm);
   return openPlatform({ kind, path }, paths, options.log, create, options.tpmDeadlineMs);
 }
 

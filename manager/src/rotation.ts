@@ -1,6 +1,6 @@
 import { barrier, type Logger, type Paths } from 'vtpm-common';
 import { readApprovals } from './approvals-file.js';
-import type { AuditActor } from './audit/index.js';
+import type { AuditActor, AuditEvent } from './audit/index.js';
 import { adoptNext, type Enrolment, rewriteEnrolment, writeNext } from './enrolment.js';
 import { ManagerError } from './error.js';
 import {
@@ -47,15 +47,23 @@ const HOUR_MS = 3_600_000;
  * 2. Both generations open. Every record is written anew under the next one, beside the saves that come in.
  * 3. The TPM has counted the store, which is under the next generation alone: its enrolment takes the place of the old.
  * 4. The old half in the TPM is overwritten. From now on no disk from before opens, whatever else somebody has.
+ *
+ * What fails on the way is gone on with before anything else is begun: a third generation would take away the enrolment
+ * of the first while records are still under it.
  */
 export class Rotation {
   #enrolment: Enrolment;
+  /** The next generation is written; the store may still be under both. */
+  #isHalfDone: boolean;
   #running: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
+  /** Unix milliseconds until which nothing is tried again without being asked for. */
+  #restsUntil = 0;
   #isStopping = false;
 
   constructor(private readonly parts: RotationParts) {
     this.#enrolment = parts.enrolment;
+    this.#isHalfDone = parts.isRotating;
   }
 
   /** In force, or about to be. */
@@ -63,8 +71,9 @@ export class Rotation {
     return this.#enrolment;
   }
 
-  get isRunning(): boolean {
-    return this.#running !== undefined;
+  /** Under way, or interrupted and to be gone on with: a start needs both generations. */
+  get isUnfinished(): boolean {
+    return this.#running !== undefined || this.#isHalfDone;
   }
 
   /** Unix milliseconds of the oldest retirement that waits for a rotation, and when one comes by itself. */
@@ -75,34 +84,26 @@ export class Rotation {
     return { since, due: eraseAfter === 0 ? undefined : since + eraseAfter * HOUR_MS };
   }
 
-  /** Goes on with what an earlier manager began, and watches for retirements that are to be erased. */
+  /**
+   * Goes on with what was interrupted, and watches for retirements that are to be erased. Called again when the store,
+   * which was lost, is open again.
+   */
   resume(): void {
-    const { isRotating, log } = this.parts;
-    this.#timer = setInterval(() => this.#eraseIfDue(), CHECK_MS);
+    clearInterval(this.#timer);
+    this.#timer = setInterval(() => this.#tick(), CHECK_MS);
     this.#timer.unref();
-    const { erase, planned } = this.#enrolment;
-    if (!isRotating && erase.length + planned.length === 0) return;
-    log.warn('a rotation of the root key was interrupted; it goes on');
-    this.#run(async () => {
-      if (isRotating) await this.#finish(undefined);
-      else await this.#eraseOld(undefined);
-    }).catch((error: unknown) => this.#report(error));
+    this.#restsUntil = 0;
+    this.#tick();
   }
 
-  /** @throws ManagerError `busy`, `platform-policy` where the new policy would not open now, and the TPM's */
+  /**
+   * Where a rotation was interrupted, going on with it is what was asked for, unless it is for another policy.
+   * @throws ManagerError `busy`, `platform-policy` where the new policy would not open now, and the TPM's
+   */
   async rotate(options: RotateOptions): Promise<Enrolment> {
     if (this.#running)
       throw new ManagerError('busy', 'a rotation of the root key is under way; try again later');
-    await this.#run(async () => {
-      const { audit } = this.parts.service();
-      const generation = String(this.#enrolment.tpm.root.generation + 1);
-      const { actor } = options;
-      const event = { actor, action: 'platform-rotate', facts: { generation } } as const;
-      await audit.append({ ...event, verdict: 'intended' });
-      await this.#begin(options);
-      await this.#finish(options.ownerAuth);
-      await audit.append({ ...event, verdict: 'done' });
-    });
+    await this.#run(() => this.#rotate(options));
     return this.#enrolment;
   }
 
@@ -121,6 +122,40 @@ export class Rotation {
     return run;
   }
 
+  async #rotate(options: RotateOptions): Promise<void> {
+    const { actor, policy, ownerAuth } = options;
+    const wasHalfDone = this.#isHalfDone;
+    await this.#goOn(actor, ownerAuth);
+    if (wasHalfDone && policy === undefined) return;
+    const generation = String(this.#enrolment.tpm.root.generation + 1);
+    const event = { actor, action: 'platform-rotate', facts: { generation } } as const;
+    await this.#audit({ ...event, verdict: 'intended' });
+    try {
+      await this.#begin(options);
+      await this.#finish(ownerAuth);
+    } catch (error) {
+      const { code, message } = ManagerError.from(error);
+      // Where the log is the reason, or gone with the store, the next entry is of who goes on.
+      await this.#audit({ ...event, verdict: 'failed', reason: { code, message } }).catch(() => undefined);
+      throw error;
+    }
+    await this.#audit({ ...event, verdict: 'done' });
+  }
+
+  async #goOn(actor: AuditActor, ownerAuth: Uint8Array | undefined): Promise<void> {
+    if (!this.#isHalfDone) {
+      if (this.#hasLeftovers) await this.#eraseOld(ownerAuth);
+      return;
+    }
+    const generation = String(this.#enrolment.tpm.root.generation);
+    await this.#finish(ownerAuth);
+    await this.#audit({ actor, action: 'platform-rotate', verdict: 'done', facts: { generation } });
+  }
+
+  get #hasLeftovers(): boolean {
+    return this.#enrolment.erase.length + this.#enrolment.planned.length > 0;
+  }
+
   async #begin({ policy, ownerAuth }: RotateOptions): Promise<void> {
     const { paths, tpm, keys } = this.parts;
     const enrolment = this.#enrolment;
@@ -132,31 +167,35 @@ export class Rotation {
       ...(policy && { policy }),
       approvals: readApprovals(paths),
       ...(ownerAuth && { ownerAuth }),
-      beforeDefine: (planned) => this.#rewrite({ ...enrolment, planned }),
+      beforeDefine: (planned) => this.#rewrite({ ...enrolment, planned: [...enrolment.planned, ...planned] }),
     });
+    const root = rootKeysOf(rootKey, { storeId: enrolment.storeId, tpm: nextTpm });
     try {
-      const root = rootKeysOf(rootKey, { storeId: enrolment.storeId, tpm: nextTpm });
       const secrets = openInstallationSecrets(keys.current, Buffer.from(enrolment.keyring, 'base64'));
-      const { generation } = nextTpm.root;
+      const keyring = sealInstallationSecrets(root, secrets).toString('base64');
+      wipeSecrets(secrets);
+      const { installation, root: nextRoot } = nextTpm;
       const next: Enrolment = {
         ...enrolment,
         tpm: nextTpm,
-        keyring: sealInstallationSecrets(root, secrets).toString('base64'),
+        keyring,
         recovery: boxForRecovery(
           enrolment.recovery.publicKey,
-          nextTpm.installation,
-          generation,
+          installation,
+          nextRoot.generation,
           recoveryInputs,
         ),
         erase: [...enrolment.erase, enrolment.tpm.root],
-        planned: [],
       };
-      wipeSecrets(secrets);
       barrier('rotation.made');
       writeNext(paths, next, root.enrolmentMacKey);
       barrier('rotation.written');
       keys.advance(root);
       this.#enrolment = next;
+      this.#isHalfDone = true;
+    } catch (error) {
+      root.wipe();
+      throw error;
     } finally {
       wipe(recoveryInputs, rootKey);
     }
@@ -165,11 +204,17 @@ export class Rotation {
   async #finish(ownerAuth: Uint8Array | undefined): Promise<void> {
     const { paths, keys, service } = this.parts;
     await service().rekey(() => this.#isStopping);
-    if (this.#isStopping) return;
+    if (this.#isStopping) {
+      throw new ManagerError(
+        'shutting-down',
+        'the manager is shutting down; it goes on with the rotation at its next start',
+      );
+    }
     barrier('rotation.rekeyed');
     await service().count();
     barrier('rotation.counted');
     adoptNext(paths);
+    this.#isHalfDone = false;
     barrier('rotation.adopted');
     keys.forgetOlder();
     await this.#eraseOld(ownerAuth);
@@ -195,22 +240,42 @@ export class Rotation {
     this.#enrolment = enrolment;
   }
 
-  #eraseIfDue(): void {
-    try {
-      const due = this.erasure()?.due;
-      if (this.#running || this.#isStopping || due === undefined || Date.now() < due) return;
-    } catch {
-      // Locked: nobody rotates anything.
-      return;
-    }
-    this.rotate({ actor: 'manager' }).catch((error: unknown) => this.#report(error));
+  #audit(event: AuditEvent): Promise<unknown> {
+    return this.parts.service().audit.append(event);
   }
 
-  #report(error: unknown): void {
-    const { code, message } = ManagerError.from(error, 'the root key cannot be rotated');
-    this.parts.log.error(
-      { reason: code },
-      `the rotation of the root key is not done: ${message}. Nothing is lost; go on with vtpmctl platform rotate`,
-    );
+  /** What is to be done without being asked for. */
+  #tick(): void {
+    if (this.#running || this.#isStopping || Date.now() < this.#restsUntil || !this.#isServed()) return;
+    if (this.#isHalfDone || this.#hasLeftovers) {
+      this.parts.log.warn('a rotation of the root key was interrupted; it goes on');
+      this.#unasked(() => this.#goOn('manager', undefined));
+      return;
+    }
+    const due = this.erasure()?.due;
+    if (due === undefined || Date.now() < due) return;
+    this.#unasked(() => this.#rotate({ actor: 'manager' }));
+  }
+
+  #unasked(body: () => Promise<void>): void {
+    this.#run(body).catch((error: unknown) => {
+      // Lost with the store: it goes on when that is open again.
+      if (this.#isStopping || !this.#isServed()) return;
+      this.#restsUntil = Date.now() + HOUR_MS;
+      const { code, message } = ManagerError.from(error, 'the root key cannot be rotated');
+      this.parts.log.error(
+        { reason: code },
+        `the rotation of the root key is not done: ${message}. Nothing is lost; it is tried again in an hour, and now by: vtpmctl platform rotate`,
+      );
+    });
+  }
+
+  #isServed(): boolean {
+    try {
+      this.parts.service();
+      return true;
+    } catch {
+      return false;
+    }
   }
 }

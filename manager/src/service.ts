@@ -104,6 +104,8 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       rekey: async (isOver) => {
         const { keyId: id, auditKey: key } = keys.current;
         await log.withKey({ id, key });
+        // A Load that began before may still write a new record under the generation before, which no page below has.
+        await registry.settled();
         for (let after: string | undefined; !isOver(); ) {
           const page = registry.list(after, REKEY_PAGE);
           after = page.at(-1);

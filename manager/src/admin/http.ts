@@ -11,6 +11,7 @@ const STATUS: Partial<Record<ManagerErrorCode, number>> = {
   busy: 409,
   retired: 409,
   stale: 409,
+  'platform-policy': 409,
   locked: 503,
   'shutting-down': 503,
   'store-full': 507,
@@ -35,13 +36,16 @@ export function errorAnswer(error: ManagerError): Answer {
 }
 
 /** @returns the JSON object of the body @throws ManagerError `too-large`, `bad-request` */
-export async function readJson(request: IncomingMessage): Promise<Record<string, unknown>> {
+export async function readJson(
+  request: IncomingMessage,
+  limit = MAX_BODY_BYTES,
+): Promise<Record<string, unknown>> {
   const chunks: Buffer[] = [];
   let length = 0;
   for await (const chunk of request as AsyncIterable<Buffer>) {
     length += chunk.length;
-    if (length > MAX_BODY_BYTES) {
-      throw new ManagerError('too-large', `a request body has at most ${MAX_BODY_BYTES} bytes`);
+    if (length > limit) {
+      throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
     }
     chunks.push(chunk);
   }

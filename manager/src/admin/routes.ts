@@ -16,7 +16,8 @@ export interface AdminRequest {
   readonly method: string;
   readonly path: readonly string[];
   readonly query: URLSearchParams;
-  body(): Promise<Record<string, unknown>>;
+  /** @param limit in bytes, where it is not the usual one */
+  body(limit?: number): Promise<Record<string, unknown>>;
   /** The caller's uid, for the audit log. */
   readonly actor: AuditActor;
 }

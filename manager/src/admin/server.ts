@@ -6,7 +6,8 @@ import { listenLocally } from '../local-socket.js';
 import type { PlatformControl } from '../platform-control.js';
 import { streamEvents } from './event-stream.js';
 import { errorAnswer, readJson, sendJson } from './http.js';
-import { type AdminService, route } from './routes.js';
+import { routePlatform } from './platform-routes.js';
+import { type AdminRequest, type AdminService, route } from './routes.js';
 
 /** What `GET /health` says. */
 export interface Health {
@@ -96,20 +97,20 @@ async function answer(
     if (call === 'GET /doctor') {
       return sendJson(response, { status: 200, body: { findings: await options.doctor() } });
     }
+    const admin: AdminRequest = {
+      method,
+      path,
+      query: url.searchParams,
+      body: (limit) => readJson(request, limit),
+      actor: { uid: uid ?? -1 },
+    };
+    const platform = await routePlatform(admin, options.platform);
+    if (platform) return sendJson(response, platform);
     const service = options.service();
     if (call === 'GET /events') {
       return streamEvents(response, service.registry.events, options.health().instance);
     }
-    const found = await route(
-      {
-        method,
-        path,
-        query: url.searchParams,
-        body: () => readJson(request),
-        actor: { uid: uid ?? -1 },
-      },
-      service,
-    );
+    const found = await route(admin, service);
     sendJson(
       response,
       found ?? { status: 404, body: { error: { code: 'bad-request', message: `there is no ${call}` } } },

@@ -68,6 +68,11 @@ export class LiveSession {
     return this.#held.record;
   }
 
+  /** It commits nothing any more: the record in the store is the truth. */
+  get isOver(): boolean {
+    return this.#isOver;
+  }
+
   /** Answers HELLO and RESUME: what is committed of this session. */
   greet(): Promise<void> {
     return this.#send('ACK', this.parts.linkNumber, this.#ack());
@@ -105,10 +110,18 @@ export class LiveSession {
     return this.#control('THAW', EMPTY);
   }
 
-  /** Puts the record under the current generation of the root key, between two saves. Called in the slot's order. */
+  /**
+   * Puts the record under the current generation of the root key, between two saves. Called in the slot's order. Where
+   * that fails the worker is to resume: its next save would be taken for one of a session that is over.
+   */
   async rekey(): Promise<void> {
-    if (this.#isOver || this.record.header.keyId === this.parts.keys.current.keyId) return;
-    await this.#commit(rekey(this.parts.keys, this.record));
+    if (this.record.header.keyId === this.parts.keys.current.keyId) return;
+    try {
+      await this.#commit(rekey(this.parts.keys, this.record));
+    } catch (error) {
+      this.end(ManagerError.from(error));
+      throw error;
+    }
   }
 
   /** Tells the worker that the session is over, and ends the stream. Does not wait for the worker. */

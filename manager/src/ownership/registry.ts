@@ -189,13 +189,18 @@ export class VtpmRegistry {
     this.#checkOpen();
     const slot = this.#slot(vtpmUuid);
     await slot.inOrder(async () => {
-      if (slot.live) return await slot.live.rekey();
+      if (slot.live?.isOver === false) return await slot.live.rekey();
       const held = await this.#read(vtpmUuid);
       if (!held || held.record.header.keyId === this.options.keys.current.keyId) return;
       await this.#write(vtpmUuid, held.version, rekey(this.options.keys, held.record));
     });
     // All vTPMs come by here: those that do nothing must not cost memory for ever.
     if (slot.isDispensable) this.#slots.delete(vtpmUuid);
+  }
+
+  /** Resolves when every operation that is under way now has ended; those that come later are not waited for. */
+  async settled(): Promise<void> {
+    await Promise.all([...this.#slots.values()].map((slot) => slot.idle()));
   }
 
   /** @throws ManagerError `unknown-vtpm` */

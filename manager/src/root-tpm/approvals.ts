@@ -134,14 +134,14 @@ function whyNone(
   const candidates = live.length > 0 ? live : known;
   const [first] = candidates;
   if (first === undefined) {
-    return 'no approval of the authority for this installation is there. Approve the PCR values of now: vtpmctl platform approve';
+    return 'no approval of the authority for this installation is there. Approve the PCR values of now: vtpmctl platform approve --key FILE --label LABEL';
   }
   const distance = (approval: Approval): number => differing(approval.pcrs, now.pcrs).length;
   const closest = candidates.reduce((a, b) => (distance(b) < distance(a) ? b : a), first);
   const others = candidates.length > 1 ? ` (the closest of ${candidates.length} approvals)` : '';
   return (
     `${explainDifference(closest.pcrs, now.pcrs, `approved as "${closest.label}"`)}${others}. ` +
-    'Boot an approved state again, or approve this one: vtpmctl platform approve'
+    'Boot an approved state again, or approve this one: vtpmctl platform approve --key FILE --label LABEL'
   );
 }
 
@@ -152,8 +152,9 @@ export function explainFixed({ pcrSelection, pcrValues }: RootGeneration, now: P
       ? explainDifference(pcrValues, now, 'at enrolment')
       : `a PCR of ${pcrSelection} had another value than at enrolment`;
   return (
-    `the TPM refuses the root key: ${what}. Boot the enrolled firmware, kernel and settings again. ` +
-    'Where an authority is enrolled, states to come are approved before they are booted: vtpmctl platform approve'
+    `the TPM refuses the root key: ${what}. Boot the enrolled firmware, kernel and settings again; where that cannot be ` +
+    'done for good, the recovery key is the way: vtpmctl recover --recovery-key-file FILE. With an authority states are ' +
+    'approved before they are booted: vtpmctl platform adopt, once it runs'
   );
 }
 

@@ -31,7 +31,7 @@ import { flushLeftovers, start } from './start.js';
 import { type Withdrawal, type WithdrawOptions, withdraw } from './withdraw.js';
 
 export type { AnchorCounter } from './anchor-counter.js';
-export { isApproved, type PlatformState, requestApproval } from './approvals.js';
+export { isApproved, type PlatformState, readAuthority, requestApproval } from './approvals.js';
 export type { Enrolled, EnrolOptions, RecreateOptions } from './enrol.js';
 export type {
   AnchorIndex,

@@ -1,3 +1,4 @@
+import { barrier } from 'vtpm-common';
 import { bytesEqual } from 'vtpm-proto';
 import type { AuditHead } from '../audit/index.js';
 import { ManagerError } from '../error.js';
@@ -58,6 +59,7 @@ export async function adoptStore(
   let bytes = 0;
   const flush = async (): Promise<void> => {
     if (batch.length > 0 && !(await store.commit(batch))) throw changed();
+    barrier('recover.written');
     batch = [];
     bytes = 0;
   };
@@ -80,6 +82,7 @@ export async function adoptStore(
   const anchor = sealAnchor(keys.current, { root, counter: shown + 1n, audit: audit(), resets });
   const isWritten = await store.commit([{ key: ANCHOR_KEY, expectedVersion: anchorVersion, value: anchor }]);
   if (!isWritten) throw changed();
+  barrier('recover.anchored');
   if ((await counter.increment()) !== shown + 1n) {
     throw new ManagerError(
       'rollback-detected',
@@ -98,6 +101,7 @@ export async function spoilAnchor(store: StateStore, keys: KeyHierarchy): Promis
   if (!stated) return;
   const value = sealAnchor(keys.current, { ...stated, root: Buffer.alloc(32) });
   if (!(await store.commit([{ key: ANCHOR_KEY, expectedVersion: entry.version, value }]))) throw changed();
+  barrier('recover.spoilt');
 }
 
 function authentic(keys: KeyHierarchy, anchor: Uint8Array): AnchorFacts | undefined {
