@@ -41,7 +41,7 @@ async function play(): Promise<void> {
     'its root key is sealed to PCR 7 and crossed the bus only encrypted',
     async () => {
       await stage.startChip();
-      await stage.ctl(['init', '--tpm', `unix:${stage.chip}`]);
+      await stage.ctl(['init', '--tpm', `unix:${stage.chip}`, '--recovery-key-file', stage.recoveryKey]);
       await stage.ctl(['up']);
     },
   );

@@ -17,6 +17,7 @@ export class Stage {
   readonly home = join(this.directory, 'home');
   readonly paths: Paths = pathsOf(this.home);
   readonly chip = join(this.directory, 'chip.sock');
+  readonly recoveryKey = join(this.directory, 'recovery.key');
   #chipProcess: ChildProcess | undefined;
 
   async startChip(): Promise<void> {

@@ -14,6 +14,7 @@ import { type UninstallFlags, uninstall } from './commands/uninstall.js';
 import { up } from './commands/up.js';
 import type { Context } from './context.js';
 import { EXIT } from './exit-status.js';
+import { addPlatformCommands } from './platform-commands.js';
 
 /** The flags that every command takes, before or after its name. */
 export interface GlobalFlags {
@@ -88,7 +89,8 @@ ${EXIT_STATUSES}`,
     .option('--yes-embedded', 'let auto take the embedded TPM where there is no chip')
     .option('--pcrs <selection>', 'platform state that releases the root key (default: sha256:7)')
     .option('--srk-handle <handle>', 'persistent handle of the storage root key (default: 0x81000001)')
-    .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one");
+    .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one")
+    .option('--recovery-key-file <file>', 'keep the recovery key in this file instead of showing it');
   initCommand.action((flags: InitFlags) => run(initCommand, (context) => init(flags, context)));
 
   const upCommand = add(program, 'up', 'starts manager and supervisor in the background', [
@@ -237,6 +239,12 @@ ${EXIT_STATUSES}`,
     'vtpmctl image remove DIGEST',
   ]).argument('<digest>', '64 hex digits');
   imageRemove.action((digest: string) => run(imageRemove, (context) => removeImage(digest, context)));
+
+  const platformCommand = program
+    .command('platform')
+    .description('the platform states in which the TPM releases the root key, and that key');
+  for (const option of globalOptions()) platformCommand.addOption(option.hideHelp());
+  addPlatformCommands(program, platformCommand, add, run);
 
   const configCommand = program.command('config').description('the settings of this installation');
   for (const option of globalOptions()) configCommand.addOption(option.hideHelp());

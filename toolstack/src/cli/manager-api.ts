@@ -1,4 +1,5 @@
 import { DaemonClient } from './http.js';
+import { PlatformApi } from './platform-api.js';
 
 export interface ManagerHealth {
   readonly status: 'ready' | 'locked' | 'starting';
@@ -43,9 +44,11 @@ export interface AllowedImage {
 
 /** The manager's admin plane. Errors as in DaemonClient. */
 export class ManagerApi {
+  readonly platform: PlatformApi;
   readonly #client: DaemonClient;
   constructor(socketPath: string) {
     this.#client = new DaemonClient('manager', socketPath);
+    this.platform = new PlatformApi(this.#client);
   }
 
   async health(timeout?: number): Promise<ManagerHealth> {

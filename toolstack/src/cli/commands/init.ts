@@ -3,9 +3,11 @@ import { resolve } from 'node:path';
 import { checkSocketPath, privateDirectory, writeFileDurably } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
+import { reserveSecretFile } from '../given-files.js';
 import { runManagerCommand } from '../manager-command.js';
 import { fields } from '../output.js';
 import { makeToolstackKey } from '../toolstack-key.js';
+import { recoveryKeyLines } from './recover.js';
 
 export interface InitFlags {
   readonly tpm?: string;
@@ -13,6 +15,7 @@ export interface InitFlags {
   readonly srkHandle?: string;
   readonly ownerAuthFile?: string;
   readonly pcrs?: string;
+  readonly recoveryKeyFile?: string;
 }
 
 interface Identity {
@@ -25,6 +28,7 @@ interface Identity {
   };
   readonly storeId: string;
   readonly pcrSelection: string;
+  readonly recoveryKey: string;
   readonly warnings: readonly string[];
 }
 
@@ -54,19 +58,43 @@ export async function init(flags: InitFlags, { configuration, output }: Context)
   checkLengths(paths.manager.toolstackSocket);
   checkReadable(flags.ownerAuthFile);
   privateDirectory(paths.home);
+  const { recoveryKeyFile } = flags;
+  // Before anything is made: the key that it is to hold is shown once.
+  const keyFile =
+    recoveryKeyFile === undefined ? undefined : reserveSecretFile('--recovery-key-file', recoveryKeyFile);
+  let identity: Identity;
   const key = makeToolstackKey(paths);
-  const identity = await enrol(flags, flags.tpm, paths, key.publicKey.toString('hex'));
-  const { warnings, ...kept } = identity;
+  try {
+    identity = await enrol(flags, flags.tpm, paths, key.publicKey.toString('hex'));
+  } catch (error) {
+    keyFile?.discard();
+    throw error;
+  }
+  const { warnings, recoveryKey, ...kept } = identity;
+  keyFile?.write(recoveryKey);
   writeFileDurably(paths.toolstack.managerIdentity, `${JSON.stringify(kept, null, 2)}\n`);
   for (const warning of warnings) output.note(`warning: ${warning}`);
+  const recovery = recoveryKeyFile === undefined ? { recoveryKey } : { recoveryKeyFile };
   output.result(
-    { home: paths.home, run: paths.run, toolstackKey: key.publicKey.toString('hex'), ...identity },
-    `${fields([
-      ['initialised', paths.home],
-      ['manager', identity.managerId],
-      ['TPM', `${identity.tpm.kind} ${identity.tpm.path}`],
-      ['sealed to', identity.pcrSelection],
-    ])}\nnext: vtpmctl up`,
+    {
+      home: paths.home,
+      run: paths.run,
+      toolstackKey: key.publicKey.toString('hex'),
+      ...kept,
+      ...recovery,
+      warnings,
+    },
+    [
+      fields([
+        ['initialised', paths.home],
+        ['manager', identity.managerId],
+        ['TPM', `${identity.tpm.kind} ${identity.tpm.path}`],
+        ['sealed to', identity.pcrSelection],
+        ['recovery key', recoveryKeyFile && `in ${recoveryKeyFile}: take it away from this host`],
+      ]),
+      ...(recoveryKeyFile === undefined ? recoveryKeyLines(recoveryKey) : []),
+      'next: vtpmctl up',
+    ].join('\n'),
   );
 }
 

@@ -39,7 +39,7 @@ export async function up(context: Context): Promise<void> {
     throw new ToolstackError(
       'locked',
       `the manager is locked: ${(manager.message ?? 'the platform is not in the state it was enrolled in').replace(/\.$/, '')}. ` +
-        'It stays up meanwhile and gives nothing out; afterwards: vtpmctl down, then vtpmctl up',
+        'It stays up meanwhile and gives nothing out; afterwards: vtpmctl up',
     );
   }
   if (manager.tpm.hardwareProtected === false && manager.tpm.kind === 'embedded') {
