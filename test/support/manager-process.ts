@@ -40,6 +40,18 @@ export class ManagerInstallation {
     return { code, stdout: stdout(), stderr: stderr() };
   }
 
+  /** The same under a Node with arguments of its own: one that kills itself, for instance. */
+  async runWith(
+    nodeArgs: readonly string[],
+    ...args: string[]
+  ): Promise<{ code: number | null; signal: NodeJS.Signals | null; stdout: string; stderr: string }> {
+    const child = this.#spawn(args, nodeArgs);
+    const stdout = collect(child.stdout);
+    const stderr = collect(child.stderr);
+    const [code, signal] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
+    return { code, signal, stdout: stdout(), stderr: stderr() };
+  }
+
   async init(tpm: string, ...more: string[]): Promise<Record<string, unknown>> {
     const key = this.toolstack.key.publicKey.toString('hex');
     const { code, stdout, stderr } = await this.run(
@@ -50,8 +62,8 @@ export class ManagerInstallation {
   }
 
   /** Starts the service. Resolves when it is ready or locked. @throws with what it wrote when it ends instead */
-  async start(): Promise<Record<string, unknown>> {
-    const child = this.#spawn([]);
+  async start(nodeArgs: readonly string[] = []): Promise<Record<string, unknown>> {
+    const child = this.#spawn([], nodeArgs);
     this.child = child;
     this.#stderr = collect(child.stderr);
     const closed = once(child, 'close');
@@ -94,11 +106,11 @@ export class ManagerInstallation {
     rmSync(this.home, { recursive: true, force: true, maxRetries: 20, retryDelay: 50 });
   }
 
-  #spawn(args: string[]): ChildProcess {
+  #spawn(args: string[], nodeArgs: readonly string[] = []): ChildProcess {
     const { NODE_EXTRA_CA_CERTS: _slow, ...env } = process.env;
     return spawn(
       process.execPath,
-      [PROGRAM, ...args, '--home', this.home, '--run-dir', join(this.home, 'run')],
+      [...nodeArgs, PROGRAM, ...args, '--home', this.home, '--run-dir', join(this.home, 'run')],
       {
         env: { ...env, VTPM_LOG_FORMAT: 'json' },
         stdio: ['ignore', 'pipe', 'pipe'],

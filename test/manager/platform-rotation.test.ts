@@ -1,0 +1,190 @@
+import assert from 'node:assert/strict';
+import { readEnrolment } from 'vtpm-manager/enrolment';
+import { until } from '../support/until.js';
+import { crashingAt, type Guest, Host } from './platform-fixture.js';
+
+/** A worker that saves without a pause, over as many links as it needs. */
+class Saver {
+  acknowledged = 0;
+  attempted = 0;
+  fences: string[] = [];
+  #isOver = false;
+  #done: Promise<void> | undefined;
+
+  constructor(
+    private readonly host: Host,
+    readonly guest: Guest,
+  ) {}
+
+  begin(): void {
+    this.#done = this.#save();
+  }
+
+  async end(): Promise<void> {
+    this.#isOver = true;
+    await this.#done;
+  }
+
+  async more(count: number): Promise<void> {
+    const wanted = this.acknowledged + count;
+    await until(`${count} more saves`, () => this.acknowledged >= wanted);
+  }
+
+  async #save(): Promise<void> {
+    const { guest } = this;
+    while (!this.#isOver) {
+      try {
+        const next = this.attempted + 1;
+        this.attempted = next;
+        await guest.session.save({ permanent: Buffer.from(`save ${next}`) });
+        this.acknowledged = next;
+      } catch (error) {
+        const reason = String((error as { reason?: string }).reason);
+        if (reason === 'fenced') this.fences.push(String(error));
+        await this.#resume();
+      }
+    }
+  }
+
+  async #resume(): Promise<void> {
+    const { guest, host } = this;
+    await until('the link is back', async () => {
+      if (this.#isOver) return true;
+      try {
+        guest.worker.close();
+        guest.worker = host.manager.worker(host.managerId);
+        const { session } = guest;
+        session.stream = guest.worker.openStream();
+        const lastAcknowledged = BigInt(this.acknowledged + 1);
+        session.stream.send(session.firstFrame({ lastAcknowledged }));
+        // A save whose acknowledgement was lost is in or not; the next one follows what is. The first came before.
+        const { committed } = await session.ack();
+        session.sequence = committed;
+        this.attempted = Number(committed) - 1;
+        this.acknowledged = this.attempted;
+        return true;
+      } catch (error) {
+        if ((error as { reason?: string }).reason === 'fenced') this.fences.push(String(error));
+        return false;
+      }
+    });
+  }
+}
+
+describe('a rotation of the root key', () => {
+  let host: Host;
+  beforeEach(async () => {
+    host = await Host.create();
+  });
+  afterEach(() => host.destroy());
+
+  const generation = () => readEnrolment(host.manager.paths).enrolment.tpm.root.generation;
+  const settled = () =>
+    until('the rotation is done', async () => {
+      const { enrolment } = readEnrolment(host.manager.paths);
+      return !(await host.view()).isRotating && enrolment.erase.length + enrolment.planned.length === 0;
+    });
+
+  it('loses nothing of workers that save all the while, and fences none', async () => {
+    await host.manager.start();
+    await host.allowImage();
+    const savers: Saver[] = [];
+    for (let i = 0; i < 4; i++) savers.push(new Saver(host, await host.guest()));
+    const idle = await host.guest('idle');
+    idle.worker.close();
+    for (const saver of savers) saver.begin();
+    const from = savers.map(({ acknowledged }) => acknowledged);
+    for (let i = 0; i < 3; i++) {
+      assert.equal((await host.post('/platform/rotations')).status, 200);
+      for (const saver of savers) await saver.more(3);
+    }
+    for (const saver of savers) await saver.end();
+    assert.equal(generation(), 4);
+    for (const [i, { guest, acknowledged, attempted, fences }] of savers.entries()) {
+      assert.deepEqual(fences, []);
+      assert.ok(acknowledged > (from[i] ?? 0) + 8);
+      assert.equal(acknowledged, attempted);
+      const { permanent, generation: at } = await host.loaded(guest.vtpm.id, 1n);
+      assert.equal(permanent, `save ${acknowledged}`);
+      assert.equal(at, BigInt(acknowledged + 1), 'a rekey is no save');
+    }
+    assert.equal((await host.loaded(idle.vtpm.id, 1n)).permanent, 'idle');
+    await host.manager.stop();
+    await host.assertNothingLeft();
+  });
+
+  it('does not pass over what is being made while it begins', async () => {
+    await host.manager.start();
+    await host.allowImage();
+    // Loads in flight: their records are not in the store yet when the rotation lists it.
+    const rotated = host.post('/platform/rotations');
+    const guests = await Promise.all(Array.from({ length: 8 }, (_, i) => host.guest(`G${i}`)));
+    assert.equal((await rotated).status, 200);
+    for (const [i, { vtpm }] of guests.entries()) {
+      assert.equal((await host.loaded(vtpm.id, 1n)).permanent, `G${i}`);
+    }
+  });
+
+  it('refuses a second one, and a revocation, while it runs', async () => {
+    await host.manager.start();
+    await host.adopt();
+    const survivors = [await host.signed('first', { next: true })];
+    const [rotated, second] = await Promise.all([
+      host.post('/platform/rotations'),
+      host.post('/platform/revocations', { survivors }),
+    ]);
+    assert.equal(rotated.status, 200);
+    // In turn, or refused: never in between.
+    assert.ok([200, 409].includes(second.status), JSON.stringify(second.body));
+    await host.manager.stop();
+    assert.equal((await host.manager.start()).status, 'ready');
+    await host.manager.stop();
+    await host.assertNothingLeft();
+  });
+
+  for (const [barrier, count] of [
+    ['rotation.made', 1],
+    ['rotation.written', 1],
+    ['store.commit', 1],
+    ['store.commit', 2],
+    ['store.committed', 2],
+    ['store.commit', 4],
+    ['anchor.stated', 1],
+    ['anchor.counted', 1],
+    ['anchor.stated', 2],
+    ['rotation.rekeyed', 1],
+    ['rotation.counted', 1],
+    ['rotation.adopted', 1],
+    ['rotation.erased', 1],
+  ] as const) {
+    it(`I-4 killed at ${barrier} (${count}) goes on at the next start`, async () => {
+      await host.manager.start();
+      await host.allowImage();
+      const saver = new Saver(host, await host.guest());
+      const idle = await host.guest('idle');
+      idle.worker.close();
+      await host.manager.stop();
+      await host.manager.start(crashingAt(barrier, count));
+      await host.resume(saver.guest);
+      const child = host.child;
+      saver.begin();
+      await host.post('/platform/rotations').catch(() => undefined);
+      await until('the manager is dead', () => child.signalCode === 'SIGKILL');
+      assert.equal((await host.manager.start()).status, 'ready');
+      await settled();
+      await saver.more(3);
+      await saver.end();
+      assert.deepEqual(saver.fences, []);
+      assert.equal((await host.loaded(saver.guest.vtpm.id, 1n)).permanent, `save ${saver.acknowledged}`);
+      assert.equal((await host.loaded(idle.vtpm.id, 1n)).permanent, 'idle');
+      // Where it died before the next generation was written, the rotation never was.
+      const was = generation();
+      assert.equal((await host.post('/platform/rotations')).status, 200);
+      assert.equal(generation(), was + 1);
+      assert.equal((await host.loaded(idle.vtpm.id, 2n)).permanent, 'idle');
+      await host.manager.stop();
+      await host.assertNothingLeft();
+      assert.equal((await host.manager.start()).status, 'ready');
+    });
+  }
+});
