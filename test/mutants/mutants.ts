@@ -174,8 +174,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 an old anchor is refused',
     file: 'manager/src/store/anchor-counter.ts',
-    guard: 'if (stated === shown) return shown;',
-    without: 'if (stated <= shown) return shown;',
+    guard: 'if (stated.counter === shown) return',
+    without: 'if (stated.counter <= shown) return',
     test: { file: 'manager/anchored-store', name: 'a whole older copy of the files is refused' },
   },
   {
