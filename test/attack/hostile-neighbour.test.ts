@@ -58,7 +58,7 @@ class HostileWorker {
   async #knock(): Promise<void> {
     for (let count = 0; count < MOST_KNOCKS && !this.#isOver; count++) {
       const client = this.#connect();
-      for (let stream = 0; stream < 7; stream++) client.openStream();
+      for (let stream = 0; stream < 3; stream++) client.openStream();
       await client.call(SAVE_PATH, Buffer.alloc(512 * 1024, 0xff)).catch(() => this.refused++);
     }
   }

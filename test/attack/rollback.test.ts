@@ -5,6 +5,9 @@ import { join } from 'node:path';
 import type { TestVtpm } from '../support/worker-client.js';
 import { keyOf, type RawRecord, refusedBecause, Target } from './target.js';
 
+/** mdb.c, struct MDB_page: number, pad, flags, bounds. */
+const PAGE_HEADER = 16;
+const PAGE = 4096;
 const OLD_STORE = /the store is an old one: its anchor says \d+, the TPM has counted to \d+/;
 const NOT_WHAT_WAS_WRITTEN = /the store is not what was last written/;
 const ANOTHER_KEY = /its anchor was not written by this installation's TPM key/;
@@ -111,6 +114,31 @@ describe('attack: an old disk, or a part of one, is put back while the manager i
   it('I-9 a record taken away, so that its vTPM would be made anew', async () => {
     target.tamper((db) => db.removeSync(keyOf(web!)));
     await isRefused('rollback-detected', NOT_WHAT_WAS_WRITTEN);
+  });
+
+  it('I-5 the commit before the last one, by the other of the two meta pages of the file', async () => {
+    const file = join(target.manager.paths.store, 'data.mdb');
+    await target.starts();
+    assert.equal(await target.manager.stop(), 0);
+    newest = target.keep();
+    const outcomes: string[] = [];
+    for (const from of [0, 1]) {
+      const bytes = readFileSync(file);
+      // Behind the page's header: LMDB takes the one with the higher number of its transaction.
+      bytes.copy(bytes, (1 - from) * PAGE + PAGE_HEADER, from * PAGE + PAGE_HEADER, (from + 1) * PAGE);
+      writeFileSync(file, bytes);
+      try {
+        await target.starts();
+        assert.equal((await target.view(web!)).generation, 3);
+        outcomes.push('the newest');
+        await target.manager.stop('SIGKILL');
+      } catch (error) {
+        assert.match((error as Error).message, OLD_STORE);
+        outcomes.push('refused');
+      }
+      target.putBack(newest!);
+    }
+    assert.deepEqual(outcomes.sort(), ['refused', 'the newest']);
   });
 
   it('I-5 a retired vTPM: its old record', async () => {

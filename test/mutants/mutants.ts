@@ -302,8 +302,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-2 a record belongs to one vTPM',
     file: 'manager/src/records/format.ts',
-    guard: '\n    .update(vtpmUuid)',
-    without: '',
+    guard: '.update(vtpmUuid)',
+    without: '.update(vtpmUuid.subarray(16))',
     test: { file: 'attack/foreign-state', name: 'its record, under the uuid of the other' },
   },
   {
