@@ -2,13 +2,6 @@ import assert from 'node:assert/strict';
 import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createLogger } from 'vtpm-common';
-import { readApprovals } from 'vtpm-manager/approvals-file';
-import { readEnrolment } from 'vtpm-manager/enrolment';
-import { openPlatform } from 'vtpm-manager/platform';
-import { Rotation } from 'vtpm-manager/rotation';
-import { openService } from 'vtpm-manager/service';
-import { unlock } from 'vtpm-manager/unlock';
 import { decode } from 'vtpm-proto';
 import { type Lmdb, openLmdb, tamperStore } from '../manager/store-fixture.js';
 import { run } from '../support/installation.js';
@@ -124,7 +117,7 @@ export class Target {
   }
 
   /** @param what of the copy; all of it unless named */
-  putBack(copy: string, what: 'all' | 'store' | 'audit' | 'enrolment' = 'all'): void {
+  putBack(copy: string, what: 'all' | 'store' | 'audit' | 'enrolment' | 'approvals' = 'all'): void {
     const { paths } = this.manager;
     const target = what === 'all' ? paths.directory : paths[what];
     rmSync(target, { recursive: true });
@@ -170,40 +163,11 @@ export class Target {
     return health;
   }
 
-  /** Another generation of the root key, while the manager is stopped; by the code that the running one has. */
-  async rotate(): Promise<void> {
-    const { paths } = this.manager;
-    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
-    const file = readEnrolment(paths);
-    const { kind, path } = file.enrolment.tpm;
-    const platform = await openPlatform({ kind, path }, paths, log, false, 60_000);
-    const { tpm } = platform;
-    const { keys, enrolment, isRotating } = await unlock(tpm, paths, file, readApprovals(paths));
-    const service = await openService(keys, {
-      paths,
-      log,
-      storeSandbox: true,
-      storeReserve: 0,
-      counter: tpm.anchorCounter(enrolment.tpm, keys.anchorAuth),
-      anchorWindow: 60,
-      storeRoots: undefined,
-      onLost: () => undefined,
-    });
-    const rotation = new Rotation({
-      paths,
-      log,
-      tpm,
-      keys,
-      enrolment,
-      isRotating,
-      service: () => service,
-      eraseAfter: 0,
-    });
-    await rotation.rotate({ actor: 'manager' });
-    await rotation.stop();
-    await service.close();
-    keys.wipe();
-    await platform.close();
+  /** What an operator does with the platform policy, over the admin plane. @returns the answer's body */
+  async platform(call: string, body: object): Promise<Record<string, unknown>> {
+    const answer = await this.manager.admin('POST', `/platform/${call}`, body);
+    assert.ok(answer.status < 300, JSON.stringify(answer));
+    return answer.body;
   }
 
   /** Runs one of tpm2-tools on the TPM; the manager must be stopped, as the TPM takes one client. */
