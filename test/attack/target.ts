@@ -30,11 +30,11 @@ export interface RawRecord {
  * anything that he puts back.
  */
 export class Target {
-  readonly manager = new ManagerInstallation();
   readonly #aside = mkdtempSync(join(tmpdir(), 'vtpm-aside-'));
   #copies = 0;
 
   private constructor(
+    readonly manager: ManagerInstallation,
     readonly tpm: Swtpm | undefined,
     readonly managerId: string,
   ) {}
@@ -43,14 +43,13 @@ export class Target {
   static async create(options: { tpm?: Swtpm | 'embedded'; anchorWindow?: number } = {}): Promise<Target> {
     const tpm = options.tpm ?? (await startSwtpm());
     const chip = tpm === 'embedded' ? undefined : tpm;
-    const target = new Target(chip, '');
-    const { manager } = target;
+    const manager = new ManagerInstallation();
     const { managerId } = await manager.init(chip ? `unix:${chip.socket}` : 'embedded');
+    const target = new Target(manager, chip, String(managerId));
     if (options.anchorWindow !== undefined) {
       const settings = { 'anchor-window': options.anchorWindow };
       writeFileSync(join(manager.home, 'config.json'), JSON.stringify(settings));
     }
-    Object.assign(target, { managerId: String(managerId) });
     await manager.start();
     await target.allowImage(manager.toolstack.imageDigest);
     await manager.stop();
