@@ -2,7 +2,8 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Finding, type Logger, type Paths, privateDirectory, VERSION } from 'vtpm-common';
-import { type AdminPlane, type Health, serveAdmin } from './admin/server.js';
+import type { Health } from './admin/health.js';
+import { type AdminPlane, serveAdmin } from './admin/server.js';
 import { readApprovals } from './approvals-file.js';
 import type { AuditEvent } from './audit/index.js';
 import { expectationOf, judge } from './doctor/index.js';
@@ -118,6 +119,7 @@ class Manager implements Daemon {
     this.#admin = await serveAdmin({
       path: this.#paths.adminSocket,
       log: this.#log,
+      auditPath: this.#paths.audit,
       health: () => this.#health(),
       doctor: () => this.#doctor(),
       service: () => this.#service(),

@@ -8,6 +8,7 @@ import {
   loadConfiguration,
   VERSION,
 } from 'vtpm-common';
+import { checkAudit, describeAudit } from './audit-check.js';
 import { startDaemon } from './daemon.js';
 import { examineHost } from './doctor/index.js';
 import { ManagerError } from './error.js';
@@ -123,6 +124,12 @@ program
   .option('--json', 'print the findings as JSON')
   .action(doctor);
 
+program
+  .command('audit-verify')
+  .description('verifies the audit log while the manager is stopped; vtpmctl audit verify does this for you')
+  .option('--json', 'print the result as JSON')
+  .action(verifyAuditLog);
+
 await program.parseAsync().catch((error: unknown) => fail(error));
 
 async function run(): Promise<void> {
@@ -187,6 +194,13 @@ async function doctor(_flags: object, command: Command): Promise<void> {
   });
   const lines = findings.map(({ level, message, fix }) => `${level}: ${message}${fix ? `; ${fix}` : ''}`);
   process.stdout.write(`${flags.json ? JSON.stringify({ findings }) : lines.join('\n')}\n`);
+}
+
+async function verifyAuditLog(_flags: object, command: Command): Promise<void> {
+  const flags = command.optsWithGlobals<InitFlags>();
+  const { settings: _, ...common } = setUp(flags);
+  const view = await checkAudit(common);
+  process.stdout.write(`${flags.json ? JSON.stringify(view) : describeAudit(view).join('\n')}\n`);
 }
 
 interface UninstallFlags extends GlobalFlags {

@@ -19,6 +19,7 @@ describe('connections of the admin plane', () => {
       path,
       log,
       requestTimeoutMs,
+      auditPath: '/nowhere',
       health: unused,
       doctor: unused,
       service: unused,

@@ -206,7 +206,8 @@ describe('vtpm-managerd with the embedded TPM', () => {
     await manager.start();
     for (const [method, path, body, status] of [
       ['GET', '/nothing', undefined, 404],
-      ['PUT', '/images', '{}', 404],
+      ['PUT', '/images', '{}', 405],
+      ['GET', '/vtpms?colour=red', undefined, 400],
       ['GET', '/vtpms/not-a-uuid', undefined, 400],
       ['GET', '/vtpms?limit=0', undefined, 400],
       ['POST', '/images', '{}', 400],

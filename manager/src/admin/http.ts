@@ -1,5 +1,6 @@
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import { ManagerError, type ManagerErrorCode } from '../error.js';
+import type { JsonAnswer } from './route.js';
 
 const MAX_BODY_BYTES = 64 * 1024;
 const MAX_KEYS = 16;
@@ -8,29 +9,32 @@ const STATUS: Partial<Record<ManagerErrorCode, number>> = {
   'bad-request': 400,
   'too-large': 413,
   'unknown-vtpm': 404,
+  'unknown-image': 404,
+  'unknown-call': 404,
+  'wrong-method': 405,
   busy: 409,
   retired: 409,
   stale: 409,
   'platform-policy': 409,
   locked: 503,
   'shutting-down': 503,
+  'audit-corrupt': 500,
   'store-full': 507,
 };
 
-export interface Answer {
-  readonly status: number;
-  readonly body: object;
-}
-
-export function sendJson(response: ServerResponse, { status, body }: Answer): void {
+export function sendJson(response: ServerResponse, { status, body }: JsonAnswer): void {
   const bytes = Buffer.from(`${JSON.stringify(body)}\n`);
   response.writeHead(status, { 'content-type': 'application/json', 'content-length': bytes.length });
   response.end(bytes);
 }
 
-export function errorAnswer(error: ManagerError): Answer {
+export function statusOf({ code }: ManagerError): number {
+  return STATUS[code] ?? 500;
+}
+
+export function errorAnswer(error: ManagerError): JsonAnswer {
   return {
-    status: STATUS[error.code] ?? 500,
+    status: statusOf(error),
     body: { error: { code: error.code, message: error.message } },
   };
 }

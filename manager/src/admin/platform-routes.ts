@@ -1,9 +1,8 @@
-import type { AuditActor } from '../audit/index.js';
+import type { AuditAction, AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { wipe } from '../keys/index.js';
 import type { ApprovalOutcome, PlatformControl, PlatformView } from '../platform-control.js';
-import type { Answer } from './http.js';
-import type { AdminRequest } from './routes.js';
+import { type AdminRequest, type Answer, ok, type Route } from './route.js';
 
 /** Approvals are about 1 KiB each, and there may be many to survive. */
 const MAX_BODY_BYTES = 1024 * 1024;
@@ -13,39 +12,40 @@ const MAX_PEM = 8192;
 /** An owner password is at most as long as a digest; more than any TPM takes. */
 const MAX_OWNER_AUTH = 64;
 
-/** Answers a call on the platform policy; works while the manager is locked too. @throws ManagerError; undefined where there is no such call */
-export async function routePlatform(
-  request: AdminRequest,
-  platform: () => PlatformControl,
-): Promise<Answer | undefined> {
-  const { method, path, actor } = request;
-  if (path[0] !== 'platform') return undefined;
-  switch (`${method} ${path.join('/')}`) {
-    case 'GET platform':
-      return { status: 200, body: describe(await platform().view()) };
-    case 'POST platform/requests':
-      return await ask(await bodyOf(request, 'label', 'pcrs', 'next', 'pcrSelection'), platform());
-    case 'POST platform/approvals':
-      return await approve(await bodyOf(request, 'approval', 'authority'), platform(), actor);
-    case 'POST platform/revocations':
-      return await revoke(await bodyOf(request, 'survivors', 'ownerAuth'), platform(), actor);
-    case 'POST platform/policy':
-      return await changePolicy(
-        await bodyOf(request, 'authority', 'pcrSelection', 'ownerAuth'),
-        platform(),
-        actor,
-      );
-    case 'POST platform/rotations':
-      return await rotate(await bodyOf(request, 'ownerAuth'), platform(), actor);
-    default:
-      return undefined;
-  }
+/** The platform policy; works while the manager is locked too. */
+export const platformRoutes: readonly Route[] = [
+  {
+    method: 'GET',
+    path: '/platform',
+    handle: async (_, { platform }) => ok(describe(await platform().view())),
+  },
+  call('/platform/requests', undefined, ['label', 'pcrs', 'next', 'pcrSelection'], ask),
+  call('/platform/approvals', 'platform-approve', ['approval', 'authority'], approve),
+  call('/platform/revocations', 'platform-revoke', ['survivors', 'ownerAuth'], revoke),
+  call('/platform/policy', 'platform-authority', ['authority', 'pcrSelection', 'ownerAuth'], changePolicy),
+  call('/platform/rotations', 'platform-rotate', ['ownerAuth'], rotate),
+];
+
+/** @param names members that the body may have */
+function call(
+  path: string,
+  audits: AuditAction | undefined,
+  names: readonly string[],
+  handle: (body: Body, platform: PlatformControl, actor: AuditActor) => Promise<Answer>,
+): Route {
+  return {
+    method: 'POST',
+    path,
+    ...(audits && { audits }),
+    handle: async (request, { platform }) =>
+      await handle(await bodyOf(request, names), platform(), request.actor),
+  };
 }
 
 type Body = Readonly<Record<string, unknown>>;
 
 /** @throws ManagerError `bad-request` where it has other members: a misspelt one must not be left out in silence */
-async function bodyOf(request: AdminRequest, ...names: readonly string[]): Promise<Body> {
+async function bodyOf(request: AdminRequest, names: readonly string[]): Promise<Body> {
   const body = await request.body(MAX_BODY_BYTES);
   const other = Object.keys(body).find((name) => !names.includes(name));
   if (other !== undefined) {

@@ -1,47 +1,18 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
 import type { Socket } from 'node:net';
-import type { Finding, Logger } from 'vtpm-common';
+import type { Logger } from 'vtpm-common';
+import type { AuditAction } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { listenLocally } from '../local-socket.js';
-import type { PlatformControl } from '../platform-control.js';
-import { streamEvents } from './event-stream.js';
-import { errorAnswer, readJson, sendJson } from './http.js';
-import { routePlatform } from './platform-routes.js';
-import { type AdminRequest, type AdminService, route } from './routes.js';
+import { errorAnswer, readJson, sendJson, statusOf } from './http.js';
+import { type AdminContext, type Answer, isUuid, matchRoute } from './route.js';
+import { ROUTES } from './routes.js';
 
-/** What `GET /health` says. */
-export interface Health {
-  readonly status: 'starting' | 'ready' | 'locked';
-  /** Why it is locked: an error code and its sentence. */
-  readonly reason?: string;
-  readonly message?: string;
-  readonly version: string;
-  readonly managerId: string;
-  readonly storeId: string;
-  readonly tpm: {
-    readonly kind: string;
-    readonly path: string;
-    readonly manufacturer: string;
-    readonly hardwareProtected: boolean;
-  };
-  readonly pcrSelection: string;
-  readonly vtpms: number | null;
-  /** Random, new in each process. */
-  readonly instance: string;
-}
-
-export interface AdminOptions {
+export interface AdminOptions extends AdminContext {
   readonly path: string;
   readonly log: Logger;
   /** That a caller has to send a whole request. */
   readonly requestTimeoutMs?: number;
-  health(): Health;
-  /** What `GET /doctor` says of the TPM; works while locked too. */
-  doctor(): Promise<Finding[]>;
-  /** @throws ManagerError `locked` where only /health works */
-  service(): AdminService;
-  /** Works while locked too. */
-  platform(): PlatformControl;
 }
 
 export interface AdminPlane {
@@ -89,39 +60,81 @@ async function answer(
   uid: number | undefined,
 ): Promise<void> {
   try {
-    const url = new URL(request.url ?? '/', 'http://localhost');
-    const path = url.pathname.split('/').filter((part) => part !== '');
-    const method = request.method ?? 'GET';
+    const found = await handle(request, response, options, { uid: uid ?? -1 });
+    if (typeof found === 'function') await found(response);
+    else sendJson(response, found);
+  } catch (error) {
+    const reason = named(error, options.log);
+    if (!response.headersSent) return sendJson(response, errorAnswer(reason));
+    options.log.warn({ reason: reason.code }, `an admin call broke off: ${reason.message}`);
+    response.destroy();
+  }
+}
+
+/** @throws ManagerError, also for a call that there is not */
+async function handle(
+  request: IncomingMessage,
+  response: ServerResponse,
+  options: AdminOptions,
+  actor: { readonly uid: number },
+): Promise<Answer> {
+  const url = new URL(request.url ?? '/', 'http://localhost');
+  const path = url.pathname.split('/').filter((part) => part !== '');
+  const method = request.method ?? 'GET';
+  const match = matchRoute(ROUTES, method, path);
+  if ('allowed' in match) {
     const call = `${method} /${path.join('/')}`;
-    if (call === 'GET /health') return sendJson(response, { status: 200, body: options.health() });
-    if (call === 'GET /doctor') {
-      return sendJson(response, { status: 200, body: { findings: await options.doctor() } });
-    }
-    const admin: AdminRequest = {
-      method,
-      path,
-      query: url.searchParams,
-      body: (limit) => readJson(request, limit),
-      actor: { uid: uid ?? -1 },
-    };
-    const platform = await routePlatform(admin, options.platform);
-    if (platform) return sendJson(response, platform);
-    const service = options.service();
-    if (call === 'GET /events') {
-      return streamEvents(response, service.registry.events, options.health().instance);
-    }
-    const found = await route(admin, service);
-    sendJson(
-      response,
-      found ?? { status: 404, body: { error: { code: 'bad-request', message: `there is no ${call}` } } },
+    if (match.allowed.length === 0) throw new ManagerError('unknown-call', `there is no ${call}`);
+    response.setHeader('allow', match.allowed.join(', '));
+    throw new ManagerError('wrong-method', `there is no ${call}, but ${match.allowed.join(' and ')}`);
+  }
+  const { route, params } = match;
+  try {
+    return await route.handle(
+      {
+        query: url.searchParams,
+        param: (name) => params.get(name) ?? '',
+        body: (limit) => readJson(request, limit),
+        actor,
+      },
+      options,
     );
   } catch (error) {
-    const known = error instanceof ManagerError;
-    if (!known) options.log.error({ err: error }, 'an admin call failed');
-    const reason = known
-      ? error
-      : new ManagerError('internal', 'the manager failed to do this; its log says why');
-    if (response.headersSent) response.destroy();
-    else sendJson(response, errorAnswer(reason));
+    const reason = named(error, options.log);
+    if (route.audits) await auditRefusal(route.audits, actor, params, reason, options);
+    throw reason;
   }
+}
+
+/** A change that was asked for and not made is in the log too. While the manager is locked there is none. */
+async function auditRefusal(
+  action: AuditAction,
+  actor: { readonly uid: number },
+  params: ReadonlyMap<string, string>,
+  reason: ManagerError,
+  { service, log }: AdminOptions,
+): Promise<void> {
+  const { id, ...facts } = Object.fromEntries(params);
+  try {
+    await service().audit.append({
+      actor,
+      action,
+      verdict: statusOf(reason) < 500 ? 'refused' : 'failed',
+      reason,
+      ...(id !== undefined && (isUuid(id) ? { vtpm: id } : { facts: { id } })),
+      ...(Object.keys(facts).length > 0 && { facts }),
+    });
+  } catch (error) {
+    const { code } = ManagerError.from(error);
+    log.warn(
+      { uid: actor.uid, action, refused: reason.code, reason: code },
+      'a refused change is not in the audit log',
+    );
+  }
+}
+
+function named(error: unknown, log: Logger): ManagerError {
+  if (error instanceof ManagerError) return error;
+  log.error({ err: error }, 'an admin call failed');
+  return new ManagerError('internal', 'the manager failed to do this; its log says why', { cause: error });
 }

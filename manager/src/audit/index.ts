@@ -5,6 +5,7 @@ export {
   type OpenedAuditLog,
   openAuditLog,
 } from './audit-log.js';
+export { verifyChain } from './chain.js';
 export {
   AUDIT_ACTIONS,
   AUDIT_VERDICTS,
@@ -16,5 +17,6 @@ export {
 } from './entry.js';
 export { type AuditHead, decodeAuditHead, EMPTY_HEAD, encodeAuditHead } from './head.js';
 export type { AuditKey } from './line.js';
+export { type AuditVerdictView, viewOf } from './verdict.js';
 export { verifyAudit } from './verify.js';
 export type { AuditFlaw, AuditKeys, AuditReport } from './walk.js';

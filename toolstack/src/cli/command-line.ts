@@ -1,5 +1,6 @@
 import { Command, CommanderError, Option } from 'commander';
 import { CONFIG_KEYS, defaultHome, libtpmsVersion, VERSION } from 'vtpm-common';
+import { auditCommands } from './commands/audit.js';
 import { showConfig } from './commands/config.js';
 import { type CreateFlags, create } from './commands/create.js';
 import { type DoctorFlags, doctor } from './commands/doctor.js';
@@ -27,6 +28,13 @@ export interface GlobalFlags {
 
 /** A command's work; a number is the exit status where it is not 0. */
 export type Work = (context: Context) => Promise<number> | Promise<void> | void;
+/** Makes a command with examples in its help. */
+export type Add = (
+  parent: Command,
+  usage: string,
+  description: string,
+  examples: readonly string[],
+) => Command;
 /** Does the work with the context that the flags of `command` make. */
 export type Run = (command: Command, work: Work) => Promise<void>;
 
@@ -70,7 +78,7 @@ ${EXIT_STATUSES}`,
     );
   for (const option of globalOptions()) program.addOption(option);
 
-  const add = (parent: Command, usage: string, description: string, examples: readonly string[]): Command => {
+  const add: Add = (parent, usage, description, examples) => {
     const command = parent
       .command(usage)
       .description(description)
@@ -220,10 +228,7 @@ ${EXIT_STATUSES}`,
     run(logsCommand, (context) => logs(name, flags, context)),
   );
 
-  const imageCommand = program
-    .command('image')
-    .description('the worker images to which the manager gives state');
-  for (const option of globalOptions()) imageCommand.addOption(option.hideHelp());
+  const imageCommand = group(program, 'image', 'the worker images to which the manager gives state');
   const imageList = add(imageCommand, 'list', 'shows the allowed worker images', ['vtpmctl image list']);
   imageList.action(() => run(imageList, listImages));
   const imageAllow = add(imageCommand, 'allow', 'allows a worker image', [
@@ -240,20 +245,33 @@ ${EXIT_STATUSES}`,
   ]).argument('<digest>', '64 hex digits');
   imageRemove.action((digest: string) => run(imageRemove, (context) => removeImage(digest, context)));
 
-  const platformCommand = program
-    .command('platform')
-    .description('the platform states in which the TPM releases the root key, and that key');
-  for (const option of globalOptions()) platformCommand.addOption(option.hideHelp());
+  const platformCommand = group(
+    program,
+    'platform',
+    'the platform states in which the TPM releases the root key, and that key',
+  );
   addPlatformCommands(program, platformCommand, add, run);
 
-  const configCommand = program.command('config').description('the settings of this installation');
-  for (const option of globalOptions()) configCommand.addOption(option.hideHelp());
+  auditCommands(
+    group(program, 'audit', 'the log of what was done with this installation, and by whom'),
+    add,
+    run,
+  );
+
+  const configCommand = group(program, 'config', 'the settings of this installation');
   const configShow = add(configCommand, 'show', 'shows every setting and where its value comes from', [
     'vtpmctl config show',
     'VTPM_LOG_LEVEL=debug vtpmctl config show --json',
   ]);
   configShow.action(() => run(configShow, showConfig));
   return program;
+}
+
+/** A command that only has commands. */
+function group(program: Command, name: string, description: string): Command {
+  const command = program.command(name).description(description);
+  for (const option of globalOptions()) command.addOption(option.hideHelp());
+  return command;
 }
 
 function globalOptions(): Option[] {

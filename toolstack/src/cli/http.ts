@@ -24,28 +24,43 @@ export class DaemonClient {
   ) {}
 
   async call<T>(method: 'GET' | 'POST' | 'DELETE', path: string, options: RequestOptions = {}): Promise<T> {
-    const { status, text } = await this.#send(method, path, options);
-    let answer: unknown;
-    try {
-      answer = text === '' ? undefined : JSON.parse(text);
-    } catch (cause) {
-      throw new ToolstackError(
-        'internal',
-        `the ${this.daemon} answered ${path} with something else than JSON`,
-        {
-          cause,
-        },
-      );
-    }
+    const { status, value: text } = await this.#send(method, path, options, readAll);
+    const answer = this.#parse(path, text);
     if (status >= 200 && status < 300) return answer as T;
     throw this.#refusal(path, status, answer);
   }
 
-  #send(
+  /**
+   * Hands on an answer that has no bound, as it comes. A connection that breaks is an error: what was handed on is then a
+   * part.
+   */
+  async stream(path: string, timeout: number, take: (chunk: Buffer) => Promise<void> | void): Promise<void> {
+    const { status, value } = await this.#send('GET', path, { timeout }, async (response) => {
+      if (response.statusCode !== 200) return await readAll(response);
+      for await (const chunk of response) await take(chunk as Buffer);
+      return '';
+    });
+    if (status !== 200) throw this.#refusal(path, status, this.#parse(path, value));
+  }
+
+  #parse(path: string, text: string): unknown {
+    try {
+      return text === '' ? undefined : JSON.parse(text);
+    } catch (cause) {
+      throw new ToolstackError(
+        'internal',
+        `the ${this.daemon} answered ${path} with something else than JSON`,
+        { cause },
+      );
+    }
+  }
+
+  #send<T>(
     method: string,
     path: string,
     { body, timeout = DEFAULT_TIMEOUT_MS }: RequestOptions,
-  ): Promise<{ status: number; text: string }> {
+    read: (response: IncomingMessage) => Promise<T>,
+  ): Promise<{ status: number; value: T }> {
     const payload = body === undefined ? undefined : Buffer.from(JSON.stringify(body));
     return new Promise((resolve, reject) => {
       const call = request({
@@ -59,7 +74,7 @@ export class DaemonClient {
       const fail = (cause: unknown) => reject(this.#unreachable(cause, timeout));
       call.once('error', fail);
       call.once('response', (response) => {
-        readAll(response).then((text) => resolve({ status: response.statusCode ?? 0, text }), fail);
+        read(response).then((value) => resolve({ status: response.statusCode ?? 0, value }), fail);
       });
       call.end(payload);
     });

@@ -42,6 +42,42 @@ export interface AllowedImage {
   readonly allowedAt: string | null;
 }
 
+/** An entry of the audit log. */
+export interface AuditEntry {
+  readonly n: number;
+  /** ISO 8601, UTC. */
+  readonly time: string;
+  readonly actor:
+    | 'manager'
+    | { readonly uid: number }
+    | { readonly worker: string }
+    | { readonly toolstackKey: string };
+  readonly action: string;
+  readonly verdict: string;
+  readonly vtpm?: string;
+  readonly epoch?: number;
+  readonly generation?: number;
+  readonly reason?: { readonly code: string; readonly message: string };
+  readonly facts?: Readonly<Record<string, string>>;
+}
+
+/** What a verification of the audit log found; `vtpm-managerd audit-verify` says the same. */
+export interface AuditVerdict {
+  readonly checked: 'anchor' | 'chain';
+  readonly because?: string;
+  readonly isWhole: boolean;
+  readonly first: number;
+  readonly last: number;
+  readonly digest: string;
+  readonly authenticated: number;
+  readonly unanchored: number;
+  readonly torn?: { readonly path: string; readonly offset: number };
+  readonly flaw?: { readonly entry: number; readonly path: string; readonly what: string };
+}
+
+/** A log may be of any length, and is read as a whole. */
+const AUDIT_TIMEOUT_MS = 600_000;
+
 /** The manager's admin plane. Errors as in DaemonClient. */
 export class ManagerApi {
   readonly platform: PlatformApi;
@@ -90,5 +126,22 @@ export class ManagerApi {
 
   async removeImage(digest: string): Promise<void> {
     await this.#client.call('DELETE', `/images/${encodeURIComponent(digest)}`);
+  }
+
+  /** The newest ones, oldest first. */
+  async auditTail(count: number): Promise<AuditEntry[]> {
+    return (await this.#client.call<{ entries: AuditEntry[] }>('GET', `/audit?tail=${count}`)).entries;
+  }
+
+  async auditVerify(): Promise<AuditVerdict> {
+    return await this.#client.call('GET', '/audit/verify', { timeout: AUDIT_TIMEOUT_MS });
+  }
+
+  /** @param query `from` and `to` @param take gets the log's lines as bytes; all of them came where nothing is thrown */
+  async auditExport(
+    query: Readonly<Record<string, string>>,
+    take: (chunk: Buffer) => Promise<void>,
+  ): Promise<void> {
+    await this.#client.stream(`/audit/export?${new URLSearchParams(query)}`, AUDIT_TIMEOUT_MS, take);
   }
 }

@@ -1,0 +1,125 @@
+import type { ServerResponse } from 'node:http';
+import type { Finding } from 'vtpm-common';
+import type { AuditAction, AuditActor, AuditLog } from '../audit/index.js';
+import { ManagerError } from '../error.js';
+import type { VtpmRegistry } from '../ownership/registry.js';
+import type { PlatformControl } from '../platform-control.js';
+import type { TrustStore } from '../trust/trust-configuration.js';
+import type { Health } from './health.js';
+
+/** What the admin plane acts on while the manager is unlocked. */
+export interface AdminService {
+  readonly registry: VtpmRegistry;
+  readonly trust: TrustStore;
+  readonly audit: AuditLog;
+}
+
+/** The manager as its admin plane sees it. */
+export interface AdminContext {
+  health(): Health;
+  /** What `GET /doctor` says of the TPM; works while locked too. */
+  doctor(): Promise<Finding[]>;
+  /** Of the newest file of the audit log. */
+  readonly auditPath: string;
+  /** @throws ManagerError `locked`, `shutting-down` */
+  service(): AdminService;
+  /** Works while locked too. */
+  platform(): PlatformControl;
+}
+
+export interface AdminRequest {
+  readonly query: URLSearchParams;
+  /** The segment of the path that stands for `{name}`. */
+  param(name: string): string;
+  /** @param limit in bytes, where it is not the usual one @throws ManagerError `too-large`, `bad-request` */
+  body(limit?: number): Promise<Record<string, unknown>>;
+  /** The caller's uid, for the audit log. */
+  readonly actor: AuditActor;
+}
+
+export interface JsonAnswer {
+  readonly status: number;
+  readonly body: object;
+}
+
+/** An answer that writes itself, where it is no JSON or has no end. What it throws before it has begun is a refusal. */
+export type RespondingAnswer = (response: ServerResponse) => Promise<void> | void;
+
+export type Answer = JsonAnswer | RespondingAnswer;
+
+/** One call of the admin plane. */
+export interface Route {
+  readonly method: 'GET' | 'POST' | 'DELETE';
+  /** `{name}` stands for one segment. */
+  readonly path: string;
+  /** Of a call that changes something: under which name a refused or failed one is in the audit log. */
+  readonly audits?: AuditAction;
+  /** @throws ManagerError */
+  handle(request: AdminRequest, context: AdminContext): Promise<Answer> | Answer;
+}
+
+const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
+
+export function isUuid(text: string): boolean {
+  return UUID.test(text);
+}
+
+export function ok(body: object): JsonAnswer {
+  return { status: 200, body };
+}
+
+/** Unix milliseconds as ISO 8601 in UTC; 0 is never. */
+export function time(milliseconds: bigint | number): string | null {
+  return Number(milliseconds) === 0 ? null : new Date(Number(milliseconds)).toISOString();
+}
+
+/** @returns undefined where the query does not have it @throws ManagerError `bad-request` */
+export function wholeNumber(
+  query: URLSearchParams,
+  name: string,
+  least: number,
+  most: number,
+): number | undefined {
+  const text = query.get(name);
+  if (text === null) return undefined;
+  const value = /^\d{1,15}$/.test(text) ? Number(text) : -1;
+  if (value < least || value > most) {
+    throw new ManagerError('bad-request', `"${name}" is a whole number from ${least} to ${most}`);
+  }
+  return value;
+}
+
+/** @throws ManagerError `bad-request`: a misspelt name would be a wish that nobody hears */
+export function onlyKnown(query: URLSearchParams, names: readonly string[]): void {
+  const unknown = [...query.keys()].find((name) => !names.includes(name));
+  if (unknown === undefined) return;
+  const known = names.length === 0 ? 'this call takes none' : `there are ${names.join(', ')}`;
+  throw new ManagerError('bad-request', `there is no query parameter "${unknown.slice(0, 40)}"; ${known}`);
+}
+
+/** Where a call leads: to a route with what its path says, or to the methods that there are for the path. */
+export type Match =
+  | { readonly route: Route; readonly params: ReadonlyMap<string, string> }
+  | { readonly allowed: readonly Route['method'][] };
+
+export function matchRoute(routes: readonly Route[], method: string, path: readonly string[]): Match {
+  const here = routes.flatMap((route) => {
+    const params = paramsOf(route.path.split('/').slice(1), path);
+    return params ? [{ route, params }] : [];
+  });
+  return (
+    here.find(({ route }) => route.method === method) ?? { allowed: here.map(({ route }) => route.method) }
+  );
+}
+
+function paramsOf(pattern: readonly string[], path: readonly string[]): Map<string, string> | undefined {
+  if (pattern.length !== path.length) return undefined;
+  const params = new Map<string, string>();
+  for (const [i, expected] of pattern.entries()) {
+    const found = path[i] ?? '';
+    const name = /^\{(\w+)\}$/.exec(expected)?.[1];
+    if (name !== undefined) params.set(name, found);
+    else if (expected !== found) return undefined;
+  }
+  return params;
+}

@@ -1,0 +1,88 @@
+import { uuidToText } from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import type { VtpmRegistry, VtpmView } from '../ownership/registry.js';
+import {
+  type AdminContext,
+  type AdminRequest,
+  type Answer,
+  isUuid,
+  ok,
+  onlyKnown,
+  type Route,
+  time,
+  wholeNumber,
+} from './route.js';
+
+const DEFAULT_PAGE = 100;
+const MAX_PAGE = 1000;
+/** A record may have 500 KB, of which a page keeps its header. */
+const READS_AT_ONCE = 8;
+
+export const vtpmRoutes: readonly Route[] = [
+  { method: 'GET', path: '/vtpms', handle: listVtpms },
+  {
+    method: 'GET',
+    path: '/vtpms/{id}',
+    handle: async (request, { service }) => {
+      const { registry } = service();
+      return ok(describe(await registry.view(uuid(request.param('id')))));
+    },
+  },
+  { method: 'POST', path: '/vtpms/{id}/retire', audits: 'retire', handle: retireVtpm },
+];
+
+async function listVtpms({ query }: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const { registry } = service();
+  onlyKnown(query, ['after', 'limit']);
+  const after = query.get('after');
+  const limit = wholeNumber(query, 'limit', 1, MAX_PAGE) ?? DEFAULT_PAGE;
+  // One more than asked for says whether there is a next page.
+  const ids = registry.list(after === null ? undefined : uuid(after), limit + 1);
+  const page = ids.slice(0, limit);
+  const vtpms = await describeAll(page, registry);
+  return ok({ vtpms, ...(ids.length > limit ? { next: page.at(-1) } : {}) });
+}
+
+async function describeAll(ids: readonly string[], registry: VtpmRegistry): Promise<object[]> {
+  const described: object[] = [];
+  for (let from = 0; from < ids.length; from += READS_AT_ONCE) {
+    const views = ids.slice(from, from + READS_AT_ONCE).map((id) => registry.view(id));
+    described.push(...(await Promise.all(views)).map(describe));
+  }
+  return described;
+}
+
+async function retireVtpm(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const id = uuid(request.param('id'));
+  await service().registry.retire(id, request.actor);
+  return ok({ id, kind: 'retired' });
+}
+
+function describe({ header, savedBytes, isConnected }: VtpmView): object {
+  const { session } = header;
+  return {
+    id: uuidToText(header.vtpmUuid),
+    vmUuid: uuidToText(header.vmUuid),
+    kind: header.kind === 'RETIRED' ? 'retired' : 'live',
+    generation: Number(header.generation),
+    epoch: Number(header.epoch),
+    savedAt: time(header.savedAt),
+    createdAt: time(header.createdAt),
+    savedBytes,
+    marks: header.marks,
+    libtpmsVersion: header.libtpmsVersion,
+    session: session
+      ? {
+          connected: isConnected,
+          imageDigest: Buffer.from(session.imageDigest).toString('hex'),
+          isolation: session.isolation,
+        }
+      : null,
+  };
+}
+
+/** @throws ManagerError `bad-request` */
+function uuid(value: string): string {
+  if (isUuid(value)) return value;
+  throw new ManagerError('bad-request', 'a vTPM is named by its UUID, in lower case');
+}
