@@ -3,6 +3,7 @@ import { existsSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Finding, type Logger, type Paths, privateDirectory, VERSION } from 'vtpm-common';
 import type { Health } from './admin/health.js';
+import { time } from './admin/route.js';
 import { type AdminPlane, serveAdmin } from './admin/server.js';
 import { readApprovals } from './approvals-file.js';
 import type { AuditEvent } from './audit/index.js';
@@ -11,10 +12,12 @@ import { type Enrolment, nextPath, readEnrolment, type UnverifiedEnrolment } fro
 import { ManagerError } from './error.js';
 import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
 import { acquireLock } from './lock.js';
+import type { MetricsState } from './metrics.js';
 import { openPlatform, type Platform } from './platform.js';
 import { PlatformControl } from './platform-control.js';
 import { Rotation } from './rotation.js';
 import { openService, type Service } from './service.js';
+import type { AnchorState } from './store/index.js';
 import { type Unlocked, unlock } from './unlock.js';
 
 export interface DaemonOptions {
@@ -65,6 +68,9 @@ export async function startDaemon(options: DaemonOptions): Promise<Daemon> {
 /** Milliseconds before each attempt to open a store again whose process ended. */
 const REOPEN_AFTER_MS = [0, 500, 2_000, 10_000];
 
+/** Changes while locked that are kept for the audit log. */
+const MAX_OWED = 64;
+
 class Manager implements Daemon {
   readonly #instance = randomBytes(16).toString('hex');
   readonly #log: Logger;
@@ -105,10 +111,7 @@ class Manager implements Daemon {
         return this.#rotation;
       },
       unlock: () => this.#unlock(),
-      audit: async (event) => {
-        if (this.#state.status === 'ready') await this.#state.service.audit.append(event);
-        else this.#owedToAudit.push(event);
-      },
+      audit: (event) => this.#auditOrOwe(event),
     });
   }
 
@@ -121,9 +124,11 @@ class Manager implements Daemon {
       log: this.#log,
       auditPath: this.#paths.audit,
       health: () => this.#health(),
+      metrics: () => this.#metrics(),
       doctor: () => this.#doctor(),
       service: () => this.#service(),
       platform: () => this.#platformCalls(),
+      audit: (event) => this.#auditOrOwe(event),
     });
     const { kind, path } = this.#file.enrolment.tpm;
     const { tpmDeadlineMs } = this.options;
@@ -156,7 +161,7 @@ class Manager implements Daemon {
     await this.#unlocking;
     await this.#reopening;
     await this.#rotation?.stop();
-    await service?.audit.append({ actor: 'manager', action: 'stop', verdict: 'done' }).catch(() => undefined);
+    if (service) await this.#audit(service, { action: 'stop', verdict: 'done' });
     await service?.close();
     for (const listener of this.#listeners) await listener.close();
     await this.#admin?.close();
@@ -259,6 +264,7 @@ class Manager implements Daemon {
    * anything is served from it, and must be the one that was lost; until then workers hold their guests. Never rejects.
    */
   async #reopen(unlocked: Unlocked, service: Service, lost: ManagerError): Promise<void> {
+    await this.#audit(service, { action: 'locked', verdict: 'done', reason: lost });
     await service.close(new ManagerError('locked', lost.message)).catch(() => undefined);
     for (const pause of REOPEN_AFTER_MS) {
       await delay(pause, undefined, { signal: this.#ended.signal }).catch(() => undefined);
@@ -267,6 +273,7 @@ class Manager implements Daemon {
         const next = await this.#openService(unlocked, service.storeRoots);
         if (this.#stopping) return await next.close();
         this.#state = { status: 'ready', service: next };
+        await this.#audit(next, { action: 'start', verdict: 'done', facts: { after: lost.code } });
         this.#log.warn('the store was verified and is open again');
         this.#rotation?.resume();
         return;
@@ -307,6 +314,23 @@ class Manager implements Daemon {
     return this.#platformControl;
   }
 
+  async #auditOrOwe(event: AuditEvent): Promise<void> {
+    if (this.#state.status === 'ready') {
+      await this.#state.service.audit.append(event);
+      return;
+    }
+    if (this.#owedToAudit.length === MAX_OWED) this.#owedToAudit.shift();
+    this.#owedToAudit.push({ ...event, facts: { ...event.facts, at: new Date().toISOString() } });
+  }
+
+  /** Of the manager's own life. It goes on where the log does not take it: what happens next says more. */
+  async #audit(service: Service, event: Omit<AuditEvent, 'actor'>): Promise<void> {
+    await service.audit.append({ actor: 'manager', ...event }).catch((error: unknown) => {
+      const { code, message } = ManagerError.from(error);
+      this.#log.warn({ action: event.action, reason: code }, `this is not in the audit log: ${message}`);
+    });
+  }
+
   #enrolment(): Enrolment {
     const enrolment = this.#rotation?.enrolment ?? this.#file?.enrolment;
     if (!enrolment) throw new ManagerError('locked', 'the manager is starting; try again');
@@ -314,7 +338,9 @@ class Manager implements Daemon {
   }
 
   #vtpms(): number | null {
-    return this.#state.status === 'ready' ? this.#state.service.registry.count : null;
+    if (this.#state.status !== 'ready') return null;
+    const { live, retired } = this.#state.service.registry.census;
+    return live + retired;
   }
 
   async #doctor(): Promise<Finding[]> {
@@ -322,6 +348,27 @@ class Manager implements Daemon {
     const { pcrSelection } = tpm.root;
     const expected = expectationOf(tpm, tpm, { pcrSelection, srkHandle: tpm.srkHandle });
     return judge(await this.#tpm().examine(tpm), expected);
+  }
+
+  #metrics(): MetricsState {
+    const state = this.#state;
+    const service = state.status === 'ready' ? state.service : undefined;
+    const rotation = service && this.#rotation;
+    const { pendingSince, stalled } = service?.storeState.anchoring ?? {};
+    return {
+      isReady: service !== undefined,
+      lockedReason: state.status === 'locked' ? state.reason.code : undefined,
+      vtpms: service?.registry.census,
+      connectedWorkers: service?.registry.connected,
+      storeRecords: service?.storeState.records,
+      treeBytes: service?.storeState.treeBytes,
+      auditEntries: service && Number(service.audit.head.length),
+      anchorPendingSince: secondsOf(pendingSince),
+      anchorStalledSince: secondsOf(stalled?.since),
+      isRotating: rotation?.isUnfinished,
+      rootKeyGeneration: rotation?.enrolment.tpm.root.generation,
+      erasurePendingSince: secondsOf(rotation?.erasure()?.since),
+    };
   }
 
   #health(): Health {
@@ -341,6 +388,7 @@ class Manager implements Daemon {
       },
       pcrSelection: tpm.root.pcrSelection,
       vtpms: this.#vtpms(),
+      ...(state.status === 'ready' && { anchor: describeAnchor(state.service.storeState.anchoring) }),
       instance: this.#instance,
     };
   }
@@ -348,4 +396,16 @@ class Manager implements Daemon {
 
 function isPlatformPolicy(error: unknown): boolean {
   return error instanceof ManagerError && error.code === 'platform-policy';
+}
+
+function describeAnchor({ pendingSince, stalled }: AnchorState): NonNullable<Health['anchor']> {
+  return {
+    pendingSince: time(pendingSince ?? 0),
+    stalledSince: time(stalled?.since ?? 0),
+    ...(stalled && { reason: stalled.reason.code, message: stalled.reason.message }),
+  };
+}
+
+function secondsOf(milliseconds: number | undefined): number | undefined {
+  return milliseconds === undefined ? undefined : milliseconds / 1000;
 }

@@ -56,6 +56,8 @@ export type ManagerErrorCode =
 /** The one error class of the manager. The message is a sentence that says what to do; it holds no secret. */
 export class ManagerError extends Error {
   override readonly name = 'ManagerError';
+  /** Whoever began the change has its failure in the audit log already. */
+  isAudited = false;
   constructor(
     readonly code: ManagerErrorCode,
     message: string,

@@ -205,6 +205,7 @@ export class PlatformControl {
         return { counter, revoked: revoked.map(({ label }) => label) };
       } catch (error) {
         const { code, message } = ManagerError.from(error);
+        if (error instanceof ManagerError) error.isAudited = true;
         await this.parts.audit({ ...event, verdict: 'failed', reason: { code, message } });
         throw error;
       }

@@ -135,6 +135,7 @@ export class Rotation {
       await this.#finish(ownerAuth);
     } catch (error) {
       const { code, message } = ManagerError.from(error);
+      if (error instanceof ManagerError) error.isAudited = true;
       // Where the log is the reason, or gone with the store, the next entry is of who goes on.
       await this.#audit({ ...event, verdict: 'failed', reason: { code, message } }).catch(() => undefined);
       throw error;

@@ -3,9 +3,10 @@ import { type AuditKeys, type AuditLog, openAuditLog } from './audit/index.js';
 import { Erasure } from './erasure.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
+import { Census } from './ownership/census.js';
 import { VtpmRegistry } from './ownership/registry.js';
 import type { AnchorCounter } from './root-tpm/index.js';
-import { openAnchoredStore, openLmdbStore } from './store/index.js';
+import { type AnchorState, openAnchoredStore, openLmdbStore } from './store/index.js';
 import { openTrustStore, type TrustStore } from './trust/trust-configuration.js';
 
 /** Records of one commit, so that saves find room between them. */
@@ -24,6 +25,11 @@ export interface Service {
   rekey(isOver: () => boolean): Promise<void>;
   /** Resolves when the TPM has counted what was written so far. */
   count(): Promise<void>;
+  readonly storeState: {
+    readonly records: number;
+    readonly treeBytes: number;
+    readonly anchoring: AnchorState;
+  };
   /** What the store on the disk may be, for `openService` after it was lost; final once `close` has resolved. */
   readonly storeRoots: readonly Buffer[];
   /** Ends the streams with `error`, then closes the store. */
@@ -56,6 +62,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
   });
   let audit: AuditLog | undefined;
   try {
+    const census = new Census();
     const store = await openAnchoredStore(
       raw,
       {
@@ -65,6 +72,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
         log: options.log,
         // Nothing is written before the log is open.
         auditHead: () => (audit as AuditLog).head,
+        onEntry: (entry) => census.take(entry),
         onBroken: options.onLost,
       },
       options.storeRoots,
@@ -94,6 +102,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       trust,
       audit,
       erasure,
+      census,
       checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
     });
     return {
@@ -115,6 +124,10 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
         await trust.rekey();
       },
       count: () => store.count(),
+      get storeState() {
+        const { size, treeBytes, anchoring } = store;
+        return { records: size, treeBytes, anchoring };
+      },
       get storeRoots() {
         return store.roots;
       },
@@ -125,6 +138,10 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       },
     };
   } catch (error) {
+    const reason = ManagerError.from(error);
+    await audit
+      ?.append({ actor: 'manager', action: 'start', verdict: 'refused', reason })
+      .catch(() => undefined);
     await audit?.close();
     await raw.close();
     throw error;

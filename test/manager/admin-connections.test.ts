@@ -21,9 +21,11 @@ describe('connections of the admin plane', () => {
       requestTimeoutMs,
       auditPath: '/nowhere',
       health: unused,
+      metrics: unused,
       doctor: unused,
       service: unused,
       platform: unused,
+      audit: unused,
     });
   };
   beforeEach(() => {

@@ -165,12 +165,17 @@ export class StandInTpm {
     if (answer.readUInt32BE(6) !== 0) throw new Error(`PCR_Extend: ${answer.toString('hex')}`);
   }
 
-  async stop(): Promise<void> {
+  /** As a chip that does not answer; `start` again goes on with the same state. */
+  async kill(): Promise<void> {
     if (this.#child && this.#child.exitCode === null && this.#child.signalCode === null) {
       const exited = once(this.#child, 'exit');
       this.#child.kill('SIGKILL');
       await exited;
     }
+  }
+
+  async stop(): Promise<void> {
+    await this.kill();
     rmSync(this.directory, { recursive: true, force: true });
   }
 }

@@ -1,6 +1,7 @@
 import { randomBytes } from 'node:crypto';
 import { createLogger } from 'vtpm-common';
 import { deriveRootKeys, KeyHierarchy, newInstallationSecrets } from 'vtpm-manager/keys/index';
+import { Census } from 'vtpm-manager/ownership/census';
 import type { AnchorOptions } from 'vtpm-manager/store/index';
 import { MemoryCounter } from './memory-counter.js';
 
@@ -15,6 +16,7 @@ export function testKeys(
 export const unwatched = {
   audit: { append: async () => ({ length: 0n, digest: Buffer.alloc(32) }) },
   erasure: { note: async () => undefined },
+  census: new Census(),
 };
 
 /** Nothing is counted unless asked for. */

@@ -1,7 +1,8 @@
 import type { ServerResponse } from 'node:http';
 import type { Finding } from 'vtpm-common';
-import type { AuditAction, AuditActor, AuditLog } from '../audit/index.js';
+import type { AuditAction, AuditActor, AuditEvent, AuditLog } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import type { MetricsState } from '../metrics.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import type { PlatformControl } from '../platform-control.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
@@ -17,6 +18,7 @@ export interface AdminService {
 /** The manager as its admin plane sees it. */
 export interface AdminContext {
   health(): Health;
+  metrics(): MetricsState;
   /** What `GET /doctor` says of the TPM; works while locked too. */
   doctor(): Promise<Finding[]>;
   /** Of the newest file of the audit log. */
@@ -25,6 +27,8 @@ export interface AdminContext {
   service(): AdminService;
   /** Works while locked too. */
   platform(): PlatformControl;
+  /** Writes it into the audit log; while that is closed, when it is open again. @throws ManagerError */
+  audit(event: AuditEvent): Promise<void>;
 }
 
 export interface AdminRequest {

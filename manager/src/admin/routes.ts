@@ -1,3 +1,4 @@
+import { METRICS_TYPE, renderMetrics } from '../metrics.js';
 import { auditRoutes } from './audit-routes.js';
 import { streamEvents } from './event-stream.js';
 import { imageRoutes } from './image-routes.js';
@@ -15,6 +16,17 @@ export const ROUTES: readonly Route[] = [
     handle: (_, { service, health }) => {
       const { events } = service().registry;
       return (response) => streamEvents(response, events, health().instance);
+    },
+  },
+  {
+    method: 'GET',
+    path: '/metrics',
+    handle: async (_, { metrics }) => {
+      const text = await renderMetrics(metrics());
+      return (response) => {
+        response.writeHead(200, { 'content-type': METRICS_TYPE });
+        response.end(text);
+      };
     },
   },
   ...vtpmRoutes,

@@ -101,22 +101,22 @@ async function handle(
     );
   } catch (error) {
     const reason = named(error, options.log);
-    if (route.audits) await auditRefusal(route.audits, actor, params, reason, options);
+    if (route.audits && !reason.isAudited) await auditRefusal(route.audits, actor, params, reason, options);
     throw reason;
   }
 }
 
-/** A change that was asked for and not made is in the log too. While the manager is locked there is none. */
+/** A change that was asked for and not made is in the log too. */
 async function auditRefusal(
   action: AuditAction,
   actor: { readonly uid: number },
   params: ReadonlyMap<string, string>,
   reason: ManagerError,
-  { service, log }: AdminOptions,
+  { audit, log }: AdminOptions,
 ): Promise<void> {
   const { id, ...facts } = Object.fromEntries(params);
   try {
-    await service().audit.append({
+    await audit({
       actor,
       action,
       verdict: statusOf(reason) < 500 ? 'refused' : 'failed',

@@ -17,6 +17,7 @@ export {
 } from './entry.js';
 export { type AuditHead, decodeAuditHead, EMPTY_HEAD, encodeAuditHead } from './head.js';
 export type { AuditKey } from './line.js';
+export { Refusals } from './refusals.js';
 export { type AuditVerdictView, viewOf } from './verdict.js';
 export { verifyAudit } from './verify.js';
 export type { AuditFlaw, AuditKeys, AuditReport } from './walk.js';

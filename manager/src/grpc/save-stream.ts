@@ -4,6 +4,7 @@ import type { ServerDuplexStream } from '@grpc/grpc-js';
 import type { Logger } from 'vtpm-common';
 import { encode, type ManagerFrame } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
+import { metrics } from '../metrics.js';
 import type { AttachedStream, SaveLink } from '../ownership/registry.js';
 import type { AdmittedConnection, CallLimits } from './limits.js';
 import { readMessage } from './messages.js';
@@ -44,6 +45,7 @@ export function serveSaveStream(
   const refuse = (error: unknown): void => {
     if (link.isEnded || call.cancelled) return;
     const reason = refusal(error);
+    metrics.saveAnswered(reason.code);
     log.warn({ reason: reason.code, cause: (reason.cause as Error | undefined)?.message }, reason.message);
     link.end(reason);
   };

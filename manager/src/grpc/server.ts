@@ -11,6 +11,7 @@ import {
 import type { Logger } from 'vtpm-common';
 import { encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
 import { type LocalListener, listenLocally } from '../local-socket.js';
+import { metrics } from '../metrics.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import {
   type AdmittedConnection,
@@ -74,9 +75,13 @@ export async function serveWorkers(
       );
     };
     const answered = run().then(
-      (bytes) => callback(null, bytes),
+      (bytes) => {
+        metrics.load('granted');
+        callback(null, bytes);
+      },
       async (error: unknown) => {
         const reason = refusal(error);
+        metrics.load(reason.code);
         log.warn(
           { reason: reason.code, cause: (reason.cause as Error | undefined)?.message },
           reason.message,

@@ -12,6 +12,7 @@ import {
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
+import { metrics } from '../metrics.js';
 import {
   applySave,
   encodeRecord,
@@ -161,6 +162,7 @@ export class LiveSession {
     const last = session?.lastSequence ?? 0n;
     if (session && sequence === last && bytesEqual(session.lastDigest, digest)) {
       // The acknowledgement was lost with the link.
+      metrics.saveAnswered('repeated');
       return this.#ack();
     }
     if (sequence < last && !this.#isProven) {
@@ -186,6 +188,7 @@ export class LiveSession {
       applySave(this.parts.keys, this.record, { body, sequence, digest, now: BigInt(Date.now()) }),
     );
     this.#isProven = true;
+    metrics.saveCommitted(payload.length);
     this.parts.onSaved(this.record);
     return this.#ack();
   }

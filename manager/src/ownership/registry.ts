@@ -13,7 +13,13 @@ import {
   uuidToText,
   type WorkerFrame,
 } from 'vtpm-proto';
-import type { AuditAction, AuditActor, AuditLog, AuditVerdict } from '../audit/index.js';
+import {
+  type AuditAction,
+  type AuditActor,
+  type AuditLog,
+  type AuditVerdict,
+  Refusals,
+} from '../audit/index.js';
 import type { Erasure } from '../erasure.js';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
@@ -31,6 +37,7 @@ import {
 } from '../records/index.js';
 import type { AnchoredStore, Counting } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
+import { type Census, VTPM_PREFIX as PREFIX } from './census.js';
 import { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { type HeldRecord, LiveSession } from './live-session.js';
@@ -71,13 +78,14 @@ export interface RegistryOptions {
   readonly trust: TrustStore;
   readonly audit: Pick<AuditLog, 'append'>;
   readonly erasure: Pick<Erasure, 'note'>;
+  /** Has counted the store. */
+  readonly census: Census;
   /** Called before a new vTPM is made. @throws ManagerError `store-full` where the room left is for the others */
   checkRoom?(): void;
   /** For tests: another boot, another time. */
   readonly clock?: Pick<TicketEnvironment, 'bootId' | 'monotonicMs'>;
 }
 
-const PREFIX = 'vtpm/';
 /** Bytes of the saves that are worked on at once: some six thousand of them, or 160 of the largest. */
 const MAX_WORK_BYTES = 64 * 1024 * 1024;
 
@@ -91,9 +99,12 @@ export class VtpmRegistry {
   readonly work = new WorkGate(MAX_WORK_BYTES);
   readonly #slots = new Map<string, Slot>();
   readonly #environment: TicketEnvironment;
+  readonly #refusals: Refusals;
+  #connected = 0;
   #isClosing = false;
 
   constructor(private readonly options: RegistryOptions) {
+    this.#refusals = new Refusals(options.audit);
     const clock = options.clock ?? { bootId, monotonicMs };
     this.#environment = { identity: options.keys.identity, trust: options.trust, ...clock };
   }
@@ -179,6 +190,7 @@ export class VtpmRegistry {
       await this.options.erasure.note(this.options.keys.current.keyId, Date.now());
       // Counted first: a disk from before does not bring it back.
       await this.#write(vtpmUuid, held.version, record, 'now');
+      this.options.census.noteRetired();
       await this.#audit(actor, 'retire', 'done', record.header);
       this.#emit('retired', record.header);
     });
@@ -219,8 +231,14 @@ export class VtpmRegistry {
       .map((key) => key.slice(PREFIX.length));
   }
 
-  get count(): number {
-    return this.list(undefined, Number.MAX_SAFE_INTEGER).length;
+  /** How many there are. */
+  get census(): Pick<Census, 'live' | 'retired'> {
+    return this.options.census;
+  }
+
+  /** Workers whose Save stream is open. */
+  get connected(): number {
+    return this.#connected;
   }
 
   /** Ends every stream; resolves when no operation is under way. Workers resume with the next manager. */
@@ -233,6 +251,7 @@ export class VtpmRegistry {
       slot.live?.end(error);
     }
     this.events.end();
+    await this.#refusals.close();
   }
 
   async #loadInto(slot: Slot, checked: CheckedLoad, connection: WorkerConnection): Promise<LoadResponse> {
@@ -261,8 +280,9 @@ export class VtpmRegistry {
     const record = held ? applyLoad(held.record, facts) : newRecord(keys, ticket, facts, BigInt(Date.now()));
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = this.#grant(checked, record, mode === 'manufacture');
-    await this.#audit(actor, 'load', 'done', record.header, undefined, { mode, isolation: ticket.isolation });
+    await this.#audit(actor, 'load', 'done', record.header, { mode, isolation: ticket.isolation });
     await this.#write(vtpmUuid, held?.version ?? 0, record);
+    if (!held) this.options.census.noteNew();
     connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
     const { live } = slot;
     slot.live = undefined;
@@ -278,8 +298,15 @@ export class VtpmRegistry {
       return checkAgainstRecord(checked, header);
     } catch (error) {
       const reason = ManagerError.from(error);
-      const facts = header ?? { ...checked.ticket, epoch: 0n, generation: 0n };
-      await this.#audit(actor, 'load', 'refused', facts, reason);
+      await this.#refusals.note({
+        actor,
+        action: 'load',
+        verdict: 'refused',
+        vtpm: checked.vtpmUuid,
+        epoch: header?.epoch ?? 0n,
+        generation: header?.generation ?? 0n,
+        reason,
+      });
       throw error;
     }
   }
@@ -289,7 +316,6 @@ export class VtpmRegistry {
     action: AuditAction,
     verdict: AuditVerdict,
     { vtpmUuid, epoch, generation }: Pick<RecordHeader, 'vtpmUuid' | 'epoch' | 'generation'>,
-    reason?: ManagerError,
     facts?: Readonly<Record<string, string>>,
   ): Promise<void> {
     await this.options.audit.append({
@@ -299,7 +325,6 @@ export class VtpmRegistry {
       vtpm: uuidToText(vtpmUuid),
       epoch,
       generation,
-      ...(reason && { reason: { code: reason.code, message: reason.message } }),
       ...(facts && { facts }),
     });
   }
@@ -399,7 +424,9 @@ export class VtpmRegistry {
   #slot(vtpmUuid: string): Slot {
     let slot = this.#slots.get(vtpmUuid);
     if (!slot) {
-      slot = new Slot(vtpmUuid);
+      slot = new Slot(vtpmUuid, (isConnected) => {
+        this.#connected += isConnected ? 1 : -1;
+      });
       this.#slots.set(vtpmUuid, slot);
     }
     return slot;

@@ -6,15 +6,28 @@ import type { LiveSession } from './live-session.js';
  * one does not wait, it is told who holds the vTPM and for how long.
  */
 export class Slot {
-  /** The session whose Save stream is connected now. */
-  live: LiveSession | undefined;
+  #live: LiveSession | undefined;
   /** The newest link of the session named here; an older one is a replay. */
   newestLink: { readonly sessionId: Uint8Array; readonly number: bigint } | undefined;
   #holder: { readonly operation: string; readonly since: number } | undefined;
   #tail: Promise<unknown> = Promise.resolve();
   #pending = 0;
 
-  constructor(readonly vtpmUuid: string) {}
+  /** @param onConnected told of each change of whether a worker is connected */
+  constructor(
+    readonly vtpmUuid: string,
+    private readonly onConnected: (isConnected: boolean) => void,
+  ) {}
+
+  /** The session whose Save stream is connected now. */
+  get live(): LiveSession | undefined {
+    return this.#live;
+  }
+
+  set live(session: LiveSession | undefined) {
+    if ((session === undefined) !== (this.#live === undefined)) this.onConnected(session !== undefined);
+    this.#live = session;
+  }
 
   inOrder<T>(operation: () => Promise<T>): Promise<T> {
     this.#pending++;
@@ -25,7 +38,7 @@ export class Slot {
 
   /** Nothing is remembered here that the record does not say. */
   get isDispensable(): boolean {
-    return this.#pending === 0 && !this.#holder && !this.live && !this.newestLink;
+    return this.#pending === 0 && !this.#holder && !this.#live && !this.newestLink;
   }
 
   /** @throws ManagerError `busy` with holder and age */

@@ -55,6 +55,20 @@ export function decodeRecord(keys: KeyHierarchy, vtpmUuid: Uint8Array, bytes: Ui
   }
 }
 
+/** Longer than any tombstone: it has no state, no key and no session. */
+const MAX_TOMBSTONE_BYTES = 2048;
+
+/** Whether stored bytes are of a vTPM that was retired. Not verified. */
+export function isTombstone(bytes: Uint8Array): boolean {
+  if (bytes.length > MAX_TOMBSTONE_BYTES) return false;
+  try {
+    return decode('RecordHeader', decode('StoredRecord', bytes).header).kind === 'RETIRED';
+  } catch (error) {
+    if (error instanceof ProtoError) return false;
+    throw error;
+  }
+}
+
 /**
  * Looks at the format number before anything else is read or verified: a newer version may have changed all of it.
  * The writer puts field 1 first (tag byte 0x08, then a varint).

@@ -1,4 +1,14 @@
-import { type Approval, createTpm, openDevice, openSocket, type Tpm, TpmError } from 'tpm2-ts-bindings';
+import {
+  type Approval,
+  createTpm,
+  intercepted,
+  type ObservedExchange,
+  openDevice,
+  openSocket,
+  type Tpm,
+  TpmError,
+} from 'tpm2-ts-bindings';
+import { metrics } from '../metrics.js';
 import { type AnchorCounter, SessionCounter } from './anchor-counter.js';
 import type { PlatformState } from './approvals.js';
 import {
@@ -177,7 +187,13 @@ async function connect(location: RootTpmLocation, deadlineMs: number): Promise<T
     location.kind === 'device'
       ? await openDevice(location.path)
       : await openSocket(location.path, { connectTimeout: deadlineMs, deadline: deadlineMs });
-  return createTpm(transport, { total: deadlineMs });
+  return createTpm(intercepted(transport, countCommand), { total: deadlineMs });
+}
+
+function countCommand({ responseCode }: ObservedExchange): void {
+  metrics.tpmCommand.add();
+  if (responseCode === 0) return;
+  metrics.tpmError(responseCode === undefined ? 'none' : `0x${responseCode.toString(16).padStart(8, '0')}`);
 }
 
 const NO_PASSWORD = new Uint8Array(0);

@@ -1,8 +1,10 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
 import { ManagerError } from '../error.js';
+import { metrics } from '../metrics.js';
 import type { AnchorCounter } from '../root-tpm/index.js';
 import type { AnchorFacts } from './anchor.js';
+import type { AnchorState } from './anchored-store.js';
 
 /** Milliseconds before each further attempt of a step; the last one again and again. */
 const RETRY_AFTER_MS = [100, 500, 2_000, 10_000];
@@ -17,6 +19,8 @@ export class CounterSteps {
   #timer: NodeJS.Timeout | undefined;
   #stepping: Promise<void> | undefined;
   readonly #ended = new AbortController();
+  #pendingSince: number | undefined;
+  #stalled: AnchorState['stalled'];
 
   /**
    * @param value what the chip shows now
@@ -51,8 +55,13 @@ export class CounterSteps {
     return this.#timer !== undefined || this.#isDue;
   }
 
+  get state(): AnchorState {
+    return { pendingSince: this.#pendingSince, stalled: this.#stalled };
+  }
+
   /** A plain write was committed. */
   noteWrite(): void {
+    this.#pendingSince ??= Date.now();
     if (this.#timer || this.#isDue || this.#ended.signal.aborted) return;
     this.#timer = setTimeout(() => {
       this.#timer = undefined;
@@ -71,9 +80,15 @@ export class CounterSteps {
     this.#timer = undefined;
     this.#isDue = false;
     barrier('anchor.stated');
+    const began = Date.now();
+    this.#pendingSince ??= began;
     this.#stepping = this.#step(this.value + 1n).then(() => {
       this.value += 1n;
       this.#stepping = undefined;
+      this.#stalled = undefined;
+      // Writes that came while the chip counted wait for the next step.
+      this.#pendingSince = this.isOpen ? began : undefined;
+      metrics.anchorStep.add();
       barrier('anchor.counted');
     });
     return this.#stepping;
@@ -99,6 +114,8 @@ export class CounterSteps {
         );
       } catch (error) {
         const known = ManagerError.from(error, "the TPM's counter cannot be advanced");
+        metrics.anchorFailure.add();
+        this.#stalled = { since: this.#stalled?.since ?? Date.now(), reason: known };
         if (known.code === 'rollback-detected' || this.#ended.signal.aborted) throw known;
         this.log.warn(
           { reason: known.code },

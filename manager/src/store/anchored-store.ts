@@ -41,6 +41,10 @@ export interface AnchoredStore {
   keys(after: string | undefined, limit: number): string[];
   /** Count of records. */
   readonly size: number;
+  /** Bytes of the tree's tables. */
+  readonly treeBytes: number;
+  /** How far the TPM is behind. */
+  readonly anchoring: AnchorState;
   /**
    * What the disk may hold, as the roots of 32 bytes that an anchor can have: that of the newest commit, and that of one
    * of which it is not known whether it happened. Whoever opens the store again after it was lost hands them over.
@@ -48,6 +52,14 @@ export interface AnchoredStore {
   readonly roots: readonly Buffer[];
   /** Writes what was asked for, has the TPM count it and the audit chain as it is, then closes the StateStore. */
   close(): Promise<void>;
+}
+
+/** How far the TPM is behind the store. Times are Unix milliseconds. */
+export interface AnchorState {
+  /** Of the oldest write that the TPM has not counted. */
+  readonly pendingSince: number | undefined;
+  /** The counter cannot be advanced, which is tried again. */
+  readonly stalled: { readonly since: number; readonly reason: ManagerError } | undefined;
 }
 
 /** When the TPM counts a write. */
@@ -62,6 +74,8 @@ export interface AnchorOptions {
   readonly log: Logger;
   /** The audit chain as it is now. */
   auditHead(): AuditHead;
+  /** Gets every record while the store is opened, before it is known to be the newest one. */
+  onEntry?(entry: StoreEntry): void;
   /** Called once when the store has come to refuse everything. */
   onBroken?(error: ManagerError): void;
 }
@@ -96,7 +110,7 @@ export async function openAnchoredStore(
   options: AnchorOptions,
   roots?: readonly Uint8Array[],
 ): Promise<AnchoredStore> {
-  const { leaves, anchor } = await readAll(store);
+  const { leaves, anchor } = await readAll(store, options);
   if (!anchor) {
     if (leaves.length > 0) throw corrupt('its anchor was removed');
     throw new ManagerError(
@@ -124,12 +138,16 @@ export async function openAnchoredStore(
   return new GroupCommitStore(store, tree, opened, options);
 }
 
-async function readAll(store: StateStore): Promise<{ leaves: LeafChange[]; anchor: StoreEntry | undefined }> {
+async function readAll(
+  store: StateStore,
+  { onEntry }: AnchorOptions,
+): Promise<{ leaves: LeafChange[]; anchor: StoreEntry | undefined }> {
   const leaves: LeafChange[] = [];
   let anchor: StoreEntry | undefined;
   for await (const page of pagesOf(store)) {
     for (const entry of page) {
       const { key, version, value } = entry;
+      onEntry?.(entry);
       if (key === ANCHOR_KEY) anchor = entry;
       else leaves.push({ key, version, digest: valueDigest(value) });
     }

@@ -1,9 +1,10 @@
 import { barrier } from 'vtpm-common';
 import type { AuditHead } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import { metrics } from '../metrics.js';
 import { ANCHOR_KEY, sealAnchor } from './anchor.js';
 import { CounterSteps } from './anchor-counter.js';
-import type { AnchoredStore, AnchorOptions, Counting } from './anchored-store.js';
+import type { AnchoredStore, AnchorOptions, AnchorState, Counting } from './anchored-store.js';
 import { isStoreKey, MAX_BATCH_BYTES, MAX_BATCH_WRITES } from './limits.js';
 import { type MerkleTree, type StagedTree, valueDigest } from './merkle-tree.js';
 import { checkWrite, type StateStore, type StoreEntry, type StoreWrite } from './state-store.js';
@@ -71,6 +72,14 @@ export class GroupCommitStore implements AnchoredStore {
 
   get size(): number {
     return this.tree.size;
+  }
+
+  get treeBytes(): number {
+    return this.tree.bytes;
+  }
+
+  get anchoring(): AnchorState {
+    return this.#steps.state;
   }
 
   get roots(): readonly Buffer[] {
@@ -270,10 +279,12 @@ export class GroupCommitStore implements AnchoredStore {
     });
     this.#uncertain = staged.root;
     barrier('store.commit');
+    const began = performance.now();
     const isCommitted = await this.store.commit([
       ...batch.map(({ key, expectedVersion, value }) => ({ key, expectedVersion, value })),
       { key: ANCHOR_KEY, expectedVersion: this.#anchorVersion, value: anchor },
     ]);
+    metrics.commit(batch.length, (performance.now() - began) / 1000);
     barrier('store.committed');
     if (!isCommitted) throw corrupt('it was changed while the manager was running');
     this.#anchoredAudit = audit.length;

@@ -2,6 +2,7 @@ export { adoptStore, examineStore, type StoreVerdict, spoilAnchor } from './adop
 export {
   type AnchoredStore,
   type AnchorOptions,
+  type AnchorState,
   type Counting,
   createAnchoredStore,
   openAnchoredStore,

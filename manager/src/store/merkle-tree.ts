@@ -13,6 +13,8 @@ import { ManagerError } from '../error.js';
  */
 export interface MerkleTree {
   readonly size: number;
+  /** Of its tables; the keys come on top. */
+  readonly bytes: number;
   /** 32 bytes. */
   readonly root: Buffer;
   /** The digest is a view: it changes with the record. */
@@ -84,6 +86,10 @@ class ArrayMerkleTree implements MerkleTree {
 
   get size(): number {
     return this.#slots.size;
+  }
+
+  get bytes(): number {
+    return this.#versions.byteLength + this.#digests.length + this.#nodes.length;
   }
 
   get root(): Buffer {
