@@ -105,11 +105,7 @@ class Manager implements Daemon {
       isReady: () => this.#state.status === 'ready',
       lockedBecause: () => (this.#state.status === 'locked' ? this.#state.reason : undefined),
       isRotating: () => this.#rotation?.isUnfinished ?? existsSync(nextPath(this.#paths)),
-      rotation: () => {
-        this.#service();
-        if (!this.#rotation) throw new ManagerError('locked', 'the manager is starting; try again');
-        return this.#rotation;
-      },
+      rotation: () => this.#currentRotation(),
       unlock: () => this.#unlock(),
       audit: (event) => this.#auditOrOwe(event),
     });
@@ -127,6 +123,10 @@ class Manager implements Daemon {
       metrics: () => this.#metrics(),
       doctor: () => this.#doctor(),
       service: () => this.#service(),
+      erasure: (generation) => {
+        const rotation = this.#currentRotation();
+        return { isDone: rotation.isErased(generation), due: rotation.erasure()?.due };
+      },
       platform: () => this.#platformCalls(),
       audit: (event) => this.#auditOrOwe(event),
     });
@@ -298,6 +298,13 @@ class Manager implements Daemon {
     if (state.status === 'starting') throw new ManagerError('locked', 'the manager is starting; try again');
     if (state.reason.code === 'shutting-down') throw state.reason;
     throw new ManagerError('locked', `the manager is locked (${state.reason.code}): ${state.reason.message}`);
+  }
+
+  /** @throws ManagerError `locked`, `shutting-down` */
+  #currentRotation(): Rotation {
+    this.#service();
+    if (!this.#rotation) throw new ManagerError('locked', 'the manager is starting; try again');
+    return this.#rotation;
   }
 
   /** @throws ManagerError `locked` where the TPM is not open */

@@ -84,6 +84,12 @@ export class Rotation {
     return { since, due: eraseAfter === 0 ? undefined : since + eraseAfter * HOUR_MS };
   }
 
+  /** Whether what was under that generation of the root key is unreadable for ever, on old disks too. */
+  isErased(generation: number): boolean {
+    const isWaiting = this.#enrolment.erase.some((root) => root.generation === generation);
+    return generation !== this.parts.keys.current.keyId && !isWaiting;
+  }
+
   /**
    * Goes on with what was interrupted, and watches for retirements that are to be erased. Called again when the store,
    * which was lost, is open again.

@@ -25,6 +25,7 @@ describe('connections of the admin plane', () => {
       doctor: unused,
       service: unused,
       platform: unused,
+      erasure: unused,
       audit: unused,
     });
   };

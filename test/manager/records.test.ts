@@ -211,7 +211,7 @@ describe('loads', () => {
 describe('retiring', () => {
   it('leaves a tombstone without key or state', () => {
     const one = saved(first, { permanent: Buffer.from('P1') });
-    const stone = decodeRecord(keys, names.vtpmUuid, encodeRecord(keys, retire(one)));
+    const stone = decodeRecord(keys, names.vtpmUuid, encodeRecord(keys, retire(one, 5n)));
     assert.equal(stone.header.kind, 'RETIRED');
     assert.equal(stone.header.generation, 1n);
     assert.equal(stone.header.wrappedDataKey.length, 0);

@@ -123,6 +123,7 @@ export function managerVtpm(id: string, extra: object = {}): Record<string, unkn
     marks: [],
     libtpmsVersion: '0.9.2',
     session: null,
+    erasure: null,
     ...extra,
   };
 }

@@ -40,6 +40,9 @@ describe('vtpmctl', () => {
         'exec',
         'logs',
         'image allow',
+        'audit tail',
+        'audit verify',
+        'audit export',
         'config show',
       ]) {
         const help = await desk.ctl([...command.split(' '), '--help']);
@@ -267,8 +270,8 @@ describe('vtpmctl', () => {
         ],
       );
       const text = (await desk.ctl(['list'])).stdout.split('\n');
-      assert.match(text[0]!, /^NAME +ID +STATE +GENERATION +SIZE +SAVED$/);
-      assert.match(text[1]!, /^both +1{8}-.* running +7 +8\.8 KiB +2026-01-02T03:04:05Z$/);
+      assert.match(text[0]!, /^NAME +ID +STATE +GENERATION +SIZE +SAVED +MARKS$/);
+      assert.match(text[1]!, /^both +1{8}-.* running +7 +8\.8 KiB +2026-01-02T03:04:05Z +-$/);
       assert.match(text[5]!, /^- +5{8}-.* orphan: .*vtpmctl delete ID/);
     });
 
@@ -311,6 +314,48 @@ describe('vtpmctl', () => {
       assert.deepEqual([pid, isolation, layers], [42, 'sandbox', ['namespace:pid']]);
       assert.deepEqual(sockets, { tpm: '/run/t.sock', tcti: '/run/c.sock', control: null, ring: null });
       assert.deepEqual([savedBytes, savedAt], [9000, '2026-01-02T03:04:05.678Z']);
+    });
+
+    it('shows in words what happened to a vTPM, and how many rollbacks its generation counts', async () => {
+      const marked = { generation: 3 * 2 ** 32 + 5, marks: ['rolled-back', 'restored'] };
+      const once = { generation: 2 ** 32 + 1, marks: ['recovered'] };
+      await desk.supervisor({
+        'GET /vtpms': { body: { vtpms: [supervisorVtpm(ID(1), 'web1'), supervisorVtpm(ID(2), 'web2')] } },
+        'GET /vtpms/web1': { body: supervisorVtpm(ID(1), 'web1') },
+        'GET /vtpms/web2': { body: supervisorVtpm(ID(2), 'web2') },
+      });
+      await desk.manager({
+        'GET /vtpms?limit=200': { body: { vtpms: [managerVtpm(ID(1), marked), managerVtpm(ID(2), once)] } },
+        [`GET /vtpms/${ID(1)}`]: { body: managerVtpm(ID(1), marked) },
+        [`GET /vtpms/${ID(2)}`]: { body: managerVtpm(ID(2), once) },
+      });
+      const web1 = (await desk.ctl(['show', 'web1'])).stdout;
+      assert.match(web1, /^generation +5, after 3 accepted rollbacks$/m);
+      assert.match(web1, /^mark +rolled back: .*lost$/m);
+      assert.match(web1, /^mark +restored: .*backup/m);
+      const web2 = (await desk.ctl(['show', 'web2'])).stdout;
+      assert.match(web2, /^generation +1, after 1 accepted rollback$/m);
+      assert.match(web2, /^mark +recovered: .*recovery key/m);
+      const [, first, second] = (await desk.ctl(['list'])).stdout.split('\n');
+      assert.match(first ?? '', / 5, after 3 accepted rollbacks .* rolled-back, restored$/);
+      assert.match(second ?? '', / recovered$/);
+    });
+
+    it('shows of a retired vTPM whether an old disk still opens its state, and until when', async () => {
+      const retiredAt = '2026-01-05T00:00:00.000Z';
+      const retired = (erasure: object) => ({ kind: 'retired', erasure: { retiredAt, ...erasure } });
+      await desk.supervisor({});
+      await desk.manager({
+        [`GET /vtpms/${ID(1)}`]: {
+          body: managerVtpm(ID(1), retired({ isDone: false, due: '2026-01-06T00:00:00.000Z' })),
+        },
+        [`GET /vtpms/${ID(2)}`]: { body: managerVtpm(ID(2), retired({ isDone: false, due: null })) },
+        [`GET /vtpms/${ID(3)}`]: { body: managerVtpm(ID(3), retired({ isDone: true, due: null })) },
+      });
+      const shown = async (id: string) => (await desk.ctl(['show', id])).stdout;
+      assert.match(await shown(ID(1)), /^erased +not yet, retired 2026-01-05T.* at 2026-01-06T00:00:00Z/m);
+      assert.match(await shown(ID(2)), /^erased +not yet, .* with the next vtpmctl platform rotate$/m);
+      assert.match(await shown(ID(3)), /^erased +yes, .*: no old disk opens its state any more$/m);
     });
 
     it('shows an orphan of the manager by its id, and ends with 1 on one that nobody knows', async () => {

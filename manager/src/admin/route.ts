@@ -25,6 +25,13 @@ export interface AdminContext {
   readonly auditPath: string;
   /** @throws ManagerError `locked`, `shutting-down` */
   service(): AdminService;
+  /** Of what was under a generation of the root key. @throws ManagerError `locked` */
+  erasure(generation: number): {
+    /** No old disk opens any more. */
+    readonly isDone: boolean;
+    /** Unix milliseconds of the rotation that does it, where one is to come by itself. */
+    readonly due: number | undefined;
+  };
   /** Works while locked too. */
   platform(): PlatformControl;
   /** Writes it into the audit log; while that is closed, when it is open again. @throws ManagerError */

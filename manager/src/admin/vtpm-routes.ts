@@ -1,4 +1,4 @@
-import { uuidToText } from 'vtpm-proto';
+import { type RecordHeader, uuidToText } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { VtpmRegistry, VtpmView } from '../ownership/registry.js';
 import {
@@ -13,6 +13,8 @@ import {
   wholeNumber,
 } from './route.js';
 
+type Retirement = NonNullable<RecordHeader['retirement']>;
+
 const DEFAULT_PAGE = 100;
 const MAX_PAGE = 1000;
 /** A record may have 500 KB, of which a page keeps its header. */
@@ -23,31 +25,35 @@ export const vtpmRoutes: readonly Route[] = [
   {
     method: 'GET',
     path: '/vtpms/{id}',
-    handle: async (request, { service }) => {
-      const { registry } = service();
-      return ok(describe(await registry.view(uuid(request.param('id')))));
+    handle: async (request, context) => {
+      const { registry } = context.service();
+      return ok(describe(await registry.view(uuid(request.param('id'))), context));
     },
   },
   { method: 'POST', path: '/vtpms/{id}/retire', audits: 'retire', handle: retireVtpm },
 ];
 
-async function listVtpms({ query }: AdminRequest, { service }: AdminContext): Promise<Answer> {
-  const { registry } = service();
+async function listVtpms({ query }: AdminRequest, context: AdminContext): Promise<Answer> {
+  const { registry } = context.service();
   onlyKnown(query, ['after', 'limit']);
   const after = query.get('after');
   const limit = wholeNumber(query, 'limit', 1, MAX_PAGE) ?? DEFAULT_PAGE;
   // One more than asked for says whether there is a next page.
   const ids = registry.list(after === null ? undefined : uuid(after), limit + 1);
   const page = ids.slice(0, limit);
-  const vtpms = await describeAll(page, registry);
+  const vtpms = await describeAll(page, registry, context);
   return ok({ vtpms, ...(ids.length > limit ? { next: page.at(-1) } : {}) });
 }
 
-async function describeAll(ids: readonly string[], registry: VtpmRegistry): Promise<object[]> {
+async function describeAll(
+  ids: readonly string[],
+  registry: VtpmRegistry,
+  context: AdminContext,
+): Promise<object[]> {
   const described: object[] = [];
   for (let from = 0; from < ids.length; from += READS_AT_ONCE) {
     const views = ids.slice(from, from + READS_AT_ONCE).map((id) => registry.view(id));
-    described.push(...(await Promise.all(views)).map(describe));
+    for (const view of await Promise.all(views)) described.push(describe(view, context));
   }
   return described;
 }
@@ -58,7 +64,7 @@ async function retireVtpm(request: AdminRequest, { service }: AdminContext): Pro
   return ok({ id, kind: 'retired' });
 }
 
-function describe({ header, savedBytes, isConnected }: VtpmView): object {
+function describe({ header, savedBytes, isConnected }: VtpmView, context: AdminContext): object {
   const { session } = header;
   return {
     id: uuidToText(header.vtpmUuid),
@@ -78,7 +84,14 @@ function describe({ header, savedBytes, isConnected }: VtpmView): object {
           isolation: session.isolation,
         }
       : null,
+    erasure: header.retirement ? describeErasure(header.retirement, context) : null,
   };
+}
+
+/** Of a retired one: whether its state is unreadable on old disks too, and if not, from when on. */
+function describeErasure({ keyId, at }: Retirement, { erasure }: AdminContext): object {
+  const { isDone, due } = erasure(keyId);
+  return { isDone, retiredAt: time(at), due: isDone || due === undefined ? null : time(due) };
 }
 
 /** @throws ManagerError `bad-request` */

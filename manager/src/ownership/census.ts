@@ -1,5 +1,8 @@
+import type { RecordHeader } from 'vtpm-proto';
 import { isTombstone } from '../records/index.js';
 import type { StoreEntry } from '../store/index.js';
+
+type RecordKind = RecordHeader['kind'];
 
 export const VTPM_PREFIX = 'vtpm/';
 
@@ -19,16 +22,18 @@ export class Census {
   /** A record of the store, of a vTPM or not, while it is opened. */
   take({ key, value }: Pick<StoreEntry, 'key' | 'value'>): void {
     if (!key.startsWith(VTPM_PREFIX)) return;
-    if (isTombstone(value)) this.#retired += 1;
-    else this.#live += 1;
+    this.#add(isTombstone(value) ? 'RETIRED' : 'LIVE', 1);
   }
 
-  noteNew(): void {
-    this.#live += 1;
+  /** A record was written. @param before undefined where there was none */
+  note(before: RecordKind | undefined, after: RecordKind): void {
+    if (before === after) return;
+    if (before !== undefined) this.#add(before, -1);
+    this.#add(after, 1);
   }
 
-  noteRetired(): void {
-    this.#live -= 1;
-    this.#retired += 1;
+  #add(kind: RecordKind, count: number): void {
+    if (kind === 'RETIRED') this.#retired += count;
+    else this.#live += count;
   }
 }

@@ -185,12 +185,12 @@ export class VtpmRegistry {
       const held = await this.#read(vtpmUuid);
       if (!held) throw unknownVtpm(vtpmUuid);
       if (held.record.header.kind === 'RETIRED') return;
-      const record = retire(held.record);
+      const now = Date.now();
+      const record = retire(held.record, BigInt(now));
       await this.#audit(actor, 'retire', 'intended', record.header);
-      await this.options.erasure.note(this.options.keys.current.keyId, Date.now());
+      await this.options.erasure.note(this.options.keys.current.keyId, now);
       // Counted first: a disk from before does not bring it back.
-      await this.#write(vtpmUuid, held.version, record, 'now');
-      this.options.census.noteRetired();
+      await this.#write(vtpmUuid, held, record, 'now');
       await this.#audit(actor, 'retire', 'done', record.header);
       this.#emit('retired', record.header);
     });
@@ -204,7 +204,7 @@ export class VtpmRegistry {
       if (slot.live?.isOver === false) return await slot.live.rekey();
       const held = await this.#read(vtpmUuid);
       if (!held || held.record.header.keyId === this.options.keys.current.keyId) return;
-      await this.#write(vtpmUuid, held.version, rekey(this.options.keys, held.record));
+      await this.#write(vtpmUuid, held, rekey(this.options.keys, held.record));
     });
     // All vTPMs come by here: those that do nothing must not cost memory for ever.
     if (slot.isDispensable) this.#slots.delete(vtpmUuid);
@@ -281,8 +281,7 @@ export class VtpmRegistry {
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = this.#grant(checked, record, mode === 'manufacture');
     await this.#audit(actor, 'load', 'done', record.header, { mode, isolation: ticket.isolation });
-    await this.#write(vtpmUuid, held?.version ?? 0, record);
-    if (!held) this.options.census.noteNew();
+    await this.#write(vtpmUuid, held, record);
     connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
     const { live } = slot;
     slot.live = undefined;
@@ -411,9 +410,16 @@ export class VtpmRegistry {
     );
   }
 
-  async #write(vtpmUuid: string, version: number, record: VtpmRecord, counting?: Counting): Promise<void> {
+  /** @param held what it replaces */
+  async #write(
+    vtpmUuid: string,
+    held: HeldRecord | undefined,
+    record: VtpmRecord,
+    counting?: Counting,
+  ): Promise<void> {
     const bytes = encodeRecord(this.options.keys, record);
-    await this.options.store.write(PREFIX + vtpmUuid, version, bytes, counting);
+    await this.options.store.write(PREFIX + vtpmUuid, held?.version ?? 0, bytes, counting);
+    this.options.census.note(held?.record.header.kind, record.header.kind);
   }
 
   /** A slot stays for ever: who proved nothing must not make one for each uuid that he thinks of. */

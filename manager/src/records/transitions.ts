@@ -122,9 +122,10 @@ export function withoutSession(record: VtpmRecord): VtpmRecord {
 }
 
 /** The tombstone: data key and state are gone, generation and epoch stay to be compared with. */
-export function retire(record: VtpmRecord): VtpmRecord {
+export function retire(record: VtpmRecord, now: bigint): VtpmRecord {
   const { header } = withoutSession(record);
-  return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY }, parts: [] };
+  const retirement = { keyId: header.keyId, at: now };
+  return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY, retirement }, parts: [] };
 }
 
 /** What an operator must see of a vTPM for ever. */

@@ -1,5 +1,5 @@
 import { ToolstackError } from '../error.js';
-import type { ManagerApi, ManagerVtpm } from './manager-api.js';
+import type { Erasure, ManagerApi, ManagerVtpm } from './manager-api.js';
 import type { SupervisorApi, SupervisorVtpm } from './supervisor-api.js';
 
 /**
@@ -37,6 +37,8 @@ export interface Entry {
   readonly createdAt: string | null;
   readonly marks: readonly string[];
   readonly libtpmsVersion: string | null;
+  /** Of a retired one. */
+  readonly erasure: Erasure | null;
   readonly orphan: Orphan | null;
 }
 
@@ -137,6 +139,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     createdAt: record?.createdAt ?? null,
     marks: record?.marks ?? [],
     libtpmsVersion: record?.libtpmsVersion ?? null,
+    erasure: record?.erasure ?? null,
     orphan,
   };
 }
@@ -164,6 +167,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     createdAt: record.createdAt,
     marks: record.marks,
     libtpmsVersion: record.libtpmsVersion,
+    erasure: record.erasure,
     orphan: isSupervisorAsked && record.kind === 'live' ? 'no-name' : null,
   };
 }

@@ -34,6 +34,16 @@ export interface ManagerVtpm {
     readonly imageDigest: string;
     readonly isolation: string;
   } | null;
+  /** Of a retired one. */
+  readonly erasure: Erasure | null;
+}
+
+/** Whether the state of a retired vTPM is unreadable on old disks too. Times are ISO 8601, UTC. */
+export interface Erasure {
+  readonly isDone: boolean;
+  readonly retiredAt: string | null;
+  /** Of the rotation of the root key that does it; null: when somebody asks for one. */
+  readonly due: string | null;
 }
 
 export interface AllowedImage {

@@ -2,6 +2,7 @@ import type { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { exitStatus } from '../exit-status.js';
 import { type Entry, findEntry, type Orphan, takeInventory } from '../inventory.js';
+import type { Erasure } from '../manager-api.js';
 import { bytes, fields, table, time } from '../output.js';
 
 const ORPHANS: Readonly<Record<Orphan, string>> = {
@@ -11,6 +12,17 @@ const ORPHANS: Readonly<Record<Orphan, string>> = {
   retired: 'orphan: the manager retired it; vtpmctl delete removes it',
 };
 
+/** What stays visible for ever. */
+const MARKS: Readonly<Record<string, string>> = {
+  'rolled-back': 'rolled back: an old state was accepted as the newest, the saves after it are lost',
+  recovered:
+    'recovered: it was opened with the recovery key, and nothing says whether this was its newest state',
+  restored: 'restored: its state was taken from a backup, the saves after it are lost',
+};
+
+/** Generations of this many saves each are counted anew with each accepted rollback. */
+const ROLLBACK_STEP = 2 ** 32;
+
 /** @returns the exit status: what could be learnt is shown even where one of the daemons does not answer */
 export async function list({ supervisor, manager, output }: Context): Promise<number> {
   const { entries, missing } = await takeInventory(supervisor, manager);
@@ -18,16 +30,17 @@ export async function list({ supervisor, manager, output }: Context): Promise<nu
     entry.name ?? '-',
     entry.id,
     entry.state,
-    entry.generation === null ? '-' : String(entry.generation),
+    sayGeneration(entry.generation) ?? '-',
     bytes(entry.savedBytes),
     time(entry.savedAt),
+    entry.marks.join(', ') || '-',
     note(entry),
   ]);
   output.result(
     { vtpms: entries, missing: missing.map(({ code, message }) => ({ code, message })) },
     rows.length === 0
       ? 'no vTPMs; make one with: vtpmctl create NAME'
-      : table(['NAME', 'ID', 'STATE', 'GENERATION', 'SIZE', 'SAVED', ''], rows),
+      : table(['NAME', 'ID', 'STATE', 'GENERATION', 'SIZE', 'SAVED', 'MARKS', ''], rows),
   );
   return sayMissing(missing, output);
 }
@@ -45,11 +58,12 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['note', note(entry)],
       ['VM run', entry.vmRunId],
       ['epoch', entry.epoch],
-      ['generation', entry.generation],
+      ['generation', sayGeneration(entry.generation)],
       ['saved', entry.savedAt === null ? null : `${time(entry.savedAt)}, ${bytes(entry.savedBytes)}`],
       ['created', entry.createdAt === null ? null : time(entry.createdAt)],
       ['libtpms', entry.libtpmsVersion],
-      ['marks', entry.marks.join(', ')],
+      ...entry.marks.map((mark) => ['mark', MARKS[mark] ?? mark] as const),
+      ['erased', entry.erasure && sayErasure(entry.erasure)],
       ['isolation', entry.isolation],
       ['autostart', entry.autostart === null ? null : entry.autostart ? 'yes' : 'no'],
       ['startup', entry.startup],
@@ -78,4 +92,23 @@ function sayMissing(missing: readonly ToolstackError[], output: Context['output'
   for (const error of missing) output.note(`vtpmctl: incomplete: ${error.message}`);
   const first = missing[0];
   return first ? exitStatus(first.code) : 0;
+}
+
+/** The upper half of a generation counts accepted rollbacks, the lower one saves. */
+function sayGeneration(generation: number | null): string | null {
+  if (generation === null) return null;
+  const rollbacks = Math.floor(generation / ROLLBACK_STEP);
+  const saves = String(generation % ROLLBACK_STEP);
+  if (rollbacks === 0) return saves;
+  return `${saves}, after ${rollbacks} accepted ${rollbacks === 1 ? 'rollback' : 'rollbacks'}`;
+}
+
+function sayErasure({ isDone, retiredAt, due }: Erasure): string {
+  const since = `retired ${time(retiredAt)}`;
+  if (isDone) return `yes, ${since}: no old disk opens its state any more`;
+  const when =
+    due === null
+      ? 'with the next vtpmctl platform rotate'
+      : `at ${time(due)}, or now with vtpmctl platform rotate`;
+  return `not yet, ${since}: an old disk still opens its state; that ends ${when}`;
 }
