@@ -1,0 +1,243 @@
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { readFileSync, writeFileSync } from 'node:fs';
+import { type IncomingMessage, request } from 'node:http';
+import { join } from 'node:path';
+import { Ajv2020 } from 'ajv/dist/2020.js';
+import { ROUTES } from 'vtpm-manager/admin/routes';
+import { parse } from 'yaml';
+import { REPOSITORY } from '../support/installation.js';
+import { type TestVtpm, testVtpm } from '../support/worker-client.js';
+import { Host } from './platform-fixture.js';
+
+interface Operation {
+  readonly 'x-audit'?: string;
+  readonly requestBody?: { readonly content: { readonly 'application/json': { readonly schema: object } } };
+  readonly responses: Readonly<Record<string, Response>>;
+}
+interface Response {
+  readonly $ref?: string;
+  readonly content?: Readonly<Record<string, { readonly schema: object }>>;
+}
+interface Description {
+  readonly paths: Readonly<Record<string, Readonly<Record<string, Operation>>>>;
+  readonly components: { readonly responses: Readonly<Record<string, Response>> };
+}
+
+const description = parse(readFileSync(join(REPOSITORY, 'docs/admin-api.yaml'), 'utf8')) as Description;
+const operations = Object.entries(description.paths).flatMap(([path, methods]) =>
+  Object.entries(methods).map(([method, operation]) => ({
+    call: `${method.toUpperCase()} ${path}`,
+    operation,
+  })),
+);
+
+const ajv = new Ajv2020({ strict: true, allowUnionTypes: true, strictRequired: false, allErrors: true });
+for (const word of ['openapi', 'info', 'servers', 'paths', 'components']) ajv.addKeyword(word);
+ajv.addFormat('date-time', /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
+ajv.addSchema(description, 'api');
+
+/** @param at JSON pointer into the description */
+function check(at: readonly string[], value: unknown): void {
+  const pointer = at.map((key) => key.replaceAll('~', '~0').replaceAll('/', '~1')).join('/');
+  const validate = ajv.getSchema(`api#/${encodeURI(pointer)}`) ?? assert.fail(`there is no ${pointer}`);
+  assert.ok(validate(value), `${pointer}: ${ajv.errorsText(validate.errors)}\n${JSON.stringify(value)}`);
+}
+
+interface Answer {
+  readonly status: number;
+  readonly type: string;
+  readonly allow: string | undefined;
+  readonly text: string;
+}
+
+describe('docs/admin-api.yaml', () => {
+  let host: Host;
+  /** Of each call the statuses that were seen, each with a body as documented. */
+  const seen = new Map<string, Set<string>>();
+
+  before(async () => {
+    host = await Host.create();
+    await host.manager.start();
+  });
+  after(() => host.destroy());
+
+  /** Sends it, and holds the answer against what is documented of the call. */
+  async function send(
+    call: string,
+    { id, digest }: { id?: string; digest?: string } = {},
+    body?: unknown,
+    query = '',
+  ): Promise<Answer> {
+    const [method = '', template = ''] = call.split(' ');
+    const path = template.replace(/\{(\w+)\}/g, (_, name) => (name === 'id' ? id : digest) ?? '') + query;
+    const answer = await raw(method, path, body, template === '/events' ? 1 : undefined);
+    const { responses } = description.paths[template]?.[method.toLowerCase()] ?? assert.fail(call);
+    const response =
+      responses[answer.status] ?? assert.fail(`${call} answers ${answer.status}: ${answer.text}`);
+    const place = response.$ref
+      ? response.$ref.split('/').slice(1)
+      : ['paths', template, method.toLowerCase(), 'responses', String(answer.status)];
+    const documented = response.$ref ? description.components.responses.Error : response;
+    assert.ok(documented?.content?.[answer.type], `${call} answers ${answer.type}`);
+    const values =
+      answer.type === 'application/x-ndjson'
+        ? answer.text
+            .trimEnd()
+            .split('\n')
+            .map((line) => JSON.parse(line) as unknown)
+        : [answer.type === 'application/json' ? (JSON.parse(answer.text) as unknown) : answer.text];
+    for (const value of values) check([...place, 'content', answer.type, 'schema'], value);
+    // What was taken is what is documented, too.
+    const taken = description.paths[template]?.[method.toLowerCase()]?.requestBody;
+    if (taken && body !== undefined && answer.status < 300) {
+      check(
+        ['paths', template, method.toLowerCase(), 'requestBody', 'content', 'application/json', 'schema'],
+        body,
+      );
+    }
+    const statuses = seen.get(call) ?? new Set();
+    seen.set(call, statuses.add(String(answer.status)));
+    return answer;
+  }
+
+  async function raw(method: string, path: string, body?: unknown, lines?: number): Promise<Answer> {
+    const sent = request({ socketPath: host.manager.paths.adminSocket, method, path });
+    sent.end(body === undefined ? undefined : typeof body === 'string' ? body : JSON.stringify(body));
+    const [response] = (await once(sent, 'response')) as [IncomingMessage];
+    let text = '';
+    for await (const chunk of response.setEncoding('utf8')) {
+      text += chunk;
+      if (lines !== undefined && text.split('\n').length > lines) break;
+    }
+    const { 'content-type': type = '', allow } = response.headers;
+    return { status: response.statusCode ?? 0, type: type.split(';')[0] ?? '', allow, text };
+  }
+
+  /** @returns the function that ends its worker in order */
+  async function loaded(vtpm: TestVtpm): Promise<() => Promise<void>> {
+    const worker = host.manager.worker(host.managerId);
+    const grant = await worker.load(
+      host.manager.toolstack.ticket(worker.managerId, vtpm, worker.keys.publicKey),
+    );
+    const session = await worker.session(vtpm, grant);
+    await session.save({ permanent: Buffer.from('P') });
+    return async () => {
+      session.stream?.end();
+      await session.stream?.ended;
+      worker.close();
+    };
+  }
+
+  it('names the calls that there are, no more and no less, each with its action in the audit log', () => {
+    assert.deepEqual(
+      operations.map(({ call, operation }) => [call, operation['x-audit']]).sort(),
+      ROUTES.map(({ method, path, audits }) => [`${method} ${path}`, audits]).sort(),
+    );
+  });
+
+  it('says what each call answers', async () => {
+    const image = host.manager.toolstack.imageDigest.toString('hex');
+    const unknown = { id: testVtpm().id, digest: 'ab'.repeat(32) };
+    for (const call of ['GET /health', 'GET /doctor', 'GET /metrics', 'GET /platform', 'GET /events']) {
+      await send(call);
+    }
+    await send('POST /images', {}, { digest: image, note: 'n' });
+    await send('POST /images', {}, { digest: 'x' });
+    await send('POST /images', {}, `{"digest":"${'a'.repeat(70_000)}"}`);
+    await send('POST /images', {}, { digest: unknown.digest });
+    await send('GET /images');
+    await send('DELETE /images/{digest}', unknown);
+    await send('DELETE /images/{digest}', unknown);
+    await send('DELETE /images/{digest}', { digest: 'x' });
+
+    const [one, two] = [testVtpm(), testVtpm()];
+    const endOne = await loaded(one);
+    await (await loaded(two))();
+    await send('POST /vtpms/{id}/retire', one);
+    await endOne();
+    await send('GET /vtpms', {}, undefined, '?limit=1');
+    await send('GET /vtpms', {}, undefined, '?limit=0');
+    await send('GET /vtpms/{id}', one);
+    await send('GET /vtpms/{id}', unknown);
+    await send('GET /vtpms/{id}', { id: 'x' });
+    await send('POST /vtpms/{id}/retire', one);
+    await send('POST /vtpms/{id}/retire', unknown);
+    await send('POST /vtpms/{id}/retire', { id: 'x' });
+    const shown = JSON.parse((await send('GET /vtpms/{id}', one)).text) as { erasure: object | null };
+    assert.ok(shown.erasure);
+    await send('GET /vtpms');
+    await send('GET /health');
+    await send('GET /platform');
+
+    await send('POST /platform/requests', {}, { label: '' });
+    await send('POST /platform/approvals', {}, {});
+    const approval = await host.signed('first');
+    await send('POST /platform/requests', {}, { label: 'x' });
+    const authority = host.authority.publicKey;
+    await send('POST /platform/policy', {}, { authority });
+    await send('POST /platform/approvals', {}, { approval, authority });
+    await send('POST /platform/policy', {}, { authority });
+    await send('POST /platform/policy', {}, {});
+    await send('GET /platform');
+    const survivor = await host.signed('second', { next: true });
+    await send('POST /platform/revocations', {}, { survivors: [] });
+    await send('POST /platform/revocations', {}, { survivors: [survivor] });
+    await send('POST /platform/rotations', {}, {});
+    await send('POST /platform/rotations', {}, { colour: 'red' });
+    await send('GET /platform');
+
+    for (const query of ['', '?tail=5', '?tail=0']) await send('GET /audit', {}, undefined, query);
+    for (const query of ['', '?from=2&to=3', '?from=3&to=2']) {
+      await send('GET /audit/export', {}, undefined, query);
+    }
+    await send('GET /audit/verify');
+    const { audit } = host.manager.paths;
+    const log = readFileSync(audit, 'utf8');
+    writeFileSync(audit, log.replace('"action":"init"', '"action":"stop"'));
+    await send('GET /audit');
+    await send('GET /audit/verify');
+    writeFileSync(audit, log);
+  });
+
+  it('says what a locked manager answers', async () => {
+    await host.manager.stop();
+    await host.extend('other firmware');
+    assert.equal((await host.manager.start()).status, 'locked');
+    const names = { id: testVtpm().id, digest: 'ab'.repeat(32) };
+    for (const { call, operation } of operations) {
+      if (!operation.responses['503']) {
+        if (call.startsWith('GET ')) assert.equal((await send(call)).status, 200, call);
+        continue;
+      }
+      const body = call === 'POST /platform/policy' ? { pcrSelection: 'sha256:7' } : {};
+      const answer = await send(call, names, call.startsWith('POST ') ? body : undefined);
+      assert.equal(answer.status, 503, call);
+      assert.equal((JSON.parse(answer.text) as { error: { code: string } }).error.code, 'locked', call);
+    }
+  });
+
+  it('says nothing of an answer that was not seen here', () => {
+    for (const { call, operation } of operations) {
+      assert.deepEqual([...(seen.get(call) ?? [])].sort(), Object.keys(operation.responses).sort(), call);
+    }
+  });
+
+  it('is all that there is: other calls are refused, and other methods by name', async () => {
+    const methods = ['GET', 'POST', 'PUT', 'DELETE', 'PATCH', 'HEAD'];
+    for (const [template, known] of Object.entries(description.paths)) {
+      const path = template.replaceAll(/\{\w+\}/g, 'x');
+      const allowed = Object.keys(known).map((method) => method.toUpperCase());
+      for (const method of methods.filter((each) => !allowed.includes(each))) {
+        const answer = await raw(method, path);
+        assert.equal(answer.status, 405, `${method} ${path}`);
+        assert.deepEqual(answer.allow?.split(', ').sort(), allowed.sort(), `${method} ${path}`);
+      }
+    }
+    for (const path of ['/', '/nothing', '/vtpms/x/y', '/vtpms/x/retire/y', '/healthy', '/Health']) {
+      const { status, text } = await raw('GET', path);
+      assert.equal(status, 404, path);
+      check(['components', 'schemas', 'Error'], JSON.parse(text));
+    }
+  });
+});
