@@ -142,6 +142,60 @@ describe('a rotation of the root key', () => {
     await host.assertNothingLeft();
   });
 
+  /** Arguments for Node: `source` runs once, when the manager comes to the barrier. */
+  const onceAt = (barrier: string, source: string) => [
+    '--import',
+    `data:text/javascript,${encodeURIComponent(`import { readFileSync } from 'node:fs';
+      let isDone = false;
+      globalThis[Symbol.for('vtpm.barrier')] = (name) => {
+        if (name !== '${barrier}' || isDone) return;
+        isDone = true;
+        ${source}
+      };`)}`,
+  ];
+  const KILL_STORE =
+    "for (const pid of readFileSync('/proc/self/task/' + process.pid + '/children', 'utf8').trim().split(' ')) process.kill(Number(pid), 'SIGKILL');";
+
+  for (const barrier of ['rotation.made', 'rotation.written', 'rotation.rekeyed', 'rotation.counted']) {
+    it(`goes on by itself when the store is lost at ${barrier}, and open again`, async () => {
+      await host.manager.start(onceAt(barrier, KILL_STORE));
+      await host.allowImage();
+      const saver = new Saver(host, await host.guest());
+      saver.begin();
+      await host.post('/platform/rotations');
+      await until('the store is open again', () => /is open again/.test(host.manager.stderr));
+      await settled();
+      await saver.more(3);
+      await saver.end();
+      assert.deepEqual(saver.fences, []);
+      assert.equal(generation(), 2);
+      assert.equal((await host.loaded(saver.guest.vtpm.id, 1n)).permanent, `save ${saver.acknowledged}`);
+      assert.equal(await host.manager.stop(), 0);
+      await host.assertNothingLeft();
+      assert.equal((await host.manager.start()).status, 'ready');
+    });
+  }
+
+  for (const barrier of ['rotation.made', 'rotation.written', 'rotation.rekeyed', 'rotation.adopted']) {
+    it(`is stopped in order at ${barrier}, and goes on at the next start`, async () => {
+      await host.manager.start(onceAt(barrier, "process.kill(process.pid, 'SIGTERM');"));
+      await host.allowImage();
+      const { vtpm, worker } = await host.guest('P1');
+      worker.close();
+      const { child } = host;
+      const rotated = host.post('/platform/rotations').catch(() => undefined);
+      await until('the manager has ended', () => child.exitCode !== null);
+      assert.equal(child.exitCode, 0, host.manager.stderr);
+      await rotated;
+      assert.equal((await host.manager.start()).status, 'ready');
+      await settled();
+      assert.equal((await host.loaded(vtpm.id, 1n)).permanent, 'P1');
+      await host.manager.stop();
+      await host.assertNothingLeft();
+      assert.equal(generation(), 2);
+    });
+  }
+
   for (const [barrier, count] of [
     ['rotation.made', 1],
     ['rotation.written', 1],

@@ -133,9 +133,13 @@ async function createSrk(tpm: Tpm, handle: number, owner: Entity): Promise<void>
 /** @throws ManagerError where the owner's authorisation was the reason */
 export function explainOwner(error: unknown): never {
   if (TpmError.is(error, Rc.AUTH_FAIL, Rc.BAD_AUTH)) {
-    throw new ManagerError('bad-request', 'the TPM has another owner password; give the right one', {
-      cause: error,
-    });
+    throw new ManagerError(
+      'bad-request',
+      'the TPM has another owner password; give the right one with --owner-auth-file FILE',
+      {
+        cause: error,
+      },
+    );
   }
   throw error;
 }
