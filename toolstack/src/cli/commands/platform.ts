@@ -153,8 +153,9 @@ async function valuesOf({ set = [], pcrs }: StateFlags, manager: Context['manage
 
 /** Needs neither a daemon nor a TPM: the authority's key is on another machine. */
 export async function sign(requestFile: string, flags: KeyFlags, { output }: Context): Promise<void> {
+  const key = keyOf(flags);
   const request = asUsage(() => readApprovalRequest(readJsonFile('the request', requestFile)));
-  const approval = signed(request, keyOf(flags), flags);
+  const approval = signed(request, key, flags);
   output.note(
     fields([
       ['signed', request.label],
