@@ -254,7 +254,7 @@ export class Rotation {
   /** What is to be done without being asked for. */
   #tick(): void {
     if (this.#running || this.#isStopping || Date.now() < this.#restsUntil || !this.#isServed()) return;
-    if (this.#isHalfDone || this.#hasLeftovers) {
+    if (this.#hasLeftovers) {
       this.parts.log.warn('a rotation of the root key was interrupted; it goes on');
       this.#unasked(() => this.#goOn('manager', undefined));
       return;

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { bootId, monotonicMs } from 'vtpm-common';
 import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
-import type { KeyHierarchy } from 'vtpm-manager/keys/index';
+import { deriveRootKeys, type KeyHierarchy } from 'vtpm-manager/keys/index';
 import type { VtpmEvent } from 'vtpm-manager/ownership/events';
 import {
   type AttachedStream,
@@ -10,6 +10,7 @@ import {
   VtpmRegistry,
   type WorkerConnection,
 } from 'vtpm-manager/ownership/registry';
+import { decodeRecord } from 'vtpm-manager/records/index';
 import {
   type AnchoredStore,
   type AnchorOptions,
@@ -637,3 +638,67 @@ async function expectFenced(world: World, worker: Worker): Promise<void> {
   const grant = await world.worker(worker.vtpm).load({ expectedEpoch: 1n, verbs: ['COLD'] });
   assert.equal(Buffer.from(grant.permanent).toString(), 'P2');
 }
+
+describe('a rekey', () => {
+  let world: World;
+  let worker: Worker;
+  beforeEach(async () => {
+    world = await World.create();
+    worker = await world.manufactured();
+    world.keys.advance(deriveRootKeys(randomBytes(32), world.keys.storeId, 2));
+  });
+
+  const keyIdOf = async ({ vtpm }: Worker) => {
+    const entry = await world.store.read(`vtpm/${vtpm.id}`);
+    return decodeRecord(world.keys, vtpm.uuid, entry!.value).header.keyId;
+  };
+
+  it('goes between two saves, which do not notice', async () => {
+    await world.registry.rekey(worker.vtpm.id);
+    assert.equal(await keyIdOf(worker), 2);
+    assert.equal((await worker.save('P2')).generation, 2n);
+    world.keys.forgetOlder();
+    const next = await world.worker(worker.vtpm).load({ expectedEpoch: 1n, verbs: ['COLD'] });
+    assert.equal(Buffer.from(next.permanent).toString(), 'P2');
+  });
+
+  it('takes the record of a session whose link is about to end, too', async () => {
+    world.disk.beforeCommit = storeFull;
+    await assert.rejects(worker.save('P2'), refused('store-full'));
+    world.disk.beforeCommit = () => undefined;
+    await world.registry.rekey(worker.vtpm.id);
+    assert.equal(await keyIdOf(worker), 2);
+  });
+
+  it('that fails ends the link and not the session', async () => {
+    world.disk.beforeCommit = storeFull;
+    await assert.rejects(world.registry.rekey(worker.vtpm.id), refused('store-full'));
+    world.disk.beforeCommit = () => undefined;
+    assert.equal(worker.link.ended?.code, 'store-full');
+    worker.stream!.detach();
+    assert.equal((await worker.connect({})).committed, 1n);
+    assert.equal((await worker.save('P2', 2n)).generation, 2n);
+    await world.registry.rekey(worker.vtpm.id);
+    assert.equal(await keyIdOf(worker), 2);
+  });
+
+  it('waits for the Loads that were under way', async () => {
+    let commit: () => void = () => undefined;
+    const held = new Promise<void>((resolve) => {
+      commit = resolve;
+    });
+    world.disk.beforeCommit = () => held;
+    const loading = world.worker().load();
+    await new Promise((resolve) => setImmediate(resolve));
+    let isSettled = false;
+    const settled = world.registry.settled().then(() => {
+      isSettled = true;
+    });
+    await new Promise((resolve) => setImmediate(resolve));
+    assert.equal(isSettled, false);
+    commit();
+    await loading;
+    await settled;
+    assert.equal(world.registry.count, 2);
+  });
+});

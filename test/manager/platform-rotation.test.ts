@@ -1,5 +1,11 @@
 import assert from 'node:assert/strict';
+import { createLogger } from 'vtpm-common';
 import { readEnrolment } from 'vtpm-manager/enrolment';
+import { ManagerError } from 'vtpm-manager/error';
+import { openRootTpm } from 'vtpm-manager/root-tpm/index';
+import { Rotation } from 'vtpm-manager/rotation';
+import type { Service } from 'vtpm-manager/service';
+import { unlock } from 'vtpm-manager/unlock';
 import { until } from '../support/until.js';
 import { crashingAt, type Guest, Host } from './platform-fixture.js';
 
@@ -117,12 +123,54 @@ describe('a rotation of the root key', () => {
     await host.manager.start();
     await host.allowImage();
     // Loads in flight: their records are not in the store yet when the rotation lists it.
-    const rotated = host.post('/platform/rotations');
-    const guests = await Promise.all(Array.from({ length: 8 }, (_, i) => host.guest(`G${i}`)));
-    assert.equal((await rotated).status, 200);
-    for (const [i, { vtpm }] of guests.entries()) {
-      assert.equal((await host.loaded(vtpm.id, 1n)).permanent, `G${i}`);
+    let isOver = false;
+    const guests: Guest[] = [];
+    const makers = Array.from({ length: 6 }, async () => {
+      while (!isOver) guests.push(await host.guest('made'));
+    });
+    for (let i = 0; i < 3; i++) assert.equal((await host.post('/platform/rotations')).status, 200);
+    isOver = true;
+    await Promise.all(makers);
+    assert.ok(guests.length > 6);
+    for (const { vtpm } of guests) {
+      assert.equal((await host.loaded(vtpm.id, 1n)).permanent, 'made');
     }
+  });
+
+  it('that failed half-way is gone on with, never begun once more', async () => {
+    const { paths } = host.manager;
+    const file = readEnrolment(paths);
+    const tpm = await openRootTpm(file.enrolment.tpm);
+    const { keys, enrolment } = await unlock(tpm, paths, file, []);
+    let failures = 1;
+    const service = {
+      audit: { append: async () => undefined },
+      erasure: { pendingSince: () => undefined },
+      rekey: async () => {
+        if (failures-- > 0) throw new ManagerError('store-full', 'the disk is full');
+      },
+      count: async () => undefined,
+    };
+    const rotation = new Rotation({
+      ...{ paths, tpm, keys, enrolment, isRotating: false, eraseAfter: 0 },
+      log: createLogger('test', { 'log-level': 'silent', 'log-format': 'json' }),
+      service: () => service as unknown as Service,
+    });
+    try {
+      await assert.rejects(rotation.rotate({ actor: 'manager' }), /disk is full/);
+      assert.equal(generation(), 1, 'the store is under both');
+      assert.deepEqual(
+        keys.generations.map(({ keyId }) => keyId),
+        [2, 1],
+      );
+      assert.equal((await rotation.rotate({ actor: 'manager' })).tpm.root.generation, 2);
+      assert.equal(generation(), 2);
+      assert.equal(keys.generations.length, 1);
+    } finally {
+      await rotation.stop();
+      await tpm.close();
+    }
+    await host.assertNothingLeft();
   });
 
   it('refuses a second one, and a revocation, while it runs', async () => {
