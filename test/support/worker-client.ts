@@ -172,6 +172,7 @@ export class WorkerClient {
 export class SaveStreamClient {
   readonly #frames: ManagerFrame[] = [];
   readonly #waiting: ((frame: ManagerFrame | undefined) => void)[] = [];
+  isOver = false;
   /** Resolves when the stream has ended: with the refusal, or undefined for OK. */
   readonly ended: Promise<RefusedError | undefined>;
 
@@ -190,6 +191,7 @@ export class SaveStreamClient {
       call.on('status', () => setImmediate(() => resolve(refusal)));
     });
     void this.ended.then(() => {
+      this.isOver = true;
       for (const waiting of this.#waiting.splice(0)) waiting(undefined);
     });
   }

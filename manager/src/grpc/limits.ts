@@ -23,8 +23,8 @@ export interface Limits {
   /** Connections that are open at the same time. */
   readonly openConnections: number;
   /**
-   * Bytes of Saves of a connection. What is above waits unread in its socket, so that a worker with the largest saves
-   * leaves the manager and its disk to the others for most of the time. A guest that saves 10 KiB without pause is below.
+   * Bytes of Saves of a connection while others save too. What is above waits unread in its socket, so that a worker with
+   * the largest saves leaves the manager and its disk to the others for most of the time.
    */
   readonly saveBytes: Rate;
   /** Milliseconds until a call is refused: who makes nonsense of his calls does it slowly. */
@@ -77,6 +77,12 @@ export interface AdmittedConnection {
 export class CallLimits {
   readonly #loads: Buckets;
   readonly #connections: Buckets;
+  /** Whose message was the last one, and when; and when the last one was of another connection than that. */
+  #last: { connection: AdmittedConnection | undefined; at: number } = {
+    connection: undefined,
+    at: -Infinity,
+  };
+  #othersAt = -Infinity;
 
   constructor(private readonly limits: Limits) {
     this.#loads = new Buckets(limits.loadsPerUid);
@@ -96,7 +102,18 @@ export class CallLimits {
   admitMessage(connection: AdmittedConnection, bytes: number): number {
     // A frame of 9 bytes around each 16 KiB, and the windows that the worker opens for its acknowledgement.
     connection.messageBytes += bytes + Math.ceil(bytes / 256) + 256;
-    return connection.saves.spend(bytes);
+    return this.#isShared(connection) ? connection.saves.spend(Math.max(bytes, LEAST_CHARGE_BYTES)) : 0;
+  }
+
+  /** Whether another connection has had a message of late. */
+  #isShared(connection: AdmittedConnection): boolean {
+    const now = performance.now();
+    if (this.#last.connection !== connection) {
+      this.#othersAt = this.#last.at;
+      this.#last = { connection, at: now };
+    }
+    this.#last.at = now;
+    return now - this.#othersAt < SHARED_MS;
   }
 
   /** Whether what a connection sends is something else than its messages. */
@@ -147,6 +164,10 @@ export function within<T>(milliseconds: number, body: () => Promise<T>): Promise
   });
 }
 
+/** What a message costs at least: a Save takes a place in a commit, however small it is. */
+const LEAST_CHARGE_BYTES = 16 * 1024;
+/** Milliseconds for which a connection that was active counts for one that shares the manager. */
+const SHARED_MS = 1000;
 /** Messages that are read of a stream while one of it is worked on. */
 export const MESSAGES_AHEAD = 2;
 /** What HTTP/2 lets a stream send before it is read (RFC 9113 section 6.9.2). */

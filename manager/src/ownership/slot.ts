@@ -1,6 +1,9 @@
 import { ManagerError } from '../error.js';
 import type { LiveSession } from './live-session.js';
 
+/** Operations of a vTPM that wait for each other: workers come back again and again while the store does not answer. */
+const MAX_PENDING = 32;
+
 /**
  * The place of one vTPM in memory. Operations on it run one after the other; Load and retire are exclusive: a second
  * one does not wait, it is told who holds the vTPM and for how long.
@@ -29,11 +32,18 @@ export class Slot {
     this.#live = session;
   }
 
-  inOrder<T>(operation: () => Promise<T>): Promise<T> {
+  /** @throws ManagerError `busy` where so many wait already that nothing seems to end */
+  async inOrder<T>(operation: () => Promise<T>): Promise<T> {
+    if (this.#pending >= MAX_PENDING) {
+      throw new ManagerError(
+        'busy',
+        `vTPM ${this.vtpmUuid} is busy: ${this.#pending} operations wait for the store; try again later`,
+      );
+    }
     this.#pending++;
     const run = this.#tail.then(operation).finally(() => this.#pending--);
     this.#tail = run.catch(() => undefined);
-    return run;
+    return await run;
   }
 
   /** Nothing is remembered here that the record does not say. */
