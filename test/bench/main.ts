@@ -1,5 +1,6 @@
 import { writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
+import { anchorSuite } from './anchor-rows.js';
 import { chart } from './chart.js';
 import { clientSuite } from './client-rows.js';
 import { commandSuite } from './command-rows.js';
@@ -21,7 +22,16 @@ Measures this service beside Debian's swtpm and prints a table. Takes about thre
   --full          more rounds and starts; 5 s of warm-up and a window of 20 s for Saves a second
 `;
 
-const SUITES = [commandSuite, startSuite, saveSuite, hostileSuite, manySuite, memorySuite, clientSuite];
+const SUITES = [
+  commandSuite,
+  startSuite,
+  saveSuite,
+  anchorSuite,
+  hostileSuite,
+  manySuite,
+  memorySuite,
+  clientSuite,
+];
 const SHORT: Effort = { rounds: 9, starts: 9, warmUpSeconds: 2, windowSeconds: 5 };
 const FULL: Effort = { rounds: 15, starts: 15, warmUpSeconds: 5, windowSeconds: 20 };
 

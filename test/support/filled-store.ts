@@ -10,6 +10,7 @@ import { unlock } from 'vtpm-manager/unlock';
 import { uuidToBytes } from 'vtpm-proto';
 import type { ManagerInstallation } from './manager-process.js';
 
+const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
 /** Writes of a commit: as many as one takes. */
 const BATCH = 256;
 
@@ -25,9 +26,7 @@ export async function fillStore(
   count: number,
   stateBytes: number,
 ): Promise<string[]> {
-  const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
-  const platform = await openPlatform({ kind: 'unix', path: tpm }, paths, log, false, 60_000);
-  const { keys, enrolment } = await unlock(platform.tpm, paths, readEnrolment(paths), readApprovals(paths));
+  const { platform, keys, enrolment } = await unlocked(paths, tpm);
   const raw = await openLmdbStore({
     directory: paths.store,
     create: false,
@@ -61,6 +60,22 @@ export async function fillStore(
     keys.wipe();
     await platform.close();
   }
+}
+
+/** What the TPM's counter of a manager that does not run shows: how often it has counted. */
+export async function anchorCount({ paths }: ManagerInstallation, tpm: string): Promise<bigint> {
+  const { platform, keys, enrolment } = await unlocked(paths, tpm);
+  try {
+    return await platform.tpm.anchorCounter(enrolment.tpm, keys.anchorAuth).read();
+  } finally {
+    keys.wipe();
+    await platform.close();
+  }
+}
+
+async function unlocked(paths: ManagerInstallation['paths'], tpm: string) {
+  const platform = await openPlatform({ kind: 'unix', path: tpm }, paths, log, false, 60_000);
+  return { platform, ...(await unlock(platform.tpm, paths, readEnrolment(paths), readApprovals(paths))) };
 }
 
 function savedRecord(keys: KeyHierarchy, id: string, permanent: Buffer): Buffer {
