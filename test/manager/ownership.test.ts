@@ -699,6 +699,6 @@ describe('a rekey', () => {
     commit();
     await loading;
     await settled;
-    assert.equal(world.registry.count, 2);
+    assert.equal(world.registry.census.live, 2);
   });
 });

@@ -267,8 +267,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a retirement is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#write(vtpmUuid, held.version, record, 'now');",
-    without: 'await this.#write(vtpmUuid, held.version, record);',
+    guard: "await this.#write(vtpmUuid, held, record, 'now');",
+    without: 'await this.#write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'a retired vTPM: the disk from right before' },
   },
   {
