@@ -1,5 +1,6 @@
 import { closeSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, statSync, writeSync } from 'node:fs';
 import { dirname } from 'node:path';
+import { barrier } from './barrier.js';
 
 /**
  * Creates a directory that only its owner may enter, and the directories above it. One that is there stays as it is,
@@ -46,11 +47,14 @@ export function writeFileDurably(path: string, content: Uint8Array | string, mod
   try {
     const bytes = typeof content === 'string' ? Buffer.from(content) : content;
     for (let offset = 0; offset < bytes.length; ) offset += writeSync(fd, bytes, offset);
+    barrier('file.written');
     fsyncSync(fd);
   } finally {
     closeSync(fd);
   }
+  barrier('file.synced');
   renameSync(temporary, path);
+  barrier('file.renamed');
   syncDirectory(dirname(path));
 }
 

@@ -136,6 +136,7 @@ export class Rotation {
     const generation = String(this.#enrolment.tpm.root.generation + 1);
     const event = { actor, action: 'platform-rotate', facts: { generation } } as const;
     await this.#audit({ ...event, verdict: 'intended' });
+    barrier('rotation.intended');
     try {
       await this.#begin(options);
       await this.#finish(ownerAuth);
@@ -234,6 +235,7 @@ export class Rotation {
     for (const old of enrolment.erase) await tpm.eraseGeneration(enrolment.tpm, old, ownerAuth);
     barrier('rotation.erased');
     this.#rewrite({ ...enrolment, erase: [], planned: [] });
+    barrier('rotation.ended');
     if (enrolment.erase.length > 0) {
       log.info(
         { generation: enrolment.tpm.root.generation },

@@ -1,4 +1,4 @@
-import { type Logger, type Paths, shortageText, spaceShortage } from 'vtpm-common';
+import { barrier, type Logger, type Paths, shortageText, spaceShortage } from 'vtpm-common';
 import { type AuditKeys, type AuditLog, openAuditLog } from './audit/index.js';
 import { Erasure } from './erasure.js';
 import { ManagerError } from './error.js';
@@ -120,6 +120,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
           after = page.at(-1);
           if (after === undefined) break;
           await Promise.all(page.map((id) => registry.rekey(id)));
+          barrier('rotation.page');
         }
         await trust.rekey();
       },

@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto';
-import { bootId, monotonicMs } from 'vtpm-common';
+import { barrier, bootId, monotonicMs } from 'vtpm-common';
 import {
   bytesEqual,
   type LoadRequest,
@@ -188,9 +188,12 @@ export class VtpmRegistry {
       const now = Date.now();
       const record = retire(held.record, BigInt(now));
       await this.#audit(actor, 'retire', 'intended', record.header);
+      barrier('retire.audited');
       await this.options.erasure.note(this.options.keys.current.keyId, now);
+      barrier('retire.noted');
       // Counted first: a disk from before does not bring it back.
       await this.#write(vtpmUuid, held, record, 'now');
+      barrier('retire.written');
       await this.#audit(actor, 'retire', 'done', record.header);
       this.#emit('retired', record.header);
     });
@@ -281,7 +284,9 @@ export class VtpmRegistry {
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = this.#grant(checked, record, mode === 'manufacture');
     await this.#audit(actor, 'load', 'done', record.header, { mode, isolation: ticket.isolation });
+    barrier('load.audited');
     await this.#write(vtpmUuid, held, record);
+    barrier('load.written');
     connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
     const { live } = slot;
     slot.live = undefined;

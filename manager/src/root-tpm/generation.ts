@@ -22,6 +22,7 @@ import {
   wipe,
   withSession,
 } from 'tpm2-ts-bindings';
+import { barrier } from 'vtpm-common';
 import { ManagerError } from '../error.js';
 import { authorityPolicy, readAuthority } from './approvals.js';
 import {
@@ -172,6 +173,7 @@ export async function nextGeneration(
         half: nvHalfShape(Buffer.from(resolved.policyDigest, 'hex')),
       });
       await beforeDefine?.([half.ref]);
+      barrier('rotation.planned');
       made.push(half.ref);
       const generation = enrolment.root.generation + 1;
       return makeGeneration(tpm, session, { srk, owner }, generation, resolved, half);

@@ -7,6 +7,7 @@ import {
   type Tpm,
   withSession,
 } from 'tpm2-ts-bindings';
+import { barrier } from 'vtpm-common';
 import { SECRET_BYTES } from './enrolment.js';
 import { checkWritten, defineIndex, type NvShape, type PlannedIndex } from './nv-index.js';
 
@@ -24,6 +25,7 @@ export async function writeNvHalf(
   half: Buffer,
 ): Promise<NvEntity> {
   const nvIndex = await defineIndex(tpm, session, owner, planned);
+  barrier('rotation.defined');
   await tpm.run(NV_Write, { authHandle: withSession(owner, session), nvIndex }, { data: half, offset: 0 });
   return checkWritten(tpm, planned);
 }

@@ -21,6 +21,7 @@ import {
   tpmsNvPublic,
   withSession,
 } from 'tpm2-ts-bindings';
+import { barrier } from 'vtpm-common';
 import { ManagerError } from '../error.js';
 import { hexHandle, type NvIndexRef } from './enrolment.js';
 import { explainOwner } from './srk.js';
@@ -139,6 +140,7 @@ export async function removeIndex(
       // Undefining frees the space; only writing makes the chip replace what was in it.
       await tpm.run(NV_Write, { authHandle, nvIndex: index }, { data: randomBytes(dataSize), offset: 0 });
       index = writtenEntity(handle, shape);
+      barrier('index.overwritten');
     }
     await tpm.run(NV_UndefineSpace, { authHandle, nvIndex: index }, {});
   } catch (error) {

@@ -151,7 +151,9 @@ export async function reconcile(counter: AnchorCounter, stated: AnchorFacts): Pr
   const resets = (await counter.orderly?.resets()) ?? 0;
   if (stated.counter === shown) return { counter: shown, resets, isUnclean: false };
   if (stated.counter === shown + 1n) {
+    barrier('anchor.reconcile');
     const after = await counter.increment();
+    barrier('anchor.reconciled');
     if (after === stated.counter) return { counter: after, resets, isUnclean: false };
   }
   const end = stated.counter + (counter.orderly?.ahead ?? 0n);

@@ -1,4 +1,5 @@
 import { createHmac, timingSafeEqual } from 'node:crypto';
+import { barrier } from 'vtpm-common';
 import {
   type AllowedImage,
   bytesEqual,
@@ -133,7 +134,9 @@ class StoredTrust implements TrustStore {
       if (!images) return;
       const next = { ...this.configuration, images };
       const bytes = encodeTrust(this.keys, next);
+      barrier('trust.write');
       this.version = await this.store.write(TRUST_KEY, this.version, bytes, 'now');
+      barrier('trust.written');
       this.configuration = next;
     });
     this.#last = run.catch(() => undefined);
