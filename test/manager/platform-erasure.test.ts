@@ -93,11 +93,11 @@ describe('what was retired', () => {
     worker.close();
     await until('it is retired', async () => (await host.post(`/vtpms/${vtpm.id}/retire`)).status === 200);
     await host.manager.stop();
-    await host.manager.start(ahead(23));
+    await host.manager.start({ nodeArgs: ahead(23) });
     await host.view();
     assert.equal(generation(), 1);
     await host.manager.stop();
-    await host.manager.start(ahead(25));
+    await host.manager.start({ nodeArgs: ahead(25) });
     await until('the rotation has come', async () => (await host.view()).erasure === null);
     await until('it is done', async () => !(await host.view()).isRotating);
     assert.equal(generation(), 2);

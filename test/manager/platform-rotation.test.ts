@@ -206,7 +206,7 @@ describe('a rotation of the root key', () => {
 
   for (const barrier of ['rotation.made', 'rotation.written', 'rotation.rekeyed', 'rotation.counted']) {
     it(`goes on by itself when the store is lost at ${barrier}, and open again`, async () => {
-      await host.manager.start(onceAt(barrier, KILL_STORE));
+      await host.manager.start({ nodeArgs: onceAt(barrier, KILL_STORE) });
       await host.allowImage();
       const saver = new Saver(host, await host.guest());
       saver.begin();
@@ -226,7 +226,7 @@ describe('a rotation of the root key', () => {
 
   for (const barrier of ['rotation.made', 'rotation.written', 'rotation.rekeyed', 'rotation.adopted']) {
     it(`is stopped in order at ${barrier}, and goes on at the next start`, async () => {
-      await host.manager.start(onceAt(barrier, "process.kill(process.pid, 'SIGTERM');"));
+      await host.manager.start({ nodeArgs: onceAt(barrier, "process.kill(process.pid, 'SIGTERM');") });
       await host.allowImage();
       const { vtpm, worker } = await host.guest('P1');
       worker.close();
@@ -266,7 +266,7 @@ describe('a rotation of the root key', () => {
       const idle = await host.guest('idle');
       idle.worker.close();
       await host.manager.stop();
-      await host.manager.start(crashingAt(barrier, count));
+      await host.manager.start({ nodeArgs: crashingAt(barrier, count) });
       await host.resume(saver.guest);
       const child = host.child;
       saver.begin();

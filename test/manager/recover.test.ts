@@ -192,7 +192,7 @@ describe('vtpm-managerd recover', () => {
 
   it('in the middle of a rotation', async () => {
     await host.manager.stop();
-    await host.manager.start(crashingAt('rotation.rekeyed'));
+    await host.manager.start({ nodeArgs: crashingAt('rotation.rekeyed') });
     const { child } = host;
     await host.post('/platform/rotations').catch(() => undefined);
     await until('the manager is dead', () => child.signalCode === 'SIGKILL');

@@ -9,9 +9,18 @@ import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { type Paths, pathsOf } from 'vtpm-common';
+import { reapAtExit } from './reap.js';
 import { TestToolstack, WorkerClient } from './worker-client.js';
 
 const PROGRAM = fileURLToPath(new URL('../../../manager/bin/vtpm-managerd.js', import.meta.url));
+
+export interface StartOptions {
+  /** Of the manager. */
+  readonly args?: readonly string[];
+  readonly nodeArgs?: readonly string[];
+  /** A program with its arguments that runs it. */
+  readonly under?: readonly string[];
+}
 
 export interface Answer {
   readonly status: number;
@@ -45,7 +54,7 @@ export class ManagerInstallation {
     nodeArgs: readonly string[],
     ...args: string[]
   ): Promise<{ code: number | null; signal: NodeJS.Signals | null; stdout: string; stderr: string }> {
-    const child = this.#spawn(args, nodeArgs);
+    const child = this.#spawn(args, { nodeArgs });
     const stdout = collect(child.stdout);
     const stderr = collect(child.stderr);
     const [code, signal] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
@@ -62,15 +71,15 @@ export class ManagerInstallation {
   }
 
   /** Starts the service. Resolves when it is ready or locked. @throws with what it wrote when it ends instead */
-  async start(nodeArgs: readonly string[] = []): Promise<Record<string, unknown>> {
-    const child = this.#spawn([], nodeArgs);
+  async start(options: StartOptions = {}): Promise<Record<string, unknown>> {
+    const child = this.#spawn(options.args ?? [], options);
     this.child = child;
     this.#stderr = collect(child.stderr);
     const closed = once(child, 'close');
     for (;;) {
-      if (child.exitCode !== null) {
+      if (child.exitCode !== null || child.signalCode !== null) {
         await closed;
-        throw new Error(`vtpm-managerd ended with ${child.exitCode}: ${this.stderr}`);
+        throw new Error(`vtpm-managerd ended with ${child.exitCode ?? child.signalCode}: ${this.stderr}`);
       }
       if (/"status":"(ready|locked)"/.test(this.stderr)) return (await this.admin('GET', '/health')).body;
       await delay(10);
@@ -106,15 +115,17 @@ export class ManagerInstallation {
     rmSync(this.home, { recursive: true, force: true, maxRetries: 20, retryDelay: 50 });
   }
 
-  #spawn(args: string[], nodeArgs: readonly string[] = []): ChildProcess {
+  #spawn(args: readonly string[], { under = [], nodeArgs = [] }: StartOptions = {}): ChildProcess {
     const { NODE_EXTRA_CA_CERTS: _slow, ...env } = process.env;
-    return spawn(
-      process.execPath,
-      [...nodeArgs, PROGRAM, ...args, '--home', this.home, '--run-dir', join(this.home, 'run')],
-      {
+    const [program = '', ...rest] = [
+      ...[...under, process.execPath, ...nodeArgs, PROGRAM],
+      ...[...args, '--home', this.home, '--run-dir', join(this.home, 'run')],
+    ];
+    return reapAtExit(
+      spawn(program, rest, {
         env: { ...env, VTPM_LOG_FORMAT: 'json' },
         stdio: ['ignore', 'pipe', 'pipe'],
-      },
+      }),
     );
   }
 }
