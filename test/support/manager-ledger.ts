@@ -176,9 +176,10 @@ export class ManagerLedger {
       if (!ids.has(history.id)) history.loads.splice(0);
     }
     for (const [digest, changes] of this.#images) {
-      const claim = new Claim();
-      claim.found();
-      changes.splice(0, changes.length, { isAllowed: shown.images.includes(digest), claim });
+      const isAllowed = shown.images.includes(digest);
+      const last = changes.findLast((change) => change.isAllowed === isAllowed) ?? changes[0];
+      last?.claim.found();
+      changes.splice(0, changes.length, ...(last ? [{ ...last, isAllowed }] : []));
     }
     this.#events.splice(
       0,

@@ -1,7 +1,13 @@
 import assert from 'node:assert/strict';
 import { randomBytes, randomInt } from 'node:crypto';
 import type { LoadGrant } from 'vtpm-proto';
-import { type ManagerLedger, readManager, type Shown, type VtpmHistory } from './manager-ledger.js';
+import {
+  type ManagerLedger,
+  readManager,
+  type Shown,
+  type ShownVtpm,
+  type VtpmHistory,
+} from './manager-ledger.js';
 import type { ManagerInstallation } from './manager-process.js';
 import {
   saveBytes,
@@ -36,6 +42,8 @@ export class ManagerLoad {
   /** Saved, and connected to nobody since the manager was last started. */
   #idle: Guest[] = [];
   #made: Guest[] = [];
+  /** Or about to be. */
+  readonly #retired = new Map<string, Guest>();
   #workers: WorkerClient[] = [];
   readonly #images: string[] = [];
 
@@ -79,6 +87,18 @@ export class ManagerLoad {
     for (const guest of [...this.#steady, ...this.#idle]) await this.#load(guest);
   }
 
+  /** Loads what a manager shows that was started from an image, which the ledger goes on without. */
+  async examine(shown: readonly ShownVtpm[]): Promise<void> {
+    const guests = [...this.#steady, ...this.#idle, ...this.#made];
+    for (const { id, epoch, generation } of shown.filter(({ kind }) => kind === 'live')) {
+      const guest = guests.find(({ history }) => history.id === id) ?? this.#retired.get(id);
+      assert.ok(guest, id);
+      const grant = await this.#ask(guest.vtpm, BigInt(epoch), this.#connect());
+      assert.equal(grant.generation, BigInt(generation));
+      this.#checkGrant(guest.history, grant);
+    }
+  }
+
   async round({ saves, rotates }: Round): Promise<void> {
     let isBusy = true;
     const operators = [this.#operate(), ...(rotates ? [this.#rotate()] : [])];
@@ -103,6 +123,7 @@ export class ManagerLoad {
     await this.#changeImage(image, true);
     const old = this.#idle.shift();
     if (old) {
+      this.#retired.set(old.history.id, old);
       const claim = this.ledger.retire(old.history);
       await this.#admin('POST', `/vtpms/${old.history.id}/retire`, 200);
       claim.answered();
@@ -148,17 +169,21 @@ export class ManagerLoad {
     const worker = this.#connect();
     const expectedEpoch = history.epoch;
     const claim = this.ledger.load(history);
-    const ticket = this.manager.toolstack.ticket(worker.managerId, vtpm, worker.keys.publicKey, {
-      expectedEpoch,
-      verbs: ['MANUFACTURE', 'RESUME'],
-    });
-    const grant = await worker.load(ticket);
+    const grant = await this.#ask(vtpm, expectedEpoch, worker);
     claim.answered();
     assert.equal(grant.epoch, expectedEpoch + 1n);
     this.ledger.granted(history, grant.epoch);
     this.#checkGrant(history, grant);
     guest.session = await worker.session(vtpm, grant);
     guest.acknowledged = 0n;
+  }
+
+  #ask(vtpm: TestVtpm, expectedEpoch: bigint, worker: WorkerClient): Promise<LoadGrant> {
+    const ticket = this.manager.toolstack.ticket(worker.managerId, vtpm, worker.keys.publicKey, {
+      expectedEpoch,
+      verbs: ['MANUFACTURE', 'RESUME'],
+    });
+    return worker.load(ticket);
   }
 
   /** One save is one unit: all of its parts are there, and of the same save. */

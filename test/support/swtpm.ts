@@ -16,8 +16,8 @@ export interface Swtpm {
   readonly process: ChildProcess;
   /** Ends the process as a power cut does, and waits until it is gone. */
   kill(): Promise<void>;
-  /** Starts it again on the same state. */
-  restart(): Promise<void>;
+  /** Starts it again on the same state. @param under a program with its arguments that runs it */
+  restart(under?: readonly string[]): Promise<void>;
   /** Ends the process and removes its directory. */
   stop(): Promise<void>;
 }
@@ -45,9 +45,9 @@ export async function startSwtpm(
       return child;
     },
     kill,
-    async restart() {
+    async restart(under) {
       await kill();
-      child = await launch(directory, socket, flags);
+      child = await launch(directory, socket, flags, under);
     },
     async stop() {
       await kill();
@@ -56,12 +56,19 @@ export async function startSwtpm(
   };
 }
 
-async function launch(directory: string, socket: string, flags: string): Promise<ChildProcess> {
+async function launch(
+  directory: string,
+  socket: string,
+  flags: string,
+  under: readonly string[] = [],
+): Promise<ChildProcess> {
   rmSync(socket, { force: true });
   rmSync(`${socket}.ctrl`, { force: true });
+  const [program = '', ...args] = [...under, 'swtpm'];
   const child = spawn(
-    'swtpm',
+    program,
     [
+      ...args,
       'socket',
       '--tpm2',
       ...['--tpmstate', `dir=${directory}`],
