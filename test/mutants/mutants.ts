@@ -36,6 +36,27 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/audit-crash', name: 'has synced before each acknowledgement' },
   },
   {
+    name: 'I-4 a file is synced before it takes the place of the old one',
+    file: 'common/src/files.ts',
+    guard: "barrier('file.written');\n    fsyncSync(fd);",
+    without: "barrier('file.written');",
+    test: { file: 'fault/power-loss', name: 'whatever the disk kept of what was not synced' },
+  },
+  {
+    name: 'I-4 the next enrolment is in force for good before the old key is erased',
+    file: 'manager/src/enrolment.ts',
+    guard: 'renameSync(from, to);\n  syncDirectory(dirname(to));',
+    without: "renameSync(from, to);\n  if (from === '') syncDirectory(dirname(to));",
+    test: { file: 'fault/power-loss', name: 'whatever the disk kept of what was not synced' },
+  },
+  {
+    name: 'I-4 everything is under the next key before that is the only one',
+    file: 'manager/src/rotation.ts',
+    guard: 'await service().rekey(() => this.#isStopping);',
+    without: 'void service().rekey(() => this.#isStopping);',
+    test: { file: 'fault/manager-crash', name: 'nothing half there and no number used twice' },
+  },
+  {
     name: 'I-5 the audit log holds the anchored entry',
     file: 'manager/src/audit/walk.ts',
     guard: 'if (n === this.anchored.length && !bytesEqual(digest, this.anchored.digest)) {',
