@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
+import { DEFAULT_LIMITS } from 'vtpm-manager/grpc/limits';
 import { encode, SAVE_PATH } from 'vtpm-proto';
 import { connectGuest } from 'vtpm-quickstart/guest';
 import { Installation } from '../support/installation.js';
@@ -58,7 +59,7 @@ class HostileWorker {
   async #knock(): Promise<void> {
     for (let count = 0; count < MOST_KNOCKS && !this.#isOver; count++) {
       const client = this.#connect();
-      for (let stream = 0; stream < 3; stream++) client.openStream();
+      for (let stream = 0; stream < DEFAULT_LIMITS.streams - 1; stream++) client.openStream();
       await client.call(SAVE_PATH, Buffer.alloc(512 * 1024, 0xff)).catch(() => this.refused++);
     }
   }
