@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { bootId, monotonicMs } from 'vtpm-common';
 import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
 import { deriveRootKeys, type KeyHierarchy } from 'vtpm-manager/keys/index';
+import { Census } from 'vtpm-manager/ownership/census';
 import type { VtpmEvent } from 'vtpm-manager/ownership/events';
 import {
   type AttachedStream,
@@ -150,6 +151,8 @@ class World {
       store: this.store,
       trust: this.trust,
       ...unwatched,
+      // Of this world alone.
+      census: new Census(),
       clock: { bootId: () => this.boot, monotonicMs: () => this.now },
     });
     this.registry.events.subscribe((event) => this.events.push(event));
