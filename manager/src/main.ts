@@ -253,6 +253,11 @@ async function goBack(_flags: object, command: Command): Promise<void> {
   );
 }
 
+/** As `vtpmctl show` says it. */
+function sayGeneration(generation: bigint): string {
+  return `${generation % 2n ** 32n}, accepted at count ${generation / 2n ** 32n} of the TPM`;
+}
+
 function describeRecovery({ isDone, refusal, vtpms, recoveryKey, needsAuthority }: RecoverResult): string[] {
   if (refusal === undefined) return ['nothing to recover: the store is the newest one, start the manager'];
   const time = (ms: bigint): string => (ms === 0n ? 'never' : new Date(Number(ms)).toISOString());
@@ -261,7 +266,7 @@ function describeRecovery({ isDone, refusal, vtpms, recoveryKey, needsAuthority 
     ...vtpms.map(
       ({ id, generation, nextGeneration, epoch, savedAt, lostAtLeast }) =>
         `${isDone ? 'went back' : 'goes back'} ${id} to generation ${generation} of ${time(savedAt)}, epoch ${epoch}` +
-        `${lostAtLeast === undefined ? '' : `; the audit log knows of generation ${lostAtLeast}`}; goes on at ${nextGeneration}`,
+        `${lostAtLeast === undefined ? '' : `; the audit log knows of generation ${lostAtLeast}`}${nextGeneration === undefined ? '' : `; goes on with ${sayGeneration(nextGeneration)}`}`,
     ),
     ...(isDone
       ? ['done      every vTPM bears the mark for ever; start the manager']

@@ -113,12 +113,19 @@ async function acceptOld(
       inForce = { ...enrolment, tpm: renewed };
       write(paths, inForce, keys.current.enrolmentMacKey);
     }
-    await acceptStore(accept, tpm.anchorCounter(inForce.tpm, keys.anchorAuth));
+    const accepted = await acceptStore(accept, tpm.anchorCounter(inForce.tpm, keys.anchorAuth));
     barrier('recover.accepted');
     // Everything is under the next generation alone; the next start erases the other.
     if (isRotating) adoptNext(paths);
-    return { ...result, isDone: true };
+    return { ...result, isDone: true, vtpms: goneOn(vtpms, accepted) };
   });
+}
+
+function goneOn(
+  vtpms: readonly RecoveredVtpm[],
+  accepted: ReadonlyMap<string, bigint>,
+): readonly RecoveredVtpm[] {
+  return vtpms.map((vtpm) => ({ ...vtpm, nextGeneration: accepted.get(vtpm.id) }));
 }
 
 /** undefined where the counter is gone, or another one is in its place. */
@@ -157,10 +164,11 @@ async function withoutTpm(options: RecoverOptions, recoveryKey: Buffer): Promise
       const { enrolment, text } = await enrolAnew(options, platform, keys, before);
       barrier('recover.enrolled');
       await spoilAnchor(accept.store, keys);
-      await acceptStore(accept, platform.tpm.anchorCounter(enrolment.tpm, keys.anchorAuth));
+      const counter = platform.tpm.anchorCounter(enrolment.tpm, keys.anchorAuth);
+      const accepted = await acceptStore(accept, counter);
       barrier('recover.accepted');
       adoptNext(paths);
-      return { ...result, isDone: true, recoveryKey: text };
+      return { ...result, isDone: true, recoveryKey: text, vtpms: goneOn(vtpms, accepted) };
     });
   } finally {
     await platform?.close();

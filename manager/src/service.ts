@@ -77,7 +77,10 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       },
       options.storeRoots,
     );
-    const opened = await openAuditLog(options.paths.audit, auditKeys(keys), store.auditAtOpen);
+    const opened = await openAuditLog(options.paths.audit, auditKeys(keys), store.auditAtOpen, {
+      // An entry that no commit follows is counted with the window too: until then it can be cut off.
+      onWritten: () => store.noteChange(),
+    });
     audit = opened.log;
     if (opened.unanchored > 0n) {
       options.log.warn(

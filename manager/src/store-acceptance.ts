@@ -23,9 +23,9 @@ export interface AcceptOptions {
 /** A vTPM as the disk has it. */
 export interface RecoveredVtpm {
   readonly id: string;
-  /** It goes on from `generation` with `nextGeneration`: none of the lost ones is used again. */
   readonly generation: bigint;
-  readonly nextGeneration: bigint;
+  /** On which it goes on, once it is done: none of the lost ones is used again. */
+  readonly nextGeneration: bigint | undefined;
   readonly epoch: bigint;
   /** Unix milliseconds. */
   readonly savedAt: bigint;
@@ -54,8 +54,13 @@ export async function surveyStore(options: AcceptOptions, counted: bigint | unde
     const record = recordOf(keys, entry);
     if (!record || record.header.kind === 'RETIRED') return;
     const { vtpmUuid, generation, epoch, savedAt } = record.header;
-    const nextGeneration = resume(record, options.mark).header.generation;
-    found.push({ id: uuidToText(vtpmUuid), generation, nextGeneration, epoch, savedAt });
+    found.push({
+      id: uuidToText(vtpmUuid),
+      generation,
+      nextGeneration: undefined,
+      epoch,
+      savedAt,
+    });
   });
   const known = new Map<string, bigint>();
   let auditFlaw: string | undefined;
@@ -91,8 +96,12 @@ function refusalOf(
 /**
  * Takes the store for the newest, after `spoilAnchor`: every live vTPM is marked, loses its session, and goes on with a
  * generation that none of the lost ones can have had; everything is put under the current generation of the root key.
+ * @returns that generation, by the vTPM's id
  */
-export async function acceptStore(options: AcceptOptions, counter: AnchorCounter): Promise<void> {
+export async function acceptStore(
+  options: AcceptOptions,
+  counter: AnchorCounter,
+): Promise<ReadonlyMap<string, bigint>> {
   const { store, keys, mark } = options;
   const audit = await openOrBeginAudit(options);
   try {
@@ -100,13 +109,13 @@ export async function acceptStore(options: AcceptOptions, counter: AnchorCounter
     const actor = { uid: process.getuid?.() ?? 0 };
     await audit.append({ actor, action, verdict: 'intended' });
     const events: { vtpm: string; generation: bigint; epoch: bigint }[] = [];
-    const change = (entry: StoreEntry): Uint8Array | undefined => {
+    const change = (entry: StoreEntry, count: bigint): Uint8Array | undefined => {
       if (entry.key === TRUST_KEY) return rekeyTrust(keys, entry.value);
       const record = recordOf(keys, entry);
       if (!record) return undefined;
       const isLive = record.header.kind === 'LIVE';
       if (!isLive && record.header.keyId === keys.current.keyId) return undefined;
-      const next = rekey(keys, isLive ? resume(record, mark) : record);
+      const next = rekey(keys, isLive ? resume(record, mark, count) : record);
       const { vtpmUuid, generation, epoch } = next.header;
       if (isLive) events.push({ vtpm: uuidToText(vtpmUuid), generation, epoch });
       return encodeRecord(keys, next);
@@ -117,6 +126,7 @@ export async function acceptStore(options: AcceptOptions, counter: AnchorCounter
       head = audit.head;
     };
     await adoptStore(store, keys, counter, () => head, change, announce);
+    return new Map(events.map(({ vtpm, generation }) => [vtpm, generation]));
   } finally {
     await audit.close();
   }

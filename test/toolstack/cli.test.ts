@@ -316,7 +316,7 @@ describe('vtpmctl', () => {
       assert.deepEqual([savedBytes, savedAt], [9000, '2026-01-02T03:04:05.678Z']);
     });
 
-    it('shows in words what happened to a vTPM, and how many rollbacks its generation counts', async () => {
+    it('shows in words what happened to a vTPM, and when an old state was accepted', async () => {
       const marked = { generation: 3 * 2 ** 32 + 5, marks: ['rolled-back', 'restored'] };
       const once = { generation: 2 ** 32 + 1, marks: ['recovered'] };
       await desk.supervisor({
@@ -330,14 +330,17 @@ describe('vtpmctl', () => {
         [`GET /vtpms/${ID(2)}`]: { body: managerVtpm(ID(2), once) },
       });
       const web1 = (await desk.ctl(['show', 'web1'])).stdout;
-      assert.match(web1, /^generation +5, after 3 accepted rollbacks$/m);
+      assert.match(web1, /^generation +5, after an old state was accepted at count 3 of the TPM$/m);
       assert.match(web1, /^mark +rolled back: .*lost$/m);
       assert.match(web1, /^mark +restored: .*backup/m);
       const web2 = (await desk.ctl(['show', 'web2'])).stdout;
-      assert.match(web2, /^generation +1, after 1 accepted rollback$/m);
+      assert.match(web2, /^generation +1, after an old state was accepted at count 1 of the TPM$/m);
       assert.match(web2, /^mark +recovered: .*recovery key/m);
       const [, first, second] = (await desk.ctl(['list'])).stdout.split('\n');
-      assert.match(first ?? '', / 5, after 3 accepted rollbacks .* rolled-back, restored$/);
+      assert.match(
+        first ?? '',
+        / 5, after an old state was accepted at count 3 of the TPM .* rolled-back, restored$/,
+      );
       assert.match(second ?? '', / recovered$/);
     });
 

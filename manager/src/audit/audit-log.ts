@@ -45,6 +45,8 @@ export interface AuditLog {
 export interface AuditLogOptions {
   /** A file that has reached it is closed, and another one begun. A start reads about this much. */
   readonly segmentBytes?: number;
+  /** Called after each write of entries. */
+  onWritten?(): void;
 }
 
 export interface OpenedAuditLog {
@@ -197,6 +199,7 @@ class GroupAuditLog implements AuditLog {
       batch = this.#queue.splice(0, heads.length);
       await this.file.append(Buffer.concat(lines));
       this.#head = heads.at(-1) ?? this.#head;
+      this.options.onWritten?.();
       for (const [i, { resolve }] of batch.entries()) resolve(heads[i] ?? this.#head);
     } catch (cause) {
       const error = ManagerError.from(cause, 'the audit log cannot be written');

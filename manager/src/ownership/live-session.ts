@@ -197,7 +197,9 @@ export class LiveSession {
     const bytes = encodeRecord(this.parts.keys, record);
     try {
       barrier('manager-before-commit');
-      const version = await this.parts.store.write(this.parts.storeKey, this.#held.version, bytes);
+      // The first one is counted at once: on a disk from before it the vTPM would be manufactured again.
+      const counting = record.header.generation === 1n ? 'now' : 'later';
+      const version = await this.parts.store.write(this.parts.storeKey, this.#held.version, bytes, counting);
       barrier('manager-after-commit');
       this.#held = { version, record };
     } catch (error) {

@@ -132,16 +132,21 @@ export function retire(record: VtpmRecord, now: bigint): VtpmRecord {
 export type Mark = 'rolled-back' | 'recovered' | 'restored';
 
 /**
- * Generations from which on a vTPM goes on after an old state of it was accepted: the saves since are lost, and nobody
- * knows how many there were. So the upper half of a generation counts accepted rollbacks, the lower one saves.
+ * Of an old state nobody knows how many saves came after it. So the upper half of a generation says at which count of the
+ * TPM an old state was last accepted (0: never), the lower one counts saves: two that go on from the same copy differ.
  */
-const ROLLBACK_STEP = 1n << 32n;
+const ACCEPTANCE = 1n << 32n;
 
-/** An old state goes on as the newest: marked, owned by nobody, at a generation that was never used. */
-export function resume(record: VtpmRecord, mark: Mark): VtpmRecord {
+/**
+ * An old state goes on as the newest: marked, owned by nobody, at a generation that was never used.
+ * @param count what the TPM's counter shows once this is accepted
+ */
+export function resume(record: VtpmRecord, mark: Mark, count: bigint): VtpmRecord {
   const { header, parts } = withoutSession(record);
-  const generation =
-    (header.generation / ROLLBACK_STEP + 1n) * ROLLBACK_STEP + (header.generation % ROLLBACK_STEP);
+  const last = header.generation / ACCEPTANCE;
+  // On another TPM the count may be lower.
+  const accepted = count > last ? count : last + 1n;
+  const generation = accepted * ACCEPTANCE + (header.generation % ACCEPTANCE);
   const marks = header.marks.includes(mark) ? header.marks : [...header.marks, mark];
   return { header: { ...header, generation, epoch: header.epoch + 1n, marks }, parts };
 }

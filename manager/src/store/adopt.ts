@@ -40,7 +40,7 @@ export async function examineStore(
 /**
  * Takes a store as it is for the newest one, after `spoilAnchor`. First every record is written as `change` has it, then
  * one anchor that fits, which the TPM counts. A crash leaves a store that is refused as before, and this is repeated.
- * @param change the new value, or undefined where the record stays
+ * @param change the new value, or undefined where the record stays; `count` is what the TPM shows at the end
  * @param beforeAnchor called when every record is as it will be
  */
 export async function adoptStore(
@@ -48,10 +48,11 @@ export async function adoptStore(
   keys: KeyHierarchy,
   counter: AnchorCounter,
   audit: () => AuditHead,
-  change: (entry: StoreEntry) => Uint8Array | undefined,
+  change: (entry: StoreEntry, count: bigint) => Uint8Array | undefined,
   beforeAnchor: () => Promise<void>,
 ): Promise<void> {
-  const shown = await counter.read();
+  // Counted before too: there may be a disk whose anchor says the next value and was never counted.
+  const shown = await counter.increment();
   const resets = (await counter.orderly?.resets()) ?? 0;
   const leaves: LeafChange[] = [];
   let anchorVersion = 0;
@@ -68,7 +69,7 @@ export async function adoptStore(
       anchorVersion = entry.version;
       continue;
     }
-    const value = change(entry);
+    const value = change(entry, shown + 1n);
     const version = value ? entry.version + 1 : entry.version;
     leaves.push({ key: entry.key, version, digest: valueDigest(value ?? entry.value) });
     if (!value) continue;

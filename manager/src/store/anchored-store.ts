@@ -31,6 +31,8 @@ export interface AnchoredStore {
    * `too-large`, `bad-request`; anything else ends the store: it refuses whatever follows with the same error
    */
   write(key: string, expectedVersion: number, value: Uint8Array, counting?: Counting): Promise<number>;
+  /** Something that the anchor speaks of has changed without a write: the TPM counts it within the window. */
+  noteChange(): void;
   /** Has the TPM count what was written so far, and the audit chain with it. */
   count(): Promise<void>;
   /** The audit chain as the anchor said it when the store was opened. */

@@ -120,6 +120,10 @@ export class GroupCommitStore implements AnchoredStore {
     });
   }
 
+  noteChange(): void {
+    this.#steps.noteWrite();
+  }
+
   count(): Promise<void> {
     return new Promise((resolve, reject) => {
       this.#refuseIfEnded();

@@ -1,6 +1,7 @@
 import type { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { exitStatus } from '../exit-status.js';
+import { sayGeneration } from '../generation.js';
 import { type Entry, findEntry, type Orphan, takeInventory } from '../inventory.js';
 import type { Erasure } from '../manager-api.js';
 import { bytes, fields, table, time } from '../output.js';
@@ -20,9 +21,6 @@ const MARKS: Readonly<Record<string, string>> = {
   restored: 'restored: its state was taken from a backup, the saves after it are lost',
 };
 
-/** Generations of this many saves each are counted anew with each accepted rollback. */
-const ROLLBACK_STEP = 2 ** 32;
-
 /** @returns the exit status: what could be learnt is shown even where one of the daemons does not answer */
 export async function list({ supervisor, manager, output }: Context): Promise<number> {
   const { entries, missing } = await takeInventory(supervisor, manager);
@@ -30,7 +28,7 @@ export async function list({ supervisor, manager, output }: Context): Promise<nu
     entry.name ?? '-',
     entry.id,
     entry.state,
-    sayGeneration(entry.generation) ?? '-',
+    entry.generation === null ? '-' : sayGeneration(entry.generation),
     bytes(entry.savedBytes),
     time(entry.savedAt),
     entry.marks.join(', ') || '-',
@@ -58,7 +56,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['note', note(entry)],
       ['VM run', entry.vmRunId],
       ['epoch', entry.epoch],
-      ['generation', sayGeneration(entry.generation)],
+      ['generation', entry.generation === null ? null : sayGeneration(entry.generation)],
       ['saved', entry.savedAt === null ? null : `${time(entry.savedAt)}, ${bytes(entry.savedBytes)}`],
       ['created', entry.createdAt === null ? null : time(entry.createdAt)],
       ['libtpms', entry.libtpmsVersion],
@@ -92,15 +90,6 @@ function sayMissing(missing: readonly ToolstackError[], output: Context['output'
   for (const error of missing) output.note(`vtpmctl: incomplete: ${error.message}`);
   const first = missing[0];
   return first ? exitStatus(first.code) : 0;
-}
-
-/** The upper half of a generation counts accepted rollbacks, the lower one saves. */
-function sayGeneration(generation: number | null): string | null {
-  if (generation === null) return null;
-  const rollbacks = Math.floor(generation / ROLLBACK_STEP);
-  const saves = String(generation % ROLLBACK_STEP);
-  if (rollbacks === 0) return saves;
-  return `${saves}, after ${rollbacks} accepted ${rollbacks === 1 ? 'rollback' : 'rollbacks'}`;
 }
 
 function sayErasure({ isDone, retiredAt, due }: Erasure): string {

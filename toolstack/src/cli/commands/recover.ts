@@ -1,6 +1,7 @@
 import { resolve } from 'node:path';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
+import { sayGeneration } from '../generation.js';
 import { readGivenFile, reserveSecretFile } from '../given-files.js';
 import { runManagerCommand } from '../manager-command.js';
 import { time } from '../output.js';
@@ -20,7 +21,8 @@ interface Recovered {
   readonly vtpms: readonly {
     readonly id: string;
     readonly generation: number;
-    readonly nextGeneration: number;
+    /** Absent before it is done. */
+    readonly nextGeneration?: number;
     readonly epoch: number;
     /** Unix milliseconds, 0 for never. */
     readonly savedAt: number;
@@ -84,7 +86,7 @@ function describe(result: Recovered, keyFile: string | undefined): string[] {
     const saved = savedAt === 0 ? 'never' : time(new Date(savedAt).toISOString());
     const from = lostAtLeast === undefined ? 'an unknown generation' : `generation ${lostAtLeast} or later`;
     lines.push(
-      `${id} ${isDone ? 'went' : 'goes'} back from ${from} to generation ${generation} (epoch ${epoch}, saved ${saved}), and on with ${nextGeneration}`,
+      `${id} ${isDone ? 'went' : 'goes'} back from ${from} to generation ${generation} (epoch ${epoch}, saved ${saved})${nextGeneration === undefined ? '' : `, and on with ${sayGeneration(nextGeneration)}`}`,
     );
   }
   if (!isDone) {
