@@ -121,7 +121,8 @@ export function readEnrolment(paths: Paths['manager']): UnverifiedEnrolment {
   return file;
 }
 
-function unverified(path: string, text: string): UnverifiedEnrolment {
+/** What an enrolment file says. @param path for messages @throws ManagerError `store-corrupt`, `newer-format`, `older-format` */
+export function unverified(path: string, text: string): UnverifiedEnrolment {
   const file = parse(path, text);
   return {
     enrolment: file.enrolment,

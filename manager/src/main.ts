@@ -9,6 +9,7 @@ import {
   VERSION,
 } from 'vtpm-common';
 import { checkAudit, describeAudit } from './audit-check.js';
+import { addBackupCommands } from './backup/commands.js';
 import { startDaemon } from './daemon.js';
 import { examineHost } from './doctor/index.js';
 import { ManagerError } from './error.js';
@@ -129,6 +130,8 @@ program
   .description('verifies the audit log while the manager is stopped; vtpmctl audit verify does this for you')
   .option('--json', 'print the result as JSON')
   .action(verifyAuditLog);
+
+addBackupCommands(program, { setUp, readSecret, key });
 
 await program.parseAsync().catch((error: unknown) => fail(error));
 

@@ -176,8 +176,8 @@ async function withoutTpm(options: RecoverOptions, recoveryKey: Buffer): Promise
   }
 }
 
-/** @throws ManagerError `bad-request` where it is another recovery key */
-function unbox(recoveryKey: Uint8Array, { enrolment, verify }: UnverifiedEnrolment): RootKeys {
+/** Releases the root key without the TPM. @throws ManagerError `bad-request` where it is another recovery key */
+export function unbox(recoveryKey: Uint8Array, { enrolment, verify }: UnverifiedEnrolment): RootKeys {
   const { installation, root } = enrolment.tpm;
   const inputs = openRecoveryBox(recoveryKey, enrolment.recovery, installation, root.generation);
   const rootKey = rootKeyFromInputs(inputs, Buffer.from(installation, 'hex'));

@@ -1,5 +1,6 @@
 import { barrier, type Logger, type Paths, shortageText, spaceShortage } from 'vtpm-common';
 import { type AuditKeys, type AuditLog, openAuditLog } from './audit/index.js';
+import { BackupControl } from './backup/control.js';
 import { Erasure } from './erasure.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
@@ -18,6 +19,7 @@ export interface Service {
   readonly trust: TrustStore;
   readonly audit: AuditLog;
   readonly erasure: Erasure;
+  readonly backup: BackupControl;
   /**
    * Puts everything in the store under the current generation of the root key, beside what else goes on. Can be repeated.
    * @param isOver asked now and then whether to stop
@@ -113,6 +115,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       trust,
       audit: log,
       erasure,
+      backup: new BackupControl({ paths: options.paths, keys, store, registry, audit: log }),
       rekey: async (isOver) => {
         const { keyId: id, auditKey: key } = keys.current;
         await log.withKey({ id, key });

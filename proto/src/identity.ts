@@ -91,14 +91,14 @@ export function verifyTicketChain(signed: SignedTicket): VerifiedTicket {
   ] as const) {
     expectLength(what, bytes, length);
   }
-  verifySignature(
+  checkSignature(
     'delegation',
     delegation.toolstackKey,
     DELEGATION_DOMAIN,
     signed.delegation,
     signed.delegationSignature,
   );
-  verifySignature('ticket', delegation.delegateKey, TICKET_DOMAIN, signed.ticket, signed.signature);
+  checkSignature('ticket', delegation.delegateKey, TICKET_DOMAIN, signed.ticket, signed.signature);
   if (
     !Buffer.from(ticket.vtpmUuid).equals(delegation.vtpmUuid) ||
     !Buffer.from(ticket.vmUuid).equals(delegation.vmUuid)
@@ -122,15 +122,20 @@ function checkFormat(what: string, format: number): void {
   if (format !== IDENTITY_FORMAT) throw new ProtoError('malformed', `the ${what} has format ${format}`);
 }
 
-function verifySignature(
+function checkSignature(
   what: string,
   publicKey: Uint8Array,
   domain: Uint8Array,
   message: Uint8Array,
   signature: Uint8Array,
 ): void {
-  const key = createPublicKey({ key: Buffer.concat([SPKI_PREFIX, publicKey]), format: 'der', type: 'spki' });
-  if (!verify(null, Buffer.concat([domain, message]), key, signature)) {
+  if (!verifySignature(publicKey, Buffer.concat([domain, message]), signature)) {
     throw new ProtoError('forged', `the ${what}'s signature does not verify`);
   }
+}
+
+/** Ed25519 (RFC 8032). @param publicKey 32 bytes */
+export function verifySignature(publicKey: Uint8Array, message: Uint8Array, signature: Uint8Array): boolean {
+  const key = createPublicKey({ key: Buffer.concat([SPKI_PREFIX, publicKey]), format: 'der', type: 'spki' });
+  return verify(null, message, key, signature);
 }

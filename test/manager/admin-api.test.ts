@@ -5,6 +5,9 @@ import { type IncomingMessage, request } from 'node:http';
 import { join } from 'node:path';
 import { Ajv2020 } from 'ajv/dist/2020.js';
 import { ROUTES } from 'vtpm-manager/admin/routes';
+import { newBackupKey, parseBackupSecret } from 'vtpm-manager/backup/operator-key';
+import { openEntry, readBackup } from 'vtpm-manager/backup/read';
+import { encode, uuidToText } from 'vtpm-proto';
 import { parse } from 'yaml';
 import { REPOSITORY } from '../support/installation.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
@@ -12,7 +15,7 @@ import { Host } from './platform-fixture.js';
 
 interface Operation {
   readonly 'x-audit'?: string;
-  readonly requestBody?: { readonly content: { readonly 'application/json': { readonly schema: object } } };
+  readonly requestBody?: { readonly content: Readonly<Record<string, { readonly schema: object }>> };
   readonly responses: Readonly<Record<string, Response>>;
 }
 interface Response {
@@ -48,8 +51,11 @@ interface Answer {
   readonly status: number;
   readonly type: string;
   readonly allow: string | undefined;
+  readonly bytes: Buffer;
   readonly text: string;
 }
+
+const OCTETS = 'application/octet-stream';
 
 describe('docs/admin-api.yaml', () => {
   let host: Host;
@@ -91,10 +97,9 @@ describe('docs/admin-api.yaml', () => {
     // What was taken is what is documented, too.
     const taken = description.paths[template]?.[method.toLowerCase()]?.requestBody;
     if (taken && body !== undefined && answer.status < 300) {
-      check(
-        ['paths', template, method.toLowerCase(), 'requestBody', 'content', 'application/json', 'schema'],
-        body,
-      );
+      const type = Buffer.isBuffer(body) ? OCTETS : 'application/json';
+      assert.ok(taken.content[type], `${call} takes ${type}`);
+      check(['paths', template, method.toLowerCase(), 'requestBody', 'content', type, 'schema'], body);
     }
     const statuses = seen.get(call) ?? new Set();
     seen.set(call, statuses.add(String(answer.status)));
@@ -103,15 +108,36 @@ describe('docs/admin-api.yaml', () => {
 
   async function raw(method: string, path: string, body?: unknown, lines?: number): Promise<Answer> {
     const sent = request({ socketPath: host.manager.paths.adminSocket, method, path });
-    sent.end(body === undefined ? undefined : typeof body === 'string' ? body : JSON.stringify(body));
+    const isRaw = typeof body === 'string' || Buffer.isBuffer(body);
+    sent.end(body === undefined || isRaw ? body : JSON.stringify(body));
     const [response] = (await once(sent, 'response')) as [IncomingMessage];
-    let text = '';
-    for await (const chunk of response.setEncoding('utf8')) {
-      text += chunk;
-      if (lines !== undefined && text.split('\n').length > lines) break;
+    let bytes = Buffer.alloc(0);
+    for await (const chunk of response as AsyncIterable<Buffer>) {
+      bytes = Buffer.concat([bytes, chunk]);
+      if (lines !== undefined && bytes.toString().split('\n').length > lines) break;
     }
     const { 'content-type': type = '', allow } = response.headers;
-    return { status: response.statusCode ?? 0, type: type.split(';')[0] ?? '', allow, text };
+    return {
+      status: response.statusCode ?? 0,
+      type: type.split(';')[0] ?? '',
+      allow,
+      bytes,
+      text: bytes.toString(),
+    };
+  }
+
+  /** What brings back each vTPM of a backup. */
+  async function restoreRequests(backup: Buffer, secret: string): Promise<Map<string, Buffer>> {
+    const path = join(host.manager.home, 'backup.vtpm');
+    writeFileSync(path, backup);
+    const requests = new Map<string, Buffer>();
+    await readBackup(path, (start, entry) => {
+      const { facts, signature, parsed } = entry;
+      const content = openEntry(parseBackupSecret(secret), start, entry);
+      const request = encode('RestoreRequest', { headerDigest: start.digest, facts, signature, content });
+      requests.set(uuidToText(parsed.vtpmUuid), request);
+    });
+    return requests;
   }
 
   /** @returns the function that ends its worker in order */
@@ -155,6 +181,21 @@ describe('docs/admin-api.yaml', () => {
     const endOne = await loaded(one);
     await (await loaded(two))();
     await send('POST /vtpms/{id}/retire', one);
+    const key = newBackupKey();
+    const to = key.public;
+    const { bytes } = await send('POST /backup', {}, { to });
+    await send('POST /backup', {}, { to, vtpms: [one.id] });
+    await send('POST /backup', {}, { to, vtpms: [unknown.id] });
+    await send('POST /backup', {}, { to, vtpm: [one.id] });
+    await send('POST /backup', {}, { to: 'a'.repeat(70_000) });
+    const requests = await restoreRequests(bytes, key.secret);
+    const [connected, idle] = [requests.get(one.id), requests.get(two.id)];
+    for (const query of ['', '?accept-rollback=yes', '?accept-rollback=1', '?accept_rollback=yes']) {
+      await send('POST /restore', {}, idle, query);
+      await send('POST /restore', {}, connected, query);
+    }
+    await send('POST /restore', {}, Buffer.alloc(600_000));
+    await send('GET /vtpms/{id}', two);
     await endOne();
     await send('GET /vtpms', {}, undefined, '?limit=1');
     await send('GET /vtpms', {}, undefined, '?limit=0');

@@ -1,7 +1,6 @@
-import { once } from 'node:events';
-import type { ServerResponse } from 'node:http';
 import { type AuditEntry, type AuditLog, verifyChain, viewOf } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import { sendStream } from './http.js';
 import {
   type AdminContext,
   type AdminRequest,
@@ -61,21 +60,7 @@ async function exportLines(
     verdict: 'done',
     facts: { from: String(from), to: String(to) },
   });
-  return (response) => send(response, lines);
-}
-
-/** What is refused with its first line is refused in full; later the connection breaks, so that no part passes for all. */
-async function send(response: ServerResponse, lines: AsyncGenerator<string>): Promise<void> {
-  try {
-    for await (const text of lines) {
-      if (!response.headersSent) response.writeHead(200, { 'content-type': 'application/x-ndjson' });
-      if (response.destroyed) return;
-      if (!response.write(text)) await Promise.race([once(response, 'drain'), once(response, 'close')]);
-    }
-    response.end();
-  } finally {
-    await lines.return(undefined);
-  }
+  return (response) => sendStream(response, 'application/x-ndjson', lines);
 }
 
 /** The reader's numbers: they stay below 2^53. */

@@ -1,3 +1,4 @@
+import { once } from 'node:events';
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import { ManagerError, type ManagerErrorCode } from '../error.js';
 import type { JsonAnswer } from './route.js';
@@ -16,6 +17,7 @@ const STATUS: Partial<Record<ManagerErrorCode, number>> = {
   retired: 409,
   stale: 409,
   'platform-policy': 409,
+  'wrong-manager': 409,
   locked: 503,
   'shutting-down': 503,
   'audit-corrupt': 500,
@@ -26,6 +28,27 @@ export function sendJson(response: ServerResponse, { status, body }: JsonAnswer)
   const bytes = Buffer.from(`${JSON.stringify(body)}\n`);
   response.writeHead(status, { 'content-type': 'application/json', 'content-length': bytes.length });
   response.end(bytes);
+}
+
+/**
+ * What is refused with its first chunk is refused in full; later the connection breaks, so that no part passes for all. For
+ * a reader that is gone nothing more is asked of `chunks`.
+ */
+export async function sendStream(
+  response: ServerResponse,
+  type: string,
+  chunks: AsyncIterable<string | Buffer>,
+): Promise<void> {
+  const gone = new AbortController();
+  response.once('close', () => gone.abort());
+  for await (const chunk of chunks) {
+    if (!response.headersSent) response.writeHead(200, { 'content-type': type });
+    if (response.destroyed) return;
+    if (!response.write(chunk)) {
+      await once(response, 'drain', { signal: gone.signal }).catch(() => undefined);
+    }
+  }
+  response.end();
 }
 
 export function statusOf({ code }: ManagerError): number {
@@ -39,23 +62,27 @@ export function errorAnswer(error: ManagerError): JsonAnswer {
   };
 }
 
+/** @returns the body @throws ManagerError `too-large` */
+export async function readBytes(request: IncomingMessage, limit: number): Promise<Buffer> {
+  const chunks: Buffer[] = [];
+  let length = 0;
+  for await (const chunk of request as AsyncIterable<Buffer>) {
+    length += chunk.length;
+    if (length > limit) throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks);
+}
+
 /** @returns the JSON object of the body @throws ManagerError `too-large`, `bad-request` */
 export async function readJson(
   request: IncomingMessage,
   limit = MAX_BODY_BYTES,
 ): Promise<Record<string, unknown>> {
-  const chunks: Buffer[] = [];
-  let length = 0;
-  for await (const chunk of request as AsyncIterable<Buffer>) {
-    length += chunk.length;
-    if (length > limit) {
-      throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
-    }
-    chunks.push(chunk);
-  }
+  const body = await readBytes(request, limit);
   let value: unknown;
   try {
-    value = JSON.parse(Buffer.concat(chunks).toString('utf8'));
+    value = JSON.parse(body.toString('utf8'));
   } catch (cause) {
     throw new ManagerError('bad-request', 'the request body is not JSON', { cause });
   }

@@ -2,7 +2,7 @@ import type { AuditAction, AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { wipe } from '../keys/index.js';
 import type { ApprovalOutcome, PlatformControl, PlatformView } from '../platform-control.js';
-import { type AdminRequest, type Answer, ok, type Route } from './route.js';
+import { type Answer, bodyOf, ok, type Route } from './route.js';
 
 /** Approvals are about 1 KiB each, and there may be many to survive. */
 const MAX_BODY_BYTES = 1024 * 1024;
@@ -38,21 +38,11 @@ function call(
     path,
     ...(audits && { audits }),
     handle: async (request, { platform }) =>
-      await handle(await bodyOf(request, names), platform(), request.actor),
+      await handle(await bodyOf(request, names, MAX_BODY_BYTES), platform(), request.actor),
   };
 }
 
 type Body = Readonly<Record<string, unknown>>;
-
-/** @throws ManagerError `bad-request` where it has other members: a misspelt one must not be left out in silence */
-async function bodyOf(request: AdminRequest, names: readonly string[]): Promise<Body> {
-  const body = await request.body(MAX_BODY_BYTES);
-  const other = Object.keys(body).find((name) => !names.includes(name));
-  if (other !== undefined) {
-    throw new ManagerError('bad-request', `this call takes ${names.join(', ')}, not "${other.slice(0, 40)}"`);
-  }
-  return body;
-}
 
 async function ask({ label, pcrs, next, pcrSelection }: Body, platform: PlatformControl): Promise<Answer> {
   if (typeof label !== 'string' || label === '' || label.length > MAX_LABEL) {

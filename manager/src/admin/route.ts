@@ -1,6 +1,7 @@
 import type { ServerResponse } from 'node:http';
 import type { Finding } from 'vtpm-common';
 import type { AuditAction, AuditActor, AuditEvent, AuditLog } from '../audit/index.js';
+import type { BackupControl } from '../backup/control.js';
 import { ManagerError } from '../error.js';
 import type { MetricsState } from '../metrics.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
@@ -13,6 +14,7 @@ export interface AdminService {
   readonly registry: VtpmRegistry;
   readonly trust: TrustStore;
   readonly audit: AuditLog;
+  readonly backup: BackupControl;
 }
 
 /** The manager as its admin plane sees it. */
@@ -44,6 +46,8 @@ export interface AdminRequest {
   param(name: string): string;
   /** @param limit in bytes, where it is not the usual one @throws ManagerError `too-large`, `bad-request` */
   body(limit?: number): Promise<Record<string, unknown>>;
+  /** The body as it is. @param limit in bytes @throws ManagerError `too-large` */
+  bytes(limit: number): Promise<Buffer>;
   /** The caller's uid, for the audit log. */
   readonly actor: AuditActor;
 }
@@ -112,6 +116,24 @@ export function onlyKnown(query: URLSearchParams, names: readonly string[]): voi
 export type Match =
   | { readonly route: Route; readonly params: ReadonlyMap<string, string> }
   | { readonly allowed: readonly Route['method'][] };
+
+/**
+ * @param names members that the body may have
+ * @param limit in bytes, where it is not the usual one
+ * @throws ManagerError `bad-request` where it has other members: a misspelt one must not be left out in silence
+ */
+export async function bodyOf(
+  request: AdminRequest,
+  names: readonly string[],
+  limit?: number,
+): Promise<Readonly<Record<string, unknown>>> {
+  const body = await request.body(limit);
+  const other = Object.keys(body).find((name) => !names.includes(name));
+  if (other !== undefined) {
+    throw new ManagerError('bad-request', `this call takes ${names.join(', ')}, not "${other.slice(0, 40)}"`);
+  }
+  return body;
+}
 
 export function matchRoute(routes: readonly Route[], method: string, path: readonly string[]): Match {
   const here = routes.flatMap((route) => {

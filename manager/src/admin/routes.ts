@@ -1,3 +1,4 @@
+import { backupRoutes } from '../backup/routes.js';
 import { METRICS_TYPE, renderMetrics } from '../metrics.js';
 import { auditRoutes } from './audit-routes.js';
 import { streamEvents } from './event-stream.js';
@@ -33,4 +34,5 @@ export const ROUTES: readonly Route[] = [
   ...imageRoutes,
   ...platformRoutes,
   ...auditRoutes,
+  ...backupRoutes,
 ];

@@ -4,7 +4,7 @@ import type { Logger } from 'vtpm-common';
 import type { AuditAction } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { listenLocally } from '../local-socket.js';
-import { errorAnswer, readJson, sendJson, statusOf } from './http.js';
+import { errorAnswer, readBytes, readJson, sendJson, statusOf } from './http.js';
 import { type AdminContext, type Answer, isUuid, matchRoute } from './route.js';
 import { ROUTES } from './routes.js';
 
@@ -95,6 +95,7 @@ async function handle(
         query: url.searchParams,
         param: (name) => params.get(name) ?? '',
         body: (limit) => readJson(request, limit),
+        bytes: (limit) => readBytes(request, limit),
         actor,
       },
       options,

@@ -1,4 +1,4 @@
-import { type BoxKeyPair, boxKeyPair, expectLength } from 'vtpm-proto';
+import { type BoxKeyPair, boxKeyPair, expectLength, type SigningKey, signingKeyFromSeed } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { anchorAuthOf, type InstallationSecrets } from './keyring.js';
 import type { RootKeys } from './root-keys.js';
@@ -21,6 +21,8 @@ export interface SessionNames {
 export class KeyHierarchy {
   /** The manager's identity: Load requests are boxed to it. */
   readonly identity: BoxKeyPair;
+  /** Signs backups. It stays over rotations, so that the installation knows its own for ever. */
+  readonly backupKey: SigningKey;
   readonly #sessionRoot: Buffer;
   readonly #anchorAuth: Buffer;
   readonly #generations = new Map<number, RootKeys>();
@@ -31,6 +33,9 @@ export class KeyHierarchy {
     this.#current = root;
     this.#generations.set(root.keyId, root);
     this.identity = boxKeyPair(secrets.identity);
+    const seed = hkdf(secrets.identity, root.storeId, 'vtpm.v1 backup signature');
+    this.backupKey = signingKeyFromSeed(seed);
+    wipe(seed);
     this.#sessionRoot = hkdf(secrets.session, root.storeId, 'vtpm.v1 session root');
     this.#anchorAuth = anchorAuthOf(secrets, root.storeId);
   }

@@ -199,6 +199,38 @@ export class VtpmRegistry {
     });
   }
 
+  /**
+   * Puts a record in the place of the one that is there, or of none. The TPM has counted it when it resolves: no disk from
+   * before brings the other one back. Whoever had the vTPM has it no more.
+   * @param change from the header of now, and what the TPM's counter shows at least when it is done; undefined changes
+   * nothing
+   * @throws ManagerError `busy` while a worker is connected, and what `change` throws
+   */
+  async restore(
+    vtpmUuid: string,
+    actor: AuditActor,
+    facts: Readonly<Record<string, string>>,
+    change: (held: RecordHeader | undefined, count: bigint) => VtpmRecord | undefined,
+  ): Promise<void> {
+    this.#checkOpen();
+    const slot = this.#slot(vtpmUuid);
+    await slot.exclusively('restore', async () => {
+      if (slot.live) {
+        throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
+      }
+      const held = await this.#read(vtpmUuid);
+      const record = change(held?.record.header, this.options.store.stated.counter + 1n);
+      if (!record) return;
+      if (!held) this.options.checkRoom?.();
+      await this.#audit(actor, 'restore', 'intended', record.header, facts);
+      barrier('restore.announced');
+      await this.#write(vtpmUuid, held, record, 'now');
+      barrier('restore.written');
+      await this.#audit(actor, 'restore', 'done', record.header, facts);
+    });
+    if (slot.isDispensable) this.#slots.delete(vtpmUuid);
+  }
+
   /** Puts a vTPM's record under the current generation of the root key, between two of its operations. */
   async rekey(vtpmUuid: string): Promise<void> {
     this.#checkOpen();
@@ -221,9 +253,14 @@ export class VtpmRegistry {
   /** @throws ManagerError `unknown-vtpm` */
   async view(vtpmUuid: string): Promise<VtpmView> {
     const live = this.#slots.get(vtpmUuid)?.live;
-    const record = live?.record ?? (await this.#read(vtpmUuid))?.record;
+    const record = await this.record(vtpmUuid);
     if (!record) throw unknownVtpm(vtpmUuid);
     return { header: record.header, savedBytes: savedBytes(record), isConnected: live !== undefined };
+  }
+
+  /** As it is durable now, whether or not a worker is connected. */
+  async record(vtpmUuid: string): Promise<VtpmRecord | undefined> {
+    return this.#slots.get(vtpmUuid)?.live?.record ?? (await this.#read(vtpmUuid))?.record;
   }
 
   /** UUIDs in order, behind `after`. */

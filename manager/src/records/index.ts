@@ -1,2 +1,3 @@
 export * from './format.js';
+export * from './restored.js';
 export * from './transitions.js';

@@ -135,7 +135,7 @@ export type Mark = 'rolled-back' | 'recovered' | 'restored';
  * Of an old state nobody knows how many saves came after it. So the upper half of a generation says at which count of the
  * TPM an old state was last accepted (0: never), the lower one counts saves: two that go on from the same copy differ.
  */
-const ACCEPTANCE = 1n << 32n;
+export const ACCEPTANCE = 1n << 32n;
 
 /**
  * An old state goes on as the newest: marked, owned by nobody, at a generation that was never used.
@@ -233,7 +233,8 @@ function partsAfter(
   ];
 }
 
-function contextOf(header: RecordHeader, kind: PartKind) {
+/** What a part of the record says of itself. */
+export function contextOf(header: RecordHeader, kind: PartKind) {
   return {
     format: RECORD_FORMAT,
     kind,

@@ -115,7 +115,8 @@ function authentic(keys: KeyHierarchy, anchor: Uint8Array): AnchorFacts | undefi
   }
 }
 
-async function* entriesOf(store: StateStore): AsyncGenerator<StoreEntry> {
+/** Every record in order, page by page. @throws ManagerError `store-corrupt` */
+export async function* entriesOf(store: StateStore): AsyncGenerator<StoreEntry> {
   for await (const page of pagesOf(store)) yield* page;
 }
 

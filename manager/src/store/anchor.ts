@@ -55,6 +55,15 @@ export function openAnchor(keys: KeyHierarchy, record: Uint8Array): AnchorFacts 
   return { root, counter, audit: { length: auditLength, digest: Buffer.from(auditHead) }, resets };
 }
 
+/** What an anchor says, for who has no key: whether it is authentic only the manager knows. @throws ManagerError `store-corrupt` */
+export function statedUnverified(
+  record: Uint8Array,
+): Pick<AnchorFacts, 'root' | 'counter'> & { keyId: number } {
+  const { statement, keyId } = parse('AnchorRecord', record);
+  const { root, counter } = parse('AnchorStatement', statement);
+  return { root, counter, keyId };
+}
+
 function parse<K extends 'AnchorRecord' | 'AnchorStatement'>(
   name: K,
   bytes: Uint8Array,

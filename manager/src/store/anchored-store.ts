@@ -4,7 +4,7 @@ import type { AuditHead } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
 import type { AnchorCounter } from '../root-tpm/index.js';
-import { ANCHOR_KEY, openAnchor, sealAnchor } from './anchor.js';
+import { ANCHOR_KEY, type AnchorFacts, openAnchor, sealAnchor } from './anchor.js';
 import { reconcile } from './anchor-counter.js';
 import { GroupCommitStore } from './group-commit.js';
 import { buildMerkleTree, type LeafChange, valueDigest } from './merkle-tree.js';
@@ -52,6 +52,8 @@ export interface AnchoredStore {
    * of which it is not known whether it happened. Whoever opens the store again after it was lost hands them over.
    */
   readonly roots: readonly Buffer[];
+  /** What the anchor says after the newest commit. */
+  readonly stated: Pick<AnchorFacts, 'root' | 'counter'>;
   /** Writes what was asked for, has the TPM count it and the audit chain as it is, then closes the StateStore. */
   close(): Promise<void>;
 }

@@ -86,6 +86,10 @@ export class GroupCommitStore implements AnchoredStore {
     return this.#uncertain ? [this.tree.root, this.#uncertain] : [this.tree.root];
   }
 
+  get stated(): { root: Buffer; counter: bigint } {
+    return { root: this.tree.root, counter: this.#steps.stated };
+  }
+
   keys(after: string | undefined, limit: number): string[] {
     return this.tree.keys(after, limit);
   }

@@ -1,4 +1,5 @@
-export { adoptStore, examineStore, type StoreVerdict, spoilAnchor } from './adopt.js';
+export { adoptStore, entriesOf, examineStore, type StoreVerdict, spoilAnchor } from './adopt.js';
+export { ANCHOR_KEY, statedUnverified } from './anchor.js';
 export {
   type AnchoredStore,
   type AnchorOptions,
@@ -9,4 +10,5 @@ export {
 } from './anchored-store.js';
 export { MAX_VALUE_BYTES } from './limits.js';
 export { openLmdbStore } from './lmdb-store.js';
+export { buildMerkleTree, type LeafChange, valueDigest } from './merkle-tree.js';
 export type { StateStore, StoreEntry, StoreWrite } from './state-store.js';

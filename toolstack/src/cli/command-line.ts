@@ -1,5 +1,6 @@
 import { Command, CommanderError, Option } from 'commander';
 import { CONFIG_KEYS, defaultHome, libtpmsVersion, VERSION } from 'vtpm-common';
+import { addBackupCommands } from './backup-commands.js';
 import { auditCommands } from './commands/audit.js';
 import { showConfig } from './commands/config.js';
 import { type CreateFlags, create } from './commands/create.js';
@@ -151,6 +152,7 @@ ${EXIT_STATUSES}`,
   ])
     .argument('<name>', '1 to 63 of a-z, 0-9, ".", "_" and "-"')
     .option('--vm-uuid <uuid>', 'the VM it belongs to (default: a new UUID)')
+    .option('--adopt <id>', 'of a vTPM that the manager keeps and that has no name: after a rebuild')
     .addOption(
       new Option('--isolation <kind>', 'how its worker is confined (default: as config show says)').choices([
         'sandbox',
@@ -251,6 +253,7 @@ ${EXIT_STATUSES}`,
     'the platform states in which the TPM releases the root key, and that key',
   );
   addPlatformCommands(program, platformCommand, add, run);
+  addBackupCommands(program, add, run);
 
   auditCommands(
     group(program, 'audit', 'the log of what was done with this installation, and by whom'),

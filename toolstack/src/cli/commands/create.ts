@@ -9,6 +9,8 @@ import { fields } from '../output.js';
 import { delegate, readToolstackKey } from '../toolstack-key.js';
 
 export interface CreateFlags {
+  /** Id of a vTPM that the manager keeps and that has no name here. */
+  readonly adopt?: string;
   readonly vmUuid?: string;
   readonly isolation?: string;
   readonly autostart?: boolean;
@@ -40,8 +42,7 @@ export async function create(name: string, flags: CreateFlags, context: Context)
   const access = parseSocketAccess(flags.socketOwner, flags.socketMode);
   const key = readToolstackKey(configuration.paths);
   const { delegateKey } = await supervisor.health();
-  const id = randomUUID();
-  const vmUuid = flags.vmUuid?.toLowerCase() ?? randomUUID();
+  const { id, vmUuid } = await namesOf(flags, context);
   const vtpm = await supervisor.create({
     id,
     name,
@@ -60,4 +61,19 @@ export async function create(name: string, flags: CreateFlags, context: Context)
       ['VM', vtpm.vmUuid],
     ])}\nnext: vtpmctl start ${vtpm.name}`,
   );
+}
+
+/** A vTPM that has state keeps its id, and the VM it belongs to. */
+async function namesOf(
+  { adopt, vmUuid }: CreateFlags,
+  { manager }: Context,
+): Promise<{ readonly id: string; readonly vmUuid: string }> {
+  if (adopt === undefined) return { id: randomUUID(), vmUuid: vmUuid?.toLowerCase() ?? randomUUID() };
+  if (vmUuid !== undefined) {
+    throw new ToolstackError('usage', '--adopt takes the VM that the vTPM belongs to; leave --vm-uuid out');
+  }
+  if (!isUuid(adopt)) throw new ToolstackError('usage', `--adopt takes the id of a vTPM, not "${adopt}"`);
+  const kept = await manager.vtpm(adopt.toLowerCase());
+  if (kept.kind === 'live') return { id: kept.id, vmUuid: kept.vmUuid };
+  throw new ToolstackError('bad-request', `vTPM ${kept.id} was retired for good; create a new one`);
 }
