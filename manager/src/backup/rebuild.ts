@@ -1,4 +1,4 @@
-import { existsSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, renameSync, rmSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import {
   barrier,
@@ -76,12 +76,12 @@ export async function rebuild(options: RebuildOptions): Promise<RebuildResult> {
     checkRecipient(seen.header, options.secretKey);
     const text = Buffer.from(seen.header.enrolment).toString('utf8');
     const file = unverified('the enrolment in the backup', text);
-    writeFileDurably(markerPath(paths), '');
+    writeFileDurably(begunPath(paths), text);
     removeBegun(paths);
     if (seen.header.approvals.length > 0) writeFileDurably(paths.approvals, seen.header.approvals);
     return await (options.recoveryKey
-      ? withoutTpm(options, seen, file, text, options.recoveryKey)
-      : withTpm(options, seen, file, text));
+      ? withoutTpm(options, seen, file, options.recoveryKey)
+      : withTpm(options, seen, file));
   } finally {
     wipe(options.secretKey, options.recoveryKey);
     release();
@@ -92,7 +92,6 @@ async function withTpm(
   options: RebuildOptions,
   start: BackupStart,
   file: UnverifiedEnrolment,
-  text: string,
 ): Promise<RebuildResult> {
   const paths = options.paths.manager;
   const { kind, path } = file.enrolment.tpm;
@@ -101,7 +100,7 @@ async function withTpm(
     const { keys } = await released(options, platform, file);
     try {
       const counter = platform.tpm.anchorCounter(file.enrolment.tpm, keys.anchorAuth);
-      return await make(options, start, file, text, keys, counter);
+      return await make(options, start, file, keys, counter);
     } finally {
       keys.wipe();
     }
@@ -129,12 +128,11 @@ async function withoutTpm(
   options: RebuildOptions,
   start: BackupStart,
   file: UnverifiedEnrolment,
-  text: string,
   recoveryKey: Uint8Array,
 ): Promise<RebuildResult> {
   const keys = hierarchy(unbox(recoveryKey, file), file.enrolment);
   try {
-    const result = await make(options, start, file, text, keys, nobodyCounts());
+    const result = await make(options, start, file, keys, nobodyCounts());
     return { ...result, needsRecover: true };
   } finally {
     keys.wipe();
@@ -145,7 +143,6 @@ async function make(
   options: RebuildOptions,
   start: BackupStart,
   file: UnverifiedEnrolment,
-  text: string,
   keys: KeyHierarchy,
   counter: AnchorCounter,
 ): Promise<RebuildResult> {
@@ -184,9 +181,8 @@ async function make(
     await store.count();
     await store.close();
     barrier('rebuild.counted');
-    writeFileDurably(paths.enrolment, text);
+    finishRebuild(paths);
     barrier('rebuild.enrolled');
-    rmSync(markerPath(paths), { force: true });
     const { managerId, storeId, tpm } = file.enrolment;
     const { kind, path, manufacturer, firmwareVersion } = tpm;
     return {
@@ -267,15 +263,20 @@ function nobodyCounts(): AnchorCounter {
   return { read: async () => value, increment: async () => ++value };
 }
 
-/** While it is there, what else there is was begun by a rebuild. */
-function markerPath({ enrolment }: Paths['manager']): string {
+/** The enrolment to come: while it is here, what else there is was begun by a rebuild. */
+function begunPath({ enrolment }: Paths['manager']): string {
   return `${enrolment}.rebuild`;
+}
+
+function finishRebuild(paths: Paths['manager']): void {
+  renameSync(begunPath(paths), paths.enrolment);
+  syncDirectory(paths.directory);
 }
 
 function checkNothingThere(paths: Paths['manager']): void {
   const found = existsSync(paths.enrolment)
     ? paths.enrolment
-    : existsSync(markerPath(paths))
+    : existsSync(begunPath(paths))
       ? undefined
       : [unfinishedPath(paths), paths.store, paths.audit].find((path) => !isMissingOrEmpty(path));
   if (found === undefined) return;
