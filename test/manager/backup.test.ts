@@ -311,4 +311,39 @@ describe('backup and restore', function () {
     assert.ok(Number(generation) > STEP);
     assert.equal((await view(dead)).kind, 'retired');
   });
+
+  it('a rebuild with the recovery key, then recover, do without the TPM', async () => {
+    const vtpm = testVtpm();
+    await manager.remove();
+    manager = new ManagerInstallation();
+    const made = await manager.init(`unix:${tpm.socket}`);
+    managerId = String(made.managerId);
+    await startAndAllow();
+    secret = join(manager.home, 'backup.key');
+    publicKey = String((await json('backup-keygen', '--output', secret)).public);
+    await saved(vtpm, 0n, 'one', 'two');
+    const file = await backup();
+    await manager.stop();
+    rmSync(manager.paths.directory, { recursive: true });
+    const recovery = join(manager.home, 'recovery.key');
+    writeFileSync(recovery, String(made.recoveryKey), { mode: 0o600 });
+    const other = new StandInTpm();
+    await other.start();
+    try {
+      const toolstackKey = manager.toolstack.key.publicKey.toString('hex');
+      const args = ['rebuild', file, '--key-file', secret, '--toolstack-key', toolstackKey];
+      const result = await json(...args, '--recovery-key-file', recovery);
+      assert.equal(result.needsRecover, true);
+      await assert.rejects(manager.start(), /ended with 1/);
+      const to = ['--tpm', `unix:${other.socket}`];
+      await json('recover', '--recovery-key-file', recovery, ...to, '--accept-rollback', '--json');
+      await startAndAllow();
+      assert.equal((await manager.admin('GET', '/health')).body.managerId, managerId);
+      assert.deepEqual((await view(vtpm)).marks, ['restored', 'recovered']);
+      assert.equal(await stateOf(vtpm, 3n), 'two');
+    } finally {
+      await manager.stop();
+      await other.stop();
+    }
+  });
 });
