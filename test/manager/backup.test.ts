@@ -346,4 +346,22 @@ describe('backup and restore', function () {
       await other.stop();
     }
   });
+
+  it('a backup from before a rotation restores, and rebuilds with the recovery key alone', async () => {
+    const vtpm = testVtpm();
+    await saved(vtpm, 0n, 'one');
+    const file = await backup();
+    const rotated = await manager.admin('POST', '/platform/rotations', {});
+    assert.equal(rotated.status, 200, JSON.stringify(rotated.body));
+    await restore(file, '--accept-rollback');
+    assert.equal(await stateOf(vtpm, 2n), 'one');
+    await manager.stop();
+    rmSync(manager.paths.directory, { recursive: true });
+    const toolstackKey = manager.toolstack.key.publicKey.toString('hex');
+    await refuses(
+      ['rebuild', file, '--key-file', secret, '--toolstack-key', toolstackKey],
+      /use the recovery key: --recovery-key-file/,
+    );
+    await assert.rejects(manager.start(), /ended with 1/);
+  });
 });
