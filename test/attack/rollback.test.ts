@@ -156,6 +156,21 @@ describe('attack: an old disk, or a part of one, is put back while the manager i
     await isRefused('rollback-detected', OLD_STORE);
   });
 
+  it('I-5 the disk from right before a restore, after kill -9', async () => {
+    await target.starts();
+    const back = await target.vtpm('back 1');
+    const { restore } = await target.backup(back);
+    const worker = await target.load(back, 1n);
+    await worker.session.save({ permanent: Buffer.from('back 2') });
+    await worker.close();
+    const before = target.keep();
+    await restore();
+    assert.deepEqual((await target.view(back)).marks, ['restored']);
+    await kill();
+    target.putBack(before);
+    await isRefused('rollback-detected', OLD_STORE);
+  });
+
   it('I-5 the anchor taken away', async () => {
     target.tamper((db) => db.removeSync('anchor'));
     await isRefused('store-corrupt', /its anchor was removed/);

@@ -104,6 +104,25 @@ export class Target {
     assert.equal(status, 200);
   }
 
+  /** A backup of this one alone, to a new key. @returns what takes the vTPM back to it */
+  async backup(vtpm: TestVtpm): Promise<{ restore(): Promise<void> }> {
+    const [key, file] = [join(this.#aside, 'backup.key'), join(this.#aside, 'backup.vtpm')];
+    const made = await this.#command('backup-keygen', '--output', key);
+    await this.#command('backup', vtpm.id, '--to', String(made.public), '--output', file);
+    return {
+      restore: async () => {
+        const { vtpms } = await this.#command('restore', file, '--key-file', key, '--accept-rollback');
+        assert.equal((vtpms as { action: string }[])[0]?.action, 'restore');
+      },
+    };
+  }
+
+  async #command(...args: string[]): Promise<Record<string, unknown>> {
+    const { code, stdout, stderr } = await this.manager.run(...args);
+    assert.equal(code, 0, stderr);
+    return JSON.parse(stdout) as Record<string, unknown>;
+  }
+
   async view(vtpm: TestVtpm): Promise<Record<string, unknown>> {
     return (await this.manager.admin('GET', `/vtpms/${vtpm.id}`)).body;
   }

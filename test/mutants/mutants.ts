@@ -87,8 +87,9 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-2 the worker key on the ticket opens the Load',
     file: 'proto/src/identity.ts',
-    guard: 'if (!verify(null, Buffer.concat([domain, message]), key, signature)) {',
-    without: 'if (!verify(null, Buffer.concat([domain, message]), key, signature) && message.length === 0) {',
+    guard: 'if (!verifySignature(publicKey, Buffer.concat([domain, message]), signature)) {',
+    without:
+      'if (!verifySignature(publicKey, Buffer.concat([domain, message]), signature) && message.length === 0) {',
     test: { file: 'manager/ownership', name: 'refuses a ticket whose signatures do not hold' },
   },
   {
@@ -288,9 +289,37 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a retirement is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#write(vtpmUuid, held, record, 'now');",
+    guard: "await this.#write(vtpmUuid, held, record, 'now');\n      barrier('retire.written');",
     without: 'await this.#write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'a retired vTPM: the disk from right before' },
+  },
+  {
+    name: 'I-5 a restore is counted before it is told',
+    file: 'manager/src/ownership/registry.ts',
+    guard: "await this.#write(vtpmUuid, held, record, 'now');\n      barrier('restore.written');",
+    without: 'await this.#write(vtpmUuid, held, record);',
+    test: { file: 'attack/rollback', name: 'the disk from right before a restore' },
+  },
+  {
+    name: 'I-5 a backup does not bring a retired vTPM back',
+    file: 'manager/src/backup/control.ts',
+    guard: "if (held?.kind === 'RETIRED') {",
+    without: "if (held?.kind === 'RETIRED' && facts.kind === 'RETIRED') {",
+    test: { file: 'manager/backup', name: 'a retired vTPM stays dead' },
+  },
+  {
+    name: 'I-3 a restore does not take a vTPM from its worker',
+    file: 'manager/src/ownership/registry.ts',
+    guard: "slot.exclusively('restore', async () => {\n      if (slot.live) {",
+    without: "slot.exclusively('restore', async () => {\n      if (slot.live?.isOver) {",
+    test: { file: 'manager/backup', name: 'a worker that is connected keeps its vTPM' },
+  },
+  {
+    name: 'I-7 a backup that was changed is refused, without its key',
+    file: 'manager/src/backup/read.ts',
+    guard: 'if (!bytesEqual(stated.digest, digest)) throw',
+    without: 'if (stated.digest.length !== digest.length) throw',
+    test: { file: 'manager/backup-format', name: 'refuses every flipped bit, without the key' },
   },
   {
     name: 'I-5 a change of trust is counted before it takes effect',
