@@ -23,6 +23,12 @@ async function scrape(manager: ManagerInstallation): Promise<Map<string, number>
   return samples;
 }
 
+interface Anchor {
+  readonly stalledSince: string | null;
+  readonly pendingSince: string | null;
+  readonly reason?: string;
+}
+
 describe('the metrics', () => {
   let manager: ManagerInstallation;
   let tpm: StandInTpm;
@@ -70,7 +76,8 @@ describe('the metrics', () => {
     // The image, the Load and both Saves.
     assert.equal(of('vtpm_commit_duration_seconds_count'), 4);
     assert.equal(of('vtpm_commit_writes_sum'), 4);
-    assert.equal(of('vtpm_anchor_steps_total'), 1);
+    // The image, and the first save of a vTPM.
+    assert.equal(of('vtpm_anchor_steps_total'), 2);
     assert.ok((of('vtpm_anchor_pending_since_seconds') ?? 0) > 1_600_000_000);
     assert.equal(of('vtpm_anchor_stalled_since_seconds'), undefined);
     assert.equal(of('vtpm_store_records'), 2);
@@ -119,17 +126,10 @@ describe('the metrics', () => {
 
   it('and the health say since when the counter of the TPM cannot be advanced', async () => {
     await manager.start();
-    assert.deepEqual((await manager.admin('GET', '/health')).body.anchor, {
-      pendingSince: null,
-      stalledSince: null,
-    });
+    const { anchor: before } = (await manager.admin('GET', '/health')).body as { anchor: Anchor };
+    assert.equal(before.stalledSince, null);
     await tpm.kill();
     const change = manager.admin('POST', '/images', { digest: 'ab'.repeat(32) });
-    interface Anchor {
-      readonly stalledSince: string | null;
-      readonly pendingSince: string | null;
-      readonly reason?: string;
-    }
     let anchor: Anchor | undefined;
     await until('the step has failed', async () => {
       anchor = (await manager.admin('GET', '/health')).body.anchor as Anchor;
@@ -145,10 +145,8 @@ describe('the metrics', () => {
     );
     await tpm.start();
     assert.equal((await change).status, 201);
-    assert.deepEqual((await manager.admin('GET', '/health')).body.anchor, {
-      pendingSince: null,
-      stalledSince: null,
-    });
+    const { anchor: after } = (await manager.admin('GET', '/health')).body as { anchor: Anchor };
+    assert.equal(after.stalledSince, null);
     assert.equal((await scrape(manager)).get('vtpm_anchor_stalled_since_seconds'), undefined);
   });
 });
