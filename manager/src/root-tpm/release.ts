@@ -27,7 +27,7 @@ import { whereIs, writtenEntity } from './nv-index.js';
 import { readPcrState } from './platform-state.js';
 import { deriveRootKey } from './root-key.js';
 import { readSealedPublic, sealedFlaw } from './sealed.js';
-import { enrolledSrk } from './srk.js';
+import { enrolledSrk, WITHOUT_TPM } from './srk.js';
 
 /** Something, a kernel's measurement log for instance, may extend a PCR between policy and use: then once more. */
 const POLICY_ATTEMPTS = 5;
@@ -99,11 +99,11 @@ async function enrolledHalf(tpm: Tpm, { root }: RootTpmEnrolment, authPolicy: Bu
   throw found === 'absent'
     ? new ManagerError(
         'tpm-emptied',
-        `${where} is gone: it was removed or the TPM was cleared. What is sealed to it cannot be opened again`,
+        `${where} is gone: it was removed or the TPM was cleared. What is sealed to it cannot be opened again. ${WITHOUT_TPM}`,
       )
     : new ManagerError(
         'tpm-changed',
-        `${where} was made anew with other properties. What is sealed to it cannot be opened again`,
+        `${where} was made anew with other properties. What is sealed to it cannot be opened again. ${WITHOUT_TPM}`,
       );
 }
 

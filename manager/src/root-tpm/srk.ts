@@ -58,6 +58,10 @@ export async function removeSrk(tpm: Tpm, srk: ObjectEntity, ownerAuth: Uint8Arr
   });
 }
 
+/** What is left where the TPM does not release the root key any more. */
+export const WITHOUT_TPM =
+  'If it is lost for good, vtpmctl recover --recovery-key-file FILE enrols another one';
+
 /** @throws ManagerError `tpm-emptied`, `tpm-changed` */
 export async function enrolledSrk(tpm: Tpm, enrolment: RootTpmEnrolment): Promise<ObjectEntity> {
   const srk = await readObject(tpm, enrolment.srkHandle);
@@ -65,14 +69,15 @@ export async function enrolledSrk(tpm: Tpm, enrolment: RootTpmEnrolment): Promis
     throw new ManagerError(
       'tpm-emptied',
       `the storage root key at ${hexHandle(enrolment.srkHandle)} is gone: this is another TPM, or it was cleared. ` +
-        'Put the enrolled TPM back',
+        `Put the enrolled TPM back. ${WITHOUT_TPM}`,
     );
   }
   if (srk.name.toString('hex') !== enrolment.srkName) {
     throw new ManagerError(
       'tpm-changed',
       `the storage root key at ${hexHandle(enrolment.srkHandle)} is not the enrolled one: this is another TPM, ` +
-        'it was cleared and set up again, or something between it and the manager changes its answers',
+        'it was cleared and set up again, or something between it and the manager changes its answers. ' +
+        WITHOUT_TPM,
     );
   }
   return srk;
