@@ -98,6 +98,10 @@ ${EXIT_STATUSES}`,
     .option('--yes-embedded', 'let auto take the embedded TPM where there is no chip')
     .option('--pcrs <selection>', 'platform state that releases the root key (default: sha256:7)')
     .option('--srk-handle <handle>', 'persistent handle of the storage root key (default: 0x81000001)')
+    .option(
+      '--orderly-counter',
+      'count in the RAM of the TPM: no wear, and an old disk can pass for the newest after a loss of power',
+    )
     .option('--owner-auth-file <file>', "file with the TPM's owner password, where it has one")
     .option('--recovery-key-file <file>', 'keep the recovery key in this file instead of showing it');
   initCommand.action((flags: InitFlags) => run(initCommand, (context) => init(flags, context)));

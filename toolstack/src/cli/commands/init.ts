@@ -13,6 +13,7 @@ export interface InitFlags {
   readonly tpm?: string;
   readonly yesEmbedded?: boolean;
   readonly srkHandle?: string;
+  readonly orderlyCounter?: boolean;
   readonly ownerAuthFile?: string;
   readonly pcrs?: string;
   readonly recoveryKeyFile?: string;
@@ -107,6 +108,7 @@ async function enrol(
   const args = ['init', '--tpm', tpm, '--toolstack-key', toolstackKey];
   if (flags.yesEmbedded) args.push('--yes-embedded');
   if (flags.srkHandle !== undefined) args.push('--srk-handle', flags.srkHandle);
+  if (flags.orderlyCounter) args.push('--orderly-counter');
   if (flags.ownerAuthFile !== undefined) args.push('--owner-auth-file', resolve(flags.ownerAuthFile));
   if (flags.pcrs !== undefined) args.push('--pcrs', flags.pcrs);
   try {
