@@ -14,7 +14,7 @@ if [ "$purpose" != build ]; then
   packages+=(libtpms0 bubblewrap)
 fi
 if [ "$purpose" = test ]; then
-  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace)
+  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl)
 fi
 
 die() { printf '%s\n' "$@" >&2; exit 1; }
@@ -27,6 +27,7 @@ present() {
     libtpms0) [[ $libraries == *'libtpms.so.0 '* ]] ;;
     bubblewrap) command -v bwrap >/dev/null ;;
     strace) command -v strace >/dev/null ;;
+    openssl) command -v openssl >/dev/null ;;
     swtpm) command -v swtpm >/dev/null ;;
     swtpm-tools) command -v swtpm_setup >/dev/null ;;
     tpm2-tools) command -v tpm2_getrandom >/dev/null ;;
