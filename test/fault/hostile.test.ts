@@ -110,7 +110,7 @@ describe('I-8 I-10 hostile neighbours', () => {
 
   it('I-10 that call what there is not, without end: the connection is closed', async () => {
     const socket = connect(manager.paths.workerSocket);
-    const closed = once(socket, 'close');
+    const closed = new Promise((resolve) => socket.once('close', resolve));
     const session = http2On(socket);
     await withVictim(() => [
       (async () => {
@@ -122,7 +122,7 @@ describe('I-8 I-10 hostile neighbours', () => {
           });
           request.on('error', () => undefined);
           request.resume();
-          await once(request, 'close');
+          await new Promise((resolve) => request.once('close', resolve));
           answered++;
         }
         assert.ok(answered > 0, 'positive control: at first they were answered');
@@ -235,5 +235,7 @@ describe('I-10 what the manager takes of a connection', () => {
 function http2On(socket: Socket): ClientHttp2Session {
   const session = connectHttp2('http://localhost', { createConnection: () => socket });
   session.on('error', () => undefined);
+  // The manager closes it without a word: both ends of the same connection may say so.
+  socket.on('error', () => undefined);
   return session;
 }

@@ -26,6 +26,9 @@ const MOST_OBJECTS = 2;
 /** What only a rotation comes to. */
 const ROTATION = /^(rotation|index|file)\./;
 
+/** Of one point; more is a point that the load does not come to. */
+const MOST_LIVES = 5;
+
 /**
  * A manager on a swtpm that lives on, killed again and again while everything is asked of it. Each start is held against
  * all that was answered in any life before.
@@ -58,8 +61,24 @@ export class ManagerCrashRig {
     await this.tpm.stop();
   }
 
-  /** One life of the manager, from its start to its violent end. */
+  /**
+   * Lives of the manager until one ends at this point. One may not come there: whom it retires, for example, the life
+   * before has made.
+   */
   async crash(point: CrashPoint): Promise<void> {
+    for (let life = 1; life <= MOST_LIVES; life++) {
+      const before = this.#timesReached(point);
+      await this.#live(point);
+      if (!('barrier' in point) || this.#timesReached(point) > before) return;
+    }
+  }
+
+  #timesReached(point: CrashPoint): number {
+    return 'barrier' in point ? (this.reached.get(point.barrier) ?? 0) : 0;
+  }
+
+  /** From its start to its violent end. */
+  async #live(point: CrashPoint): Promise<void> {
     const isAtBarrier = 'barrier' in point;
     const prelude = isAtBarrier ? killAt(point.barrier, point.count) : '';
     const started = this.manager.start({
@@ -85,7 +104,7 @@ export class ManagerCrashRig {
         throw error;
       });
       if (child?.signalCode !== 'SIGKILL') throw error;
-      if (isAtBarrier) this.reached.set(point.barrier, (this.reached.get(point.barrier) ?? 0) + 1);
+      if (isAtBarrier) this.reached.set(point.barrier, this.#timesReached(point) + 1);
     } finally {
       clearTimeout(timer);
       await this.manager.stop('SIGKILL');
