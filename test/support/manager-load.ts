@@ -140,7 +140,7 @@ export class ManagerLoad {
 
   async #rotate(): Promise<void> {
     const claim = this.ledger.rotation();
-    const { status, body } = await this.manager.admin('POST', '/platform/rotations');
+    const { status, body } = await this.manager.admin('POST', '/platform/rotations', {});
     // One that a crash interrupted may be under way.
     if (status === 409) return;
     assert.equal(status, 200, JSON.stringify(body));
