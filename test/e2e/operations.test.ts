@@ -187,6 +187,7 @@ describe('docs/operations.md, each chapter as it stands', function () {
           await happening();
         }
       }
+      assert.equal(status, 0, `${title}: the last marker has no commands after it`);
     });
   }
 });

@@ -31,6 +31,20 @@ describe('vtpmctl init, up and down', () => {
   };
   const init = () => json('init', '--tpm', `unix:${tpm.socket}`);
 
+  it('init makes a counter in the RAM of the TPM where it is asked to', async () => {
+    const orderlyCount = () =>
+      (
+        JSON.parse(readFileSync(desk.paths.manager.enrolment, 'utf8')) as {
+          enrolment: { tpm: { anchor: { orderlyCount: number } } };
+        }
+      ).enrolment.tpm.anchor.orderlyCount;
+    await json('init', '--tpm', `unix:${tpm.socket}`, '--orderly-counter');
+    assert.ok(orderlyCount() > 0);
+    await json('uninstall', '--yes');
+    await init();
+    assert.equal(orderlyCount(), 0);
+  });
+
   it('goes from nothing to an answer of a vTPM and back to nothing running', async () => {
     const made = await init();
     assert.match(String(made.managerId), /^[0-9a-f]{64}$/);
