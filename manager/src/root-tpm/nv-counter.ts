@@ -112,6 +112,8 @@ export function revocationEntity(enrolment: Pick<RootTpmEnrolment, 'revocation'>
   throw new ManagerError('tpm-fault', 'the TPM enrolment is damaged; restore it from a backup');
 }
 
+const ANEW = 'enrol anew with the recovery key: vtpmctl recover --recovery-key-file FILE';
+
 /** @throws ManagerError `tpm-emptied`, `tpm-changed` */
 export async function enrolledRevocation(tpm: Tpm, enrolment: RootTpmEnrolment): Promise<NvEntity> {
   const wanted = revocationEntity(enrolment);
@@ -121,11 +123,11 @@ export async function enrolledRevocation(tpm: Tpm, enrolment: RootTpmEnrolment):
   throw found === 'absent'
     ? new ManagerError(
         'tpm-emptied',
-        `${where} is gone: it was removed or the TPM was cleared. No approval counts without it`,
+        `${where} is gone: it was removed or the TPM was cleared. No approval counts without it; ${ANEW}`,
       )
     : new ManagerError(
         'tpm-changed',
-        `${where} was made anew with other properties. No approval counts with it`,
+        `${where} was made anew with other properties. No approval counts with it; ${ANEW}`,
       );
 }
 

@@ -91,7 +91,7 @@ function describe(result: Recovered, keyFile: string | undefined): string[] {
   }
   if (!isDone) {
     lines.push(
-      'nothing was changed. Where the newest store is somewhere, put it back; if it is lost: vtpmctl recover --accept-rollback',
+      'nothing was changed. Where the newest store is somewhere, put it back; if it is lost, say the same with --accept-rollback',
     );
     return lines;
   }
