@@ -67,6 +67,8 @@ export async function startDaemon(options: DaemonOptions): Promise<Daemon> {
 
 /** Milliseconds before each attempt to open a store again whose process ended. */
 const REOPEN_AFTER_MS = [0, 500, 2_000, 10_000];
+/** Reasons that pass by themselves: for these the last pause comes again and again. */
+const PASSING = new Set(['tpm-unreachable', 'tpm-busy', 'tpm-lockout', 'store-full', 'in-use']);
 
 /** Changes while locked that are kept for the audit log. */
 const MAX_OWED = 64;
@@ -160,6 +162,7 @@ class Manager implements Daemon {
     this.#ended.abort();
     await this.#unlocking;
     await this.#reopening;
+    service?.stopWaiting();
     await this.#rotation?.stop();
     if (service) await this.#audit(service, { action: 'stop', verdict: 'done' });
     await service?.close();
@@ -266,7 +269,9 @@ class Manager implements Daemon {
   async #reopen(unlocked: Unlocked, service: Service, lost: ManagerError): Promise<void> {
     await this.#audit(service, { action: 'locked', verdict: 'done', reason: lost });
     await service.close(new ManagerError('locked', lost.message)).catch(() => undefined);
-    for (const pause of REOPEN_AFTER_MS) {
+    let isPassing = false;
+    for (let attempt = 0; attempt < REOPEN_AFTER_MS.length || isPassing; attempt++) {
+      const pause = REOPEN_AFTER_MS[Math.min(attempt, REOPEN_AFTER_MS.length - 1)];
       await delay(pause, undefined, { signal: this.#ended.signal }).catch(() => undefined);
       if (this.#stopping) return;
       try {
@@ -279,7 +284,9 @@ class Manager implements Daemon {
         return;
       } catch (error) {
         if (this.#stopping) return;
-        this.#lock(ManagerError.from(error, 'the store cannot be opened again'));
+        const reason = ManagerError.from(error, 'the store cannot be opened again');
+        isPassing = PASSING.has(reason.code);
+        this.#lock(reason);
       }
     }
   }

@@ -7,6 +7,9 @@ const KEY = 'erasure';
  * the store, not of the manager's memory, so that a restart does not forget it.
  */
 export class Erasure {
+  /** Notes are written one after the other. */
+  #last: Promise<unknown> = Promise.resolve();
+
   private constructor(
     private readonly store: AnchoredStore,
     private version: number,
@@ -27,14 +30,19 @@ export class Erasure {
     return this.noted?.keyId === keyId ? this.noted.since : undefined;
   }
 
-  /** Before a vTPM under that generation is retired. */
-  async note(keyId: number, now: number): Promise<void> {
+  /** Before a vTPM under that generation is retired. Durable when it resolves. */
+  note(keyId: number, now: number): Promise<void> {
+    const run = this.#last.then(() => this.#note(keyId, now));
+    this.#last = run.catch(() => undefined);
+    return run;
+  }
+
+  async #note(keyId: number, now: number): Promise<void> {
     if (this.noted?.keyId === keyId) return;
-    const noted = { keyId, since: now };
-    this.noted = noted;
     const value = Buffer.alloc(12);
     value.writeUInt32BE(keyId, 0);
     value.writeBigUInt64BE(BigInt(now), 4);
     this.version = await this.store.write(KEY, this.version, value);
+    this.noted = { keyId, since: now };
   }
 }

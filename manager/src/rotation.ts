@@ -107,6 +107,7 @@ export class Rotation {
    * @throws ManagerError `busy`, `platform-policy` where the new policy would not open now, and the TPM's
    */
   async rotate(options: RotateOptions): Promise<Enrolment> {
+    if (this.#isStopping) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
     if (this.#running)
       throw new ManagerError('busy', 'a rotation of the root key is under way; try again later');
     await this.#run(() => this.#rotate(options));
@@ -249,8 +250,8 @@ export class Rotation {
     this.#enrolment = enrolment;
   }
 
-  #audit(event: AuditEvent): Promise<unknown> {
-    return this.parts.service().audit.append(event);
+  async #audit(event: AuditEvent): Promise<void> {
+    await this.parts.service().audit.append(event);
   }
 
   /** What is to be done without being asked for. */

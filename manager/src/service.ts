@@ -34,6 +34,8 @@ export interface Service {
   };
   /** What the store on the disk may be, for `openService` after it was lost; final once `close` has resolved. */
   readonly storeRoots: readonly Buffer[];
+  /** Nobody waits for a TPM that does not answer any more: the service is about to be closed. */
+  stopWaiting(): void;
   /** Ends the streams with `error`, then closes the store. */
   close(error?: ManagerError): Promise<void>;
 }
@@ -90,6 +92,11 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
         'the newest entries of the audit log are of changes that may not have happened: the manager was ended between',
       );
     }
+    if (opened.wasTorn) {
+      options.log.warn(
+        'the end of the audit log was an entry that was being written when the manager ended; it was cut off',
+      );
+    }
     const log = audit;
     if (store.isUnclean) {
       const message =
@@ -138,7 +145,9 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       get storeRoots() {
         return store.roots;
       },
+      stopWaiting: () => store.stopWaiting(),
       close: async (error) => {
+        store.stopWaiting();
         await registry.close(error);
         await store.close();
         await log.close();

@@ -2,7 +2,16 @@ import { existsSync, readdirSync, renameSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { type Logger, type Paths, syncDirectory } from 'vtpm-common';
 import { uuidToBytes, uuidToText } from 'vtpm-proto';
-import { type AuditHead, type AuditLog, createAuditLog, EMPTY_HEAD, openAuditLog } from './audit/index.js';
+import {
+  type AuditHead,
+  type AuditLog,
+  createAuditLog,
+  EMPTY_HEAD,
+  openAuditLog,
+  refuseFlaw,
+  tailOf,
+  verifyAudit,
+} from './audit/index.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
 import { decodeRecord, encodeRecord, type Mark, rekey, resume } from './records/index.js';
@@ -65,11 +74,12 @@ export async function surveyStore(options: AcceptOptions, counted: bigint | unde
   const known = new Map<string, bigint>();
   let auditFlaw: string | undefined;
   try {
-    const { log } = await openAuditLog(paths.audit, auditKeys(keys), verdict.anchor?.audit ?? EMPTY_HEAD);
-    for (const { vtpm, generation = 0n } of await log.tail(AUDIT_ENTRIES)) {
+    // Not opened: that would cut off an end that looks torn, and nothing is to be changed yet.
+    const report = await verifyAudit(paths.audit, auditKeys(keys), verdict.anchor?.audit ?? EMPTY_HEAD);
+    refuseFlaw(report);
+    for (const { vtpm, generation = 0n } of await tailOf(paths.audit, report.head, AUDIT_ENTRIES)) {
       if (vtpm !== undefined && generation > (known.get(vtpm) ?? 0n)) known.set(vtpm, generation);
     }
-    await log.close();
   } catch (error) {
     if (!(error instanceof ManagerError)) throw error;
     auditFlaw = error.message;

@@ -191,6 +191,47 @@ describe('what the TPM counts', () => {
     assert.equal(counter.value, 8n);
   });
 
+  it('who is to stop does not wait for a TPM that does not answer: what waited is refused, and the next start counts', async () => {
+    let failures = 0;
+    counter.beforeIncrement = () => {
+      failures++;
+      throw new ManagerError('tpm-unreachable', 'the TPM does not answer');
+    };
+    const event = store.write('event', 0, value, 'now');
+    const refused = assert.rejects(event, refusal('tpm-unreachable'));
+    await until('the TPM failed', () => failures === 1);
+    store.stopWaiting();
+    await refused;
+    await store.close();
+    counter.beforeIncrement = () => undefined;
+    assert.equal((await open()).size, 1);
+    assert.equal(counter.value, 8n);
+  });
+
+  it('what was written after that is counted by the close', async () => {
+    store.stopWaiting();
+    await store.write('plain', 0, value);
+    await store.close();
+    assert.equal(counter.increments, 1);
+  });
+
+  it('a step that finds no room on the disk is due again after a window, and does not keep a close', async () => {
+    await store.close();
+    store = await open(20);
+    await store.write('plain', 0, value);
+    let attempts = 0;
+    disk.beforeCommit = () => {
+      attempts++;
+      storeFull();
+    };
+    await until('it was tried again', () => attempts === 3);
+    await store.close();
+    const increments = counter.increments;
+    disk.beforeCommit = () => undefined;
+    assert.equal((await open()).size, 1);
+    assert.equal(counter.increments, increments);
+  });
+
   it('I-5 somebody else who counts ends the store', async () => {
     const broken: ManagerError[] = [];
     await store.close();

@@ -94,6 +94,12 @@ export class CounterSteps {
     return this.#stepping;
   }
 
+  /** The step that was due could not be written: it is due again after another window. */
+  postpone(): void {
+    this.#isDue = false;
+    this.noteWrite();
+  }
+
   /** No further attempt of a step that fails. */
   end(): void {
     this.#ended.abort();

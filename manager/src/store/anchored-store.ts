@@ -54,6 +54,11 @@ export interface AnchoredStore {
   readonly roots: readonly Buffer[];
   /** What the anchor says after the newest commit. */
   readonly stated: Pick<AnchorFacts, 'root' | 'counter'>;
+  /**
+   * Before a close that must come to its end: a TPM that does not answer is not asked again, and who waits for it gets its
+   * error. What is on the disk then is counted by the next start.
+   */
+  stopWaiting(): void;
   /** Writes what was asked for, has the TPM count it and the audit chain as it is, then closes the StateStore. */
   close(): Promise<void>;
 }

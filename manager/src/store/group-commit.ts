@@ -52,6 +52,8 @@ export class GroupCommitStore implements AnchoredStore {
   /** Why the store refuses everything. */
   #broken: ManagerError | undefined;
   #closing: Promise<void> | undefined;
+  /** Something was written that no anchor has had counted. */
+  #isUncounted = false;
   /** Resolves when the step under way has been taken, or failed. */
   #stepping: Promise<void> | undefined;
 
@@ -136,6 +138,10 @@ export class GroupCommitStore implements AnchoredStore {
     });
   }
 
+  stopWaiting(): void {
+    this.#steps.end();
+  }
+
   close(): Promise<void> {
     this.#closing ??= this.#end();
     return this.#closing;
@@ -144,7 +150,7 @@ export class GroupCommitStore implements AnchoredStore {
   async #end(): Promise<void> {
     this.#steps.end();
     // An anchor from before the end is an old one from now on, and an audit log from before it is cut short.
-    const hasNews = this.#steps.isOpen || this.options.auditHead().length !== this.#anchoredAudit;
+    const hasNews = this.#isUncounted || this.options.auditHead().length !== this.#anchoredAudit;
     if (hasNews && !this.#broken) this.#countWaiters.push(IGNORED);
     while (this.#committing || this.#hasWork()) {
       await (this.#committing ?? this.#commitNext());
@@ -239,11 +245,15 @@ export class GroupCommitStore implements AnchoredStore {
     } catch (cause) {
       const error = ManagerError.from(cause, 'the store cannot be written');
       // Of anything but a full disk it is not known whether it is on the disk.
-      if (error.code === 'store-full') this.#uncertain = undefined;
-      else this.#break(error);
+      if (error.code === 'store-full') {
+        this.#uncertain = undefined;
+        if (isCounting) this.#steps.postpone();
+      } else this.#break(error);
       for (const waiter of [...batch, ...waiters]) waiter.reject(error);
       return;
     }
+    if (isCounting) this.#isUncounted = false;
+    else if (batch.length > 0) this.#isUncounted = true;
     const counted = batch.filter(({ counting }) => counting === 'now');
     for (const write of batch) {
       if (write.counting === 'later') write.resolve(write.expectedVersion + 1);
