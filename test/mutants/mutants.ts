@@ -331,8 +331,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a store that is closed holds the end of the audit log',
     file: 'manager/src/store/group-commit.ts',
-    guard: 'this.#steps.isOpen || this.options.auditHead().length !== this.#anchoredAudit;',
-    without: 'this.#steps.isOpen && this.options.auditHead().length >= this.#anchoredAudit;',
+    guard: 'this.#isUncounted || this.options.auditHead().length !== this.#anchoredAudit;',
+    without: 'this.#isUncounted && this.options.auditHead().length >= this.#anchoredAudit;',
     test: { file: 'attack/rollback', name: 'without the entries of a run in which nothing was saved' },
   },
   {

@@ -10,13 +10,13 @@ import { reapAtExit } from '../support/reap.js';
 import { until } from '../support/until.js';
 import { has } from './make.js';
 
-async function freePort(host: string): Promise<number> {
-  const server = createServer().listen(0, host);
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
+/** Different ones: they are held together before any is let go. */
+async function freePorts(host: string, count: number): Promise<number[]> {
+  const servers = Array.from({ length: count }, () => createServer().listen(0, host));
+  await Promise.all(servers.map((server) => once(server, 'listening')));
+  const ports = servers.map((server) => (server.address() as AddressInfo).port);
+  await Promise.all(servers.map((server) => once(server.close(), 'close')));
+  return ports;
 }
 
 /** A connection to find out would take the place of the one client. */
@@ -31,22 +31,32 @@ function isListening(port: number): boolean {
   );
 }
 
+/** On ports that nobody has. swtpm does not take one whose last connection is still remembered: then others. */
+async function startTcp(bind: string, directory: string) {
+  for (;;) {
+    const [data = 0, control = 0] = await freePorts(bind, 2);
+    const child = spawn('swtpm', [
+      ...['socket', '--tpm2', '--tpmstate', `dir=${directory}`],
+      ...['--server', `type=tcp,port=${data},bindaddr=${bind}`],
+      ...['--ctrl', `type=tcp,port=${control},bindaddr=${bind}`],
+      ...['--flags', 'not-need-init,startup-clear'],
+    ]);
+    reapAtExit(child);
+    const listens = await until('swtpm listens or ends', () =>
+      child.exitCode !== null ? 'ended' : isListening(data) && isListening(control) && 'listens',
+    );
+    if (listens === 'listens') return { child, data, control };
+  }
+}
+
 describe('tpm2-ts-bindings: TCP transport', () => {
   for (const host of ['127.0.0.1', '::1', 'localhost']) {
     it(`swtpm at ${host}`, async () => {
       const bind = host === 'localhost' ? '127.0.0.1' : host;
       const directory = mkdtempSync(join(tmpdir(), 'vtpm-tcp-'));
-      const [data, control] = [await freePort(bind), await freePort(bind)];
-      const child = spawn('swtpm', [
-        ...['socket', '--tpm2', '--tpmstate', `dir=${directory}`],
-        ...['--server', `type=tcp,port=${data},bindaddr=${bind}`],
-        ...['--ctrl', `type=tcp,port=${control},bindaddr=${bind}`],
-        ...['--flags', 'not-need-init,startup-clear'],
-      ]);
-      reapAtExit(child);
+      const { child, data, control } = await startTcp(bind, directory);
       const exited = once(child, 'exit');
       try {
-        await until('swtpm listens', () => isListening(data) && isListening(control));
         const channels = { data: { host, port: data }, control: { host, port: control } };
         for (const address of [channels.data, channels]) {
           const tpm = await openTpm(address);
@@ -66,7 +76,7 @@ describe('tpm2-ts-bindings: TCP transport', () => {
   }
 
   it('nobody there: a named error', async () => {
-    const port = await freePort('127.0.0.1');
+    const [port = 0] = await freePorts('127.0.0.1', 1);
     await assert.rejects(openTcp({ host: '127.0.0.1', port }), (error: unknown) => {
       assert.match(String(error), new RegExp(`127.0.0.1:${port}: nobody listens there`));
       return has('transport')(error);
