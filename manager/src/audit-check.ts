@@ -7,7 +7,7 @@ import type { KeyHierarchy } from './keys/index.js';
 import { acquireLock } from './lock.js';
 import { openPlatform } from './platform.js';
 import { auditKeys } from './service.js';
-import { examineStore, openLmdbStore } from './store/index.js';
+import { readAnchor, withLmdbStore } from './store/index.js';
 import { unlock } from './unlock.js';
 
 export interface AuditCheckOptions {
@@ -43,25 +43,17 @@ async function againstAnchor(
   { paths, storeSandbox, log }: AuditCheckOptions,
   keys: KeyHierarchy,
 ): Promise<AuditVerdictView> {
-  const store = await openLmdbStore({
-    directory: paths.manager.store,
-    create: false,
-    sandbox: storeSandbox,
-    log,
-    onLost: () => undefined,
-  });
-  try {
-    const { anchor } = await examineStore(store, keys, () => undefined);
-    if (!anchor) {
-      throw new ManagerError(
-        'store-corrupt',
-        'the store has no anchor, or one that is not of this installation',
-      );
-    }
-    return viewOf(await verifyAudit(paths.manager.audit, auditKeys(keys), anchor.audit));
-  } finally {
-    await store.close();
+  const directory = paths.manager.store;
+  const anchor = await withLmdbStore({ directory, create: false, sandbox: storeSandbox, log }, (store) =>
+    readAnchor(store, keys),
+  );
+  if (!anchor) {
+    throw new ManagerError(
+      'store-corrupt',
+      'the store has no anchor, or one that is not of this installation',
+    );
   }
+  return viewOf(await verifyAudit(paths.manager.audit, auditKeys(keys), anchor.audit));
 }
 
 async function withKeys<T>(

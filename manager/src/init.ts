@@ -11,21 +11,14 @@ import {
   writeUnfinished,
 } from './enrolment.js';
 import { ManagerError } from './error.js';
-import {
-  anchorAuthOf,
-  KeyHierarchy,
-  newInstallationSecrets,
-  sealInstallationSecrets,
-  wipe,
-  wipeSecrets,
-} from './keys/index.js';
+import { sealGeneration } from './generation.js';
+import { anchorAuthOf, KeyHierarchy, newInstallationSecrets, wipe, wipeSecrets } from './keys/index.js';
 import { acquireLock } from './lock.js';
 import { NOT_HARDWARE_PROTECTED, openPlatform, parseTpm } from './platform.js';
-import { boxForRecovery, newRecoveryKey } from './recovery-key.js';
+import { newRecoveryKey } from './recovery-key.js';
 import type { AnchorCounter, RootTpm, RootTpmEnrolment } from './root-tpm/index.js';
-import { createAnchoredStore, openLmdbStore } from './store/index.js';
+import { createAnchoredStore, withLmdbStore } from './store/index.js';
 import { createTrustStore } from './trust/trust-configuration.js';
-import { rootKeysOf } from './unlock.js';
 
 export interface InitOptions {
   readonly paths: Paths;
@@ -106,33 +99,25 @@ async function enrol(options: InitOptions, location: ReturnType<typeof parseTpm>
       orderly,
       ...(ownerAuth && { ownerAuth }),
     });
-    const { enrolment: tpm, leftovers } = made;
-    const facts = { storeId: storeId.toString('hex'), tpm };
-    const root = rootKeysOf(made.rootKey, facts);
-    const keys = new KeyHierarchy(root, secrets);
+    const { leftovers } = made;
     const recovery = newRecoveryKey();
+    const { facts, root } = sealGeneration(made, storeId.toString('hex'), secrets, recovery.publicKey);
+    const keys = new KeyHierarchy(root, secrets);
     try {
       const enrolment: Enrolment = {
         format: ENROLMENT_FORMAT,
         createdAt: new Date().toISOString(),
         managerId: Buffer.from(keys.identity.publicKey).toString('hex'),
         ...facts,
-        keyring: sealInstallationSecrets(root, secrets).toString('base64'),
-        recovery: boxForRecovery(
-          recovery.publicKey,
-          tpm.installation,
-          tpm.root.generation,
-          made.recoveryInputs,
-        ),
         erase: [],
         planned: [],
       };
       writeUnfinished(paths, enrolment, root.enrolmentMacKey);
-      await makeStore(options, keys, platform.tpm.anchorCounter(tpm, anchorAuth));
+      await makeStore(options, keys, platform.tpm.anchorCounter(facts.tpm, anchorAuth));
       finishEnrolment(paths);
       return { enrolment, recoveryKey: recovery.text, leftovers };
     } catch (error) {
-      await takeBack(options, platform.tpm, tpm);
+      await takeBack(options, platform.tpm, facts.tpm);
       throw error;
     } finally {
       keys.wipe();
@@ -167,27 +152,21 @@ async function makeStore(
 ): Promise<void> {
   const { keyId: id, auditKey: key } = keys.current;
   const audit = await createAuditLog(paths.audit, { id, key });
-  const raw = await openLmdbStore({
-    directory: paths.store,
-    create: true,
-    sandbox,
-    log,
-    onLost: () => undefined,
-  });
   try {
-    await audit.append({
-      actor: { uid: process.getuid?.() ?? 0 },
-      action: 'init',
-      verdict: 'done',
-      facts: { toolstackKey: Buffer.from(toolstackKey).toString('hex') },
+    await withLmdbStore({ directory: paths.store, create: true, sandbox, log }, async (raw) => {
+      await audit.append({
+        actor: { uid: process.getuid?.() ?? 0 },
+        action: 'init',
+        verdict: 'done',
+        facts: { toolstackKey: Buffer.from(toolstackKey).toString('hex') },
+      });
+      const anchor = { keys, counter, windowMs: 0, log, auditHead: () => audit.head };
+      const store = await createAnchoredStore(raw, anchor);
+      await createTrustStore(keys, store, toolstackKey, BigInt(Date.now()));
+      await store.close();
     });
-    const anchor = { keys, counter, windowMs: 0, log, auditHead: () => audit.head };
-    const store = await createAnchoredStore(raw, anchor);
-    await createTrustStore(keys, store, toolstackKey, BigInt(Date.now()));
-    await store.close();
   } finally {
     await audit.close();
-    await raw.close();
   }
 }
 

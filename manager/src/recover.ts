@@ -11,21 +11,15 @@ import {
   writeNext,
 } from './enrolment.js';
 import { ManagerError } from './error.js';
-import {
-  type KeyHierarchy,
-  openInstallationSecrets,
-  type RootKeys,
-  sealInstallationSecrets,
-  wipe,
-  wipeSecrets,
-} from './keys/index.js';
+import { resealGeneration } from './generation.js';
+import { type KeyHierarchy, type RootKeys, wipe } from './keys/index.js';
 import { acquireLock } from './lock.js';
 import { openPlatform, type Platform, parseTpm } from './platform.js';
-import { boxForRecovery, newRecoveryKey, openRecoveryBox } from './recovery-key.js';
+import { newRecoveryKey, openRecoveryBox } from './recovery-key.js';
 import { type AnchorCounter, type RootTpmLocation, rootKeyFromInputs } from './root-tpm/index.js';
-import { openLmdbStore, spoilAnchor } from './store/index.js';
+import { spoilAnchor, withLmdbStore } from './store/index.js';
 import { type AcceptOptions, acceptStore, type RecoveredVtpm, surveyStore } from './store-acceptance.js';
-import { hierarchy, rootKeysOf, type Unlocked, unlock } from './unlock.js';
+import { hierarchy, rootKeysOf, type Unlocked, unlock, verifiedKeys } from './unlock.js';
 
 /**
  * What an operator does when a start is refused and the newest store, or the TPM, is gone for good. It runs offline, with
@@ -181,10 +175,8 @@ export function unbox(recoveryKey: Uint8Array, { enrolment, verify }: Unverified
   const { installation, root } = enrolment.tpm;
   const inputs = openRecoveryBox(recoveryKey, enrolment.recovery, installation, root.generation);
   const rootKey = rootKeyFromInputs(inputs, Buffer.from(installation, 'hex'));
-  const keys = rootKeysOf(rootKey, enrolment);
-  wipe(inputs, rootKey);
-  verify(keys.enrolmentMacKey);
-  return keys;
+  wipe(inputs);
+  return verifiedKeys(rootKey, { enrolment, verify });
 }
 
 /**
@@ -248,21 +240,16 @@ async function enrolAnew(
   try {
     const newest = Math.max(...before.map(({ tpm: { root } }) => root.generation));
     const generation = newest + 1;
-    const facts = {
-      storeId: old.storeId,
-      tpm: { ...made.enrolment, root: { ...made.enrolment.root, generation } },
-    };
-    const root = rootKeysOf(made.rootKey, facts);
-    const first = keys.generations.at(-1) ?? keys.current;
-    const secrets = openInstallationSecrets(first, Buffer.from(old.keyring, 'base64'));
+    const tpmOfNext = { ...made.enrolment, root: { ...made.enrolment.root, generation } };
     const recovery = newRecoveryKey();
+    const first = keys.generations.at(-1) ?? keys.current;
+    const next = { ...made, enrolment: tpmOfNext };
+    const { facts, root } = resealGeneration(next, old, first, recovery.publicKey);
     const { anchor, revocation } = facts.tpm;
     const inUse = new Set([anchor.name, revocation.name]);
     const enrolment: Enrolment = {
       ...old,
       ...facts,
-      keyring: sealInstallationSecrets(root, secrets).toString('base64'),
-      recovery: boxForRecovery(recovery.publicKey, old.tpm.installation, generation, made.recoveryInputs),
       erase: before.flatMap(({ erase, tpm: { root: erased } }) => [...erase, erased]),
       // On another TPM a new counter may have the place, and with it the Name, of an old one.
       planned: before
@@ -270,7 +257,6 @@ async function enrolAnew(
         .map(({ handle, name }) => ({ handle, name }))
         .filter(({ name }) => !inUse.has(name)),
     };
-    wipeSecrets(secrets);
     writeNext(paths, enrolment, root.enrolmentMacKey);
     keys.advance(root);
     return { enrolment, text: recovery.text };
@@ -294,16 +280,8 @@ async function inStore(
   mark: AcceptOptions['mark'],
   body: (accept: AcceptOptions) => Promise<RecoverResult>,
 ): Promise<RecoverResult> {
-  const store = await openLmdbStore({
-    directory: paths.manager.store,
-    create: false,
-    sandbox: storeSandbox,
-    log,
-    onLost: () => undefined,
-  });
-  try {
-    return await body({ store, keys, paths: paths.manager, log, mark });
-  } finally {
-    await store.close();
-  }
+  const directory = paths.manager.store;
+  return await withLmdbStore({ directory, create: false, sandbox: storeSandbox, log }, (store) =>
+    body({ store, keys, paths: paths.manager, log, mark }),
+  );
 }

@@ -3,17 +3,10 @@ import { readApprovals } from './approvals-file.js';
 import type { AuditActor, AuditEvent } from './audit/index.js';
 import { adoptNext, type Enrolment, rewriteEnrolment, writeNext } from './enrolment.js';
 import { ManagerError } from './error.js';
-import {
-  type KeyHierarchy,
-  openInstallationSecrets,
-  sealInstallationSecrets,
-  wipe,
-  wipeSecrets,
-} from './keys/index.js';
-import { boxForRecovery } from './recovery-key.js';
+import { resealGeneration } from './generation.js';
+import { type KeyHierarchy, type RootKeys, wipe } from './keys/index.js';
 import type { PolicyChoice, RootTpm } from './root-tpm/index.js';
 import type { Service } from './service.js';
-import { rootKeysOf } from './unlock.js';
 
 export interface RotationParts {
   readonly paths: Paths['manager'];
@@ -168,32 +161,19 @@ export class Rotation {
   async #begin({ policy, ownerAuth }: RotateOptions): Promise<void> {
     const { paths, tpm, keys } = this.parts;
     const enrolment = this.#enrolment;
-    const {
-      recoveryInputs,
-      rootKey,
-      enrolment: nextTpm,
-    } = await tpm.nextGeneration(enrolment.tpm, {
+    const made = await tpm.nextGeneration(enrolment.tpm, {
       ...(policy && { policy }),
       approvals: readApprovals(paths),
       ...(ownerAuth && { ownerAuth }),
       beforeDefine: (planned) => this.#rewrite({ ...enrolment, planned: [...enrolment.planned, ...planned] }),
     });
-    const root = rootKeysOf(rootKey, { storeId: enrolment.storeId, tpm: nextTpm });
+    let root: RootKeys | undefined;
     try {
-      const secrets = openInstallationSecrets(keys.current, Buffer.from(enrolment.keyring, 'base64'));
-      const keyring = sealInstallationSecrets(root, secrets).toString('base64');
-      wipeSecrets(secrets);
-      const { installation, root: nextRoot } = nextTpm;
+      const sealed = resealGeneration(made, enrolment, keys.current, enrolment.recovery.publicKey);
+      ({ root } = sealed);
       const next: Enrolment = {
         ...enrolment,
-        tpm: nextTpm,
-        keyring,
-        recovery: boxForRecovery(
-          enrolment.recovery.publicKey,
-          installation,
-          nextRoot.generation,
-          recoveryInputs,
-        ),
+        ...sealed.facts,
         erase: [...enrolment.erase, enrolment.tpm.root],
       };
       barrier('rotation.made');
@@ -203,10 +183,10 @@ export class Rotation {
       this.#enrolment = next;
       this.#isHalfDone = true;
     } catch (error) {
-      root.wipe();
+      root?.wipe();
       throw error;
     } finally {
-      wipe(recoveryInputs, rootKey);
+      wipe(made.recoveryInputs, made.rootKey);
     }
   }
 

@@ -14,10 +14,10 @@ import {
 } from './audit/index.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
-import { decodeRecord, encodeRecord, type Mark, rekey, resume } from './records/index.js';
+import { decodeRecord, encodeRecord, type Mark, rekey, resume, vtpmOfKey } from './records/index.js';
 import type { AnchorCounter } from './root-tpm/index.js';
 import { auditKeys } from './service.js';
-import { adoptStore, examineStore, type StateStore, type StoreEntry } from './store/index.js';
+import { adoptStore, examineStore, readAnchor, type StateStore, type StoreEntry } from './store/index.js';
 import { rekeyTrust, TRUST_KEY } from './trust/trust-configuration.js';
 
 export interface AcceptOptions {
@@ -48,7 +48,6 @@ export interface Survey {
   readonly vtpms: readonly RecoveredVtpm[];
 }
 
-const PREFIX = 'vtpm/';
 /** Entries of the audit log that are looked through for what was lost. */
 const AUDIT_ENTRIES = 10_000;
 
@@ -143,14 +142,13 @@ export async function acceptStore(
 }
 
 function recordOf(keys: KeyHierarchy, { key, value }: StoreEntry) {
-  return key.startsWith(PREFIX)
-    ? decodeRecord(keys, uuidToBytes(key.slice(PREFIX.length)), value)
-    : undefined;
+  const id = vtpmOfKey(key);
+  return id === undefined ? undefined : decodeRecord(keys, uuidToBytes(id), value);
 }
 
 /** A log that does not verify is put aside whole, and a new chain begins that says so. */
 async function openOrBeginAudit({ store, keys, paths, log }: AcceptOptions): Promise<AuditLog> {
-  const { anchor } = await examineStore(store, keys, () => undefined);
+  const anchor = await readAnchor(store, keys);
   try {
     return (await openAuditLog(paths.audit, auditKeys(keys), anchor?.audit ?? EMPTY_HEAD)).log;
   } catch (error) {

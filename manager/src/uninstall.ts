@@ -1,6 +1,5 @@
 import { existsSync, rmdirSync, rmSync } from 'node:fs';
 import { type Logger, type Paths, syncDirectory } from 'vtpm-common';
-import { decode, ProtoError } from 'vtpm-proto';
 import {
   finishEnrolment,
   isMissingOrEmpty,
@@ -13,8 +12,9 @@ import {
 import { ManagerError } from './error.js';
 import { acquireLock } from './lock.js';
 import { openPlatform } from './platform.js';
+import { isTombstone, vtpmOfKey } from './records/index.js';
 import type { RootTpmEnrolment, Withdrawal } from './root-tpm/index.js';
-import { openLmdbStore } from './store/index.js';
+import { withLmdbStore } from './store/index.js';
 
 export interface UninstallOptions {
   readonly paths: Paths;
@@ -34,7 +34,6 @@ export interface UninstallResult {
 }
 
 const PAGE_RECORDS = 64;
-const VTPM = /^vtpm\/(.*)$/;
 
 /**
  * Removes what init made: first the enrolment is put aside, so that no manager starts any more, then the TPM's part,
@@ -93,27 +92,19 @@ async function refuseWhileUsed({ paths, log, storeSandbox, force }: UninstallOpt
   }
   const live: string[] = [];
   try {
-    const store = await openLmdbStore({
-      directory,
-      create: false,
-      sandbox: storeSandbox,
-      log,
-      onLost: () => undefined,
-    });
-    try {
+    await withLmdbStore({ directory, create: false, sandbox: storeSandbox, log }, async (store) => {
       for (let after: string | undefined; ; ) {
         const page = await store.list(after, PAGE_RECORDS);
         for (const { key, value } of page) {
-          const id = VTPM.exec(key)?.[1];
-          if (id !== undefined && !isRetired(value)) live.push(id);
+          const id = vtpmOfKey(key);
+          // What cannot be read counts as a vTPM.
+          if (id !== undefined && !isTombstone(value)) live.push(id);
         }
         const last = page.at(-1)?.key;
         if (last === undefined || (after !== undefined && last <= after)) break;
         after = last;
       }
-    } finally {
-      await store.close();
-    }
+    });
   } catch (error) {
     if (!force) throw error;
     log.warn({ reason: String(error) }, 'the store cannot be read');
@@ -125,16 +116,6 @@ async function refuseWhileUsed({ paths, log, storeSandbox, force }: UninstallOpt
       `${live.length === 1 ? 'a vTPM exists' : `${live.length} vTPMs exist`} here: ${live.join(', ')}. ` +
         'Their keys would be lost for good; delete them first: vtpmctl delete ID',
     );
-  }
-}
-
-/** What cannot be read counts as a vTPM. */
-function isRetired(value: Uint8Array): boolean {
-  try {
-    return decode('RecordHeader', decode('StoredRecord', value).header).kind === 'RETIRED';
-  } catch (error) {
-    if (error instanceof ProtoError) return false;
-    throw error;
   }
 }
 

@@ -43,13 +43,20 @@ export async function unlock(
   }
 }
 
-/** Verified keys of the generation that an enrolment names. */
 async function release(
   tpm: RootTpm,
-  { enrolment, verify }: UnverifiedEnrolment,
+  file: UnverifiedEnrolment,
   approvals: readonly Approval[],
 ): Promise<RootKeys> {
-  const rootKey = await tpm.releaseRootKey(enrolment.tpm, approvals);
+  return verifiedKeys(await tpm.releaseRootKey(file.enrolment.tpm, approvals), file);
+}
+
+/**
+ * The keys of the generation that an enrolment names, which must be as they wrote it.
+ * @param rootKey 32 bytes, wiped
+ * @throws ManagerError `store-corrupt`
+ */
+export function verifiedKeys(rootKey: Buffer, { enrolment, verify }: UnverifiedEnrolment): RootKeys {
   const keys = rootKeysOf(rootKey, enrolment);
   wipe(rootKey);
   try {

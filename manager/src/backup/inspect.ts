@@ -3,16 +3,17 @@ import { join } from 'node:path';
 import type { Logger } from 'vtpm-common';
 import { bytesEqual, decode, ProtoError, type RecordHeader, uuidToText } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import { RECORD_FORMAT, savedBytes } from '../records/index.js';
+import { RECORD_FORMAT, savedBytes, vtpmOfKey } from '../records/index.js';
 import {
   ANCHOR_KEY,
   buildMerkleTree,
   entriesOf,
   type LeafChange,
   MAX_VALUE_BYTES,
-  openLmdbStore,
+  type StoreEntry,
   statedUnverified,
   valueDigest,
+  withLmdbStore,
 } from '../store/index.js';
 import { MAGIC } from './format.js';
 import { backupPublicText } from './operator-key.js';
@@ -103,37 +104,40 @@ async function inspectStore(
     .map((below) => join(path, below))
     .find((candidate) => existsSync(join(candidate, 'data.mdb')));
   if (!directory) throw new ManagerError('bad-request', `there is no store in ${path}`);
-  const store = await openLmdbStore({ directory, create: false, sandbox, log, onLost: () => undefined });
   const vtpms: InspectedVtpm[] = [];
   const problems: string[] = [];
   const leaves: LeafChange[] = [];
   let facts: Record<string, string> = { anchor: 'missing' };
   let root: Uint8Array | undefined;
-  try {
-    for await (const { key, version, value } of entriesOf(store)) {
-      try {
-        if (key === ANCHOR_KEY) {
-          const stated = statedUnverified(value);
-          root = stated.root;
-          facts = {
-            anchor: 'present',
-            anchorRoot: hex(stated.root),
-            anchorCounter: String(stated.counter),
-            rootKeyGeneration: String(stated.keyId),
-          };
-          continue;
-        }
-        leaves.push({ key, version, digest: valueDigest(value) });
-        if (key.startsWith('vtpm/')) vtpms.push(recordView(value, key.slice('vtpm/'.length)));
-      } catch (error) {
-        problems.push(`${key}: ${sentenceOf(error)}`);
-      }
+  const take = ({ key, version, value }: StoreEntry): void => {
+    if (key === ANCHOR_KEY) {
+      const stated = statedUnverified(value);
+      root = stated.root;
+      facts = {
+        anchor: 'present',
+        anchorRoot: hex(stated.root),
+        anchorCounter: String(stated.counter),
+        rootKeyGeneration: String(stated.keyId),
+      };
+      return;
     }
-  } catch (error) {
-    problems.push(sentenceOf(error));
-  } finally {
-    await store.close();
-  }
+    leaves.push({ key, version, digest: valueDigest(value) });
+    const id = vtpmOfKey(key);
+    if (id !== undefined) vtpms.push(recordView(value, id));
+  };
+  await withLmdbStore({ directory, create: false, sandbox, log }, async (store) => {
+    try {
+      for await (const entry of entriesOf(store)) {
+        try {
+          take(entry);
+        } catch (error) {
+          problems.push(`${entry.key}: ${sentenceOf(error)}`);
+        }
+      }
+    } catch (error) {
+      problems.push(sentenceOf(error));
+    }
+  });
   if (!root) problems.push('it has no anchor that can be read: a start refuses it');
   else if (!bytesEqual(buildMerkleTree(leaves).root, root)) {
     problems.push('its records are not those that its anchor speaks of: a start refuses it');

@@ -16,10 +16,16 @@ import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import { acquireLock } from '../lock.js';
 import { openPlatform, type Platform } from '../platform.js';
-import { encodeRecord, restoredRecord, restoredTombstone, type VtpmRecord } from '../records/index.js';
+import {
+  encodeRecord,
+  restoredRecord,
+  restoredTombstone,
+  type VtpmRecord,
+  vtpmKey,
+} from '../records/index.js';
 import { unbox } from '../recover.js';
 import type { AnchorCounter } from '../root-tpm/index.js';
-import { type AnchoredStore, createAnchoredStore, openLmdbStore } from '../store/index.js';
+import { type AnchoredStore, createAnchoredStore, withLmdbStore } from '../store/index.js';
 import { createTrustStore } from '../trust/trust-configuration.js';
 import { hierarchy, unlock } from '../unlock.js';
 import { parse } from './format.js';
@@ -158,44 +164,38 @@ async function make(
   }
   const { keyId: id, auditKey: key } = keys.current;
   const audit = await createAuditLog(paths.audit, { id, key });
-  const directory = paths.store;
-  const raw = await openLmdbStore({
-    directory,
-    create: true,
-    sandbox: options.storeSandbox,
-    log,
-    onLost: () => undefined,
-  });
+  const { storeSandbox: sandbox } = options;
   try {
-    const store = await createAnchoredStore(raw, {
-      keys,
-      counter,
-      windowMs: 3_600_000,
-      log,
-      auditHead: () => audit.head,
+    return await withLmdbStore({ directory: paths.store, create: true, sandbox, log }, async (raw) => {
+      const store = await createAnchoredStore(raw, {
+        keys,
+        counter,
+        windowMs: 3_600_000,
+        log,
+        auditHead: () => audit.head,
+      });
+      await createTrustStore(keys, store, options.toolstackKey, BigInt(Date.now()));
+      // Twice: the lost disk may say one more than its TPM had counted, and must be an old one from now on.
+      const vtpms = await fill(options, store, audit, keys, store.stated.counter + 2n);
+      await store.count();
+      await store.count();
+      await store.close();
+      barrier('rebuild.counted');
+      finishRebuild(paths);
+      barrier('rebuild.enrolled');
+      const { managerId, storeId, tpm } = file.enrolment;
+      const { kind, path, manufacturer, firmwareVersion } = tpm;
+      return {
+        managerId,
+        storeId,
+        tpm: { kind, path, manufacturer, firmwareVersion },
+        pcrSelection: tpm.root.pcrSelection,
+        vtpms,
+        needsRecover: false,
+      };
     });
-    await createTrustStore(keys, store, options.toolstackKey, BigInt(Date.now()));
-    // Twice: the lost disk may say one more than its TPM had counted, and must be an old one from now on.
-    const vtpms = await fill(options, store, audit, keys, store.stated.counter + 2n);
-    await store.count();
-    await store.count();
-    await store.close();
-    barrier('rebuild.counted');
-    finishRebuild(paths);
-    barrier('rebuild.enrolled');
-    const { managerId, storeId, tpm } = file.enrolment;
-    const { kind, path, manufacturer, firmwareVersion } = tpm;
-    return {
-      managerId,
-      storeId,
-      tpm: { kind, path, manufacturer, firmwareVersion },
-      pcrSelection: tpm.root.pcrSelection,
-      vtpms,
-      needsRecover: false,
-    };
   } finally {
     await audit.close();
-    await raw.close();
   }
 }
 
@@ -227,7 +227,7 @@ async function fill(
       const backup = start.digest.toString('hex').slice(0, 32);
       const written = audit
         .append({ actor, action: 'restore', verdict: 'done', vtpm, generation, epoch, facts: { backup } })
-        .then(() => store.write(`vtpm/${vtpm}`, 0, encodeRecord(keys, record)));
+        .then(() => store.write(vtpmKey(vtpm), 0, encodeRecord(keys, record)));
       await running.add(written);
       barrier('rebuild.entry');
     });

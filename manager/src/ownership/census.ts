@@ -1,10 +1,8 @@
 import type { RecordHeader } from 'vtpm-proto';
-import { isTombstone } from '../records/index.js';
+import { isTombstone, vtpmOfKey } from '../records/index.js';
 import type { StoreEntry } from '../store/index.js';
 
 type RecordKind = RecordHeader['kind'];
-
-export const VTPM_PREFIX = 'vtpm/';
 
 /** How many vTPMs there are, counted once when the store is read and then kept up: nobody lists them to know. */
 export class Census {
@@ -21,7 +19,7 @@ export class Census {
 
   /** A record of the store, of a vTPM or not, while it is opened. */
   take({ key, value }: Pick<StoreEntry, 'key' | 'value'>): void {
-    if (!key.startsWith(VTPM_PREFIX)) return;
+    if (vtpmOfKey(key) === undefined) return;
     this.#add(isTombstone(value) ? 'RETIRED' : 'LIVE', 1);
   }
 

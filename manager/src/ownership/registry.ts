@@ -34,10 +34,12 @@ import {
   retire,
   savedBytes,
   type VtpmRecord,
+  vtpmKey,
+  vtpmOfKey,
 } from '../records/index.js';
 import type { AnchoredStore, Counting } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
-import { type Census, VTPM_PREFIX as PREFIX } from './census.js';
+import type { Census } from './census.js';
 import { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { type HeldRecord, LiveSession } from './live-session.js';
@@ -266,9 +268,9 @@ export class VtpmRegistry {
   /** UUIDs in order, behind `after`. */
   list(after: string | undefined, limit: number): string[] {
     return this.options.store
-      .keys(PREFIX + (after ?? ''), limit)
-      .filter((key) => key.startsWith(PREFIX))
-      .map((key) => key.slice(PREFIX.length));
+      .keys(vtpmKey(after ?? ''), limit)
+      .map(vtpmOfKey)
+      .filter((id) => id !== undefined);
   }
 
   /** How many there are. */
@@ -424,7 +426,7 @@ export class VtpmRegistry {
     const live = new LiveSession({
       slot,
       work: this.work,
-      storeKey: PREFIX + slot.vtpmUuid,
+      storeKey: vtpmKey(slot.vtpmUuid),
       keys,
       store,
       cipher,
@@ -444,7 +446,7 @@ export class VtpmRegistry {
   }
 
   async #read(vtpmUuid: string): Promise<HeldRecord | undefined> {
-    const entry = await this.options.store.read(PREFIX + vtpmUuid);
+    const entry = await this.options.store.read(vtpmKey(vtpmUuid));
     return (
       entry && {
         version: entry.version,
@@ -461,7 +463,7 @@ export class VtpmRegistry {
     counting?: Counting,
   ): Promise<void> {
     const bytes = encodeRecord(this.options.keys, record);
-    await this.options.store.write(PREFIX + vtpmUuid, held?.version ?? 0, bytes, counting);
+    await this.options.store.write(vtpmKey(vtpmUuid), held?.version ?? 0, bytes, counting);
     this.options.census.note(held?.record.header.kind, record.header.kind);
   }
 

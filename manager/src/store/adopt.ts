@@ -99,10 +99,16 @@ export async function adoptStore(
 export async function spoilAnchor(store: StateStore, keys: KeyHierarchy): Promise<void> {
   const entry = await store.get(ANCHOR_KEY);
   const stated = entry && authentic(keys, entry.value);
-  if (!stated) return;
+  if (!entry || !stated) return;
   const value = sealAnchor(keys.current, { ...stated, root: Buffer.alloc(32) });
   if (!(await store.commit([{ key: ANCHOR_KEY, expectedVersion: entry.version, value }]))) throw changed();
   barrier('recover.spoilt');
+}
+
+/** What the anchor says, without a look at the records. @returns undefined where it is missing or not authentic */
+export async function readAnchor(store: StateStore, keys: KeyHierarchy): Promise<AnchorFacts | undefined> {
+  const entry = await store.get(ANCHOR_KEY);
+  return entry && authentic(keys, entry.value);
 }
 
 function authentic(keys: KeyHierarchy, anchor: Uint8Array): AnchorFacts | undefined {

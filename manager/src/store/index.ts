@@ -1,4 +1,4 @@
-export { adoptStore, entriesOf, examineStore, type StoreVerdict, spoilAnchor } from './adopt.js';
+export { adoptStore, entriesOf, examineStore, readAnchor, type StoreVerdict, spoilAnchor } from './adopt.js';
 export { ANCHOR_KEY, statedUnverified } from './anchor.js';
 export {
   type AnchoredStore,
@@ -9,6 +9,6 @@ export {
   openAnchoredStore,
 } from './anchored-store.js';
 export { MAX_VALUE_BYTES } from './limits.js';
-export { openLmdbStore } from './lmdb-store.js';
+export { openLmdbStore, withLmdbStore } from './lmdb-store.js';
 export { buildMerkleTree, type LeafChange, valueDigest } from './merkle-tree.js';
 export type { StateStore, StoreEntry, StoreWrite } from './state-store.js';

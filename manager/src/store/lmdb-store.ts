@@ -52,6 +52,22 @@ export async function openLmdbStore(options: LmdbStoreOptions): Promise<StateSto
   }
 }
 
+/**
+ * Opens a store for `body` alone, with the manager stopped, and closes it whatever happens. A store process that ends
+ * meanwhile fails what `body` asks of it.
+ */
+export async function withLmdbStore<T>(
+  options: Omit<LmdbStoreOptions, 'onLost'>,
+  body: (store: StateStore) => Promise<T>,
+): Promise<T> {
+  const store = await openLmdbStore({ ...options, onLost: () => undefined });
+  try {
+    return await body(store);
+  } finally {
+    await store.close();
+  }
+}
+
 async function startStore(options: LmdbStoreOptions): Promise<LmdbStore> {
   const directory = prepareDirectory(options.directory, options.create);
   const lock = await takeLock(directory);
