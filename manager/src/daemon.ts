@@ -2,8 +2,6 @@ import { randomBytes } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Finding, type Logger, type Paths, privateDirectory, VERSION } from 'vtpm-common';
-import type { Health } from './admin/health.js';
-import { time } from './admin/route.js';
 import { type AdminPlane, serveAdmin } from './admin/server.js';
 import { readApprovals } from './approvals-file.js';
 import type { AuditEvent } from './audit/index.js';
@@ -12,12 +10,11 @@ import { type Enrolment, nextPath, readEnrolment, type UnverifiedEnrolment } fro
 import { ManagerError } from './error.js';
 import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
 import { acquireLock } from './lock.js';
-import type { MetricsState } from './metrics.js';
+import { describeHealth, describeMetrics, type ManagerState, vtpmsOf } from './manager-state.js';
 import { openPlatform, type Platform } from './platform.js';
 import { PlatformControl } from './platform-control.js';
 import { Rotation } from './rotation.js';
 import { openService, type Service } from './service.js';
-import type { AnchorState } from './store/index.js';
 import { type Unlocked, unlock } from './unlock.js';
 
 export interface DaemonOptions {
@@ -37,15 +34,6 @@ export interface Daemon {
   /** Ends streams, store, TPM and sockets, in this order. */
   stop(): Promise<void>;
 }
-
-/**
- * `starting`: the sockets answer, the store is not open yet. `locked`: it cannot be used, and `reason` says why; the
- * admin plane stays up so that the operator can help.
- */
-type State =
-  | { readonly status: 'starting' }
-  | { readonly status: 'locked'; readonly reason: ManagerError }
-  | { readonly status: 'ready'; readonly service: Service };
 
 /**
  * Starts the manager. Resolves when it is ready, or locked because the platform policy refuses the root key.
@@ -77,7 +65,7 @@ class Manager implements Daemon {
   readonly #instance = randomBytes(16).toString('hex');
   readonly #log: Logger;
   readonly #paths: Paths['manager'];
-  #state: State = { status: 'starting' };
+  #state: ManagerState = { status: 'starting' };
   #file: UnverifiedEnrolment | undefined;
   #unlocked: Unlocked | undefined;
   #rotation: Rotation | undefined;
@@ -121,8 +109,8 @@ class Manager implements Daemon {
       path: this.#paths.adminSocket,
       log: this.#log,
       auditPath: this.#paths.audit,
-      health: () => this.#health(),
-      metrics: () => this.#metrics(),
+      health: () => describeHealth(this.#state, this.#enrolment(), this.#instance),
+      metrics: () => describeMetrics(this.#state, this.#rotation),
       doctor: () => this.#doctor(),
       service: () => this.#service(),
       erasure: (generation) => {
@@ -146,7 +134,7 @@ class Manager implements Daemon {
       await serveToolstack(this.#paths.toolstackSocket, this.#log),
     );
     this.#log.info(
-      { status: this.#state.status, vtpms: this.#vtpms(), home: this.options.paths.home },
+      { status: this.#state.status, vtpms: vtpmsOf(this.#state), home: this.options.paths.home },
       `the manager is ${this.#state.status}`,
     );
   }
@@ -351,75 +339,14 @@ class Manager implements Daemon {
     return enrolment;
   }
 
-  #vtpms(): number | null {
-    if (this.#state.status !== 'ready') return null;
-    const { live, retired } = this.#state.service.registry.census;
-    return live + retired;
-  }
-
   async #doctor(): Promise<Finding[]> {
     const { tpm } = this.#enrolment();
     const { pcrSelection } = tpm.root;
     const expected = expectationOf(tpm, tpm, { pcrSelection, srkHandle: tpm.srkHandle });
     return judge(await this.#tpm().examine(tpm), expected);
   }
-
-  #metrics(): MetricsState {
-    const state = this.#state;
-    const service = state.status === 'ready' ? state.service : undefined;
-    const rotation = service && this.#rotation;
-    const { pendingSince, stalled } = service?.storeState.anchoring ?? {};
-    return {
-      isReady: service !== undefined,
-      lockedReason: state.status === 'locked' ? state.reason.code : undefined,
-      vtpms: service?.registry.census,
-      connectedWorkers: service?.registry.connected,
-      storeRecords: service?.storeState.records,
-      treeBytes: service?.storeState.treeBytes,
-      auditEntries: service && Number(service.audit.head.length),
-      anchorPendingSince: secondsOf(pendingSince),
-      anchorStalledSince: secondsOf(stalled?.since),
-      isRotating: rotation?.isUnfinished,
-      rootKeyGeneration: rotation?.enrolment.tpm.root.generation,
-      erasurePendingSince: secondsOf(rotation?.erasure()?.since),
-    };
-  }
-
-  #health(): Health {
-    const { managerId, storeId, tpm } = this.#enrolment();
-    const state = this.#state;
-    return {
-      status: state.status,
-      ...(state.status === 'locked' ? { reason: state.reason.code, message: state.reason.message } : {}),
-      version: VERSION,
-      managerId,
-      storeId,
-      tpm: {
-        kind: tpm.kind,
-        path: tpm.path,
-        manufacturer: tpm.manufacturer,
-        hardwareProtected: tpm.kind === 'device',
-      },
-      pcrSelection: tpm.root.pcrSelection,
-      vtpms: this.#vtpms(),
-      ...(state.status === 'ready' && { anchor: describeAnchor(state.service.storeState.anchoring) }),
-      instance: this.#instance,
-    };
-  }
 }
 
 function isPlatformPolicy(error: unknown): boolean {
   return error instanceof ManagerError && error.code === 'platform-policy';
-}
-
-function describeAnchor({ pendingSince, stalled }: AnchorState): NonNullable<Health['anchor']> {
-  return {
-    pendingSince: time(pendingSince ?? 0),
-    stalledSince: time(stalled?.since ?? 0),
-    ...(stalled && { reason: stalled.reason.code, message: stalled.reason.message }),
-  };
-}
-
-function secondsOf(milliseconds: number | undefined): number | undefined {
-  return milliseconds === undefined ? undefined : milliseconds / 1000;
 }

@@ -5,9 +5,10 @@ import { metrics } from '../metrics.js';
 import { ANCHOR_KEY, sealAnchor } from './anchor.js';
 import { CounterSteps } from './anchor-counter.js';
 import type { AnchoredStore, AnchorOptions, AnchorState, Counting } from './anchored-store.js';
-import { isStoreKey, MAX_BATCH_BYTES, MAX_BATCH_WRITES } from './limits.js';
+import { isStoreKey } from './limits.js';
 import { type MerkleTree, type StagedTree, valueDigest } from './merkle-tree.js';
-import { checkWrite, type StateStore, type StoreEntry, type StoreWrite } from './state-store.js';
+import { checkWrite, type StateStore, type StoreEntry } from './state-store.js';
+import { type QueuedWrite, WriteQueue } from './write-queue.js';
 
 /** What the disk says at the beginning. */
 export interface OpenedAnchor {
@@ -17,13 +18,6 @@ export interface OpenedAnchor {
   readonly audit: AuditHead;
   readonly resets: number;
   readonly isUnclean: boolean;
-}
-
-interface QueuedWrite extends StoreWrite {
-  readonly value: Uint8Array;
-  readonly counting: Counting;
-  resolve(version: number): void;
-  reject(error: ManagerError): void;
 }
 
 interface Waiter {
@@ -40,7 +34,7 @@ export class GroupCommitStore implements AnchoredStore {
   #anchorVersion: number;
   /** Who wants a step although he writes nothing. */
   #countWaiters: Waiter[] = [];
-  #queue: QueuedWrite[] = [];
+  readonly #queue: WriteQueue;
   /** The commit under way. It never rejects. */
   #committing: Promise<void> | undefined;
   #committingKeys: ReadonlySet<string> = new Set();
@@ -63,6 +57,7 @@ export class GroupCommitStore implements AnchoredStore {
     opened: OpenedAnchor,
     private readonly options: AnchorOptions,
   ) {
+    this.#queue = new WriteQueue((key) => tree.get(key)?.version ?? 0);
     this.#anchorVersion = opened.anchorVersion;
     this.auditAtOpen = opened.audit;
     this.isUnclean = opened.isUnclean;
@@ -173,7 +168,7 @@ export class GroupCommitStore implements AnchoredStore {
   #commitNext(): Promise<void> {
     if (this.#committing) return this.#committing;
     if (this.#broken) return Promise.resolve();
-    const batch = this.#takeBatch();
+    const batch = this.#queue.take(!this.#steps.isStepping);
     const isCounting = !this.#steps.isStepping && this.#wantsCounting(batch);
     if (batch.length === 0 && !isCounting) return Promise.resolve();
     this.#committingKeys = new Set(batch.map((write) => write.key));
@@ -194,44 +189,8 @@ export class GroupCommitStore implements AnchoredStore {
   /** Something that the next commit would do. */
   #hasWork(): boolean {
     if (this.#broken) return false;
-    if (this.#steps.isStepping) return this.#queue.some(({ counting }) => counting === 'later');
-    return this.#queue.length > 0 || this.#countWaiters.length > 0 || this.#steps.isDue;
-  }
-
-  /**
-   * The writes of the next commit. A stale one is refused here, alone: in the transaction it would fail all. A second
-   * write of a key waits for the next commit, which decides whether it is stale. While the TPM counts, no anchor may
-   * say more than that it is about to: writes that have to be counted wait.
-   */
-  #takeBatch(): QueuedWrite[] {
-    const batch: QueuedWrite[] = [];
-    const waiting: QueuedWrite[] = [];
-    const keys = new Set<string>();
-    let bytes = 0;
-    let isFull = false;
-    for (const write of this.#queue) {
-      isFull ||=
-        batch.length === MAX_BATCH_WRITES ||
-        (batch.length > 0 && bytes + write.value.length > MAX_BATCH_BYTES);
-      const mustWait = write.counting === 'now' && this.#steps.isStepping;
-      if (isFull || mustWait || keys.has(write.key)) {
-        waiting.push(write);
-        keys.add(write.key);
-        continue;
-      }
-      const version = this.tree.get(write.key)?.version ?? 0;
-      if (write.expectedVersion !== version) {
-        write.reject(
-          new ManagerError('stale', `${write.key} has version ${version}, not ${write.expectedVersion}`),
-        );
-        continue;
-      }
-      keys.add(write.key);
-      batch.push(write);
-      bytes += write.value.length;
-    }
-    this.#queue = waiting;
-    return batch;
+    if (this.#steps.isStepping) return this.#queue.hasUncounted;
+    return !this.#queue.isEmpty || this.#countWaiters.length > 0 || this.#steps.isDue;
   }
 
   async #commit(batch: readonly QueuedWrite[], isCounting: boolean): Promise<void> {
@@ -312,7 +271,7 @@ export class GroupCommitStore implements AnchoredStore {
   #break(error: ManagerError): ManagerError {
     const isFirst = !this.#broken;
     this.#broken ??= error;
-    for (const waiter of [...this.#queue.splice(0), ...this.#countWaiters.splice(0)]) waiter.reject(error);
+    for (const waiter of [...this.#queue.clear(), ...this.#countWaiters.splice(0)]) waiter.reject(error);
     this.#steps.end();
     if (isFirst) this.options.onBroken?.(error);
     return error;
