@@ -49,6 +49,8 @@ export class Rotation {
   /** The next generation is written; the store may still be under both. */
   #isHalfDone: boolean;
   #running: Promise<void> | undefined;
+  /** What runs without being asked for. It never rejects. */
+  #ownWork: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
   /** Unix milliseconds until which nothing is tried again without being asked for. */
   #restsUntil = 0;
@@ -96,10 +98,12 @@ export class Rotation {
   }
 
   /**
-   * Where a rotation was interrupted, going on with it is what was asked for, unless it is for another policy.
-   * @throws ManagerError `busy`, `platform-policy` where the new policy would not open now, and the TPM's
+   * Where a rotation was interrupted, going on with it is what was asked for, unless it is for another policy. What the
+   * manager does by itself is waited for: after a start it may be tidying up.
+   * @throws ManagerError `busy` where somebody else has asked, `platform-policy` where the new policy would not open now, and the TPM's
    */
   async rotate(options: RotateOptions): Promise<Enrolment> {
+    await this.#ownWork;
     if (this.#isStopping) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
     if (this.#running)
       throw new ManagerError('busy', 'a rotation of the root key is under way; try again later');
@@ -248,7 +252,7 @@ export class Rotation {
   }
 
   #unasked(body: () => Promise<void>): void {
-    this.#run(body).catch((error: unknown) => {
+    this.#ownWork = this.#run(body).catch((error: unknown) => {
       // Lost with the store: it goes on when that is open again.
       if (this.#isStopping || !this.#isServed()) return;
       this.#restsUntil = Date.now() + HOUR_MS;

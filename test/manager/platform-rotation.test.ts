@@ -244,6 +244,21 @@ describe('a rotation of the root key', () => {
     });
   }
 
+  it('is waited for, where the manager goes on with it by itself, by whoever asks for another one', async () => {
+    await host.manager.start({ nodeArgs: crashingAt('rotation.counted', 1) });
+    const { child } = host;
+    await host.post('/platform/rotations').catch(() => undefined);
+    await until('the manager is dead', () => child.signalCode === 'SIGKILL');
+    // Held until the request is there.
+    const hold = 'Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 500);';
+    assert.equal((await host.manager.start({ nodeArgs: onceAt('rotation.counted', hold) })).status, 'ready');
+    const { status, body } = await host.post('/platform/rotations');
+    assert.equal(status, 200, JSON.stringify(body));
+    assert.equal(generation(), 3);
+    await host.manager.stop();
+    await host.assertNothingLeft();
+  });
+
   // Each barrier of a rotation is also in the sample of fault/manager-crash.
   for (const [barrier, count] of [
     ['rotation.made', 1],
