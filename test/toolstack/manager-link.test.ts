@@ -56,12 +56,12 @@ describe('a manager link', () => {
       },
     });
     const first = worker();
-    const firstLinks = new WorkerLinks(first, path, log);
+    const firstLinks = new WorkerLinks(first, path, () => log);
     const waiting = firstLinks.lost();
     first.hasEnded = true;
     // While the first one's search is still going on, and the manager away:
     const second = worker();
-    const links = new WorkerLinks(second, path, log);
+    const links = new WorkerLinks(second, path, () => log);
     const served = links.lost();
     await waiting;
     await once(server.listen(path), 'listening');

@@ -26,6 +26,7 @@ import { ManagerEvents } from './manager-events.js';
 import { createTicketOffice } from './ticket-office.js';
 import { Vtpm, type VtpmContext } from './vtpm.js';
 import { VtpmList } from './vtpm-list.js';
+import { WorkerLauncher } from './worker-launcher.js';
 
 export interface SupervisorOptions {
   readonly paths: Paths;
@@ -79,13 +80,15 @@ export class Supervisor {
       imageDigest: image.digest,
       lifetimeSeconds: settings['ticket-lifetime'],
     });
-    const context = { list, image, office, ledger: new WorkerLedger(ledgerPath, log), paths, settings, log };
-    return new Supervisor(context, delegateKey, admin);
+    const ledger = new WorkerLedger(ledgerPath, log);
+    const launcher = new WorkerLauncher({ image, ledger, paths });
+    const context = { list, launcher, office, paths, settings, log };
+    return new Supervisor(context, image, delegateKey, admin);
   }
 
-  private constructor(context: VtpmContext, delegateKey: SigningKey, admin: AdminClient) {
+  private constructor(context: VtpmContext, image: WorkerImage, delegateKey: SigningKey, admin: AdminClient) {
     this.#context = context;
-    this.image = context.image;
+    this.image = image;
     this.delegateKey = delegateKey;
     this.#admin = admin;
     const boot = bootId().toString('hex');

@@ -6,23 +6,19 @@ import type { WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
 import { type DoorPaths, Doors, doorPaths } from './doors.js';
 import type { Entry } from './entry.js';
-import type { WorkerImage } from './image.js';
 import { confinementOf } from './layers.js';
-import type { WorkerLedger } from './leftovers.js';
 import { connectWorkerLink } from './manager-link.js';
 import { killAndWait, type ProcessId } from './processes.js';
-import { bareCommand, sandboxCommand } from './sandbox.js';
 import { type TicketOffice, ticketText } from './ticket-office.js';
 import type { VtpmList } from './vtpm-list.js';
-import { WorkerLinks } from './worker-links.js';
-import { type WorkerEnd, WorkerProcess } from './worker-process.js';
+import type { WorkerLauncher } from './worker-launcher.js';
+import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js';
 
 /** What every vTPM of a supervisor shares. */
 export interface VtpmContext {
   readonly list: VtpmList;
-  readonly image: WorkerImage;
+  readonly launcher: WorkerLauncher;
   readonly office: TicketOffice;
-  readonly ledger: WorkerLedger;
   readonly paths: Paths;
   readonly settings: Settings;
   readonly log: Logger;
@@ -141,7 +137,7 @@ export class Vtpm {
           link.destroy();
           throw error;
         }
-        await this.#startWorker(this.#spawn(link));
+        await this.#startWorker(this.#context.launcher.launch(this.#entry.isolation, link, this.#owner()));
       } catch (error) {
         const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
         this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
@@ -202,25 +198,12 @@ export class Vtpm {
     if (this.#state.kind === 'running') await this.stop();
   }
 
-  #spawn(link: Parameters<typeof socketFd>[0]): WorkerProcess {
-    const { image, paths, ledger } = this.#context;
-    try {
-      if (this.#entry.isolation === 'none') {
-        this.#log.warn('isolation none: the worker runs unconfined, for development only');
-      }
-      const worker: WorkerProcess = new WorkerProcess({
-        command:
-          this.#entry.isolation === 'none' ? bareCommand(image.command) : sandboxCommand(image.command),
-        link,
-        logPath: join(paths.log, `vtpm-${this.#entry.name}.log`),
-        ledger,
-        onMessage: (message) => this.#take(links, message),
-      });
-      const links = new WorkerLinks(worker, paths.manager.workerSocket, this.#log);
-      return worker;
-    } finally {
-      link.destroy();
-    }
+  #owner(): WorkerOwner {
+    return {
+      logPath: join(this.#context.paths.log, `vtpm-${this.#entry.name}.log`),
+      log: this.#log,
+      onMessage: (message) => this.#take(message),
+    };
   }
 
   async #startWorker(worker: WorkerProcess): Promise<void> {
@@ -259,12 +242,8 @@ export class Vtpm {
     }
   }
 
-  #take(links: WorkerLinks, message: WorkerMessage): void {
-    if (message.type === 'link-lost') {
-      void links.lost();
-    } else if (message.type === 'link-up') {
-      links.up();
-    } else if (message.type === 'connection-closed' && 'doors' in this.#state) {
+  #take(message: WorkerMessage): void {
+    if (message.type === 'connection-closed' && 'doors' in this.#state) {
       this.#state.doors.forget(message.id);
     }
   }

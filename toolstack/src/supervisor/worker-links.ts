@@ -1,11 +1,16 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Logger, socketFd } from 'vtpm-common';
+import type { SupervisorMessage } from './control-protocol.js';
 import { connectWorkerLinkAgain } from './manager-link.js';
-import type { WorkerProcess } from './worker-process.js';
 
 /** A worker that keeps losing links gets them, and the log its lines, at a bounded rate. */
 const LINK_PAUSE_MS = 200;
 const PASS_RETRY_MS = 50;
+
+export interface LinkedWorker {
+  readonly hasEnded: boolean;
+  pass(descriptor: number, message: SupervisorMessage): void;
+}
 
 /**
  * New manager links for one worker, after a restart of the manager. The state is the worker's own: the next worker of
@@ -16,16 +21,16 @@ export class WorkerLinks {
   #passedAt = Number.NEGATIVE_INFINITY;
 
   constructor(
-    private readonly worker: Pick<WorkerProcess, 'pass' | 'hasEnded'>,
+    private readonly worker: LinkedWorker,
     private readonly workerSocket: string,
-    private readonly log: Logger,
+    private readonly log: () => Logger,
   ) {}
 
   /** The worker says that it has no link: it gets one as soon as there is a manager. Never rejects. */
   async lost(): Promise<void> {
     if (this.#state === 'wanting') return;
     this.#state = 'wanting';
-    this.log.warn('the manager is away: the worker holds what must be saved');
+    this.log().warn('the manager is away: the worker holds what must be saved');
     if (performance.now() - this.#passedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
     while (this.#state === 'wanting') {
       const link = await connectWorkerLinkAgain(this.workerSocket, () => !this.worker.hasEnded);
@@ -36,7 +41,7 @@ export class WorkerLinks {
         this.#state = 'passed';
       } catch (error) {
         if (this.worker.hasEnded) return;
-        this.log.debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
+        this.log().debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
         await delay(PASS_RETRY_MS);
       } finally {
         link.destroy();
@@ -48,6 +53,6 @@ export class WorkerLinks {
   up(): void {
     if (this.#state !== 'passed') return;
     this.#state = 'linked';
-    this.log.info('the worker is connected to the manager again');
+    this.log().info('the worker is connected to the manager again');
   }
 }

@@ -6,8 +6,8 @@ const MAX_FILE_BYTES = 4 * 1024 * 1024;
 /** A worker that belongs to its guest must not fill the disk or the supervisor's time: what is over is dropped. */
 const MAX_BYTES_PER_MINUTE = 256 * 1024;
 
-/** Appends a worker's standard error to its log. Never throws: a full disk costs log lines, not a vTPM. */
-export function keepLog(stream: Readable, path: string): void {
+/** Appends a worker's standard error to the log that is its own at the time. Never throws: a full disk costs log lines, not a vTPM. */
+export function keepLog(stream: Readable, path: () => string): void {
   let windowStart = performance.now();
   let written = 0;
   stream.on('error', () => undefined);
@@ -19,7 +19,7 @@ export function keepLog(stream: Readable, path: string): void {
     const room = MAX_BYTES_PER_MINUTE - written;
     written += chunk.length;
     if (room <= 0) return;
-    append(path, room < chunk.length ? Buffer.concat([chunk.subarray(0, room), TOO_MUCH]) : chunk);
+    append(path(), room < chunk.length ? Buffer.concat([chunk.subarray(0, room), TOO_MUCH]) : chunk);
   });
 }
 

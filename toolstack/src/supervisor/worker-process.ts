@@ -2,7 +2,7 @@ import { type ChildProcess, spawn } from 'node:child_process';
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
-import { sendDescriptor, socketPair } from 'vtpm-common';
+import { type Logger, sendDescriptor, socketPair } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import {
   LineReader,
@@ -13,17 +13,26 @@ import {
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
 import type { Command } from './sandbox.js';
+import { WorkerLinks } from './worker-links.js';
 import { keepLog } from './worker-log.js';
+
+/** Whose worker it is at the moment. */
+export interface WorkerOwner {
+  /** Takes the worker's standard error. */
+  readonly logPath: string;
+  readonly log: Logger;
+  /** What `waitFor` does not wait for, but for what is about links: those a worker gets whoever owns it. */
+  onMessage(message: WorkerMessage): void;
+}
 
 export interface WorkerOptions {
   readonly command: Command;
   /** Connected to the manager's worker socket and never read from here. It is closed here once the worker has it. */
   readonly link: Socket;
-  /** Takes the worker's standard error. */
-  readonly logPath: string;
   readonly ledger: WorkerLedger;
-  /** What `waitFor` does not wait for. */
-  onMessage(message: WorkerMessage): void;
+  /** Where further links come from. */
+  readonly workerSocket: string;
+  readonly owner: WorkerOwner;
 }
 
 export interface WorkerEnd {
@@ -52,6 +61,8 @@ export class WorkerProcess {
   readonly #control: Socket;
   readonly #options: WorkerOptions;
   readonly #waiters = new Set<Waiter>();
+  readonly #links: WorkerLinks;
+  #owner: WorkerOwner;
   #descriptors: number;
   #processes: ProcessId[] = [];
   #failure: WorkerEnd['failure'];
@@ -64,6 +75,8 @@ export class WorkerProcess {
   /** @throws ToolstackError `internal` where no process can be made */
   constructor(options: WorkerOptions) {
     this.#options = options;
+    this.#owner = options.owner;
+    this.#links = new WorkerLinks(this, options.workerSocket, () => this.#owner.log);
     const [ours, theirs] = socketPair();
     this.#descriptors = ours;
     try {
@@ -96,7 +109,7 @@ export class WorkerProcess {
       );
     }
     this.#control = control as Socket;
-    if (this.#child.stderr) keepLog(this.#child.stderr, options.logPath);
+    if (this.#child.stderr) keepLog(this.#child.stderr, () => this.#owner.logPath);
     this.#listen();
     this.ended = this.#waitForEnd();
     try {
@@ -119,6 +132,11 @@ export class WorkerProcess {
     return this.#hasEnded;
   }
 
+  /** From now on it is another one's. */
+  giveTo(owner: WorkerOwner): void {
+    this.#owner = owner;
+  }
+
   /** @throws ToolstackError `worker-failed` where the worker ends before or does not say it in time */
   async waitFor<T extends WorkerMessage['type']>(
     type: T,
@@ -136,10 +154,10 @@ export class WorkerProcess {
       if (first === 'late') {
         throw new ToolstackError(
           'worker-failed',
-          `the worker did not become ${type} within ${limitMs} ms; look into ${this.#options.logPath}`,
+          `the worker did not become ${type} within ${limitMs} ms; look into ${this.#owner.logPath}`,
         );
       }
-      if (!('type' in first)) throw failureOf(first, this.#options.logPath);
+      if (!('type' in first)) throw failureOf(first, this.#owner.logPath);
       // The sandbox has executed node by the time a message comes, so now all processes are there.
       this.#noteProcesses();
       return first as Extract<WorkerMessage, { type: T }>;
@@ -230,7 +248,9 @@ export class WorkerProcess {
         return;
       }
     }
-    this.#options.onMessage(message);
+    if (message.type === 'link-lost') void this.#links.lost();
+    else if (message.type === 'link-up') this.#links.up();
+    else this.#owner.onMessage(message);
   }
 
   #noteProcesses(): void {

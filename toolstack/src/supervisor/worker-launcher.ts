@@ -1,0 +1,47 @@
+import type { Socket } from 'node:net';
+import type { Logger, Paths } from 'vtpm-common';
+import type { Entry } from './entry.js';
+import type { WorkerImage } from './image.js';
+import type { WorkerLedger } from './leftovers.js';
+import { bareCommand, type Command, sandboxCommand } from './sandbox.js';
+import { type WorkerOwner, WorkerProcess } from './worker-process.js';
+
+export interface WorkerLauncherOptions {
+  readonly image: WorkerImage;
+  readonly ledger: WorkerLedger;
+  readonly paths: Paths;
+}
+
+/** The one place where workers come from, whoever they are for. */
+export class WorkerLauncher {
+  readonly #options: WorkerLauncherOptions;
+
+  constructor(options: WorkerLauncherOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * A new worker, without an identity. @param link connected to the manager's worker socket and never read from here; it
+   * is closed here in any case. @throws ToolstackError `missing-package` | `internal`
+   */
+  launch(isolation: Entry['isolation'], link: Socket, owner: WorkerOwner): WorkerProcess {
+    try {
+      return new WorkerProcess({
+        command: this.#command(isolation, owner.log),
+        link,
+        ledger: this.#options.ledger,
+        workerSocket: this.#options.paths.manager.workerSocket,
+        owner,
+      });
+    } finally {
+      link.destroy();
+    }
+  }
+
+  #command(isolation: Entry['isolation'], log: Logger): Command {
+    const { command } = this.#options.image;
+    if (isolation !== 'none') return sandboxCommand(command);
+    log.warn('isolation none: the worker runs unconfined, for development only');
+    return bareCommand(command);
+  }
+}
