@@ -370,4 +370,25 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (sequence < last && !this.#isProven && last < 0n) {',
     test: { file: 'attack/replay', name: 'a recorded RESUME that knows as much as the record does' },
   },
+  {
+    name: 'I-2 what was touched after it was hashed is not executed as it is',
+    file: 'toolstack/src/supervisor/worker-images.ts',
+    guard: 'if (changed !== undefined) {\n      this.#options.log.warn(',
+    without: 'if (changed === null) {\n      this.#options.log.warn(',
+    test: { file: 'toolstack/measured-launch', name: 'does not execute what replaced a file' },
+  },
+  {
+    name: 'I-2 the image is looked at again before a worker gets an identity',
+    file: 'toolstack/src/supervisor/vtpm.ts',
+    guard: 'worker.checkImage();',
+    without: '',
+    test: { file: 'toolstack/measured-launch', name: 'were others for a moment' },
+  },
+  {
+    name: 'I-2 a worker runs from the tree that was measured',
+    file: 'toolstack/src/supervisor/worker-images.ts',
+    guard: "if (root !== undefined && identityOf(root) !== identityIn(image.stamps.get(''))) {",
+    without: 'if (root !== undefined && identityOf(root) === undefined) {',
+    test: { file: 'toolstack/worker-image', name: 'runs from another tree' },
+  },
 ];

@@ -1,7 +1,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
-import { copyFileSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { copyFileSync, mkdirSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { createServer as createHttpServer, request } from 'node:http';
 import { createRequire } from 'node:module';
 import { createConnection, createServer, type Socket } from 'node:net';
@@ -20,6 +20,7 @@ import {
   type Verb,
   verifyTicketChain,
 } from 'vtpm-proto';
+import { type ProcessId, processId } from 'vtpm-toolstack/supervisor/processes';
 
 export const toolstackKey = signingKeyFromSeed(Buffer.alloc(32, 7));
 export const MANAGER_ID = 'ab'.repeat(32);
@@ -82,6 +83,8 @@ export class StubManager {
   status = 'ready';
   /** The next Load is answered with this refusal. */
   refuse: { reason: string; message: string } | undefined;
+  /** While a worker waits for it: it executes all of its image and has no identity. */
+  beforeGreeting: (() => Promise<void>) | undefined;
   readonly #links = new Set<Socket>();
   readonly #paths: Paths;
   #close: (() => Promise<void>)[] = [];
@@ -129,9 +132,14 @@ export class StubManager {
     this.#links.add(link);
     link.on('error', () => {});
     link.on('close', () => this.#links.delete(link));
-    link.write(`${JSON.stringify({ type: 'greeting' })}\n`);
+    void this.#greet(link);
     link.setEncoding('utf8');
     link.on('data', (line: string) => link.write(`${JSON.stringify(this.#load(JSON.parse(line)))}\n`));
+  }
+
+  async #greet(link: Socket): Promise<void> {
+    await this.beforeGreeting?.();
+    link.write(`${JSON.stringify({ type: 'greeting' })}\n`);
   }
 
   #load({ ticket: text, managerKey }: { ticket: string; managerKey: string }): object {
@@ -255,6 +263,24 @@ export function newVtpm(name: string, delegateKey: Uint8Array, change: Record<st
     delegationSignature: signature.toString('base64'),
     ...change,
   };
+}
+
+/** Every process that runs in the sandbox out of one of an installation's images. */
+export function workersOf({ supervisor: { images } }: Paths): ProcessId[] {
+  const roots = readdirSync(images).map((name) => identity(join(images, name, 'root')));
+  return readdirSync('/proc')
+    .map(Number)
+    .filter((pid) => pid > 0 && roots.includes(identity(`/proc/${pid}/root/`)))
+    .flatMap((pid) => processId(pid) ?? []);
+}
+
+function identity(path: string): string {
+  try {
+    const { dev, ino } = statSync(path);
+    return `${dev}:${ino}`;
+  } catch {
+    return path;
+  }
 }
 
 /** Connects to a door. */

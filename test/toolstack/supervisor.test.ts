@@ -3,7 +3,7 @@ import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { isAlive, type ProcessId, processId } from 'vtpm-toolstack/supervisor/processes';
+import { isAlive, processId } from 'vtpm-toolstack/supervisor/processes';
 import { bareCommand } from 'vtpm-toolstack/supervisor/sandbox';
 import {
   buildStubImage,
@@ -15,6 +15,7 @@ import {
   SupervisorProcess,
   temporaryDirectory,
   until,
+  workersOf,
 } from './supervisor-fixture.js';
 
 describe('vtpm-supervisord', function () {
@@ -42,23 +43,7 @@ describe('vtpm-supervisord', function () {
     removeDirectory(home);
   });
 
-  /** Every process that runs out of this installation's image. */
-  function workers(): ProcessId[] {
-    const images = supervisor.paths.supervisor.images;
-    const roots = readdirSync(images).map((name) => identity(join(images, name, 'root')));
-    return readdirSync('/proc')
-      .map(Number)
-      .filter((pid) => pid > 0 && roots.includes(identity(`/proc/${pid}/root/`)))
-      .flatMap((pid) => processId(pid) ?? []);
-  }
-  function identity(path: string): string {
-    try {
-      const { dev, ino } = statSync(path);
-      return `${dev}:${ino}`;
-    } catch {
-      return path;
-    }
-  }
+  const workers = () => workersOf(supervisor.paths);
 
   it('starts a worker in the sandbox, passes descriptors through its doors and stops it', async () => {
     const created = await supervisor.create('web1');

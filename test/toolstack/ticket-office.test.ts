@@ -23,7 +23,6 @@ describe('the ticket office', () => {
         vtpm: async () => record && { kind: 'live', vmUuid: '', epoch: 0, generation: 0, ...record },
       },
       delegateKey,
-      imageDigest,
       lifetimeSeconds: 60,
     });
   }
@@ -32,7 +31,7 @@ describe('the ticket office', () => {
   it('signs what the manager checks, for this worker, image and boot', async () => {
     const entry = fresh();
     const before = monotonicMs();
-    const { ticket: signed, managerKey, generation } = await office().issue(entry, workerKey);
+    const { ticket: signed, managerKey, generation } = await office().issue(entry, workerKey, imageDigest);
     const { ticket, vtpmUuid } = verifyTicketChain(signed);
     assert.equal(vtpmUuid, entry.id);
     assert.equal(managerKey, MANAGER_ID);
@@ -48,7 +47,11 @@ describe('the ticket office', () => {
 
   it('allows a new TPM only where there is none: at the manager and in the list (I-9)', async () => {
     const verbsOf = async (entry: Entry, record?: Partial<ManagerRecord>) => {
-      const { ticket } = await office(record && { vmUuid: entry.vmUuid, ...record }).issue(entry, workerKey);
+      const { ticket } = await office(record && { vmUuid: entry.vmUuid, ...record }).issue(
+        entry,
+        workerKey,
+        imageDigest,
+      );
       const { verbs, expectedEpoch } = verifyTicketChain(ticket).ticket;
       return [verbs, expectedEpoch];
     };
@@ -68,13 +71,19 @@ describe('the ticket office', () => {
   it('refuses what the manager would refuse', async () => {
     const entry = fresh();
     await assert.rejects(
-      office({ vmUuid: entry.vmUuid, kind: 'retired' }).issue(entry, workerKey),
+      office({ vmUuid: entry.vmUuid, kind: 'retired' }).issue(entry, workerKey, imageDigest),
       hasCode('manager-refused'),
     );
-    await assert.rejects(office({ vmUuid: entry.id }).issue(entry, workerKey), hasCode('manager-refused'));
-    await assert.rejects(office(undefined, { status: 'locked' }).issue(entry, workerKey), hasCode('locked'));
     await assert.rejects(
-      office(undefined, { status: 'starting' }).issue(entry, workerKey),
+      office({ vmUuid: entry.id }).issue(entry, workerKey, imageDigest),
+      hasCode('manager-refused'),
+    );
+    await assert.rejects(
+      office(undefined, { status: 'locked' }).issue(entry, workerKey, imageDigest),
+      hasCode('locked'),
+    );
+    await assert.rejects(
+      office(undefined, { status: 'starting' }).issue(entry, workerKey, imageDigest),
       hasCode('manager-unreachable'),
     );
   });

@@ -1,16 +1,31 @@
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
-import { chmodSync, existsSync, readdirSync, statSync, writeFileSync } from 'node:fs';
+import { execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import {
+  chmodSync,
+  cpSync,
+  existsSync,
+  linkSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  utimesSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import type { ToolstackError } from 'vtpm-toolstack/error';
 import { prepareImage, type WorkerImage } from 'vtpm-toolstack/supervisor/image';
 import { collectSources } from 'vtpm-toolstack/supervisor/image-sources';
+import { descendants } from 'vtpm-toolstack/supervisor/processes';
 import {
   bareCommand,
   type Command,
   SANDBOX_TEMPLATE,
   sandboxCommand,
 } from 'vtpm-toolstack/supervisor/sandbox';
+import { checkUntouched } from 'vtpm-toolstack/supervisor/worker-images';
 import { removeDirectory, temporaryDirectory, writeManifest } from './supervisor-fixture.js';
 
 describe('the worker image', function () {
@@ -29,6 +44,23 @@ describe('the worker image', function () {
 
   function prepare(change: Record<string, unknown> = {}): WorkerImage {
     return prepareImage(collectSources(writeManifest(directory, ['main.mjs'], change)), images);
+  }
+  function rewrite(path: string, content: Buffer): void {
+    const { atime, mtime } = statSync(path);
+    chmodSync(path, 0o644);
+    writeFileSync(path, content);
+    chmodSync(path, 0o444);
+    utimesSync(path, atime, mtime);
+  }
+  function replace(path: string): void {
+    cpSync(path, `${path}.new`, { recursive: true, preserveTimestamps: true });
+    renameSync(path, `${path}.old`);
+    renameSync(`${path}.new`, path);
+    rmSync(`${path}.old`, { recursive: true });
+  }
+  function forAWhile(path: string, make: (path: string) => void): void {
+    make(path);
+    rmSync(path);
   }
   function run({ file, args, env }: Command): string {
     return execFileSync(file, args, { env, encoding: 'utf8' });
@@ -93,11 +125,47 @@ describe('the worker image', function () {
     writeFileSync(place, "console.log('tampered')");
     chmodSync(place, 0o444);
     const again = prepare();
-    assert.deepEqual(again, first);
+    assert.deepEqual([again.digest, again.parts, again.command], [first.digest, first.parts, first.command]);
     assert.match(run(sandboxCommand(again.command)), /measured/);
     writeFileSync(join(first.command.root, 'added'), '');
     prepare();
     assert.equal(existsSync(join(first.command.root, 'added')), false);
+  });
+
+  it('knows a process that runs from another tree than the measured one, and one that was touched meanwhile', async () => {
+    writeFileSync(join(directory, 'main.mjs'), "console.log('up'); setInterval(() => {}, 1000);");
+    const image = prepare();
+    const other = join(directory, 'other');
+    cpSync(image.command.root, other, { recursive: true, preserveTimestamps: true });
+    const changed = (error: unknown) => (error as ToolstackError).code === 'image-changed';
+    const check = async (root: string, look: (root: string) => void): Promise<void> => {
+      const { file, args, env } = sandboxCommand({ ...image.command, root });
+      const child = spawn(file, args, { env, stdio: ['ignore', 'pipe', 'inherit'] });
+      try {
+        await once(child.stdout, 'data');
+        look(`/proc/${descendants(child.pid ?? -1).at(-1)?.pid}/root`);
+      } finally {
+        child.kill('SIGKILL');
+        await once(child, 'close');
+      }
+    };
+    await check(image.command.root, (root) => checkUntouched(image, root));
+    await check(other, (root) => assert.throws(() => checkUntouched(image, root), changed));
+    // Each of these leaves content, mode and time of modification as they were.
+    const file = join(image.command.root, 'app/main.mjs');
+    const touches: [string, () => void][] = [
+      ['rewritten', () => rewrite(file, readFileSync(file))],
+      ['replaced', () => replace(file)],
+      ['a directory replaced', () => replace(join(image.command.root, 'app'))],
+      ['another name for a while', () => forAWhile(`${other}.link`, (path) => linkSync(file, path))],
+      ['a file beside it for a while', () => forAWhile(`${file}.x`, (path) => writeFileSync(path, ''))],
+    ];
+    for (const [what, touch] of touches) {
+      const measured = prepare();
+      checkUntouched(measured, undefined);
+      touch();
+      assert.throws(() => checkUntouched(measured, undefined), changed, what);
+    }
   });
 
   it('refuses a manifest that is missing, damaged or newer', () => {

@@ -26,6 +26,7 @@ export type ToolstackErrorCode =
   // Workers and the manager
   | 'worker-failed'
   | 'image-not-allowed'
+  | 'image-changed'
   | 'manager-unreachable'
   | 'manager-refused'
   | 'locked'
@@ -51,6 +52,7 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'home-unwritable',
   'worker-failed',
   'image-not-allowed',
+  'image-changed',
   'manager-unreachable',
   'manager-refused',
   'locked',

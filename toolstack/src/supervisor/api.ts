@@ -43,6 +43,7 @@ export async function serveApi(supervisor: Supervisor, path: string, log: Logger
 const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'bad-request': 400,
   'image-not-allowed': 403,
+  'image-changed': 409,
   'unknown-vtpm': 404,
   'name-taken': 409,
   'not-stopped': 409,
@@ -92,6 +93,10 @@ async function dispatch(
         body: { digest, parts: parts.map(({ name, sha256, bytes }) => ({ name, sha256, bytes })) },
       };
     }
+    case 'PUT /image': {
+      const { digest } = supervisor.refreshImage(await readDigest(request));
+      return { status: 200, body: { digest } };
+    }
     case 'GET /vtpms':
       return { status: 200, body: { vtpms: supervisor.all().map((vtpm) => vtpm.view()) } };
     case 'POST /vtpms':
@@ -136,6 +141,13 @@ function decoded(text = ''): string {
   } catch {
     throw new ToolstackError('bad-request', 'the name of the vTPM is not a valid part of a path');
   }
+}
+
+/** `{"digest": …}` of the one image that will do, or `{}`. */
+async function readDigest(request: IncomingMessage): Promise<string | undefined> {
+  const { digest } = ((await readBody(request)) ?? {}) as { digest?: unknown };
+  if (digest === undefined || (typeof digest === 'string' && /^[0-9a-f]{64}$/.test(digest))) return digest;
+  throw new ToolstackError('bad-request', '"digest" is 64 hex digits, in lower case');
 }
 
 async function readBody(request: IncomingMessage): Promise<unknown> {

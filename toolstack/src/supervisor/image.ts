@@ -1,15 +1,11 @@
 import { createHash } from 'node:crypto';
 import {
   chmodSync,
-  closeSync,
   constants,
   copyFileSync,
-  fstatSync,
   mkdirSync,
   mkdtempSync,
-  openSync,
   readdirSync,
-  readSync,
   renameSync,
   rmSync,
 } from 'node:fs';
@@ -17,24 +13,16 @@ import { dirname, join } from 'node:path';
 import { privateDirectory, syncDirectory } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { ImageFile, ImageSources } from './image-sources.js';
+import { type ImagePart, type MeasuredTree, measureFile, measureTree, type Stamps } from './image-tree.js';
 import { type ImageCommand, SANDBOX_TEMPLATE } from './sandbox.js';
-
-/** One file of the image, as it was measured. */
-export interface ImagePart {
-  /** Path inside the image. */
-  readonly name: string;
-  /** Permission bits, octal. */
-  readonly mode: string;
-  /** Hex, 32 bytes. */
-  readonly sha256: string;
-  readonly bytes: number;
-}
 
 /** A private, read-only copy of everything a worker executes, named by its digest. */
 export interface WorkerImage {
   /** SHA-256, hex: what tickets name and the manager's allow-list holds. */
   readonly digest: string;
   readonly parts: readonly ImagePart[];
+  /** Of the copy, when it was measured. */
+  readonly stamps: Stamps;
   readonly command: ImageCommand;
 }
 
@@ -43,34 +31,49 @@ const EMPTY_DIRECTORIES = ['proc', 'dev'];
 
 /**
  * Copies the worker into `directory/<digest>/root` and measures the copy, never its source: what is hashed is what
- * runs. A copy that is there already is measured again. Copies of other digests are removed, so call it only while
- * no worker runs.
+ * runs. A copy that is there already is measured again.
+ * @param keep digests of the copies that workers run from; all others are removed
  */
-export function prepareImage(sources: ImageSources, directory: string): WorkerImage {
+export function prepareImage(
+  sources: ImageSources,
+  directory: string,
+  keep: ReadonlySet<string> = new Set(),
+): WorkerImage {
   privateDirectory(directory);
   const existing = findCopy(sources, directory);
-  removeOthers(directory, existing?.digest);
+  removeOthers(directory, existing ? new Set([...keep, existing.digest]) : keep);
   if (existing) return existing;
   const building = mkdtempSync(join(directory, 'building-'));
   copyInto(join(building, 'root'), sources.files);
-  const copied = measure(join(building, 'root'));
+  const copied = measureTree(join(building, 'root'));
   if (!copied) throw new ToolstackError('internal', `${building} does not hold what was copied into it`);
-  const digest = digestOf(copied, sources);
-  renameSync(building, join(directory, digest));
+  const digest = digestOf(copied.parts, sources);
+  const place = join(directory, digest);
+  // Of a worker that runs from it, where it is no longer what it was measured to be.
+  rmSync(place, { recursive: true, force: true });
+  renameSync(building, place);
   syncDirectory(directory);
-  return imageOf(digest, copied, join(directory, digest), sources);
+  return imageOf(digest, copied, place, sources);
+}
+
+/** The digest of what is installed, without a copy. */
+export function installedDigest(sources: ImageSources): string {
+  return digestOf(partsOfSources(sources), sources);
 }
 
 /** @returns undefined where there is no copy, or one that is torn or was changed */
 function findCopy(sources: ImageSources, directory: string): WorkerImage | undefined {
   if (readdirSync(directory).length === 0) return undefined;
   // The digest of the sources only says where to look.
-  const files = sources.files.map((file) => partOf(file.to, file.from, modeOf(file)));
-  const place = join(directory, digestOf(files, sources));
-  const parts = measure(join(place, 'root'));
-  return parts && place === join(directory, digestOf(parts, sources))
-    ? imageOf(digestOf(parts, sources), parts, place, sources)
+  const place = join(directory, installedDigest(sources));
+  const tree = measureTree(join(place, 'root'));
+  return tree && place === join(directory, digestOf(tree.parts, sources))
+    ? imageOf(digestOf(tree.parts, sources), tree, place, sources)
     : undefined;
+}
+
+function partsOfSources({ files }: ImageSources): ImagePart[] {
+  return files.map((file) => measureFile(file.to, file.from, 0, modeOf(file)));
 }
 
 /** Over all that decides what a worker does: every file, node's arguments, the environment and the sandbox. */
@@ -87,12 +90,17 @@ function digestOf(parts: readonly ImagePart[], { argv, env }: Pick<ImageSources,
 
 function imageOf(
   digest: string,
-  parts: readonly ImagePart[],
+  { parts, stamps }: MeasuredTree,
   place: string,
   sources: ImageSources,
 ): WorkerImage {
   const { node, loader, libraries, argv, env } = sources;
-  return { digest, parts, command: { root: join(place, 'root'), node, loader, libraries, argv, env } };
+  return {
+    digest,
+    parts,
+    stamps,
+    command: { root: join(place, 'root'), node, loader, libraries, argv, env },
+  };
 }
 
 function copyInto(root: string, files: readonly ImageFile[]): void {
@@ -110,45 +118,8 @@ function modeOf(file: ImageFile): string {
   return file.executable ? '555' : '444';
 }
 
-/** @returns undefined where it is not a tree of plain files only */
-function measure(root: string): ImagePart[] | undefined {
-  const parts: ImagePart[] = [];
-  const pending = [''];
-  try {
-    for (let directory = pending.pop(); directory !== undefined; directory = pending.pop()) {
-      for (const item of readdirSync(join(root, directory), { withFileTypes: true })) {
-        const name = `${directory}/${item.name}`;
-        if (item.isDirectory()) pending.push(name);
-        else if (item.isFile()) parts.push(partOf(name, join(root, name)));
-        else return undefined;
-      }
-    }
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
-    throw error;
-  }
-  return parts.sort((a, b) => (a.name < b.name ? -1 : 1));
-}
-
-function partOf(name: string, path: string, mode?: string): ImagePart {
-  const fd = openSync(path, constants.O_RDONLY | (constants.O_NOFOLLOW * (mode === undefined ? 1 : 0)));
-  try {
-    const hash = createHash('sha256');
-    const chunk = Buffer.allocUnsafe(1 << 20);
-    let bytes = 0;
-    for (let read = readSync(fd, chunk); read > 0; read = readSync(fd, chunk)) {
-      hash.update(chunk.subarray(0, read));
-      bytes += read;
-    }
-    const permissions = (fstatSync(fd).mode & 0o7777).toString(8);
-    return { name, mode: mode ?? permissions, sha256: hash.digest('hex'), bytes };
-  } finally {
-    closeSync(fd);
-  }
-}
-
-function removeOthers(directory: string, keep?: string): void {
+function removeOthers(directory: string, keep: ReadonlySet<string>): void {
   for (const name of readdirSync(directory)) {
-    if (name !== keep) rmSync(join(directory, name), { recursive: true, force: true });
+    if (!keep.has(name)) rmSync(join(directory, name), { recursive: true, force: true });
   }
 }

@@ -19,13 +19,14 @@ import { createDelegateKey, readDelegateKey } from './delegate-key.js';
 import { checkAccess, setPassage } from './door-access.js';
 import { doorPaths } from './doors.js';
 import { newEntry, parseNewEntry } from './entry.js';
-import { prepareImage, type WorkerImage } from './image.js';
+import type { WorkerImage } from './image.js';
 import { collectSources } from './image-sources.js';
 import { endLeftovers, WorkerLedger } from './leftovers.js';
 import { ManagerEvents } from './manager-events.js';
 import { createTicketOffice } from './ticket-office.js';
 import { Vtpm, type VtpmContext } from './vtpm.js';
 import { VtpmList } from './vtpm-list.js';
+import { WorkerImages } from './worker-images.js';
 import { WorkerLauncher } from './worker-launcher.js';
 
 export interface SupervisorOptions {
@@ -43,9 +44,9 @@ const AUTOSTART_RETRY_MS = 500;
 
 /** The parent of every worker of an installation. */
 export class Supervisor {
-  readonly image: WorkerImage;
   readonly delegateKey: SigningKey;
   readonly #context: VtpmContext;
+  readonly #images: WorkerImages;
   readonly #vtpms = new Map<string, Vtpm>();
   readonly #admin: AdminClient;
   readonly #events: ManagerEvents;
@@ -72,23 +73,31 @@ export class Supervisor {
       log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
     const { list, delegateKey } = openState(paths);
     setPassage(paths, list.all());
-    const image = prepareImage(collectSources(options.manifest), paths.supervisor.images);
+    const images = new WorkerImages({
+      sources: () => collectSources(options.manifest),
+      directory: paths.supervisor.images,
+      log,
+    });
     const admin = new AdminClient(paths.manager.adminSocket);
     const office = createTicketOffice({
       admin,
       delegateKey,
-      imageDigest: image.digest,
       lifetimeSeconds: settings['ticket-lifetime'],
     });
     const ledger = new WorkerLedger(ledgerPath, log);
-    const launcher = new WorkerLauncher({ image, ledger, paths });
+    const launcher = new WorkerLauncher({ images, ledger, paths });
     const context = { list, launcher, office, paths, settings, log };
-    return new Supervisor(context, image, delegateKey, admin);
+    return new Supervisor(context, images, delegateKey, admin);
   }
 
-  private constructor(context: VtpmContext, image: WorkerImage, delegateKey: SigningKey, admin: AdminClient) {
+  private constructor(
+    context: VtpmContext,
+    images: WorkerImages,
+    delegateKey: SigningKey,
+    admin: AdminClient,
+  ) {
     this.#context = context;
-    this.image = image;
+    this.#images = images;
     this.delegateKey = delegateKey;
     this.#admin = admin;
     const boot = bootId().toString('hex');
@@ -102,6 +111,16 @@ export class Supervisor {
     }
     this.#events = new ManagerEvents(admin, context.log);
     if (autostart.length > 0) this.#autostart = this.#startAll(autostart);
+  }
+
+  /** From which workers are started. */
+  get image(): WorkerImage {
+    return this.#images.current;
+  }
+
+  /** Starts workers from what is installed now. @param expected its digest, where only that one will do @throws ToolstackError `image-not-allowed` | … */
+  refreshImage(expected?: string): WorkerImage {
+    return this.#images.refresh(expected);
   }
 
   get managerConnected(): boolean {

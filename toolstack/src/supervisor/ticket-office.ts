@@ -18,10 +18,11 @@ import type { Entry, NewEntry } from './entry.js';
 export interface TicketOffice {
   /**
    * Signs the permission for one worker to load one vTPM once. Call it only when no earlier worker of the vTPM can run
-   * any more (I-3). @param workerKey the worker's box key, 32 bytes
+   * any more (I-3), and its image is checked. @param workerKey the worker's box key, 32 bytes
+   * @param imageDigest of the image that it runs from, hex
    * @throws ToolstackError `manager-unreachable` | `manager-refused` | `locked` | `corrupt`
    */
-  issue(entry: Entry, workerKey: Uint8Array): Promise<IssuedTicket>;
+  issue(entry: Entry, workerKey: Uint8Array, imageDigest: string): Promise<IssuedTicket>;
   /** @throws ToolstackError `bad-request` where a delegation does not let this supervisor run the vTPM */
   checkDelegation(entry: NewEntry): void;
 }
@@ -37,8 +38,6 @@ export interface IssuedTicket {
 export interface TicketOfficeOptions {
   readonly admin: Pick<AdminClient, 'health' | 'vtpm'>;
   readonly delegateKey: SigningKey;
-  /** Hex. */
-  readonly imageDigest: string;
   readonly lifetimeSeconds: number;
 }
 
@@ -53,7 +52,7 @@ class TicketOfficeImpl implements TicketOffice {
     this.#options = options;
   }
 
-  async issue(entry: Entry, workerKey: Uint8Array): Promise<IssuedTicket> {
+  async issue(entry: Entry, workerKey: Uint8Array, imageDigest: string): Promise<IssuedTicket> {
     const { admin, delegateKey } = this.#options;
     const health = await admin.health();
     if (health.status === 'locked') {
@@ -87,6 +86,7 @@ class TicketOfficeImpl implements TicketOffice {
         ...this.#fields(entry),
         managerId: Buffer.from(health.managerId, 'hex'),
         vmRunId: uuidToBytes(entry.vmRunId ?? ''),
+        imageDigest: Buffer.from(imageDigest, 'hex'),
         workerPublicKey: workerKey,
         expectedEpoch: BigInt(record?.epoch ?? 0),
         verbs,
@@ -107,6 +107,7 @@ class TicketOfficeImpl implements TicketOffice {
           ...this.#fields(entry),
           managerId: Buffer.alloc(32),
           vmRunId: Buffer.alloc(16),
+          imageDigest: Buffer.alloc(32),
           workerPublicKey: Buffer.alloc(32),
           expectedEpoch: 0n,
           verbs: ['MANUFACTURE', 'COLD'],
@@ -129,14 +130,11 @@ class TicketOfficeImpl implements TicketOffice {
     }
   }
 
-  #fields(
-    entry: NewEntry,
-  ): Pick<Ticket, 'format' | 'vtpmUuid' | 'vmUuid' | 'imageDigest' | 'isolation' | 'bootId'> {
+  #fields(entry: NewEntry): Pick<Ticket, 'format' | 'vtpmUuid' | 'vmUuid' | 'isolation' | 'bootId'> {
     return {
       format: IDENTITY_FORMAT,
       vtpmUuid: uuidToBytes(entry.id),
       vmUuid: uuidToBytes(entry.vmUuid),
-      imageDigest: Buffer.from(this.#options.imageDigest, 'hex'),
       isolation: entry.isolation,
       bootId: bootId(),
     };

@@ -117,7 +117,7 @@ export class Vtpm {
 
   /**
    * A power-on: a new VM run, a new worker. Resolves when the doors are open.
-   * @throws ToolstackError `busy` | `already-running` | `worker-failed` | `image-not-allowed` | `manager-unreachable` | …
+   * @throws ToolstackError `busy` | `already-running` | `worker-failed` | `image-not-allowed` | `image-changed` | `manager-unreachable` | …
    */
   start(): Promise<void> {
     return this.#exclusively('started', async () => {
@@ -210,7 +210,9 @@ export class Vtpm {
     this.#state = { kind: 'starting', worker };
     try {
       const ready = await worker.waitFor('ready', READY_LIMIT_MS);
-      const issued = await this.#context.office.issue(this.#entry, Buffer.from(ready.publicKey, 'hex'));
+      worker.checkImage();
+      const key = Buffer.from(ready.publicKey, 'hex');
+      const issued = await this.#context.office.issue(this.#entry, key, worker.image.digest);
       if (issued.generation > 0 && !this.#entry.manufactured) this.#update({ manufactured: true });
       const { startup } = this.#entry;
       const hold = this.#context.settings['outage-hold'];

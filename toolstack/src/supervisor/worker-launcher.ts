@@ -4,10 +4,11 @@ import type { Entry } from './entry.js';
 import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
 import { bareCommand, type Command, sandboxCommand } from './sandbox.js';
+import type { WorkerImages } from './worker-images.js';
 import { type WorkerOwner, WorkerProcess } from './worker-process.js';
 
 export interface WorkerLauncherOptions {
-  readonly image: WorkerImage;
+  readonly images: WorkerImages;
   readonly ledger: WorkerLedger;
   readonly paths: Paths;
 }
@@ -25,23 +26,30 @@ export class WorkerLauncher {
    * is closed here in any case. @throws ToolstackError `missing-package` | `internal`
    */
   launch(isolation: Entry['isolation'], link: Socket, owner: WorkerOwner): WorkerProcess {
+    const { images } = this.#options;
+    const image = images.acquire();
+    let worker: WorkerProcess | undefined;
     try {
-      return new WorkerProcess({
-        command: this.#command(isolation, owner.log),
+      worker = new WorkerProcess({
+        command: commandOf(image, isolation, owner.log),
+        image,
+        isolation,
         link,
         ledger: this.#options.ledger,
         workerSocket: this.#options.paths.manager.workerSocket,
         owner,
       });
+      void worker.ended.then(() => images.release(image));
+      return worker;
     } finally {
       link.destroy();
+      if (!worker) images.release(image);
     }
   }
+}
 
-  #command(isolation: Entry['isolation'], log: Logger): Command {
-    const { command } = this.#options.image;
-    if (isolation !== 'none') return sandboxCommand(command);
-    log.warn('isolation none: the worker runs unconfined, for development only');
-    return bareCommand(command);
-  }
+function commandOf({ command }: WorkerImage, isolation: Entry['isolation'], log: Logger): Command {
+  if (isolation !== 'none') return sandboxCommand(command);
+  log.warn('isolation none: the worker runs unconfined, for development only');
+  return bareCommand(command);
 }

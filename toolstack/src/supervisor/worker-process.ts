@@ -10,9 +10,12 @@ import {
   type SupervisorMessage,
   type WorkerMessage,
 } from './control-protocol.js';
+import type { Entry } from './entry.js';
+import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
 import type { Command } from './sandbox.js';
+import { checkUntouched } from './worker-images.js';
 import { WorkerLinks } from './worker-links.js';
 import { keepLog } from './worker-log.js';
 
@@ -27,6 +30,9 @@ export interface WorkerOwner {
 
 export interface WorkerOptions {
   readonly command: Command;
+  /** What `command` executes. */
+  readonly image: WorkerImage;
+  readonly isolation: Entry['isolation'];
   /** Connected to the manager's worker socket and never read from here. It is closed here once the worker has it. */
   readonly link: Socket;
   readonly ledger: WorkerLedger;
@@ -126,6 +132,20 @@ export class WorkerProcess {
   /** Of node, not of the sandbox around it. */
   get pid(): number | undefined {
     return this.#processes.at(-1)?.pid;
+  }
+
+  get image(): WorkerImage {
+    return this.#options.image;
+  }
+
+  /**
+   * That it executes what was measured. Before it gets an identity.
+   * @throws ToolstackError `image-changed` | `worker-failed`
+   */
+  checkImage(): void {
+    const { image, isolation } = this.#options;
+    if (this.pid === undefined) throw new ToolstackError('worker-failed', 'the worker has ended');
+    checkUntouched(image, isolation === 'none' ? undefined : `/proc/${this.pid}/root`);
   }
 
   get hasEnded(): boolean {
