@@ -5,7 +5,7 @@ import { adoptNext, type Enrolment, rewriteEnrolment, writeNext } from './enrolm
 import { ManagerError } from './error.js';
 import { resealGeneration } from './generation.js';
 import { type KeyHierarchy, type RootKeys, wipe } from './keys/index.js';
-import type { PolicyChoice, RootTpm } from './root-tpm/index.js';
+import type { PolicyChoice, Removal, RootTpm } from './root-tpm/index.js';
 import type { Service } from './service.js';
 
 export interface RotationParts {
@@ -28,6 +28,13 @@ export interface RotateOptions {
   readonly policy?: PolicyChoice;
   readonly ownerAuth?: Uint8Array | undefined;
 }
+
+/** Each is proved by the TPM: the half is not in it any more. */
+const ERASED: Readonly<Record<Removal, string>> = {
+  removed: 'was overwritten in the TPM',
+  gone: 'was gone from the TPM already',
+  other: 'was gone from the TPM already, and something else is in its place',
+};
 
 const CHECK_MS = 60_000;
 const HOUR_MS = 3_600_000;
@@ -217,14 +224,17 @@ export class Rotation {
     const { tpm, log } = this.parts;
     const enrolment = this.#enrolment;
     if (enrolment.planned.length > 0) await tpm.eraseIndices(enrolment.tpm, enrolment.planned, ownerAuth);
-    for (const old of enrolment.erase) await tpm.eraseGeneration(enrolment.tpm, old, ownerAuth);
+    const removals: Removal[] = [];
+    for (const old of enrolment.erase) {
+      removals.push(await tpm.eraseGeneration(enrolment.tpm, old, ownerAuth));
+    }
     barrier('rotation.erased');
     this.#rewrite({ ...enrolment, erase: [], planned: [] });
     barrier('rotation.ended');
-    if (enrolment.erase.length > 0) {
+    for (const removal of removals) {
       log.info(
-        { generation: enrolment.tpm.root.generation },
-        'the old generation of the root key was overwritten in the TPM: no older disk opens any more',
+        { generation: enrolment.tpm.root.generation, removal },
+        `the old generation of the root key ${ERASED[removal]}: no older disk opens any more`,
       );
     }
   }

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { renameSync, symlinkSync } from 'node:fs';
 import { createLogger } from 'vtpm-common';
 import { readEnrolment } from 'vtpm-manager/enrolment';
 import { ManagerError } from 'vtpm-manager/error';
@@ -6,6 +7,7 @@ import { openRootTpm } from 'vtpm-manager/root-tpm/index';
 import { Rotation } from 'vtpm-manager/rotation';
 import type { Service } from 'vtpm-manager/service';
 import { unlock } from 'vtpm-manager/unlock';
+import { aboutIndex, denied, startRecordingProxy } from '../support/recording-proxy.js';
 import { until } from '../support/until.js';
 import { crashingAt, type Guest, Host } from './platform-fixture.js';
 
@@ -169,6 +171,38 @@ describe('a rotation of the root key', () => {
     } finally {
       await rotation.stop();
       await tpm.close();
+    }
+    await host.assertNothingLeft();
+  });
+
+  it('believes no erasure that the bus made up: it is repeated until the chip has proved it', async () => {
+    const { nvHandle } = readEnrolment(host.manager.paths).enrolment.tpm.root;
+    const { socket } = host.tpm;
+    const chip = `${socket}.chip`;
+    renameSync(socket, chip);
+    let isErasing = false;
+    const bus = await startRecordingProxy(
+      chip,
+      aboutIndex(nvHandle, (answer) => (isErasing ? denied() : answer)),
+    );
+    symlinkSync(bus.path, socket);
+    try {
+      await host.manager.start();
+      isErasing = true;
+      const { status, body } = await host.post('/platform/rotations');
+      assert.notEqual(status, 200);
+      assert.equal((body.error as { code: string }).code, 'tpm-fault', JSON.stringify(body));
+      const { erase } = readEnrolment(host.manager.paths).enrolment;
+      assert.deepEqual(
+        erase.map((root) => root.nvHandle),
+        [nvHandle],
+      );
+      isErasing = false;
+      assert.equal((await host.post('/platform/rotations')).status, 200);
+      await host.manager.stop();
+    } finally {
+      await bus.close();
+      renameSync(chip, socket);
     }
     await host.assertNothingLeft();
   });

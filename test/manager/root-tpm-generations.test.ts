@@ -22,7 +22,13 @@ import {
   withPassword,
 } from 'tpm2-ts-bindings';
 import { type NvIndexRef, type RootTpmEnrolment, rootKeyFromInputs } from 'vtpm-manager/root-tpm/index';
-import { commandCode, startRecordingProxy } from '../support/recording-proxy.js';
+import {
+  aboutIndex,
+  commandCode,
+  denied,
+  disguised,
+  startRecordingProxy,
+} from '../support/recording-proxy.js';
 import { Chip, ENROL, INSTALLATION, refuses } from './root-tpm-fixture.js';
 
 describe('manager: generations of the root key', () => {
@@ -170,6 +176,23 @@ describe('manager: generations of the root key', () => {
     assert.deepEqual(await release(first.enrolment), first.rootKey);
   });
 
+  it('an index that the bus says is gone is not taken for erased', async () => {
+    const first = await chip.enrol();
+    const second = await chip.root((tpm) => tpm.nextGeneration(first.enrolment));
+    const { nvHandle } = first.enrolment.root;
+    const erase = (path?: string) =>
+      chip.root((tpm) => tpm.eraseGeneration(second.enrolment, first.enrolment.root), path);
+    for (const lie of [denied, disguised]) {
+      const bus = await startRecordingProxy(chip.swtpm.socket, aboutIndex(nvHandle, lie));
+      await assert.rejects(erase(bus.path), refuses('tpm-fault', /not so/));
+      await bus.close();
+      assert.ok((await indices()).includes(nvHandle));
+      assert.deepEqual(await release(first.enrolment), first.rootKey, 'it was not erased');
+    }
+    assert.equal(await erase(), 'removed');
+    assert.equal(await erase(), 'gone');
+  });
+
   it('removes nothing of another Name', async () => {
     const first = await chip.enrol();
     const second = await chip.root((tpm) => tpm.nextGeneration(first.enrolment));
@@ -189,6 +212,19 @@ describe('manager: generations of the root key', () => {
     assert.equal(removed.length, 3, removed.join());
     assert.deepEqual(await indices(), before);
     assert.deepEqual(await release(other.enrolment), other.rootKey);
+  });
+
+  it('withdraw believes no absence that the bus made up, and says what it cannot prove', async () => {
+    const { enrolment } = await chip.enrol();
+    const bus = await startRecordingProxy(chip.swtpm.socket, aboutIndex(enrolment.root.nvHandle, denied));
+    const withdraw = (path?: string) => chip.root((tpm) => tpm.withdraw(enrolment, { evict: true }), path);
+    await assert.rejects(withdraw(bus.path), refuses('tpm-fault', /not so/));
+    await bus.close();
+    const first = await withdraw();
+    assert.equal(first.removed.length, 4, first.removed.join());
+    const again = await withdraw();
+    assert.deepEqual(again.removed, []);
+    assert.match(again.left.join('\n'), /cannot be proved without .*storage root key/);
   });
 
   it('a full TPM is said to be full, and nothing is left in it', async () => {

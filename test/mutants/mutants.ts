@@ -338,9 +338,16 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-6 a rotation erases the half that opened the old disk',
     file: 'manager/src/rotation.ts',
-    guard: 'for (const old of enrolment.erase) await',
-    without: 'for (const old of enrolment.erase.slice(99)) await',
+    guard: 'for (const old of enrolment.erase) {',
+    without: 'for (const old of enrolment.erase.slice(99)) {',
     test: { file: 'attack/rotation', name: 'the half that opened it is overwritten in the TPM' },
+  },
+  {
+    name: 'I-6 that an index is gone is proved by the chip',
+    file: 'manager/src/root-tpm/nv-index.ts',
+    guard: 'await proveAbsence(tpm, session, handle);',
+    without: 'await Promise.resolve();',
+    test: { file: 'manager/root-tpm-generations', name: 'an index that the bus says is gone' },
   },
   {
     name: 'I-6 the enrolment is verified with the key that the TPM released',

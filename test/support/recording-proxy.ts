@@ -1,7 +1,9 @@
+import { createHash } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { connect, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { NV_ReadPublic } from 'tpm2-ts-bindings';
 
 /** A bus between a TPM and its client: a unix socket that hands everything on and keeps every byte. */
 export interface RecordingProxy {
@@ -118,6 +120,32 @@ function eachMessage(socket: Socket, take: (message: Buffer) => void): void {
       rest = rest.subarray(size);
     }
   });
+}
+
+/** Lies about an NV index: what its TPM2_NV_ReadPublic gives goes through `lie`. */
+export function aboutIndex(handle: number, lie: (answer: Buffer) => Buffer): Interposer {
+  return {
+    response: (message, command) => {
+      const isAsked = commandCode(command) === NV_ReadPublic.code && command.readUInt32BE(10) === handle;
+      const isGiven = message.readUInt32BE(6) === 0;
+      return isAsked && isGiven ? lie(message) : message;
+    },
+  };
+}
+
+/** TPM_RC_HANDLE, of the first handle: nothing is there. */
+export const denied = () => Buffer.from('80010000000a0000018b', 'hex');
+
+/** Another index is there: one bit of the attributes changed, and the Name that goes with them. */
+export function disguised(answer: Buffer): Buffer {
+  const size = answer.readUInt16BE(10);
+  const nvPublic = answer.subarray(12, 12 + size);
+  nvPublic.writeUInt8(nvPublic.readUInt8(9) ^ 4, 9);
+  createHash('sha256')
+    .update(nvPublic)
+    .digest()
+    .copy(answer, 12 + size + 4);
+  return answer;
 }
 
 /** Command code of a command message. */

@@ -78,7 +78,10 @@ export async function readObject(
   }
 }
 
-/** An NV index by its handle, or undefined where there is none. */
+/**
+ * An NV index by its handle, or undefined where there is none. Neither is proved: the Name by a command in a session that
+ * has it among its handles, its absence by `listHandles` in a session.
+ */
 export async function readNvIndex(
   tpm: Tpm,
   handle: number,
@@ -112,9 +115,14 @@ export async function flush(tpm: Tpm, handle: number): Promise<void> {
  * saved ones for `Ht.POLICY_SESSION` (Part 2, TPM_HT: LOADED_SESSION, SAVED_SESSION), of which only the lower
  * three bytes say which session it is.
  * @param type `Ht.TRANSIENT` and so on
+ * @param sessions prove the answer; one that is only a hint needs none
  * @throws TpmError
  */
-export async function listHandles(tpm: Tpm, type: number): Promise<number[]> {
+export async function listHandles(
+  tpm: Tpm,
+  type: number,
+  sessions: readonly Session[] = [],
+): Promise<number[]> {
   const handles: number[] = [];
   const types: readonly number[] = SESSION_TYPES.includes(type) ? SESSION_TYPES : [type];
   const base = type * 2 ** 24;
@@ -123,6 +131,7 @@ export async function listHandles(tpm: Tpm, type: number): Promise<number[]> {
       GetCapability,
       {},
       { capability: Cap.HANDLES, property: base + next, propertyCount: 254 },
+      sessions,
     );
     const found = capabilityData.capability === Cap.HANDLES ? capabilityData.handles : [];
     for (const handle of found) {

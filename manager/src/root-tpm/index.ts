@@ -92,7 +92,9 @@ export interface RootTpm {
    * Overwrites the NV half of a generation that is no longer needed and removes its index: what was sealed for it is
    * worthless, on old disks too. Only an index with the enrolled Name is touched. Can be repeated.
    * @param enrolment the one that stays
-   * @throws ManagerError `bad-request` where `old` is what the enrolment needs, or the owner password is another
+   * @returns what the chip has proved: whichever it is, the half is not in it any more
+   * @throws ManagerError `bad-request` where `old` is what the enrolment needs, or the owner password is another;
+   * `tpm-fault` where an answer was changed on its way: then nothing is known of the half
    */
   eraseGeneration(enrolment: RootTpmEnrolment, old: RootGeneration, ownerAuth?: Uint8Array): Promise<Removal>;
   /** The same for indices that `beforeDefine` named and a crash left. In their order. */

@@ -8,6 +8,7 @@ import {
   listHandles,
   NvAttribute as N,
   NV_DefineSpace,
+  NV_ReadPublic,
   NV_UndefineSpace,
   NV_Write,
   type NvEntity,
@@ -115,13 +116,18 @@ export function writtenEntity(handle: number, shape: NvShape, auth?: Uint8Array)
   return nvEntity(publicOf(handle, shape, N.WRITTEN), auth);
 }
 
-/** `gone`: nothing is at the handle. `other`: something that was never ours, and is left as it is. */
+/**
+ * `gone`: nothing is at the handle. `other`: something that was never ours, and is left as it is. In either case the index
+ * itself is not in the TPM.
+ */
 export type Removal = 'removed' | 'gone' | 'other';
 
 /**
  * Overwrites an index of plain bytes with random ones, then undefines it, where it has the Name that was planned, written
  * or not yet. Can be repeated.
- * @throws ManagerError `bad-request` where the owner password is another
+ * @param session proves each outcome where it is salted to a key of this TPM
+ * @throws ManagerError `bad-request` where the owner password is another; `tpm-fault` where it is denied that the index is
+ * there, and it is
  */
 export async function removeIndex(
   tpm: Tpm,
@@ -130,10 +136,16 @@ export async function removeIndex(
   { handle, name }: NvIndexRef,
 ): Promise<Removal> {
   let index = await readNvIndex(tpm, handle);
-  if (index === undefined) return 'gone';
+  if (index === undefined) {
+    await proveAbsence(tpm, session, handle);
+    return 'gone';
+  }
   const { attributes, authPolicy, dataSize } = index.nvPublic.value;
   const shape = { attributes: attributes & ~N.WRITTEN, authPolicy, dataSize };
-  if (writtenEntity(handle, shape).name.toString('hex') !== name) return 'other';
+  if (writtenEntity(handle, shape).name.toString('hex') !== name) {
+    await proveName(tpm, session, index);
+    return 'other';
+  }
   const authHandle = withSession(owner, session);
   try {
     if ((attributes & NV_TYPE) === 0) {
@@ -147,6 +159,30 @@ export async function removeIndex(
     explainOwner(error);
   }
   return 'removed';
+}
+
+/** An error carries no HMAC, so that anybody on the bus can say that nothing is there. A list carries one. */
+async function proveAbsence(tpm: Tpm, session: Session, handle: number): Promise<void> {
+  const found = await listHandles(tpm, Ht.NV_INDEX, [session]);
+  if (found.includes(handle)) throw changedOnItsWay(handle);
+}
+
+/** The Name of a handle goes into the HMACs of command and answer: with another the TPM refuses. */
+async function proveName(tpm: Tpm, session: Session, nvIndex: NvEntity): Promise<void> {
+  try {
+    await tpm.run(NV_ReadPublic, { nvIndex }, {}, [session]);
+  } catch (cause) {
+    throw TpmError.is(cause, Rc.AUTH_FAIL, Rc.BAD_AUTH) ? changedOnItsWay(nvIndex.handle, cause) : cause;
+  }
+}
+
+function changedOnItsWay(handle: number, cause?: unknown): ManagerError {
+  return new ManagerError(
+    'tpm-fault',
+    `what the TPM says of the NV index ${hexHandle(handle)} is not so: something between it and the manager changes its ` +
+      'answers. The index may still be there; look at what is connected to the TPM, then try again',
+    { cause },
+  );
 }
 
 /** For an enrolment that fails: best effort, the failure itself is what the caller reports. */

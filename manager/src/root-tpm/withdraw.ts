@@ -33,7 +33,12 @@ export async function withdraw(
     [anchor, 'the counter of states of the store'],
     [revocation, 'the counter of revocations'],
   ] as const;
-  await inSession(tpm, { kind: 'hmac' }, async (session) => {
+  const key = `storage root key ${hexHandle(enrolment.srkHandle)}`;
+  const srk = await readObject(tpm, enrolment.srkHandle);
+  const isOurSrk = srk?.name.toString('hex') === enrolment.srkName;
+  if (!isOurSrk)
+    left.push(`what cannot be proved without the enrolled ${key}: the TPM's answers, told below`);
+  await inSession(tpm, { kind: 'hmac', ...(isOurSrk && { salt: srk }) }, async (session) => {
     for (const [ref, role] of indices) {
       const what = `NV index ${hexHandle(ref.handle)}`;
       const removal = await removeIndex(tpm, session, owner, ref);
@@ -42,15 +47,13 @@ export async function withdraw(
       else removed.push(`${what} of the TPM, ${role}`);
     }
   });
-  const key = `storage root key ${hexHandle(enrolment.srkHandle)}`;
-  const srk = await readObject(tpm, enrolment.srkHandle);
   const own = new Set(indices.map(([{ handle }]) => handle));
   const others = (await indicesInRange(tpm)).filter((handle) => !own.has(handle));
   if (srk === undefined) {
     left.push(`no ${key}: it was gone already`);
   } else if (!enrolment.srkCreatedByUs) {
     left.push(`the ${key}: it was in the TPM before init`);
-  } else if (srk.name.toString('hex') !== enrolment.srkName) {
+  } else if (!isOurSrk) {
     left.push(`the ${key}: it is not the one that init made`);
   } else if (!evict) {
     left.push(`the ${key}: other programs may use it (--evict removes it)`);
