@@ -114,8 +114,8 @@ program
   .option('--json', 'print the result as JSON')
   .action(verifyAuditLog);
 
-addRecoverCommand(program, { setUp, readSecret });
-addBackupCommands(program, { setUp, readSecret, key });
+addRecoverCommand(program, { setUp, readKey, readSecret });
+addBackupCommands(program, { setUp, readKey, readSecret, key });
 
 await program.parseAsync().catch((error: unknown) => fail(error));
 
@@ -246,6 +246,16 @@ function key(text: string): Buffer {
     throw new ManagerError('bad-request', '--toolstack-key is an Ed25519 public key of 64 hex digits');
   }
   return Buffer.from(text, 'hex');
+}
+
+/** What `parse` makes of a file with a key. */
+function readKey(path: string, parse: (text: string) => Buffer): Buffer {
+  const text = readSecret(path);
+  try {
+    return parse(text.toString());
+  } finally {
+    text.fill(0);
+  }
 }
 
 /** The file's content without a line end. */

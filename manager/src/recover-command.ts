@@ -4,7 +4,7 @@ import { ManagerError } from './error.js';
 import { type RecoverResult, recover } from './recover.js';
 import { parseRecoveryKey } from './recovery-key.js';
 
-type RecoverSetup = Pick<CommandSetup, 'setUp' | 'readSecret'>;
+type RecoverSetup = Pick<CommandSetup, 'setUp' | 'readKey' | 'readSecret'>;
 
 interface RecoverFlags {
   readonly acceptRollback?: boolean;
@@ -40,7 +40,7 @@ export function addRecoverCommand(program: Command, setup: RecoverSetup): void {
     .action((_flags: object, command: Command) => run(command.optsWithGlobals<RecoverFlags>(), setup));
 }
 
-async function run(flags: RecoverFlags, { setUp, readSecret }: RecoverSetup): Promise<void> {
+async function run(flags: RecoverFlags, { setUp, readKey, readSecret }: RecoverSetup): Promise<void> {
   const { paths, log, storeSandbox, tpmDeadlineMs } = setUp(flags);
   const { recoveryKeyFile, ownerAuthFile } = flags;
   if (recoveryKeyFile === undefined && (flags.tpm !== undefined || flags.pcrs !== undefined)) {
@@ -49,8 +49,7 @@ async function run(flags: RecoverFlags, { setUp, readSecret }: RecoverSetup): Pr
   const result = await recover({
     ...{ paths, log, storeSandbox, tpmDeadlineMs },
     acceptRollback: flags.acceptRollback === true,
-    recoveryKey:
-      recoveryKeyFile === undefined ? undefined : parseRecoveryKey(readSecret(recoveryKeyFile).toString()),
+    recoveryKey: recoveryKeyFile === undefined ? undefined : readKey(recoveryKeyFile, parseRecoveryKey),
     ownerAuth: ownerAuthFile === undefined ? undefined : readSecret(ownerAuthFile),
     tpm: flags.tpm,
     pcrSelection: flags.pcrs,

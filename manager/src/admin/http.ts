@@ -1,6 +1,7 @@
 import { once } from 'node:events';
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import { ManagerError, type ManagerErrorCode } from '../error.js';
+import { wipe } from '../keys/index.js';
 import type { JsonAnswer } from './route.js';
 
 const MAX_BODY_BYTES = 64 * 1024;
@@ -62,16 +63,20 @@ export function errorAnswer(error: ManagerError): JsonAnswer {
   };
 }
 
-/** @returns the body @throws ManagerError `too-large` */
-export async function readBytes(request: IncomingMessage, limit: number): Promise<Buffer> {
+/** @returns the body, in the only copy of it; the caller wipes it where it is secret @throws ManagerError `too-large` */
+export async function readBytes(request: AsyncIterable<Buffer>, limit: number): Promise<Buffer> {
   const chunks: Buffer[] = [];
   let length = 0;
-  for await (const chunk of request as AsyncIterable<Buffer>) {
-    length += chunk.length;
-    if (length > limit) throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
-    chunks.push(chunk);
+  try {
+    for await (const chunk of request) {
+      chunks.push(chunk);
+      length += chunk.length;
+      if (length > limit) throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
+    }
+    return Buffer.concat(chunks);
+  } finally {
+    wipe(...chunks);
   }
-  return Buffer.concat(chunks);
 }
 
 /** @returns the JSON object of the body @throws ManagerError `too-large`, `bad-request` */
@@ -85,6 +90,9 @@ export async function readJson(
     value = JSON.parse(body.toString('utf8'));
   } catch (cause) {
     throw new ManagerError('bad-request', 'the request body is not JSON', { cause });
+  } finally {
+    // Of the password of an owner.
+    wipe(body);
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new ManagerError('bad-request', 'the request body must be one JSON object');

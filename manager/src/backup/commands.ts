@@ -19,6 +19,8 @@ export interface CommandSetup {
   };
   /** The file's content without a line end; the caller wipes it. */
   readSecret(path: string): Buffer;
+  /** What `parse` makes of a file with a key; the text is wiped as far as it can be. */
+  readKey(path: string, parse: (text: string) => Buffer): Buffer;
   /** Ed25519 public key. */
   key(text: string): Buffer;
 }
@@ -40,15 +42,7 @@ interface RebuildFlags {
 }
 
 /** The commands that vtpmctl runs for backups. They print JSON. */
-export function addBackupCommands(program: Command, { setUp, readSecret, key }: CommandSetup): void {
-  const secretOf = (path: string): Buffer => {
-    const text = readSecret(path);
-    try {
-      return parseBackupSecret(text.toString());
-    } finally {
-      text.fill(0);
-    }
-  };
+export function addBackupCommands(program: Command, { setUp, readKey, key }: CommandSetup): void {
   const add = (name: string, description: string): Command =>
     program
       .command(name)
@@ -85,7 +79,7 @@ export function addBackupCommands(program: Command, { setUp, readSecret, key }: 
         await restoreFromFile({
           adminSocket: paths.manager.adminSocket,
           file,
-          secretKey: secretOf(flags.keyFile),
+          secretKey: readKey(flags.keyFile, parseBackupSecret),
           vtpms: named(ids),
           acceptRollback: flags.acceptRollback === true,
         }),
@@ -107,12 +101,9 @@ export function addBackupCommands(program: Command, { setUp, readSecret, key }: 
         await rebuild({
           ...setUp(flags),
           file,
-          secretKey: secretOf(flags.keyFile),
+          secretKey: readKey(flags.keyFile, parseBackupSecret),
           toolstackKey: key(flags.toolstackKey),
-          recoveryKey:
-            recoveryKeyFile === undefined
-              ? undefined
-              : parseRecoveryKey(readSecret(recoveryKeyFile).toString()),
+          recoveryKey: recoveryKeyFile === undefined ? undefined : readKey(recoveryKeyFile, parseRecoveryKey),
         }),
       );
     });

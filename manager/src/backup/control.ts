@@ -6,7 +6,7 @@ import { statusOf } from '../admin/http.js';
 import type { AuditActor, AuditLog } from '../audit/index.js';
 import { nextPath } from '../enrolment.js';
 import { ManagerError } from '../error.js';
-import { type KeyHierarchy, wipe } from '../keys/index.js';
+import type { KeyHierarchy } from '../keys/index.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import { restoredRecord, restoredTombstone, type VtpmRecord } from '../records/index.js';
 import type { AnchoredStore } from '../store/index.js';
@@ -136,8 +136,6 @@ export class BackupControl {
         facts: audited,
       });
       throw reason;
-    } finally {
-      wipe(permanent);
     }
     if (!plan) throw new ManagerError('internal', 'a restore ended without a result');
     return plan;
@@ -187,7 +185,7 @@ export class BackupControl {
   }
 }
 
-/** The permanent state; the caller wipes it. */
+/** The permanent state, a view into the request's bytes, which the caller of all this wipes. */
 function contentOf(facts: BackupFacts, { content = new Uint8Array(0) }: RestoreRequest): Uint8Array {
   if (facts.contentDigest.length === 0) return new Uint8Array(0);
   if (!bytesEqual(sha256(content), facts.contentDigest)) {

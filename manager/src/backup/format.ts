@@ -10,6 +10,7 @@ import {
   verifySignature,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
+import { wipe } from '../keys/index.js';
 
 /** Format number of backups; a newer one is refused by name. */
 export const BACKUP_FORMAT = 1;
@@ -91,7 +92,7 @@ export function checkTrailer(signer: Uint8Array, statement: Uint8Array, signatur
   }
 }
 
-/** One encoding alone is taken. @throws ManagerError `bad-request` */
+/** One encoding alone is taken. Bytes fields of the result are views into `bytes`. @throws ManagerError `bad-request` */
 export function parse<
   K extends
     | 'BackupHeader'
@@ -102,13 +103,18 @@ export function parse<
     | 'BackupStatement'
     | 'RestoreRequest',
 >(name: K, bytes: Uint8Array, what: string): Messages[K] {
+  let again: Buffer | undefined;
   try {
     const message = decode(name, bytes);
-    if (!encode(name, message).equals(bytes)) throw damaged(`${what} is not encoded as it was written`);
+    again = encode(name, message);
+    if (!again.equals(bytes)) throw damaged(`${what} is not encoded as it was written`);
     return message;
   } catch (error) {
     if (!(error instanceof ProtoError)) throw error;
     throw damaged(`${what} is not readable`, error);
+  } finally {
+    // It has a state in the clear where `bytes` has one.
+    wipe(again);
   }
 }
 

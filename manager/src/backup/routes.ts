@@ -11,6 +11,7 @@ import {
   type Route,
 } from '../admin/route.js';
 import { ManagerError } from '../error.js';
+import { wipe } from '../keys/index.js';
 import { MAX_FRAME_BYTES } from './format.js';
 import { parseBackupPublic } from './operator-key.js';
 
@@ -45,9 +46,14 @@ async function restore(request: AdminRequest, { service }: AdminContext): Promis
     throw new ManagerError('bad-request', '"accept-rollback" is "yes", or left out');
   }
   const body = await request.bytes(MAX_FRAME_BYTES);
-  const isAccepted = consent === 'yes';
-  const plan = isAccepted ? await control.restore(request.actor, body) : await control.plan(body);
-  return ok({ isDone: isAccepted, ...plainOf(plan) });
+  try {
+    const isAccepted = consent === 'yes';
+    const plan = isAccepted ? await control.restore(request.actor, body) : await control.plan(body);
+    return ok({ isDone: isAccepted, ...plainOf(plan) });
+  } finally {
+    // The state in the clear, of which every other view is a part.
+    wipe(body);
+  }
 }
 
 /** Generations and times stay below 2^53. */
