@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { Shutdown, Su } from 'tpm2-ts-bindings';
 import type { AnchorCounter, RootTpm, RootTpmEnrolment } from 'vtpm-manager/root-tpm/index';
 import { createAnchoredStore, openAnchoredStore, type StoreEntry } from 'vtpm-manager/store/index';
 import { MemoryStore } from '../support/memory-store.js';
@@ -46,6 +47,75 @@ describe('an anchor whose counter is orderly', () => {
     });
     await assert.rejects(open(newest), refusal('rollback-detected', /old one/));
     await assert.rejects(open(before), refusal('rollback-detected', /old one/));
+  });
+
+  it('I-4 I-5 the power may fail again at any step of that start, after which the newest disk is taken, and no other', async () => {
+    const other = await on(async (counter) => {
+      const store = await createAnchoredStore(disk, options(counter));
+      await store.write('event', 0, value, 'now');
+      const entries = await everything();
+      await store.write('event', 1, value, 'now');
+      return entries;
+    });
+    const block = await on(async (counter) => counter.orderly!.ahead);
+    await chip.swtpm.restart();
+    // Before and after each end of a block that lies on the way, and at the first and last step.
+    const ways = [0n, 1n, block - 1n, block, block + 1n, block + 2n].map((steps) => ({
+      steps,
+      isCrash: false,
+    }));
+    for (const { steps, isCrash } of [...ways, { steps: 5n, isCrash: true }]) {
+      await assert.rejects(
+        on(async (counter) => {
+          const { orderly } = counter;
+          assert.ok(orderly);
+          const countTo = async (end: bigint) => {
+            const last = (await counter.read()) + steps;
+            await orderly.countTo(last < end ? last : end);
+            throw new Error('it ends here');
+          };
+          await openAnchoredStore(disk, options({ ...counter, orderly: { ...orderly, countTo } }));
+        }),
+        /it ends here/,
+      );
+      // The manager alone, the last time.
+      if (!isCrash) await chip.swtpm.restart();
+    }
+    await on(async (counter) => {
+      const store = await openAnchoredStore(disk, options(counter));
+      assert.equal(store.isUnclean, true);
+      assert.equal((await store.read('event'))?.version, 2);
+    });
+    const unserved = await everything();
+    await on(async (counter) => {
+      const store = await openAnchoredStore(disk, options(counter));
+      assert.equal(store.isUnclean, true, 'until it is written down');
+      await store.count();
+      await store.write('event', 2, value, 'now');
+    });
+    for (const old of [other, unserved])
+      await assert.rejects(open(old), refusal('rollback-detected', /old one/));
+    await on(async (counter) => {
+      assert.equal((await openAnchoredStore(disk, options(counter))).isUnclean, false);
+    });
+  });
+
+  it('I-5 after a reset in order the newest disk is taken, not as unclean, and what was before it is old', async () => {
+    const before = await on(async (counter) => {
+      const store = await createAnchoredStore(disk, options(counter));
+      await store.write('event', 0, value, 'now');
+      const entries = await everything();
+      await store.write('event', 1, value, 'now');
+      return entries;
+    });
+    const newest = await everything();
+    await chip.direct((tpm) => tpm.run(Shutdown, {}, { shutdownType: Su.CLEAR }));
+    await chip.swtpm.restart();
+    await on(async (counter) => {
+      assert.equal((await openAnchoredStore(disk, options(counter))).isUnclean, false);
+    });
+    for (const old of [before, newest])
+      await assert.rejects(open(old), refusal('rollback-detected', /old one/));
   });
 
   it('I-5 without a loss of power it is as strict as any other', async () => {

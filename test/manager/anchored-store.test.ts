@@ -418,6 +418,7 @@ describe('anchored store', () => {
         auditHead: Buffer.alloc(0),
         auditLength: 0n,
         resets: 0,
+        isUnclean: false,
       });
       const mac = createHmac('sha256', fixture.anchor.keys.current.anchorKey).update(statement).digest();
       fixture.tamper((db) => db.putSync('anchor', encode('AnchorRecord', { statement, mac, keyId: 1 }), 5));

@@ -196,9 +196,16 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 an old anchor is refused',
     file: 'manager/src/store/anchor-counter.ts',
-    guard: 'if (stated.counter === shown) return',
-    without: 'if (stated.counter <= shown) return',
+    guard: 'if (stated.counter === shown && stated.resets === resets) {',
+    without: 'if (stated.counter <= shown && stated.resets === resets) {',
     test: { file: 'manager/anchored-store', name: 'a whole older copy of the files is refused' },
+  },
+  {
+    name: 'I-4 where an orderly counter counts on to is on the disk before it does',
+    file: 'manager/src/store/anchor-counter.ts',
+    guard: 'await restate(next);',
+    without: 'await Promise.resolve();',
+    test: { file: 'manager/anchor-orderly', name: 'after which the newest disk is taken' },
   },
   {
     name: 'tpm2-ts-bindings: the HMAC of an answer is compared',

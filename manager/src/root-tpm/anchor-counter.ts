@@ -36,6 +36,8 @@ export interface OrderlyCounter {
   readonly ahead: bigint;
   /** How often the TPM was reset (Part 2, TPMS_CLOCK_INFO: resetCount), proved like the value. */
   resets(): Promise<number>;
+  /** Counts until it shows this, in one session, and returns the value read after it. */
+  countTo(value: bigint): Promise<bigint>;
 }
 
 /**
@@ -60,6 +62,16 @@ export class SessionCounter {
   increment(tpm: Tpm): Promise<bigint> {
     return this.#use(tpm, async (index, session) => {
       await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
+      return await readCounterBy(tpm, index, session);
+    });
+  }
+
+  countTo(tpm: Tpm, value: bigint): Promise<bigint> {
+    return this.#use(tpm, async (index, session) => {
+      const shown = await readCounterBy(tpm, index, session);
+      for (let next = shown; next < value; next++) {
+        await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
+      }
       return await readCounterBy(tpm, index, session);
     });
   }

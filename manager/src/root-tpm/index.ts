@@ -275,6 +275,7 @@ class OpenRootTpm implements RootTpm {
           // Part 1, "NV counters": the value after an unorderly reset is the end of the block that was begun.
           ahead: BigInt(orderlyCount) + 1n,
           resets: () => this.#inTurn((tpm) => counter.resets(tpm)),
+          countTo: (value) => this.#inTurn((tpm) => counter.countTo(tpm, value)),
         },
       }),
     };

@@ -80,7 +80,13 @@ export async function adoptStore(
   await flush();
   await beforeAnchor();
   const root = buildMerkleTree(leaves).root;
-  const anchor = sealAnchor(keys.current, { root, counter: shown + 1n, audit: audit(), resets });
+  const anchor = sealAnchor(keys.current, {
+    root,
+    counter: shown + 1n,
+    audit: audit(),
+    resets,
+    isUnclean: false,
+  });
   const isWritten = await store.commit([{ key: ANCHOR_KEY, expectedVersion: anchorVersion, value: anchor }]);
   if (!isWritten) throw changed();
   barrier('recover.anchored');

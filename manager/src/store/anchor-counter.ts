@@ -51,7 +51,7 @@ export class CounterSteps {
   }
 
   /** There are plain writes that no step has covered. */
-  get isOpen(): boolean {
+  get #isOpen(): boolean {
     return this.#timer !== undefined || this.#isDue;
   }
 
@@ -87,7 +87,7 @@ export class CounterSteps {
       this.#stepping = undefined;
       this.#stalled = undefined;
       // Writes that came while the chip counted wait for the next step.
-      this.#pendingSince = this.isOpen ? began : undefined;
+      this.#pendingSince = this.#isOpen ? began : undefined;
       metrics.anchorStep.add();
       barrier('anchor.counted');
     });
@@ -141,33 +141,37 @@ export interface Reconciled {
   readonly counter: bigint;
   /** Of the TPM, where its counter is orderly; 0 where it is not. */
   readonly resets: number;
-  /**
-   * The TPM lost power with an orderly counter, which is now ahead of what it was. Anchors of the block in which that
-   * happened cannot be told apart: take a step at once, after which they are old.
-   */
+  /** The TPM lost power with an orderly counter, which went ahead: the anchors of a block could not be told apart. */
   readonly isUnclean: boolean;
 }
 
 /**
- * Compares what the newest anchor says with the chip, and takes the step that a crash has left out.
+ * Compares what the newest anchor says with the chip, and takes the steps that a crash has left out.
+ *
+ * After a reset of the TPM, an anchor from before it is taken where the chip is ahead of it by no more than an orderly
+ * counter jumps. So the chip counts on until no other anchor from before is as near as that. The way leads over ends of
+ * blocks, and another loss of power on it would take the chip too far from the newest anchor as well. Therefore the
+ * newest says first where the way ends: from then on the chip is behind it, or ahead by one jump.
+ * @param restate makes this anchor durable in the place of the newest
  * @throws ManagerError `rollback-detected`, and the TPM's
  */
-export async function reconcile(counter: AnchorCounter, stated: AnchorFacts): Promise<Reconciled> {
-  const shown = await counter.read();
+export async function reconcile(
+  counter: AnchorCounter,
+  stated: AnchorFacts,
+  restate: (next: AnchorFacts) => Promise<void>,
+): Promise<Reconciled> {
+  const ahead = counter.orderly?.ahead ?? 0n;
+  const shown = await caughtUp(counter, stated.counter);
   const resets = (await counter.orderly?.resets()) ?? 0;
-  if (stated.counter === shown) return { counter: shown, resets, isUnclean: false };
-  if (stated.counter === shown + 1n) {
-    barrier('anchor.reconcile');
-    const after = await counter.increment();
-    barrier('anchor.reconciled');
-    if (after === stated.counter) return { counter: after, resets, isUnclean: false };
+  if (stated.counter === shown && stated.resets === resets) {
+    return { counter: shown, resets, isUnclean: stated.isUnclean };
   }
-  const end = stated.counter + (counter.orderly?.ahead ?? 0n);
-  if (resets !== stated.resets && stated.counter < shown && shown <= end) {
-    // To the last value that this anchor is taken at. A crash on the way there leaves it good; the next step ends that.
-    let value = shown;
-    while (value < end) value = await counter.increment();
-    return { counter: value, resets, isUnclean: true };
+  if (stated.resets !== resets && stated.counter <= shown && shown <= stated.counter + ahead) {
+    const isUnclean = stated.isUnclean || stated.counter < shown;
+    const next = { ...stated, counter: shown + farthest(ahead), resets, isUnclean };
+    await restate(next);
+    barrier('anchor.restated');
+    return reconcile(counter, next, restate);
   }
   throw new ManagerError(
     'rollback-detected',
@@ -176,4 +180,21 @@ export async function reconcile(counter: AnchorCounter, stated: AnchorFacts): Pr
           'if it is lost, vtpmctl recover --accept-rollback says what goes back to what, and does it'
       : `the TPM's counter shows ${shown}, the store's anchor says ${stated.counter}: the TPM's memory was put back, or it is another TPM`,
   );
+}
+
+/** From the newest anchor before a reset, which may say one more than was shown, to where it is too far to be taken. */
+function farthest(ahead: bigint): bigint {
+  return ahead + 2n;
+}
+
+/** What the chip shows after the steps that an anchor has stated and a crash left out; unchanged where they are too many. */
+async function caughtUp(counter: AnchorCounter, stated: bigint): Promise<bigint> {
+  const { orderly } = counter;
+  const shown = await counter.read();
+  const missing = stated - shown;
+  if (missing <= 0n || missing > (orderly ? farthest(orderly.ahead) : 1n)) return shown;
+  barrier('anchor.reconcile');
+  const after = orderly ? await orderly.countTo(stated) : await counter.increment();
+  barrier('anchor.reconciled');
+  return after;
 }

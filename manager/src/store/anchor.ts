@@ -16,6 +16,8 @@ export interface AnchorFacts {
   readonly audit: AuditHead;
   /** Of the TPM, where its counter is orderly; 0 where it is not. */
   readonly resets: number;
+  /** The TPM lost power with an orderly counter, and this anchor was written at the start after it. */
+  readonly isUnclean: boolean;
 }
 
 export function sealAnchor({ anchorKey, storeId, keyId }: RootKeys, facts: AnchorFacts): Buffer {
@@ -27,6 +29,7 @@ export function sealAnchor({ anchorKey, storeId, keyId }: RootKeys, facts: Ancho
     auditHead: facts.audit.digest,
     auditLength: facts.audit.length,
     resets: facts.resets,
+    isUnclean: facts.isUnclean,
   });
   return encode('AnchorRecord', { statement, mac: macOf(anchorKey, statement), keyId });
 }
@@ -51,8 +54,8 @@ export function openAnchor(keys: KeyHierarchy, record: Uint8Array): AnchorFacts 
   }
   if (parsed.format !== FORMAT) throw corrupt(`its anchor has format ${parsed.format}, which there is not`);
   if (!bytesEqual(parsed.storeId, storeId)) throw corrupt('its anchor belongs to another store');
-  const { root, counter, auditHead, auditLength, resets } = parsed;
-  return { root, counter, audit: { length: auditLength, digest: Buffer.from(auditHead) }, resets };
+  const { root, counter, auditHead, auditLength, resets, isUnclean } = parsed;
+  return { root, counter, audit: { length: auditLength, digest: Buffer.from(auditHead) }, resets, isUnclean };
 }
 
 /** What an anchor says, for who has no key: whether it is authentic only the manager knows. @throws ManagerError `store-corrupt` */

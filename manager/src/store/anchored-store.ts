@@ -37,7 +37,7 @@ export interface AnchoredStore {
   count(): Promise<void>;
   /** The audit chain as the anchor said it when the store was opened. */
   readonly auditAtOpen: AuditHead;
-  /** The TPM lost power with an orderly counter: have it count at once. */
+  /** The TPM lost power with an orderly counter: said at each start until an anchor is written after this one. */
   readonly isUnclean: boolean;
   /** Up to `limit` keys greater than `after`, ascending, from memory. */
   keys(after: string | undefined, limit: number): string[];
@@ -95,7 +95,13 @@ export async function createAnchoredStore(store: StateStore, options: AnchorOpti
   const counter = await options.counter.read();
   const resets = (await options.counter.orderly?.resets()) ?? 0;
   const audit = options.auditHead();
-  const anchor = sealAnchor(options.keys.current, { root: tree.root, counter, audit, resets });
+  const anchor = sealAnchor(options.keys.current, {
+    root: tree.root,
+    counter,
+    audit,
+    resets,
+    isUnclean: false,
+  });
   const isFirst =
     (await store.list(undefined, 1)).length === 0 &&
     (await store.commit([{ key: ANCHOR_KEY, expectedVersion: 0, value: anchor }]));
@@ -142,8 +148,14 @@ export async function openAnchoredStore(
       'the store was put back to an older state while the manager was running; restore the newest one',
     );
   }
-  const reconciled = await reconcile(options.counter, stated);
-  const opened = { anchorVersion: anchor.version, audit: stated.audit, ...reconciled };
+  let anchorVersion = anchor.version;
+  const reconciled = await reconcile(options.counter, stated, async (next) => {
+    const value = sealAnchor(options.keys.current, next);
+    const isWritten = await store.commit([{ key: ANCHOR_KEY, expectedVersion: anchorVersion, value }]);
+    if (!isWritten) throw corrupt('it was changed while it was being opened');
+    anchorVersion++;
+  });
+  const opened = { anchorVersion, audit: stated.audit, ...reconciled };
   return new GroupCommitStore(store, tree, opened, options);
 }
 

@@ -253,6 +253,7 @@ export class GroupCommitStore implements AnchoredStore {
       counter: this.#steps.stated + (isCounting ? 1n : 0n),
       audit,
       resets: this.#resets,
+      isUnclean: false,
     });
     this.#uncertain = staged.root;
     barrier('store.commit');
