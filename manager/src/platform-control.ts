@@ -1,5 +1,5 @@
 import type { Approval, ApprovalRequest } from 'tpm2-ts-bindings';
-import type { Paths } from 'vtpm-common';
+import { barrier, type Paths } from 'vtpm-common';
 import { readApprovals, writeApprovals } from './approvals-file.js';
 import type { AuditActor, AuditEvent } from './audit/index.js';
 import type { Enrolment } from './enrolment.js';
@@ -149,14 +149,9 @@ export class PlatformControl {
    */
   async approve(actor: AuditActor, approval: unknown, authority?: string): Promise<ApprovalOutcome> {
     const checked = this.#check(approval, authority);
-    this.#keep([checked]);
     const { label, policyDigest, counter } = checked;
-    await this.parts.audit({
-      actor,
-      action: 'platform-approve',
-      verdict: 'done',
-      facts: { label, policyDigest, counter },
-    });
+    const event = { actor, action: 'platform-approve', facts: { label, policyDigest, counter } } as const;
+    await this.#audited(event, async () => this.#keep([checked]));
     const isUnlocked = await this.#tryUnlock();
     const listed = this.#listed(checked, await this.#state());
     return { approval: listed, isUnlocked, lockedBecause: this.parts.lockedBecause() };
@@ -188,8 +183,6 @@ export class PlatformControl {
       const checked = survivors.map((survivor) => this.#check(survivor));
       this.#checkSurvivors(checked, now, next);
       const before = this.#approvals().filter((old) => isOneOf(this.#listed(old, now), 'active', 'ready'));
-      // Kept first: after a crash here both are there, and the old ones count until it is repeated.
-      this.#keep(checked);
       const revoked = before.filter((old) => !checked.some((survivor) => isSame(survivor.pcrs, old.pcrs)));
       const facts = {
         counter: String(next),
@@ -197,18 +190,13 @@ export class PlatformControl {
         revoked: String(revoked.length),
       };
       const event = { actor, action: 'platform-revoke', facts } as const;
-      await this.parts.audit({ ...event, verdict: 'intended' });
-      try {
-        const counter = await this.parts.tpm().incrementRevocationCounter(enrolment.tpm, ownerAuth);
-        await this.parts.audit({ ...event, verdict: 'done' });
-        await this.#tryUnlock();
-        return { counter, revoked: revoked.map(({ label }) => label) };
-      } catch (error) {
-        const { code, message } = ManagerError.from(error);
-        if (error instanceof ManagerError) error.isAudited = true;
-        await this.parts.audit({ ...event, verdict: 'failed', reason: { code, message } });
-        throw error;
-      }
+      const counter = await this.#audited(event, () => {
+        // Kept first: after a crash here both are there, and the old ones count until it is repeated.
+        this.#keep(checked);
+        return this.parts.tpm().incrementRevocationCounter(enrolment.tpm, ownerAuth);
+      });
+      await this.#tryUnlock();
+      return { counter, revoked: revoked.map(({ label }) => label) };
     });
   }
 
@@ -236,6 +224,22 @@ export class PlatformControl {
 
   rotate(actor: AuditActor, ownerAuth: Uint8Array | undefined): Promise<Enrolment> {
     return this.#inTurn(() => this.parts.rotation().rotate({ actor, ownerAuth }));
+  }
+
+  /** Nothing is done of which the log does not say that it was meant to be. */
+  async #audited<T>(event: Omit<AuditEvent, 'verdict'>, body: () => Promise<T>): Promise<T> {
+    await this.parts.audit({ ...event, verdict: 'intended' });
+    try {
+      const result = await body();
+      barrier('platform.done');
+      await this.parts.audit({ ...event, verdict: 'done' });
+      return result;
+    } catch (error) {
+      const { code, message } = ManagerError.from(error);
+      if (error instanceof ManagerError) error.isAudited = true;
+      await this.parts.audit({ ...event, verdict: 'failed', reason: { code, message } });
+      throw error;
+    }
   }
 
   #inTurn<T>(body: () => Promise<T>): Promise<T> {

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { copyFileSync, readFileSync } from 'node:fs';
 import type { RefusedError } from '../support/worker-client.js';
-import { Host, makeAuthority, NAME, PCR, SELECTION } from './platform-fixture.js';
+import { crashingAt, Host, makeAuthority, NAME, PCR, SELECTION } from './platform-fixture.js';
 
 const code = (body: Record<string, unknown>) => (body.error as { code: string }).code;
 const message = (body: Record<string, unknown>) => (body.error as { message: string }).message;
@@ -238,13 +238,15 @@ describe('the platform policy of a running manager', () => {
           JSON.parse(line) as { action: string; actor: unknown; verdict: string; facts?: { label?: string } },
       );
     const seen = entries.map(({ action, verdict }) => `${action} ${verdict}`);
-    assert.deepEqual(seen.slice(seen.indexOf('platform-approve done')), [
+    assert.deepEqual(seen.slice(seen.indexOf('platform-approve intended')), [
+      'platform-approve intended',
       'platform-approve done',
       'platform-authority intended',
       'platform-rotate intended',
       'platform-rotate done',
       'stop done',
       'locked done',
+      'platform-approve intended',
       'platform-approve done',
       'start done',
       'stop done',
@@ -253,8 +255,23 @@ describe('the platform policy of a running manager', () => {
     for (const { actor } of approvals) assert.deepEqual(actor, { uid: process.getuid?.() });
     assert.deepEqual(
       approvals.map(({ facts }) => facts?.label),
-      ['firmware 1', 'this one'],
+      ['firmware 1', 'firmware 1', 'this one', 'this one'],
     );
+  });
+
+  it('takes no approval that the log does not speak of, wherever a crash ends it', async () => {
+    await host.manager.start({ nodeArgs: crashingAt('platform.done', 2) });
+    await host.adopt('firmware 1');
+    const approval = await host.signed('firmware 2', { pcrs: { [NAME]: 'ab'.repeat(32) } });
+    await assert.rejects(host.post('/platform/approvals', { approval }));
+    await host.manager.start();
+    const { approvals } = (await host.view()) as { approvals: { label: string }[] };
+    assert.deepEqual(approvals.map(({ label }) => label).sort(), ['firmware 1', 'firmware 2']);
+    const { body } = await host.manager.admin('GET', '/audit?tail=20');
+    const about = (body.entries as { verdict: string; facts?: { label?: string } }[])
+      .filter(({ facts }) => facts?.label === 'firmware 2')
+      .map(({ verdict }) => verdict);
+    assert.deepEqual(about, ['intended']);
   });
 
   it('checks its bodies strictly', async () => {
