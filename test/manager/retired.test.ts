@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { ManagerInstallation, StandInTpm } from '../support/manager-process.js';
 import { testVtpm } from '../support/worker-client.js';
+import { crashingAt } from './platform-fixture.js';
 
 const HOUR_MS = 3_600_000;
 
@@ -55,6 +56,24 @@ describe('a retired vTPM', () => {
     const second = await retired();
     assert.equal((await erasureOf(second)).isDone, false);
     assert.equal((await erasureOf(first)).isDone, true);
+  });
+
+  it('is in the audit log as done after a crash that came before, once it is repeated', async () => {
+    await manager.stop();
+    await manager.start({ nodeArgs: crashingAt('retire.written', 1) });
+    await assert.rejects(retired());
+    await manager.start();
+    const [{ id } = { id: '' }] = (await manager.admin('GET', '/vtpms')).body.vtpms as { id: string }[];
+    assert.equal((await manager.admin('POST', `/vtpms/${id}/retire`)).status, 200);
+    const { body } = await manager.admin('GET', '/audit?tail=20');
+    const entries = body.entries as { action: string; verdict: string; facts?: object }[];
+    assert.deepEqual(
+      entries.filter(({ action }) => action === 'retire').map(({ verdict, facts }) => [verdict, facts]),
+      [
+        ['intended', undefined],
+        ['done', { repeated: 'yes' }],
+      ],
+    );
   });
 
   it('and a change of the platform that was refused are in the audit log', async () => {

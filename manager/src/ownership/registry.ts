@@ -186,7 +186,11 @@ export class VtpmRegistry {
       }
       const held = await this.#read(vtpmUuid);
       if (!held) throw unknownVtpm(vtpmUuid);
-      if (held.record.header.kind === 'RETIRED') return;
+      if (held.record.header.kind === 'RETIRED') {
+        // Whether the first one came to say so is not known: a crash may have been between.
+        await this.#audit(actor, 'retire', 'done', held.record.header, { repeated: 'yes' });
+        return;
+      }
       const now = Date.now();
       const record = retire(held.record, BigInt(now));
       await this.#audit(actor, 'retire', 'intended', record.header);
