@@ -18,6 +18,12 @@ export interface Settings {
   'worker-stop-timeout': number;
   /** Milliseconds that a command is held, while the manager is away, before it is tried. */
   'outage-hold': number;
+  /** Workers that wait for a start, at least. */
+  'pool-min': number;
+  /** Workers that wait for a start, at most; 0 keeps none. */
+  'pool-max': number;
+  /** MiB of the host's memory that must stay available beside the workers that wait. */
+  'pool-memory-reserve': number;
   /** MiB of the store's file system that only saves may use. */
   'store-reserve': number;
   /** Seconds until the root TPM counts saves: how much an old disk can hide after an unclean stop. */
@@ -62,6 +68,21 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'milliseconds a command is held, while the manager is away, before it is tried',
     fallback: 400,
     range: [10, 60000],
+  },
+  'pool-min': {
+    help: 'sandboxed workers that wait for the next start, at least',
+    fallback: 2,
+    range: [0, 256],
+  },
+  'pool-max': {
+    help: 'sandboxed workers that wait, at most: as many as were started in the last minute; 0 keeps none',
+    fallback: 16,
+    range: [0, 256],
+  },
+  'pool-memory-reserve': {
+    help: "MiB of the host's memory that workers which wait leave available",
+    fallback: 512,
+    range: [0, 16777216],
   },
   'store-reserve': {
     help: "MiB of the store's file system that only saves of existing vTPMs may use; below it no vTPM is made",

@@ -54,6 +54,7 @@ function serve(id: number, fd: number): void {
 
 lines(control, (message) => {
   if (message.type === 'identity') link.write(`${JSON.stringify(message)}\n`);
+  if (message.type === 'rehearse') say({ type: 'rehearsed' });
   if (message.type === 'link') useLink(receiveDescriptor(5) ?? -1, false);
   if (message.type === 'connection') serve(Number(message.id), receiveDescriptor(5) ?? -1);
   if (message.type === 'stop' && !isHanging) {

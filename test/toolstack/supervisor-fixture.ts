@@ -179,7 +179,8 @@ export class SupervisorProcess {
     this.#child = spawn(
       process.execPath,
       [program, '--home', home, '--run-dir', this.paths.run, '--worker-manifest', manifest, ...flags],
-      { stdio: ['ignore', 'ignore', 'pipe'], env },
+      // Only a test that says so has a pool.
+      { stdio: ['ignore', 'ignore', 'pipe'], env: { ...env, VTPM_POOL_MAX: '0' } },
     );
     this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
       this.#stderr += text;

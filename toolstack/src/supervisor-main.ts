@@ -17,6 +17,9 @@ interface Flags {
   readonly ticketLifetime?: string;
   readonly workerStopTimeout?: string;
   readonly outageHold?: string;
+  readonly poolMin?: string;
+  readonly poolMax?: string;
+  readonly poolMemoryReserve?: string;
   readonly storeReserve?: string;
   readonly workerManifest?: string;
 }
@@ -33,6 +36,9 @@ const program = new Command('vtpm-supervisord')
   .option('--ticket-lifetime <seconds>', 'until an unused ticket is void')
   .option('--worker-stop-timeout <ms>', 'that a worker has to stop cleanly before it is killed')
   .option('--outage-hold <ms>', 'that a command is held, while the manager is away, before it is tried')
+  .option('--pool-min <count>', 'workers that wait for a start, at least')
+  .option('--pool-max <count>', 'workers that wait for a start, at most')
+  .option('--pool-memory-reserve <MiB>', 'of memory that waiting workers leave available')
   .option('--store-reserve <MiB>', 'of disk that is kept for the vTPMs there are')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   .allowExcessArguments(false)
@@ -49,6 +55,9 @@ async function run(flags: Flags): Promise<void> {
     'ticket-lifetime': flags.ticketLifetime,
     'worker-stop-timeout': flags.workerStopTimeout,
     'outage-hold': flags.outageHold,
+    'pool-min': flags.poolMin,
+    'pool-max': flags.poolMax,
+    'pool-memory-reserve': flags.poolMemoryReserve,
     'store-reserve': flags.storeReserve,
   });
   const log = createLogger('vtpm-supervisord', settings);

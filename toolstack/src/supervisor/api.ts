@@ -127,6 +127,7 @@ function healthOf(supervisor: Supervisor): unknown {
     managerConnected: supervisor.managerConnected,
     imageDigest: supervisor.image.digest,
     isolationProfile: isolationProfile(),
+    pool: supervisor.pool,
     vtpms: supervisor.all().length,
   };
 }

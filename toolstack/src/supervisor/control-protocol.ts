@@ -2,6 +2,8 @@
 export type WorkerMessage =
   /** The worker's box key, 32 bytes in hex. First of all. */
   | { readonly type: 'ready'; readonly publicKey: string; readonly libtpms: string }
+  /** The answer to `rehearse`. */
+  | { readonly type: 'rehearsed' }
   /** State is loaded and generation ≥ 1 is durable: the doors may open. */
   | { readonly type: 'serving'; readonly epoch: number; readonly generation: number }
   | { readonly type: 'link-lost' }
@@ -13,6 +15,8 @@ export type WorkerMessage =
   | { readonly type: 'stopped' };
 
 export type SupervisorMessage =
+  /** There is no identity yet: time to do everything once that a start will do. */
+  | { readonly type: 'rehearse' }
   /**
    * `ticket`: a serialised SignedTicket, base64. `managerKey`: 32 bytes in hex. `outage`: for each kind of client, how
    * many milliseconds its commands are held, while the manager is away, before they are tried.
@@ -67,6 +71,7 @@ const SHAPES: Readonly<Record<WorkerMessage['type'], Shape>> = {
     publicKey: (value) => typeof value === 'string' && /^[0-9a-f]{64}$/.test(value),
     libtpms: isText,
   },
+  rehearsed: {},
   serving: { epoch: isCount, generation: isCount },
   'link-lost': {},
   'link-up': {},

@@ -28,6 +28,7 @@ import { Vtpm, type VtpmContext } from './vtpm.js';
 import { VtpmList } from './vtpm-list.js';
 import { WorkerImages } from './worker-images.js';
 import { WorkerLauncher } from './worker-launcher.js';
+import { type PoolView, WorkerPool } from './worker-pool.js';
 
 export interface SupervisorOptions {
   readonly paths: Paths;
@@ -86,7 +87,8 @@ export class Supervisor {
     });
     const ledger = new WorkerLedger(ledgerPath, log);
     const launcher = new WorkerLauncher({ images, ledger, paths });
-    const context = { list, launcher, office, paths, settings, log };
+    const pool = new WorkerPool({ launcher, paths, settings, log });
+    const context = { list, pool, office, paths, settings, log };
     return new Supervisor(context, images, delegateKey, admin);
   }
 
@@ -120,11 +122,17 @@ export class Supervisor {
 
   /** Starts workers from what is installed now. @param expected its digest, where only that one will do @throws ToolstackError `image-not-allowed` | … */
   refreshImage(expected?: string): WorkerImage {
-    return this.#images.refresh(expected);
+    const image = this.#images.refresh(expected);
+    this.#context.pool.renew();
+    return image;
   }
 
   get managerConnected(): boolean {
     return this.#events.isConnected;
+  }
+
+  get pool(): PoolView {
+    return this.#context.pool.view();
   }
 
   all(): Vtpm[] {
@@ -174,12 +182,14 @@ export class Supervisor {
   async close(): Promise<void> {
     this.#closing.abort();
     await this.#events.close();
+    const isPoolEmpty = this.#context.pool.close();
     await inParallel(PARALLEL_STOPS, this.all(), async (vtpm) => {
       await vtpm.shutDown().catch((error: unknown) => {
         this.#context.log.error({ vtpm: vtpm.entry.name, reason: String(error) }, 'not stopped in order');
       });
     });
     await this.#autostart;
+    await isPoolEmpty;
   }
 
   /**

@@ -7,17 +7,16 @@ import { accessOf } from './door-access.js';
 import { type DoorPaths, Doors, doorPaths } from './doors.js';
 import type { Entry } from './entry.js';
 import { confinementOf } from './layers.js';
-import { connectWorkerLink } from './manager-link.js';
 import { killAndWait, type ProcessId } from './processes.js';
 import { type TicketOffice, ticketText } from './ticket-office.js';
 import type { VtpmList } from './vtpm-list.js';
-import type { WorkerLauncher } from './worker-launcher.js';
+import type { ClaimedWorker, WorkerPool } from './worker-pool.js';
 import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js';
 
 /** What every vTPM of a supervisor shares. */
 export interface VtpmContext {
   readonly list: VtpmList;
-  readonly launcher: WorkerLauncher;
+  readonly pool: WorkerPool;
   readonly office: TicketOffice;
   readonly paths: Paths;
   readonly settings: Settings;
@@ -62,7 +61,6 @@ export interface VtpmView {
 }
 
 /** A worker under load on a small machine takes seconds; one that takes longer hangs. */
-const READY_LIMIT_MS = 30_000;
 const SERVING_LIMIT_MS = 60_000;
 
 /** One vTPM: its entry in the list, and its worker while it has one. */
@@ -75,6 +73,7 @@ export class Vtpm {
   #lingering: readonly ProcessId[] = [];
   #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #isRemoved = false;
+  #isShuttingDown = false;
 
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
@@ -120,36 +119,7 @@ export class Vtpm {
    * @throws ToolstackError `busy` | `already-running` | `worker-failed` | `image-not-allowed` | `image-changed` | `manager-unreachable` | …
    */
   start(): Promise<void> {
-    return this.#exclusively('started', async () => {
-      if (this.#state.kind === 'running') {
-        throw new ToolstackError('already-running', `vTPM ${this.#entry.name} is running already`);
-      }
-      const before = this.#state;
-      this.#state = { kind: 'starting', worker: undefined };
-      try {
-        await killAndWait(this.#lingering);
-        this.#lingering = [];
-        // Before anything is changed: no VM powers on while the manager is away.
-        const link = await connectWorkerLink(this.#context.paths.manager.workerSocket);
-        try {
-          this.#update({ vmRunId: randomUUID(), runningInBoot: bootId().toString('hex'), crashed: null });
-        } catch (error) {
-          link.destroy();
-          throw error;
-        }
-        await this.#startWorker(this.#context.launcher.launch(this.#entry.isolation, link, this.#owner()));
-      } catch (error) {
-        const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
-        this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
-        if (this.#entry.crashed === null) {
-          this.#state = { kind: 'stopped', reason: `the last start failed: ${failure.message}` };
-          if (this.#entry.runningInBoot !== null) this.#tryUpdate({ runningInBoot: null });
-        } else {
-          this.#state = before;
-        }
-        throw failure;
-      }
-    });
+    return this.#exclusively('started', () => this.#context.pool.duringStart(() => this.#start()));
   }
 
   /** Resolves when the worker has saved and ended, or was killed for taking too long; `reason` says so then. */
@@ -193,9 +163,43 @@ export class Vtpm {
 
   /** For the end of the supervisor: a start under way is broken off, a worker that serves is stopped. */
   async shutDown(): Promise<void> {
+    this.#isShuttingDown = true;
     if (this.#state.kind === 'starting') await this.#state.worker?.kill();
     await this.#operation?.settled;
     if (this.#state.kind === 'running') await this.stop();
+  }
+
+  async #start(): Promise<void> {
+    if (this.#state.kind === 'running') {
+      throw new ToolstackError('already-running', `vTPM ${this.#entry.name} is running already`);
+    }
+    const before = this.#state;
+    this.#state = { kind: 'starting', worker: undefined };
+    try {
+      await killAndWait(this.#lingering);
+      this.#lingering = [];
+      const { pool } = this.#context;
+      const { isolation } = this.#entry;
+      // Before anything is changed: no VM powers on while the manager is away.
+      const claimed = await pool.take(isolation, this.#owner());
+      try {
+        this.#update({ vmRunId: randomUUID(), runningInBoot: bootId().toString('hex'), crashed: null });
+      } catch (error) {
+        await claimed.worker.kill();
+        throw error;
+      }
+      await this.#startWorker(claimed);
+    } catch (error) {
+      const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
+      this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
+      if (this.#entry.crashed === null) {
+        this.#state = { kind: 'stopped', reason: `the last start failed: ${failure.message}` };
+        if (this.#entry.runningInBoot !== null) this.#tryUpdate({ runningInBoot: null });
+      } else {
+        this.#state = before;
+      }
+      throw failure;
+    }
   }
 
   #owner(): WorkerOwner {
@@ -206,12 +210,11 @@ export class Vtpm {
     };
   }
 
-  async #startWorker(worker: WorkerProcess): Promise<void> {
+  async #startWorker({ worker, ready, isFresh }: ClaimedWorker): Promise<void> {
     this.#state = { kind: 'starting', worker };
     try {
-      const ready = await worker.waitFor('ready', READY_LIMIT_MS);
+      const key = Buffer.from((await ready).publicKey, 'hex');
       worker.checkImage();
-      const key = Buffer.from(ready.publicKey, 'hex');
       const issued = await this.#context.office.issue(this.#entry, key, worker.image.digest);
       if (issued.generation > 0 && !this.#entry.manufactured) this.#update({ manufactured: true });
       const { startup } = this.#entry;
@@ -238,9 +241,15 @@ export class Vtpm {
       void worker.ended.then((end) => this.#ended(worker, end));
       this.#log.info({ epoch, generation, pid: worker.pid }, 'running');
     } catch (error) {
+      const hasEnded = worker.hasEnded;
       const end = await worker.kill();
       this.#lingering = end.lingering;
-      throw error;
+      if (isFresh || this.#isShuttingDown || !hasEnded || !wasLost(end)) throw error;
+      this.#log.warn(
+        { reason: end.reason },
+        'the worker from the pool was lost; a fresh one takes its place',
+      );
+      await this.#startWorker(await this.#context.pool.fresh(this.#entry.isolation, this.#owner()));
     }
   }
 
@@ -303,4 +312,9 @@ export class Vtpm {
       this.#operation = undefined;
     }
   }
+}
+
+/** What ended it has to do with the worker or its link, and nothing with the vTPM. */
+function wasLost({ failure, lingering }: WorkerEnd): boolean {
+  return lingering.length === 0 && (failure === undefined || failure.reason === 'link-lost');
 }

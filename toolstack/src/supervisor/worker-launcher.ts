@@ -21,6 +21,11 @@ export class WorkerLauncher {
     this.#options = options;
   }
 
+  /** Of the next worker. */
+  get image(): WorkerImage {
+    return this.#options.images.current;
+  }
+
   /**
    * A new worker, without an identity. @param link connected to the manager's worker socket and never read from here; it
    * is closed here in any case. @throws ToolstackError `missing-package` | `internal`

@@ -26,6 +26,10 @@ export class WorkerLinks {
     private readonly log: () => Logger,
   ) {}
 
+  get isLinked(): boolean {
+    return this.#state === 'linked';
+  }
+
   /** The worker says that it has no link: it gets one as soon as there is a manager. Never rejects. */
   async lost(): Promise<void> {
     if (this.#state === 'wanting') return;

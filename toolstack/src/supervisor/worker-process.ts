@@ -152,6 +152,11 @@ export class WorkerProcess {
     return this.#hasEnded;
   }
 
+  /** It has a link to the manager, as far as it said. */
+  get isLinked(): boolean {
+    return this.#links.isLinked;
+  }
+
   /** From now on it is another one's. */
   giveTo(owner: WorkerOwner): void {
     this.#owner = owner;

@@ -103,6 +103,11 @@ export function shutdownClear(): Buffer {
   return Buffer.from('80010000000c000001450000', 'hex');
 }
 
+/** TPM2_GetRandom of 16 bytes (part 3, section 16.1). */
+export function getRandom(): Buffer {
+  return Buffer.from('80010000000c0000017b0010', 'hex');
+}
+
 /** TPM2_FlushContext (part 3, section 28.4). */
 export function flushContext(handle: number): Buffer {
   const command = Buffer.from('80010000000e0000016500000000', 'hex');

@@ -1,5 +1,5 @@
 import { type ClientHttp2Session, type ClientHttp2Stream, connect } from 'node:http2';
-import type { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import {
   decode,
   encode,
@@ -24,6 +24,10 @@ export interface ManagerLink {
   load(request: LoadRequest): Promise<LoadResponse>;
   /** Opens the Save stream. `onEnd` is called once: the stream and the link are over. */
   openSave(onFrame: (frame: ManagerFrame) => void, onEnd: (error: VtpmdError) => void): SaveStream;
+  /** Resolves when the manager has said its first word. Never where it says none. */
+  readonly greeted: Promise<void>;
+  /** Resolves when the link is over, whoever ended it. */
+  readonly closed: Promise<void>;
   close(): void;
 }
 
@@ -31,13 +35,15 @@ export interface SaveStream {
   send(frame: WorkerFrame): void;
 }
 
-export function openManagerLink(socket: Socket): ManagerLink {
+export function openManagerLink(socket: Duplex): ManagerLink {
   const session = connect('http://localhost', { createConnection: () => socket });
   // Each call sees the loss as an error of its own stream.
   session.on('error', () => {});
   return {
     load: (request) => load(session, request),
     openSave: (onFrame, onEnd) => openSave(session, onFrame, onEnd),
+    greeted: new Promise((resolve) => session.once('remoteSettings', () => resolve())),
+    closed: new Promise((resolve) => session.once('close', resolve)),
     close: () => session.destroy(),
   };
 }

@@ -5,6 +5,7 @@ import { VtpmdError } from '../error.js';
 /** What a worker tells its supervisor; one JSON object per line. */
 export type WorkerMessage =
   | { type: 'ready'; publicKey: string; libtpms: string }
+  | { type: 'rehearsed' }
   | { type: 'serving'; epoch: number; generation: number }
   | { type: 'link-lost'; message: string }
   | { type: 'link-up' }
@@ -14,6 +15,7 @@ export type WorkerMessage =
 
 /** What it hears. Descriptors come over a channel of their own, before the line that announces them. */
 export type SupervisorMessage =
+  | { type: 'rehearse' }
   | { type: 'identity'; fields: Record<string, unknown> }
   | { type: 'link'; fd: number }
   /** `peer`: process id of the client, where the supervisor says when it is gone. */
@@ -72,8 +74,9 @@ function parse(line: string, descriptors: number): SupervisorMessage {
   switch (fields.type) {
     case 'identity':
       return { type: 'identity', fields };
+    case 'rehearse':
     case 'stop':
-      return { type: 'stop' };
+      return { type: fields.type };
     case 'link':
       return { type: 'link', fd: takeDescriptor(descriptors, 'link') };
     case 'connection': {

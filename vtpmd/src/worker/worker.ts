@@ -16,6 +16,7 @@ import { type ControlChannel, openControlChannel, type SupervisorMessage } from 
 import type { Log } from './log.js';
 import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
+import { rehearse } from './rehearsal.js';
 
 /** Descriptors that a worker inherits, connected. It opens nothing itself. */
 export interface WorkerDescriptors {
@@ -37,9 +38,10 @@ export function runWorker(fds: WorkerDescriptors, log: Log): void {
 class Worker {
   readonly #log: Log;
   readonly #keys: BoxKeyPair = boxKeyPair();
-  readonly #link: ManagerLink;
+  #link: ManagerLink;
   readonly #control: ControlChannel;
   #serving: Serving | undefined;
+  #rehearsal: Promise<void> | undefined;
   #isIdentified = false;
   #isOpen = false;
   #isEnding = false;
@@ -47,7 +49,7 @@ class Worker {
 
   constructor(fds: WorkerDescriptors, log: Log) {
     this.#log = log;
-    this.#link = openManagerLink(new Socket({ fd: fds.manager }));
+    this.#link = this.#openIdleLink(fds.manager);
     this.#control = openControlChannel(fds, {
       onMessage: (message) => this.#onMessage(message),
       onError: (error) => this.#fail(error),
@@ -71,12 +73,15 @@ class Worker {
           (error: unknown) => this.#fail(error),
         );
         return;
+      case 'rehearse':
+        if (this.#isIdentified) throw new VtpmdError('protocol', 'a rehearsal after the identity');
+        this.#rehearsal = rehearse(loadLibtpms().version).then(
+          () => this.#control.send({ type: 'rehearsed' }),
+          (error: unknown) => this.#fail(error),
+        );
+        return;
       case 'link':
-        if (!this.#serving) {
-          closeSync(message.fd);
-          throw new VtpmdError('protocol', 'a new link before the vTPM was loaded');
-        }
-        this.#serving.session.attach(openManagerLink(new Socket({ fd: message.fd })));
+        this.#useLink(message.fd);
         return;
       case 'connection':
         this.#openDoor(message);
@@ -87,6 +92,34 @@ class Worker {
       case 'stop':
         this.#stop().catch((error: unknown) => this.#fail(error));
         return;
+    }
+  }
+
+  /** A link on which there is nothing to do yet. It may be lost, and another take its place, any number of times. */
+  #openIdleLink(fd: number): ManagerLink {
+    const link = openManagerLink(new Socket({ fd }));
+    void link.closed.then(() => {
+      // Who waits for an answer on it sees the loss himself.
+      if (link === this.#link && !this.#isIdentified) {
+        this.#control.send({ type: 'link-lost', message: 'the link to the manager broke' });
+      }
+    });
+    return link;
+  }
+
+  #useLink(fd: number): void {
+    if (this.#serving) {
+      this.#serving.session.attach(openManagerLink(new Socket({ fd })));
+    } else if (this.#isIdentified) {
+      // The Load on the link before fails by itself, and the worker with it.
+      closeSync(fd);
+    } else {
+      const link = this.#openIdleLink(fd);
+      this.#link.close();
+      this.#link = link;
+      void link.greeted.then(() => {
+        if (link === this.#link && !this.#isIdentified) this.#control.send({ type: 'link-up' });
+      });
     }
   }
 
@@ -101,6 +134,8 @@ class Worker {
   }
 
   async #serve(identity: Identity, holdTimes: HoldTimes): Promise<void> {
+    // A process has one TPM at a time.
+    await this.#rehearsal;
     const grant = await loadVtpm(this.#link, identity, this.#keys, loadLibtpms().version);
     this.#keys.secretKey.fill(0);
     const engine = startEngine({

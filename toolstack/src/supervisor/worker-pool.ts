@@ -1,0 +1,243 @@
+import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger, Paths, Settings } from 'vtpm-common';
+import type { WorkerMessage } from './control-protocol.js';
+import type { Entry } from './entry.js';
+import { connectWorkerLink, connectWorkerLinkAgain } from './manager-link.js';
+import type { WorkerLauncher } from './worker-launcher.js';
+import type { WorkerOwner, WorkerProcess } from './worker-process.js';
+
+export interface WorkerPoolOptions {
+  readonly launcher: WorkerLauncher;
+  readonly paths: Paths;
+  readonly settings: Pick<Settings, 'pool-min' | 'pool-max' | 'pool-memory-reserve'>;
+  readonly log: Logger;
+}
+
+/** A worker for one vTPM; it has no identity yet. */
+export interface ClaimedWorker {
+  readonly worker: WorkerProcess;
+  /** With its key. @throws ToolstackError `worker-failed` */
+  readonly ready: Promise<Ready>;
+  /** It was made for this vTPM, so nothing that happened to it before can be the cause of a failure. */
+  readonly isFresh: boolean;
+}
+
+export interface PoolView {
+  /** Workers that a start can have at once. */
+  readonly idle: number;
+  /** Workers that are coming up, or wait for a manager that is away. */
+  readonly starting: number;
+  /** How many there shall be now. */
+  readonly target: number;
+}
+
+type Ready = Extract<WorkerMessage, { type: 'ready' }>;
+
+interface Waiting {
+  readonly worker: WorkerProcess;
+  readonly ready: Promise<Ready>;
+  isRehearsed: boolean;
+}
+
+/** A worker under load on a small machine takes seconds; one that takes longer hangs. */
+const READY_LIMIT_MS = 30_000;
+/** Starts of this time are expected to come again. */
+const RECENT_MS = 60_000;
+/** Between two looks at what is too much by now. */
+const TICK_MS = 2_000;
+const FIRST_BACKOFF_MS = 250;
+const LONGEST_BACKOFF_MS = 60_000;
+/** A worker that was well for so long did not die of what the one before it died of. */
+const WELL_MS = 10_000;
+/** What a worker that waits costs at most. */
+const WORKER_MIB = 16;
+const MIB = 2 ** 20;
+
+/**
+ * Sandboxed workers that are started ahead: everything is loaded, rehearsed and connected, and only who they are is not
+ * known. A start takes one, or where there is none a fresh one. As many are kept as were started within the last minute,
+ * within the bounds of the settings and of the host's memory. They are made one after the other while nothing is being
+ * started, so that a start has the processors for itself.
+ */
+export class WorkerPool {
+  readonly #options: WorkerPoolOptions;
+  readonly #closing = new AbortController();
+  readonly #waiting = new Set<Waiting>();
+  readonly #tick: NodeJS.Timeout;
+  #recent: number[] = [];
+  #underWay = 0;
+  #failures = 0;
+  /** None is made before; as performance.now() says it. */
+  #notBefore = 0;
+  #isFilling = false;
+  #filled: Promise<void> = Promise.resolve();
+
+  constructor(options: WorkerPoolOptions) {
+    this.#options = options;
+    this.#tick = setInterval(() => this.#adjust(), TICK_MS);
+    this.#tick.unref();
+    this.#adjust();
+  }
+
+  view(): PoolView {
+    const idle = [...this.#waiting].filter(isIdle).length;
+    return { idle, starting: this.#waiting.size - idle, target: this.#target() };
+  }
+
+  /** Runs a start; the pool is filled up after it. */
+  async duringStart<T>(run: () => Promise<T>): Promise<T> {
+    this.#underWay++;
+    this.#recent.push(performance.now());
+    try {
+      return await run();
+    } finally {
+      this.#underWay--;
+      this.#adjust();
+    }
+  }
+
+  /** A worker that waits, or a fresh one. @throws as `fresh` */
+  async take(isolation: Entry['isolation'], owner: WorkerOwner): Promise<ClaimedWorker> {
+    const found = isolation === 'sandbox' ? this.#nextWaiting() : undefined;
+    if (!found) return await this.fresh(isolation, owner);
+    this.#waiting.delete(found);
+    found.worker.giveTo(owner);
+    return { worker: found.worker, ready: found.ready, isFresh: false };
+  }
+
+  /** @throws ToolstackError `manager-unreachable` | `missing-package` | `internal` */
+  async fresh(isolation: Entry['isolation'], owner: WorkerOwner): Promise<ClaimedWorker> {
+    const { launcher, paths } = this.#options;
+    const link = await connectWorkerLink(paths.manager.workerSocket);
+    const worker = launcher.launch(isolation, link, owner);
+    return { worker, ready: readiness(worker), isFresh: true };
+  }
+
+  /** Ends what waits and is not of the image that workers are started from now. */
+  renew(): void {
+    void this.#endWorkers([...this.#waiting].filter(({ worker }) => !this.#isCurrent(worker)));
+    this.#adjust();
+  }
+
+  /** Resolves when no worker of the pool is left. */
+  async close(): Promise<void> {
+    this.#closing.abort();
+    clearInterval(this.#tick);
+    await this.#endWorkers([...this.#waiting]);
+    await this.#filled;
+    await this.#endWorkers([...this.#waiting]);
+  }
+
+  /** One that is coming up is sooner there than one that is still to be made. */
+  #nextWaiting(): Waiting | undefined {
+    const alive = [...this.#waiting].filter(
+      ({ worker }) => worker.isLinked && !worker.hasEnded && this.#isCurrent(worker),
+    );
+    return alive.find(isIdle) ?? alive[0];
+  }
+
+  /** One that was being made while the image changed is not. */
+  #isCurrent(worker: WorkerProcess): boolean {
+    return worker.image === this.#options.launcher.image;
+  }
+
+  #target(): number {
+    const { 'pool-min': least, 'pool-max': most, 'pool-memory-reserve': reserve } = this.#options.settings;
+    const since = performance.now() - RECENT_MS;
+    this.#recent = this.#recent.filter((at) => at >= since);
+    const wanted = Math.min(most, Math.max(least, this.#recent.length));
+    const room = Math.floor((process.availableMemory() / MIB - reserve) / WORKER_MIB);
+    return Math.max(0, Math.min(wanted, this.#waiting.size + room));
+  }
+
+  #adjust(): void {
+    if (this.#closing.signal.aborted) return;
+    const surplus = this.#waiting.size - this.#target();
+    if (surplus > 0) void this.#endWorkers([...this.#waiting].slice(0, surplus));
+    if (this.#isWanting() && !this.#isFilling) this.#filled = this.#fill();
+  }
+
+  /** With none left the next start waits for this one, or is served by it. */
+  #isWanting(): boolean {
+    if (this.#closing.signal.aborted) return false;
+    return this.#waiting.size < this.#target() && (this.#underWay === 0 || this.#waiting.size === 0);
+  }
+
+  async #fill(): Promise<void> {
+    const { signal } = this.#closing;
+    this.#isFilling = true;
+    try {
+      while (this.#isWanting()) {
+        const pause = this.#notBefore - performance.now();
+        if (pause > 0) await delay(pause, undefined, { signal }).catch(() => undefined);
+        else await this.#add();
+      }
+    } catch (error) {
+      this.#failed((error as Error).message);
+    } finally {
+      this.#isFilling = false;
+    }
+  }
+
+  /** Resolves when the worker waits for an identity, or has got one. */
+  async #add(): Promise<void> {
+    const { launcher, paths, log } = this.#options;
+    const isOpen = (): boolean => !this.#closing.signal.aborted;
+    const link = await connectWorkerLinkAgain(paths.manager.workerSocket, isOpen);
+    if (!link) return;
+    const worker = launcher.launch('sandbox', link, {
+      logPath: join(paths.log, 'pool.log'),
+      log,
+      onMessage: () => undefined,
+    });
+    const waiting: Waiting = { worker, ready: readiness(worker), isRehearsed: false };
+    this.#waiting.add(waiting);
+    const watched = this.#watch(waiting);
+    try {
+      await waiting.ready;
+      const rehearsed = worker.waitFor('rehearsed', READY_LIMIT_MS);
+      worker.send({ type: 'rehearse' });
+      await rehearsed;
+      waiting.isRehearsed = true;
+    } catch {
+      // Whoever has it by now sees for himself what became of it.
+      if (!this.#waiting.has(waiting)) return;
+      await worker.kill();
+      await watched;
+    }
+  }
+
+  async #watch(waiting: Waiting): Promise<void> {
+    const { reason } = await waiting.worker.ended;
+    if (!this.#waiting.delete(waiting)) return;
+    if (Date.now() - waiting.worker.startedAt.getTime() > WELL_MS) this.#failures = 0;
+    this.#failed(reason);
+    this.#adjust();
+  }
+
+  /** Whatever was the cause, the next one may have it too. */
+  #failed(reason: string): void {
+    if (this.#closing.signal.aborted) return;
+    const pause = Math.min(LONGEST_BACKOFF_MS, FIRST_BACKOFF_MS * 2 ** this.#failures);
+    this.#failures++;
+    this.#notBefore = performance.now() + pause;
+    this.#options.log.warn({ reason, nextInMs: pause }, 'a worker of the pool was lost');
+  }
+
+  async #endWorkers(surplus: readonly Waiting[]): Promise<void> {
+    for (const waiting of surplus) this.#waiting.delete(waiting);
+    await Promise.all(surplus.map(({ worker }) => worker.kill()));
+  }
+}
+
+function isIdle({ worker, isRehearsed }: Waiting): boolean {
+  return isRehearsed && worker.isLinked && !worker.hasEnded;
+}
+
+function readiness(worker: WorkerProcess): Promise<Ready> {
+  const ready = worker.waitFor('ready', READY_LIMIT_MS);
+  // Who waits for it hears of the failure; it may be that nobody does any more.
+  ready.catch(() => undefined);
+  return ready;
+}

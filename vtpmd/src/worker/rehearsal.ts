@@ -1,0 +1,87 @@
+import { randomBytes } from 'node:crypto';
+import { Socket } from 'node:net';
+import { duplexPair } from 'node:stream';
+import { socketPair } from 'vtpm-common/libc';
+import { boxKeyPair, encode } from 'vtpm-proto';
+import { Doors } from '../channels/doors.js';
+import { HandleOwners } from '../channels/handle-owners.js';
+import { getRandom, startupClear } from '../engine/command.js';
+import { startEngine } from '../engine/engine.js';
+import { loadVtpm, readIdentity } from '../manager-link/load.js';
+import { openManagerLink } from '../manager-link/manager-link.js';
+import { SaveSession } from '../manager-link/save-session.js';
+import { CommandQueue } from './command-queue.js';
+import { runOwnCommand } from './own-command.js';
+import { playManager } from './rehearsal-manager.js';
+
+/**
+ * Does everything once that a start does, with a manager made up in this process and a TPM that is thrown away: what is
+ * compiled, bound and paged in now, the start does not wait for. Nothing of it is left but that.
+ */
+export async function rehearse(libtpmsVersion: string): Promise<void> {
+  const [here, there] = duplexPair();
+  const managerKeys = boxKeyPair();
+  const keys = boxKeyPair();
+  playManager(there, managerKeys, keys.publicKey);
+  const identity = readIdentity({
+    ticket: ticketText(),
+    managerKey: Buffer.from(managerKeys.publicKey).toString('hex'),
+    startup: 'clear',
+  });
+  const link = openManagerLink(here);
+  const grant = await loadVtpm(link, identity, keys, libtpmsVersion);
+  const engine = startEngine({ manufacture: true });
+  try {
+    const session = new SaveSession(grant, identity.vtpmUuid, libtpmsVersion, {
+      up: () => queue.release('link'),
+      lost: () => {},
+      over: () => {},
+      freeze: () => {},
+      thaw: () => {},
+    });
+    const queue = new CommandQueue({
+      engine,
+      persist: (permanent) => session.save(permanent),
+      onFailure: () => {},
+    });
+    queue.hold('link');
+    session.attach(link);
+    if (engine.storedAtStart) await session.save(engine.storedAtStart);
+    await runOwnCommand(queue, startupClear());
+    await useDoor(new Doors(engine, queue, new HandleOwners()));
+    session.close();
+  } finally {
+    engine.terminate();
+  }
+}
+
+/** One guest that asks once. */
+async function useDoor(doors: Doors): Promise<void> {
+  const [here, there] = socketPair();
+  const guest = new Socket({ fd: here });
+  const closed = new Promise<void>((resolve) => doors.open('tpm', there, undefined, resolve));
+  const answered = new Promise((resolve) => guest.once('data', resolve));
+  guest.write(getRandom());
+  await answered;
+  guest.destroy();
+  await closed;
+}
+
+function ticketText(): string {
+  const ticket = encode('Ticket', {
+    format: 1,
+    managerId: randomBytes(32),
+    vtpmUuid: randomBytes(16),
+    vmUuid: randomBytes(16),
+    vmRunId: randomBytes(16),
+    workerPublicKey: randomBytes(32),
+    imageDigest: randomBytes(32),
+    isolation: 'sandbox',
+    expectedEpoch: 0n,
+    verbs: ['MANUFACTURE', 'COLD'],
+    bootId: randomBytes(16),
+    expiresAtMonotonicMs: 0n,
+  });
+  const [signature, delegation, delegationSignature] = [randomBytes(64), randomBytes(200), randomBytes(64)];
+  return encode('SignedTicket', { ticket, signature, delegation, delegationSignature }).toString('base64');
+}
