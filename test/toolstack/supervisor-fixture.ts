@@ -31,7 +31,10 @@ export function temporaryDirectory(): string {
 }
 
 /** Makes the image of stub-worker.ts as the worker's own build does. @returns path of the manifest */
-export async function buildStubImage(directory: string): Promise<string> {
+export async function buildStubImage(
+  directory: string,
+  environment: Readonly<Record<string, string>> = {},
+): Promise<string> {
   mkdirSync(join(directory, 'node_modules'), { recursive: true });
   await build({
     entryPoints: [fileURLToPath(new URL('./stub-worker.js', import.meta.url))],
@@ -47,7 +50,9 @@ export async function buildStubImage(directory: string): Promise<string> {
     join(dirname(addon), `linux_${process.arch}`, 'koffi.node'),
     join(directory, 'node_modules/koffi.node'),
   );
-  return writeManifest(directory, ['stub.mjs', 'node_modules/koffi.node']);
+  return writeManifest(directory, ['stub.mjs', 'node_modules/koffi.node'], {
+    environment: { MALLOC_ARENA_MAX: '1', ...environment },
+  });
 }
 
 export function writeManifest(

@@ -244,7 +244,8 @@ export class Vtpm {
       const hasEnded = worker.hasEnded;
       const end = await worker.kill();
       this.#lingering = end.lingering;
-      if (isFresh || this.#isShuttingDown || !hasEnded || !wasLost(end)) throw error;
+      const isWorkersFault = hasEnded ? wasLost(end) : isOutdated(error);
+      if (isFresh || this.#isShuttingDown || !isWorkersFault) throw error;
       this.#log.warn(
         { reason: end.reason },
         'the worker from the pool was lost; a fresh one takes its place',
@@ -312,6 +313,11 @@ export class Vtpm {
       this.#operation = undefined;
     }
   }
+}
+
+/** The copy that it was started from was touched since: a fresh one is of what is measured now. */
+function isOutdated(error: unknown): boolean {
+  return error instanceof ToolstackError && error.code === 'image-changed';
 }
 
 /** What ended it has to do with the worker or its link, and nothing with the vTPM. */

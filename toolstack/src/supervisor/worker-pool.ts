@@ -114,9 +114,8 @@ export class WorkerPool {
     return { worker, ready: readiness(worker), isFresh: true };
   }
 
-  /** Ends what waits and is not of the image that workers are started from now. */
+  /** After a change of the image: what waits is of the one before. */
   renew(): void {
-    void this.#endWorkers([...this.#waiting].filter(({ worker }) => !this.#isCurrent(worker)));
     this.#adjust();
   }
 
@@ -153,6 +152,7 @@ export class WorkerPool {
 
   #adjust(): void {
     if (this.#closing.signal.aborted) return;
+    void this.#endWorkers([...this.#waiting].filter(({ worker }) => !this.#isCurrent(worker)));
     const surplus = this.#waiting.size - this.#target();
     if (surplus > 0) void this.#endWorkers([...this.#waiting].slice(0, surplus));
     if (this.#isWanting() && !this.#isFilling) this.#filled = this.#fill();
