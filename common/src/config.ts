@@ -32,6 +32,10 @@ export interface Settings {
   'erase-after': number;
   /** Seconds that the root TPM has for one command, and in all for one that it wants to be sent again. */
   'tpm-deadline': number;
+  /** `FIRST-LAST`: the host's uids that workers of root's supervisor run as, one each. */
+  'worker-uids': string;
+  /** Layers of the sandbox that workers may run without, with commas between them. */
+  'waive-layers': string;
 }
 
 interface Key {
@@ -39,6 +43,8 @@ interface Key {
   readonly fallback: string | number;
   readonly values?: readonly string[];
   readonly range?: readonly [number, number];
+  /** Of a text that is neither: what it looks like, in words and as an expression. */
+  readonly form?: readonly [string, RegExp];
 }
 
 /** Every key with its meaning: `vtpmctl config show` and the documentation are made from this table. */
@@ -104,6 +110,17 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'seconds that the root TPM has to answer a command, and that one is sent again while it is busy',
     fallback: 60,
     range: [1, 600],
+  },
+  'worker-uids': {
+    help: "uids of this host, used by nobody, that workers of root's supervisor run as, one each",
+    // In the part of the numbers that systemd's table of uids leaves unused, below what some programs take for negative.
+    fallback: '2000000000-2000065535',
+    form: ['FIRST-LAST, two numbers', /^\d{1,10}-\d{1,10}$/],
+  },
+  'waive-layers': {
+    help: 'layers of the sandbox, by name, that workers run without where the machine cannot give them',
+    fallback: '',
+    form: ['names of layers with commas between them', /^[a-z:, -]*$/],
   },
 };
 
@@ -189,6 +206,11 @@ function checkValue(key: string, spec: Key, value: unknown, source: Source, path
       throw new ConfigError(`${where} is a whole number from ${least} to ${most}, not "${String(value)}"`);
     }
     return number;
+  }
+  if (spec.form) {
+    const [words, expression] = spec.form;
+    if (typeof value === 'string' && expression.test(value)) return value;
+    throw new ConfigError(`${where} is ${words}, not "${String(value)}"`);
   }
   if (typeof value !== 'string' || (spec.values && !spec.values.includes(value))) {
     throw new ConfigError(`${where} is one of ${spec.values?.join(', ')}, not "${String(value)}"`);

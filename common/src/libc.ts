@@ -1,4 +1,4 @@
-import { closeSync, openSync } from 'node:fs';
+import { closeSync, openSync, writeSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import type { Socket } from 'node:net';
 
@@ -18,6 +18,10 @@ const flock = libc.func('int flock(int fd, int operation)');
 const prctl = libc.func(
   'int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)',
 );
+const memfdCreate = libc.func('int memfd_create(const char *name, unsigned int flags)');
+// Variadic; every argument is passed as the kernel takes it.
+const fcntl = libc.func('int fcntl(int fd, int command, long argument)');
+const fcntlLock = libc.func('int fcntl(int fd, int command, void *lock)');
 const strerror = libc.func('const char *strerror(int number)');
 
 const SOL_SOCKET = 1;
@@ -31,6 +35,15 @@ const MSG_DONTWAIT = 0x40;
 const MSG_CMSG_CLOEXEC = 0x40000000;
 const LOCK_EX_NB = 2 | 4;
 const PR_SET_DUMPABLE = 4;
+const EAGAIN = 11;
+const F_OFD_SETLK = 37;
+const F_WRLCK = 1;
+const F_UNLCK = 2;
+const MFD_CLOEXEC = 1;
+const MFD_ALLOW_SEALING = 2;
+const F_ADD_SEALS = 1033;
+/** F_SEAL_SEAL, SHRINK, GROW and WRITE. */
+const SEAL_ALL = 0xf;
 
 /** A system call failed; `errno` is its number. */
 export class SystemCallError extends Error {
@@ -85,7 +98,7 @@ export function receiveDescriptor(fd: number): number | undefined {
   message.control.fill(0);
   const received = Number(recvmsg(fd, message.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC));
   if (received !== 1) {
-    if (received === -1 && koffi.errno() === 11) return undefined;
+    if (received === -1 && koffi.errno() === EAGAIN) return undefined;
     if (received === 0) return undefined;
     fail('recvmsg(SCM_RIGHTS)');
   }
@@ -97,6 +110,20 @@ export function receiveDescriptor(fd: number): number | undefined {
   return message.control.readInt32LE(16);
 }
 
+/** A file in memory that nobody can change any more (memfd_create(2), sealed), close-on-exec. The caller closes it. */
+export function sealedMemory(name: string, content: Uint8Array): number {
+  const fd = Number(memfdCreate(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (fd < 0) fail('memfd_create');
+  try {
+    for (let at = 0; at < content.length; ) at += writeSync(fd, content, at);
+    if (fcntl(fd, F_ADD_SEALS, SEAL_ALL) !== 0) fail('fcntl(F_ADD_SEALS)');
+    return fd;
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
+}
+
 /**
  * Takes the lock on `path`, creating the file. The lock ends with the process.
  * @returns the descriptor to keep, undefined where another process holds it
@@ -106,6 +133,29 @@ export function lockFile(path: string): number | undefined {
   if (flock(fd, LOCK_EX_NB) === 0) return fd;
   closeSync(fd);
   return undefined;
+}
+
+/**
+ * Locks one byte of a file that is open for writing, for as long as this descriptor is open (fcntl(2), open file
+ * description locks). @returns false where another descriptor holds it
+ */
+export function lockByte(fd: number, offset: number): boolean {
+  if (fcntlLock(fd, F_OFD_SETLK, byteLock(F_WRLCK, offset)) === 0) return true;
+  if (koffi.errno() !== EAGAIN) fail('fcntl(F_OFD_SETLK)');
+  return false;
+}
+
+export function unlockByte(fd: number, offset: number): void {
+  if (fcntlLock(fd, F_OFD_SETLK, byteLock(F_UNLCK, offset)) !== 0) fail('fcntl(F_OFD_SETLK)');
+}
+
+/** struct flock of 32 bytes: type, whence (SEEK_SET), start, length, pid (64-bit Linux). */
+function byteLock(type: number, offset: number): Buffer {
+  const lock = Buffer.alloc(32);
+  lock.writeInt16LE(type, 0);
+  lock.writeBigInt64LE(BigInt(offset), 8);
+  lock.writeBigInt64LE(1n, 16);
+  return lock;
 }
 
 /** No core dump of this process, no ptrace by others of its uid (prctl(2), PR_SET_DUMPABLE). */

@@ -6,11 +6,16 @@ import { REPOSITORY } from './installation.js';
 /** Where a worker can be killed: names of `barrier` calls in its source. */
 export const WORKER_BARRIERS = ['before-process', 'after-process', 'after-ack', 'half-answer'] as const;
 
-/** Source of a program's prelude: the process kills itself the `count`th time it comes to `barrier`. */
+/**
+ * Source of a program's prelude: the process kills itself the `count`th time it comes to `barrier`. A worker's filter
+ * takes kill(2) away and leaves abort(), which ends it as suddenly: no handler and no destructor runs.
+ */
 export function killAt(barrier: string, count: number): string {
   return `let left = ${count};
 globalThis[Symbol.for('vtpm.barrier')] = (name) => {
-  if (name === ${JSON.stringify(barrier)} && --left === 0) process.kill(process.pid, 'SIGKILL');
+  if (name === ${JSON.stringify(barrier)} && --left === 0) {
+    try { process.kill(process.pid, 'SIGKILL'); } catch { process.abort(); }
+  }
 };`;
 }
 

@@ -231,7 +231,14 @@ describe('vtpmctl', () => {
     const running = {
       state: 'running',
       epoch: 3,
-      worker: { pid: 42, isolation: 'sandbox', layers: ['namespace:pid'], startedAt: '2026-01-01T00:00:00Z' },
+      worker: {
+        pid: 42,
+        isolation: 'sandbox',
+        profile: 'system',
+        layers: ['namespace:pid'],
+        waived: ['uid'],
+        startedAt: '2026-01-01T00:00:00Z',
+      },
     };
 
     it('joins what both daemons know and flags what only one knows', async () => {

@@ -3,6 +3,8 @@
 import { randomBytes } from 'node:crypto';
 import { Socket } from 'node:net';
 import { receiveDescriptor } from 'vtpm-common/libc';
+import { seccompFilter } from 'vtpm-common/seccomp/filter';
+import { installFilter } from 'vtpm-common/seccomp/install';
 
 const control = new Socket({ fd: 4 });
 let link: Socket;
@@ -62,4 +64,5 @@ lines(control, (message) => {
   }
 });
 control.on('close', () => process.exit(2));
+if (!process.argv.includes('--no-seccomp')) installFilter(seccompFilter('serve'));
 useLink(3, true);

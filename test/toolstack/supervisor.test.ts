@@ -156,7 +156,7 @@ describe('vtpm-supervisord', function () {
       libraries: readdirSync(join(root, 'lib')).includes('x86_64-linux-gnu')
         ? libc
         : '/lib/aarch64-linux-gnu',
-      argv: ['-e', 'console.log(1);setInterval(()=>{},1000)'],
+      argv: ['-e', 'console.log(1);setInterval(()=>{},1000)', '--'],
       env: {},
     });
     const orphan = spawn(command.file, command.args, { stdio: ['ignore', 'pipe', 'ignore'] });

@@ -21,6 +21,7 @@ export type ToolstackErrorCode =
   | 'corrupt'
   | 'newer-format'
   | 'missing-package'
+  | 'layer-missing'
   | 'store-full'
   | 'home-unwritable'
   // Workers and the manager
@@ -48,6 +49,7 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'corrupt',
   'newer-format',
   'missing-package',
+  'layer-missing',
   'store-full',
   'home-unwritable',
   'worker-failed',

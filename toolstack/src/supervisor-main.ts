@@ -21,6 +21,8 @@ interface Flags {
   readonly poolMax?: string;
   readonly poolMemoryReserve?: string;
   readonly storeReserve?: string;
+  readonly workerUids?: string;
+  readonly waiveLayers?: string;
   readonly workerManifest?: string;
 }
 
@@ -40,6 +42,8 @@ const program = new Command('vtpm-supervisord')
   .option('--pool-max <count>', 'workers that wait for a start, at most')
   .option('--pool-memory-reserve <MiB>', 'of memory that waiting workers leave available')
   .option('--store-reserve <MiB>', 'of disk that is kept for the vTPMs there are')
+  .option('--worker-uids <range>', 'uids that workers run as, one each: FIRST-LAST')
+  .option('--waive-layers <names>', 'layers of the sandbox that workers may run without')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   .allowExcessArguments(false)
   .action(run);
@@ -59,6 +63,8 @@ async function run(flags: Flags): Promise<void> {
     'pool-max': flags.poolMax,
     'pool-memory-reserve': flags.poolMemoryReserve,
     'store-reserve': flags.storeReserve,
+    'worker-uids': flags.workerUids,
+    'waive-layers': flags.waiveLayers,
   });
   const log = createLogger('vtpm-supervisord', settings);
   const manifest = flags.workerManifest ?? defaultManifest();

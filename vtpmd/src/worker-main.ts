@@ -5,4 +5,6 @@ import { runWorker } from './worker/worker.js';
 process.on('SIGINT', () => {});
 // Without a listener this signal opens Node's debugger.
 process.on('SIGUSR1', () => {});
-runWorker({ manager: 3, control: 4, descriptors: 5 }, createWorkerLog('vtpmd'));
+// Part of the measured command line: nothing in the worker can choose it.
+const isLocked = !process.argv.includes('--no-seccomp');
+runWorker({ manager: 3, control: 4, descriptors: 5 }, createWorkerLog('vtpmd'), isLocked);

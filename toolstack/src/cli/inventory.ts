@@ -29,7 +29,9 @@ export interface Entry {
   readonly worker: {
     readonly pid: number;
     readonly isolation: string;
+    readonly profile: string;
     readonly layers: readonly string[];
+    readonly waived: readonly string[];
   } | null;
   readonly sockets: SupervisorVtpm['sockets'];
   readonly savedBytes: number | null;

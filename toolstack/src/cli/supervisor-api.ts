@@ -32,7 +32,9 @@ export interface SupervisorVtpm extends VtpmSettings {
   readonly worker: {
     readonly pid: number;
     readonly isolation: string;
+    readonly profile: string;
     readonly layers: readonly string[];
+    readonly waived: readonly string[];
     readonly startedAt?: string;
   } | null;
   readonly sockets: {

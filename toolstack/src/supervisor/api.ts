@@ -53,6 +53,7 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'worker-failed': 502,
   'manager-unreachable': 503,
   locked: 503,
+  'layer-missing': 503,
   'store-full': 507,
 };
 

@@ -14,7 +14,7 @@ import { privateDirectory, syncDirectory } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { ImageFile, ImageSources } from './image-sources.js';
 import { type ImagePart, type MeasuredTree, measureFile, measureTree, type Stamps } from './image-tree.js';
-import { type ImageCommand, SANDBOX_TEMPLATE } from './sandbox.js';
+import { type ImageCommand, launchMeasure } from './sandbox.js';
 
 /** A private, read-only copy of everything a worker executes, named by its digest. */
 export interface WorkerImage {
@@ -40,11 +40,14 @@ export function prepareImage(
   keep: ReadonlySet<string> = new Set(),
 ): WorkerImage {
   privateDirectory(directory);
+  // For passing only: what is above it is closed, and workers see it in a view of its own (image-view.ts).
+  chmodSync(directory, 0o711);
   const existing = findCopy(sources, directory);
   removeOthers(directory, existing ? new Set([...keep, existing.digest]) : keep);
   if (existing) return existing;
   const building = mkdtempSync(join(directory, 'building-'));
   copyInto(join(building, 'root'), sources.files);
+  chmodSync(building, 0o711);
   const copied = measureTree(join(building, 'root'));
   if (!copied) throw new ToolstackError('internal', `${building} does not hold what was copied into it`);
   const digest = digestOf(copied.parts, sources);
@@ -76,14 +79,14 @@ function partsOfSources({ files }: ImageSources): ImagePart[] {
   return files.map((file) => measureFile(file.to, file.from, 0, modeOf(file)));
 }
 
-/** Over all that decides what a worker does: every file, node's arguments, the environment and the sandbox. */
+/** Over all that decides what a worker does: every file, node's arguments, the environment, the launch and both filters. */
 function digestOf(parts: readonly ImagePart[], { argv, env }: Pick<ImageSources, 'argv' | 'env'>): string {
   const lines = [
     'vtpm worker image 1',
     ...parts.map(({ name, mode, sha256 }) => JSON.stringify([name, mode, sha256])).sort(),
     JSON.stringify(argv),
     JSON.stringify(Object.entries(env).sort(([a], [b]) => (a < b ? -1 : 1))),
-    JSON.stringify(SANDBOX_TEMPLATE),
+    launchMeasure(),
   ];
   return createHash('sha256').update(lines.join('\n')).digest('hex');
 }
@@ -112,6 +115,11 @@ function copyInto(root: string, files: readonly ImageFile[]): void {
     copyFileSync(file.from, target, constants.COPYFILE_EXCL | constants.COPYFILE_FICLONE);
     chmodSync(target, Number.parseInt(modeOf(file), 8));
   }
+  // For workers with a uid of their own, whatever the umask; the directories above the images let nobody through.
+  for (const item of readdirSync(root, { recursive: true, withFileTypes: true })) {
+    if (item.isDirectory()) chmodSync(join(item.parentPath, item.name), 0o755);
+  }
+  chmodSync(root, 0o755);
 }
 
 function modeOf(file: ImageFile): string {

@@ -1,9 +1,20 @@
 import { accessSync, constants } from 'node:fs';
 import { delimiter, join } from 'node:path';
+import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { ToolstackError } from '../error.js';
+import { LIMITS } from './limits.js';
 
-/** In the argument template: the root directory of the worker image. */
+/** In the templates: the root directory of the worker image. */
 export const ROOT = '{root}';
+/** In the templates: the private mount namespace that shows the images where every uid can read them. */
+const VIEW = '{view}';
+/** In the templates: the host uid and gid of this one worker. */
+const UID = '{uid}';
+/** In the templates: the descriptor from which bubblewrap reads the first filter. */
+const FILTER = '{filter}';
+
+/** Where the images are in their private mount namespace. */
+export const VIEW_ROOT = '/mnt';
 
 /** The uid and gid that the worker sees as its own. */
 const WORKER_ID = '4242';
@@ -32,6 +43,28 @@ export const SANDBOX_TEMPLATE: readonly string[] = [
   ...['--chdir', '/'],
 ];
 
+/** Programs in front of bubblewrap, each of which executes the next, and what bubblewrap is told beyond its template. */
+const LAYER_TEMPLATES = {
+  /** A uid that may not enter the image's directory reads the image here. */
+  view: ['nsenter', `--mount=${VIEW}`, '--'],
+  limits: ['prlimit', ...LIMITS.resources.map(({ option, value }) => `--${option}=${value}`)],
+  ownUidLimits: [`--${LIMITS.ownUidProcesses.option}=${LIMITS.ownUidProcesses.value}`],
+  uid: [
+    ...['setpriv', '--reuid', UID, '--regid', UID, '--clear-groups'],
+    ...['--bounding-set=-all', '--inh-caps=-all', '--no-new-privs', '--'],
+  ],
+  filter: ['--seccomp', FILTER],
+} as const;
+
+/** Of a worker that takes no second filter, because it is not confined or that layer was waived. */
+const UNFILTERED = '--no-seccomp';
+
+/** Everything that decides how a worker is started and with what filter. Part of the image's digest. */
+export function launchMeasure(): string {
+  const filters = (['start', 'serve'] as const).map((stage) => seccompFilter(stage).toString('hex'));
+  return JSON.stringify([SANDBOX_TEMPLATE, LAYER_TEMPLATES, UNFILTERED, LIMITS, filters]);
+}
+
 export interface ImageCommand {
   /** Of the copy, on the host. */
   readonly root: string;
@@ -50,16 +83,58 @@ export interface Command {
   readonly file: string;
   readonly args: readonly string[];
   readonly env: Readonly<Record<string, string>>;
+  /** Descriptors of the caller that the program gets, from number FIRST_DESCRIPTOR on. */
+  readonly descriptors: readonly number[];
+}
+
+/** Below it are the standard ones and the worker's three channels. */
+export const FIRST_DESCRIPTOR = 6;
+
+/** What one worker is given beyond bubblewrap's own layers. What is absent is not asked for. */
+export interface SandboxLayers {
+  /** `view`: path of the mount namespace in which the image is at `root`. */
+  readonly own?: { readonly uid: number; readonly view: string; readonly root: string };
+  readonly limits: boolean;
+  /** A descriptor that reads the first filter from its beginning. bubblewrap closes it. */
+  readonly filter?: number;
+  /** The worker installs the second filter. */
+  readonly filtersItself: boolean;
 }
 
 /** @throws ToolstackError `missing-package` */
-export function sandboxCommand(image: ImageCommand, path = process.env.PATH ?? ''): Command {
-  const environment = Object.entries(image.env).flatMap(([name, value]) => ['--setenv', name, value]);
-  const template = SANDBOX_TEMPLATE.map((argument) => (argument === ROOT ? image.root : argument));
+export function sandboxCommand(
+  image: ImageCommand,
+  { own, limits, filter, filtersItself }: SandboxLayers,
+  path = process.env.PATH ?? '',
+): Command {
+  const values: Record<string, string> = {
+    [ROOT]: own?.root ?? image.root,
+    [VIEW]: own?.view ?? '',
+    [UID]: String(own?.uid),
+    [FILTER]: String(FIRST_DESCRIPTOR),
+  };
+  const fill = (template: readonly string[]): string[] =>
+    template.map((argument) => argument.replace(/\{\w+\}/, (name) => values[name] ?? name));
+  const programs = [
+    own ? LAYER_TEMPLATES.view : [],
+    limits ? [...LAYER_TEMPLATES.limits, ...(own ? LAYER_TEMPLATES.ownUidLimits : []), '--'] : [],
+    own ? LAYER_TEMPLATES.uid : [],
+    ['bwrap', ...SANDBOX_TEMPLATE, ...(filter === undefined ? [] : LAYER_TEMPLATES.filter)],
+  ].filter((program) => program.length > 0);
+  const [file = '', ...args] = programs.flatMap((program) => {
+    const [name = '', ...rest] = fill(program);
+    return [findProgram(name, path), ...rest];
+  });
   return {
-    file: findBubblewrap(path),
-    args: [...template, ...environment, '--', image.node, ...image.argv],
+    file,
+    args: [
+      ...args,
+      ...Object.entries(image.env).flatMap(([name, value]) => ['--setenv', name, value]),
+      '--',
+      ...[image.node, ...image.argv, ...(filtersItself ? [] : [UNFILTERED])],
+    ],
     env: {},
+    descriptors: filter === undefined ? [] : [filter],
   };
 }
 
@@ -71,15 +146,23 @@ export function bareCommand(image: ImageCommand): Command {
   const inImage = (value: string): string => (value.startsWith('/') ? join(image.root, value) : value);
   return {
     file: inImage(image.loader),
-    args: ['--library-path', inImage(image.libraries), inImage(image.node), ...image.argv.map(inImage)],
+    args: [
+      ...['--library-path', inImage(image.libraries), inImage(image.node)],
+      ...[...image.argv.map(inImage), UNFILTERED],
+    ],
+    descriptors: [],
     env: Object.fromEntries(Object.entries(image.env).map(([name, value]) => [name, inImage(value)])),
   };
 }
 
-/** @throws ToolstackError `missing-package` */
-export function findBubblewrap(path: string): string {
+const PACKAGES: Readonly<Record<string, string>> = {
+  bwrap: 'bubblewrap',
+};
+
+/** The absolute path of a program that confines workers. @throws ToolstackError `missing-package` */
+export function findProgram(name: string, path = process.env.PATH ?? ''): string {
   for (const directory of [...path.split(delimiter), '/usr/bin', '/usr/local/bin']) {
-    const file = join(directory, 'bwrap');
+    const file = join(directory, name);
     try {
       if (!directory.startsWith('/')) continue;
       accessSync(file, constants.X_OK);
@@ -88,8 +171,9 @@ export function findBubblewrap(path: string): string {
       // The next directory.
     }
   }
+  const owner = PACKAGES[name] ?? 'util-linux';
   throw new ToolstackError(
     'missing-package',
-    'bubblewrap (bwrap) is not installed and workers are confined by it; on Debian: apt-get install bubblewrap',
+    `${owner} (${name}) is not installed and workers are confined by it; on Debian: apt-get install ${owner}`,
   );
 }

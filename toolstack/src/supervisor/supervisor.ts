@@ -15,6 +15,7 @@ import {
 import type { SigningKey } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
 import { AdminClient } from './admin-client.js';
+import { Confinements } from './confinement.js';
 import { createDelegateKey, readDelegateKey } from './delegate-key.js';
 import { checkAccess, setPassage } from './door-access.js';
 import { doorPaths } from './doors.js';
@@ -86,9 +87,10 @@ export class Supervisor {
       lifetimeSeconds: settings['ticket-lifetime'],
     });
     const ledger = new WorkerLedger(ledgerPath, log);
-    const launcher = new WorkerLauncher({ images, ledger, paths });
+    const confinements = await Confinements.open({ paths, settings, log }, images.current.command);
+    const launcher = new WorkerLauncher({ images, confinements, ledger, paths });
     const pool = new WorkerPool({ launcher, paths, settings, log });
-    const context = { list, pool, office, paths, settings, log };
+    const context = { list, pool, confinements, office, paths, settings, log };
     return new Supervisor(context, images, delegateKey, admin);
   }
 
@@ -190,6 +192,7 @@ export class Supervisor {
     });
     await this.#autostart;
     await isPoolEmpty;
+    this.#context.confinements.close();
   }
 
   /**

@@ -2,11 +2,12 @@ import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
 import { bootId, type Logger, type Paths, type Settings, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
+import type { Confinements } from './confinement.js';
 import type { WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
 import { type DoorPaths, Doors, doorPaths } from './doors.js';
 import type { Entry } from './entry.js';
-import { confinementOf } from './layers.js';
+import { confinementOf, type Layer, type Profile } from './layers.js';
 import { killAndWait, type ProcessId } from './processes.js';
 import { type TicketOffice, ticketText } from './ticket-office.js';
 import type { VtpmList } from './vtpm-list.js';
@@ -17,6 +18,7 @@ import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js'
 export interface VtpmContext {
   readonly list: VtpmList;
   readonly pool: WorkerPool;
+  readonly confinements: Confinements;
   readonly office: TicketOffice;
   readonly paths: Paths;
   readonly settings: Settings;
@@ -54,7 +56,11 @@ export interface VtpmView {
   readonly worker: {
     readonly pid: number;
     readonly isolation: string;
-    readonly layers: readonly string[];
+    readonly profile: Profile;
+    /** In force, by /proc. */
+    readonly layers: readonly Layer[];
+    /** What the sandbox should have and was told not to insist on. */
+    readonly waived: readonly Layer[];
     readonly startedAt: string;
   } | null;
   readonly sockets: DoorPaths & { readonly control: null; readonly ring: null };
@@ -107,7 +113,7 @@ export class Vtpm {
           : {
               pid: worker.pid,
               isolation,
-              layers: confinementOf(worker.pid),
+              ...this.#confinementOf(worker.pid),
               startedAt: worker.startedAt.toISOString(),
             },
       sockets: { ...doorPaths(this.#directory()), control: null, ring: null },
@@ -200,6 +206,12 @@ export class Vtpm {
       }
       throw failure;
     }
+  }
+
+  #confinementOf(pid: number): Pick<NonNullable<VtpmView['worker']>, 'profile' | 'layers' | 'waived'> {
+    const { profile, waived } = this.#context.confinements;
+    const isSandbox = this.#entry.isolation !== 'none';
+    return { profile, layers: confinementOf(pid, waived), waived: isSandbox ? [...waived] : [] };
   }
 
   #owner(): WorkerOwner {

@@ -1,14 +1,15 @@
 import type { Socket } from 'node:net';
 import type { Logger, Paths } from 'vtpm-common';
+import type { Confinement, Confinements } from './confinement.js';
 import type { Entry } from './entry.js';
 import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
-import { bareCommand, type Command, sandboxCommand } from './sandbox.js';
 import type { WorkerImages } from './worker-images.js';
 import { type WorkerOwner, WorkerProcess } from './worker-process.js';
 
 export interface WorkerLauncherOptions {
   readonly images: WorkerImages;
+  readonly confinements: Confinements;
   readonly ledger: WorkerLedger;
   readonly paths: Paths;
 }
@@ -28,7 +29,7 @@ export class WorkerLauncher {
 
   /**
    * A new worker, without an identity. @param link connected to the manager's worker socket and never read from here; it
-   * is closed here in any case. @throws ToolstackError `missing-package` | `internal`
+   * is closed here in any case. @throws ToolstackError `layer-missing` | `missing-package` | `internal`
    */
   launch(isolation: Entry['isolation'], link: Socket, owner: WorkerOwner): WorkerProcess {
     const { images } = this.#options;
@@ -36,7 +37,7 @@ export class WorkerLauncher {
     let worker: WorkerProcess | undefined;
     try {
       worker = new WorkerProcess({
-        command: commandOf(image, isolation, owner.log),
+        confinement: this.#confinement(image, isolation, owner.log),
         image,
         isolation,
         link,
@@ -51,10 +52,11 @@ export class WorkerLauncher {
       if (!worker) images.release(image);
     }
   }
-}
 
-function commandOf({ command }: WorkerImage, isolation: Entry['isolation'], log: Logger): Command {
-  if (isolation !== 'none') return sandboxCommand(command);
-  log.warn('isolation none: the worker runs unconfined, for development only');
-  return bareCommand(command);
+  #confinement({ command }: WorkerImage, isolation: Entry['isolation'], log: Logger): Confinement {
+    const { confinements } = this.#options;
+    if (isolation !== 'none') return confinements.sandbox(command);
+    log.warn('isolation none: the worker runs unconfined, for development only');
+    return confinements.bare(command);
+  }
 }

@@ -4,6 +4,7 @@ import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Logger, sendDescriptor, socketPair } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
+import type { Confinement } from './confinement.js';
 import {
   LineReader,
   parseWorkerMessage,
@@ -14,7 +15,6 @@ import type { Entry } from './entry.js';
 import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
-import type { Command } from './sandbox.js';
 import { checkUntouched } from './worker-images.js';
 import { WorkerLinks } from './worker-links.js';
 import { keepLog } from './worker-log.js';
@@ -29,8 +29,8 @@ export interface WorkerOwner {
 }
 
 export interface WorkerOptions {
-  readonly command: Command;
-  /** What `command` executes. */
+  readonly confinement: Confinement;
+  /** What it executes. */
   readonly image: WorkerImage;
   readonly isolation: Entry['isolation'];
   /** Connected to the manager's worker socket and never read from here. It is closed here once the worker has it. */
@@ -88,13 +88,15 @@ export class WorkerProcess {
     try {
       // Its own session: an interrupt typed at the supervisor's terminal is for the supervisor, which stops its
       // workers in order.
-      this.#child = spawn(options.command.file, options.command.args, {
-        stdio: ['ignore', 'ignore', 'pipe', options.link, 'pipe', theirs],
-        env: { ...options.command.env },
+      const { file, args, env, descriptors } = options.confinement.command;
+      this.#child = spawn(file, args, {
+        stdio: ['ignore', 'ignore', 'pipe', options.link, 'pipe', theirs, ...descriptors],
+        env: { ...env },
         detached: true,
       });
     } catch (cause) {
       closeSync(ours);
+      void options.confinement.release();
       throw new ToolstackError('internal', `the worker cannot be started: ${(cause as Error).message}`, {
         cause,
       });
@@ -109,6 +111,7 @@ export class WorkerProcess {
     const control = (this.#child.stdio as ChildProcess['stdio'] | undefined)?.[4];
     if (!control) {
       closeSync(ours);
+      void options.confinement.release();
       throw new ToolstackError(
         'internal',
         'the worker cannot be started: too many open files; raise the limit',
@@ -162,7 +165,7 @@ export class WorkerProcess {
     this.#owner = owner;
   }
 
-  /** @throws ToolstackError `worker-failed` where the worker ends before or does not say it in time */
+  /** @throws ToolstackError `worker-failed` where the worker ends before or does not say it in time, `layer-missing` */
   async waitFor<T extends WorkerMessage['type']>(
     type: T,
     limitMs: number,
@@ -185,6 +188,7 @@ export class WorkerProcess {
       if (!('type' in first)) throw failureOf(first, this.#owner.logPath);
       // The sandbox has executed node by the time a message comes, so now all processes are there.
       this.#noteProcesses();
+      if (type === 'ready') this.#options.confinement.check(this.pid ?? -1);
       return first as Extract<WorkerMessage, { type: T }>;
     } finally {
       timeout.abort();
@@ -287,6 +291,7 @@ export class WorkerProcess {
     if (found.length === 0) return;
     this.#processes = [...this.#processes, ...found];
     this.#options.ledger.add(found);
+    this.#options.confinement.contain(found);
   }
 
   async #waitForEnd(): Promise<WorkerEnd> {
@@ -307,7 +312,10 @@ export class WorkerProcess {
     this.#control.destroy();
     closeSync(this.#descriptors);
     this.#descriptors = -1;
-    if (lingering.length === 0) this.#options.ledger.remove(this.#processes);
+    if (lingering.length === 0) {
+      this.#options.ledger.remove(this.#processes);
+      await this.#options.confinement.release();
+    }
     return {
       reason: this.#reasonOf(status),
       failure: this.#failure,

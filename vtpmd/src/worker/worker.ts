@@ -13,6 +13,7 @@ import { type ManagerLink, openManagerLink } from '../manager-link/manager-link.
 import { SaveSession } from '../manager-link/save-session.js';
 import { CommandQueue } from './command-queue.js';
 import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
+import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
 import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
@@ -28,11 +29,12 @@ export interface WorkerDescriptors {
 /**
  * Runs the worker of one vTPM until the supervisor stops it or it must not go on. Ends the process: 0 after a stop,
  * 1 after a failure that was reported, 2 where the supervisor is gone.
+ * @param isLocked false only where the supervisor was told to do without
  */
-export function runWorker(fds: WorkerDescriptors, log: Log): void {
+export function runWorker(fds: WorkerDescriptors, log: Log, isLocked: boolean): void {
   forbidCoreDumps();
   const worker = new Worker(fds, log);
-  worker.start();
+  worker.start(isLocked);
 }
 
 class Worker {
@@ -57,9 +59,10 @@ class Worker {
     });
   }
 
-  start(): void {
+  start(isLocked: boolean): void {
     // Ready means that nothing but the identity is missing.
     const { version } = loadLibtpms();
+    if (isLocked) lockDown();
     const publicKey = Buffer.from(this.#keys.publicKey).toString('hex');
     this.#control.send({ type: 'ready', publicKey, libtpms: version });
   }

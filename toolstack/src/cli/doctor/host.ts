@@ -3,7 +3,7 @@ import { existsSync, readFileSync, realpathSync } from 'node:fs';
 import { basename } from 'node:path';
 import { type Finding, finding, libtpmsVersion } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
-import { findBubblewrap, ROOT, SANDBOX_TEMPLATE } from '../../supervisor/sandbox.js';
+import { findProgram, ROOT, SANDBOX_TEMPLATE } from '../../supervisor/sandbox.js';
 import { managerProgram, supervisorProgram } from '../programs.js';
 
 const SANDBOX_TIMEOUT_MS = 20_000;
@@ -25,7 +25,7 @@ export function checkPackages(): Finding[] {
           );
     }),
     attempt('package-bwrap', () => {
-      const { stdout, status } = spawnSync(findBubblewrap(process.env.PATH ?? ''), ['--version'], {
+      const { stdout, status } = spawnSync(findProgram('bwrap'), ['--version'], {
         encoding: 'utf8',
       });
       return status === 0
@@ -129,7 +129,7 @@ export function checkSandbox(path = process.env.PATH ?? ''): Finding {
   const problem = (message: string, fix: string): Finding => finding('sandbox', 'problem', message, fix);
   let bwrap: string;
   try {
-    bwrap = findBubblewrap(path);
+    bwrap = findProgram('bwrap', path);
   } catch {
     return problem('no sandbox can be tried without bwrap', 'apt-get install bubblewrap');
   }

@@ -1,0 +1,251 @@
+import { spawnSync } from 'node:child_process';
+import { closeSync, openSync, readFileSync } from 'node:fs';
+import { type Logger, type Paths, type Settings, sealedMemory } from 'vtpm-common';
+import { seccompFilter } from 'vtpm-common/seccomp/filter';
+import { ToolstackError } from '../error.js';
+import { WorkerGroups } from './cgroups.js';
+import { ImageView } from './image-view.js';
+import {
+  confinementOf,
+  isolationProfile,
+  type Layer,
+  layersOf,
+  type Profile,
+  parseWaived,
+  WAIVABLE,
+  type WaivableLayer,
+} from './layers.js';
+import type { ProcessId } from './processes.js';
+import {
+  bareCommand,
+  type Command,
+  findProgram,
+  type ImageCommand,
+  type SandboxLayers,
+  sandboxCommand,
+} from './sandbox.js';
+import { parseUidRange, WorkerUids } from './worker-uids.js';
+
+/** How one worker is confined, from before it is started until nothing of it is left. */
+export interface Confinement {
+  readonly command: Command;
+  /** Call it as soon as the first process is there, and again whenever others were found. */
+  contain(processes: readonly ProcessId[]): void;
+  /**
+   * Looks at what is really in force, once the worker has said that it is ready. @param pid of node
+   * @throws ToolstackError `layer-missing`
+   */
+  check(pid: number): void;
+  /** Call it when no process of the worker is left. Never rejects. */
+  release(): Promise<void>;
+}
+
+export interface ConfinementOptions {
+  readonly paths: Paths;
+  readonly settings: Settings;
+  readonly log: Logger;
+}
+
+/** What confines the workers of one supervisor. */
+export class Confinements {
+  readonly profile: Profile;
+  /** By the setting `waive-layers`. */
+  readonly waived: ReadonlySet<WaivableLayer>;
+  /** What this machine cannot give, and why. */
+  readonly missing: ReadonlyMap<Layer, string>;
+  readonly #options: ConfinementOptions;
+  readonly #wanted: readonly Layer[];
+  readonly #filter: number | undefined;
+  readonly #groups: WorkerGroups | undefined;
+  readonly #uids: WorkerUids | undefined;
+  readonly #view: ImageView | undefined;
+
+  /**
+   * Finds out what the machine can give. No worker of an earlier supervisor runs any more. @param image to try it with
+   * @throws ToolstackError `usage` for a setting that cannot be
+   */
+  static async open(options: ConfinementOptions, image: ImageCommand): Promise<Confinements> {
+    const { settings, paths, log } = options;
+    const profile = isolationProfile();
+    const waived = parseWaived(settings['waive-layers']);
+    const range = parseUidRange(settings['worker-uids']);
+    const wanted = layersOf(profile, waived);
+    const missing = new Map<Layer, string>();
+    const attempt = async <T>(
+      layers: readonly Layer[],
+      make: () => T | Promise<T>,
+    ): Promise<T | undefined> => {
+      const asked = layers.filter((layer) => wanted.includes(layer));
+      if (asked.length === 0) return undefined;
+      try {
+        return await make();
+      } catch (caught) {
+        const error = ToolstackError.from(caught);
+        if (error.code === 'usage') throw error;
+        for (const layer of asked) missing.set(layer, (caught as Error).message);
+        return undefined;
+      }
+    };
+    await attempt(['seccomp:start', 'seccomp:serve'], expectFilters);
+    const filter = await attempt(['seccomp:start'], () =>
+      sealedMemory('vtpm-filter', seccompFilter('start')),
+    );
+    await attempt(['limits'], () => findProgram('prlimit'));
+    const groups = await attempt(['cgroup:memory', 'cgroup:pids', 'cgroup:cpu'], () => WorkerGroups.open());
+    for (const [controller, reason] of groups?.missing ?? []) {
+      const layer = `cgroup:${controller}` as const;
+      if (wanted.includes(layer)) missing.set(layer, reason);
+    }
+    const uids = await attempt(['uid'], () => new WorkerUids(range));
+    const view = uids && (await attempt(['uid'], () => ImageView.open(paths.supervisor.images)));
+    const made = new Confinements(options, { profile, waived, missing, wanted, filter, groups, uids, view });
+    if (view) await attempt(['uid'], () => made.#tryUid(image));
+    for (const layer of waived) log.warn({ layer }, 'waived: workers run without this layer of the sandbox');
+    for (const [layer, reason] of missing) {
+      log.error(
+        { layer, reason },
+        'this machine does not give this layer of the sandbox: no worker starts in it',
+      );
+    }
+    return made;
+  }
+
+  private constructor(
+    options: ConfinementOptions,
+    found: {
+      profile: Profile;
+      waived: ReadonlySet<WaivableLayer>;
+      missing: ReadonlyMap<Layer, string>;
+      wanted: readonly Layer[];
+      filter: number | undefined;
+      groups: WorkerGroups | undefined;
+      uids: WorkerUids | undefined;
+      view: ImageView | undefined;
+    },
+  ) {
+    this.#options = options;
+    this.profile = found.profile;
+    this.waived = found.waived;
+    this.missing = found.missing;
+    this.#wanted = found.wanted;
+    this.#filter = found.filter;
+    this.#groups = found.groups;
+    this.#uids = found.uids;
+    this.#view = found.view;
+  }
+
+  /** None at all: for development. */
+  bare(image: ImageCommand): Confinement {
+    return {
+      command: bareCommand(image),
+      contain: () => undefined,
+      check: () => undefined,
+      release: async () => undefined,
+    };
+  }
+
+  /** For one worker. @throws ToolstackError `layer-missing` | `missing-package` */
+  sandbox(image: ImageCommand): Confinement {
+    if (this.missing.size > 0) throw this.#refusal([...this.missing]);
+    const has = (layer: Layer): boolean => this.#wanted.includes(layer);
+    const uid = this.#uids?.take();
+    let filter: number | undefined;
+    try {
+      // Each reader begins at the beginning.
+      filter = this.#filter === undefined ? undefined : openSync(`/proc/self/fd/${this.#filter}`, 'r');
+      const command = sandboxCommand(image, {
+        ...this.#own(uid, image),
+        limits: has('limits'),
+        ...(filter !== undefined && { filter }),
+        filtersItself: has('seccomp:serve'),
+      });
+      const controllers = (['memory', 'pids', 'cpu'] as const).filter((name) => has(`cgroup:${name}`));
+      const group = this.#groups?.create(controllers);
+      return {
+        command,
+        contain: (processes) => {
+          if (filter !== undefined) closeSync(filter);
+          filter = undefined;
+          for (const { pid } of processes) group?.enter(pid);
+        },
+        check: (pid) => this.#check(pid),
+        release: async () => {
+          if (filter !== undefined) closeSync(filter);
+          filter = undefined;
+          if (uid !== undefined) this.#uids?.give(uid);
+          await group?.remove();
+        },
+      };
+    } catch (error) {
+      if (filter !== undefined) closeSync(filter);
+      if (uid !== undefined) this.#uids?.give(uid);
+      throw error;
+    }
+  }
+
+  /** When no worker is left. */
+  close(): void {
+    this.#view?.close();
+    this.#uids?.close();
+    if (this.#filter !== undefined) closeSync(this.#filter);
+  }
+
+  #check(pid: number): void {
+    const inForce = confinementOf(pid, this.waived);
+    const absent = this.#wanted.filter((layer) => !inForce.includes(layer));
+    if (absent.length > 0) {
+      throw this.#refusal(absent.map((layer) => [layer, 'the kernel says that the worker runs without it']));
+    }
+  }
+
+  #refusal(missing: readonly (readonly [Layer, string])[]): ToolstackError {
+    const said = missing.map(([layer, reason]) => `${layer} (${reason})`).join('; ');
+    const waivable = missing
+      .map(([layer]) => layer)
+      .filter((layer) => (WAIVABLE as readonly string[]).includes(layer));
+    const names = [...this.waived, ...waivable].join(',');
+    const help =
+      waivable.length === missing.length
+        ? `; to run without, set waive-layers to ${names} in ${this.#options.paths.config} and start the supervisor again`
+        : '; vtpmctl doctor says more';
+    return new ToolstackError(
+      'layer-missing',
+      `this machine does not give the sandbox all of its layers: ${said}${help}`,
+    );
+  }
+
+  /** Whether another uid gets through to the image and may make a sandbox, which a kernel may keep for root. */
+  #tryUid(image: ImageCommand): void {
+    const uid = this.#uids?.take();
+    try {
+      const layers = { ...this.#own(uid, image), limits: false, filtersItself: true };
+      const { file, args } = sandboxCommand({ ...image, argv: ['--version'] }, layers);
+      const { status, stderr, error } = spawnSync(file, args, {
+        env: {},
+        encoding: 'utf8',
+        timeout: TRIAL_LIMIT_MS,
+      });
+      if (status === 0) return;
+      throw new ToolstackError(
+        'layer-missing',
+        error?.message ?? stderr.trim().split('\n')[0] ?? `exit status ${status}`,
+      );
+    } finally {
+      if (uid !== undefined) this.#uids?.give(uid);
+    }
+  }
+
+  #own(uid: number | undefined, { root }: ImageCommand): Pick<SandboxLayers, 'own'> {
+    if (uid === undefined || !this.#view) return {};
+    return { own: { uid, view: this.#view.path, root: this.#view.pathOf(root) } };
+  }
+}
+
+const TRIAL_LIMIT_MS = 20_000;
+
+/** @throws where the kernel has no filters, or there is no table of this machine's system calls */
+function expectFilters(): void {
+  seccompFilter('start');
+  const actions = readFileSync('/proc/sys/kernel/seccomp/actions_avail', 'utf8');
+  if (!actions.includes('errno')) throw new Error('this kernel has no seccomp filters');
+}
