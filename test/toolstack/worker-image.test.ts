@@ -65,7 +65,7 @@ describe('the worker image', function () {
   }
   /** With what a plain user can have, but for the filter, which no program of these tests is written for. */
   function sandboxed(command: ImageCommand): Command {
-    return sandboxCommand(command, { limits: true, filtersItself: true });
+    return sandboxCommand(command, { limits: true, groups: [], filtersItself: true });
   }
   function run({ file, args, env }: Command): string {
     return execFileSync(file, args, { env, encoding: 'utf8' });

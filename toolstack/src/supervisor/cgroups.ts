@@ -34,8 +34,8 @@ const FILES: Readonly<Record<1 | 2, Readonly<Record<Controller, readonly (readon
 
 /** Of one worker. */
 export interface WorkerGroup {
-  /** Moves a process, with all its threads. */
-  enter(pid: number): void;
+  /** Absolute. A process enters by writing 0 to the file `cgroup.procs` of each. */
+  readonly paths: readonly string[];
   /** Resolves when it is gone, which is when nothing is in it any more. */
   remove(): Promise<void>;
 }
@@ -106,12 +106,7 @@ export class WorkerGroups {
       void remove();
       throw error;
     }
-    return {
-      enter: (pid) => {
-        for (const path of made) move(pid, path);
-      },
-      remove,
-    };
+    return { paths: made, remove };
   }
 }
 
@@ -194,15 +189,6 @@ function parentOf({ version, mount, own }: Hierarchy, controller: Controller): s
       writeFileSync(join(at, 'cgroup.subtree_control'), `+${controller}`);
       return at;
     }
-  }
-}
-
-function move(pid: number, path: string): void {
-  try {
-    writeFileSync(join(path, 'cgroup.procs'), String(pid));
-  } catch (error) {
-    // It has ended already.
-    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
   }
 }
 

@@ -3,7 +3,7 @@ import { closeSync, openSync, readFileSync } from 'node:fs';
 import { type Logger, type Paths, type Settings, sealedMemory } from 'vtpm-common';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { ToolstackError } from '../error.js';
-import { WorkerGroups } from './cgroups.js';
+import { CONTROLLERS, type WorkerGroup, WorkerGroups } from './cgroups.js';
 import { ImageView } from './image-view.js';
 import {
   confinementOf,
@@ -15,7 +15,6 @@ import {
   WAIVABLE,
   type WaivableLayer,
 } from './layers.js';
-import type { ProcessId } from './processes.js';
 import {
   bareCommand,
   type Command,
@@ -29,8 +28,8 @@ import { parseUidRange, WorkerUids } from './worker-uids.js';
 /** How one worker is confined, from before it is started until nothing of it is left. */
 export interface Confinement {
   readonly command: Command;
-  /** Call it as soon as the first process is there, and again whenever others were found. */
-  contain(processes: readonly ProcessId[]): void;
+  /** Call it when the command runs, or could not be run. */
+  started(): void;
   /**
    * Looks at what is really in force, once the worker has said that it is ready. @param pid of node
    * @throws ToolstackError `layer-missing`
@@ -138,7 +137,7 @@ export class Confinements {
   bare(image: ImageCommand): Confinement {
     return {
       command: bareCommand(image),
-      contain: () => undefined,
+      started: () => undefined,
       check: () => undefined,
       release: async () => undefined,
     };
@@ -150,35 +149,30 @@ export class Confinements {
     const has = (layer: Layer): boolean => this.#wanted.includes(layer);
     const uid = this.#uids?.take();
     let filter: number | undefined;
+    let group: WorkerGroup | undefined;
+    const closeFilter = (): void => {
+      if (filter !== undefined) closeSync(filter);
+      filter = undefined;
+    };
+    const release = async (): Promise<void> => {
+      closeFilter();
+      if (uid !== undefined) this.#uids?.give(uid);
+      await group?.remove();
+    };
     try {
       // Each reader begins at the beginning.
       filter = this.#filter === undefined ? undefined : openSync(`/proc/self/fd/${this.#filter}`, 'r');
+      group = this.#groups?.create(CONTROLLERS.filter((name) => has(`cgroup:${name}`)));
       const command = sandboxCommand(image, {
         ...this.#own(uid, image),
         limits: has('limits'),
+        groups: group?.paths ?? [],
         ...(filter !== undefined && { filter }),
         filtersItself: has('seccomp:serve'),
       });
-      const controllers = (['memory', 'pids', 'cpu'] as const).filter((name) => has(`cgroup:${name}`));
-      const group = this.#groups?.create(controllers);
-      return {
-        command,
-        contain: (processes) => {
-          if (filter !== undefined) closeSync(filter);
-          filter = undefined;
-          for (const { pid } of processes) group?.enter(pid);
-        },
-        check: (pid) => this.#check(pid),
-        release: async () => {
-          if (filter !== undefined) closeSync(filter);
-          filter = undefined;
-          if (uid !== undefined) this.#uids?.give(uid);
-          await group?.remove();
-        },
-      };
+      return { command, started: closeFilter, check: (pid) => this.#check(pid), release };
     } catch (error) {
-      if (filter !== undefined) closeSync(filter);
-      if (uid !== undefined) this.#uids?.give(uid);
+      void release();
       throw error;
     }
   }
@@ -218,7 +212,7 @@ export class Confinements {
   #tryUid(image: ImageCommand): void {
     const uid = this.#uids?.take();
     try {
-      const layers = { ...this.#own(uid, image), limits: false, filtersItself: true };
+      const layers = { ...this.#own(uid, image), limits: false, groups: [], filtersItself: true };
       const { file, args } = sandboxCommand({ ...image, argv: ['--version'] }, layers);
       const { status, stderr, error } = spawnSync(file, args, {
         env: {},

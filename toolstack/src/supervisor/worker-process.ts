@@ -83,7 +83,7 @@ export class WorkerProcess {
     this.#options = options;
     this.#owner = options.owner;
     this.#links = new WorkerLinks(this, options.workerSocket, () => this.#owner.log);
-    const [ours, theirs] = socketPair();
+    const [ours, theirs] = descriptorChannel(options.confinement);
     this.#descriptors = ours;
     try {
       // Its own session: an interrupt typed at the supervisor's terminal is for the supervisor, which stops its
@@ -101,6 +101,7 @@ export class WorkerProcess {
         cause,
       });
     } finally {
+      options.confinement.started();
       closeSync(theirs);
       options.link.destroy();
     }
@@ -291,7 +292,6 @@ export class WorkerProcess {
     if (found.length === 0) return;
     this.#processes = [...this.#processes, ...found];
     this.#options.ledger.add(found);
-    this.#options.confinement.contain(found);
   }
 
   async #waitForEnd(): Promise<WorkerEnd> {
@@ -329,6 +329,15 @@ export class WorkerProcess {
     if (this.#spawnError) return `the worker could not be started: ${this.#spawnError.message}`;
     if (this.#overTime !== undefined) return `it did not stop within ${this.#overTime} ms and was killed`;
     return `the worker ended by itself (${status})`;
+  }
+}
+
+function descriptorChannel(confinement: Confinement): [number, number] {
+  try {
+    return socketPair();
+  } catch (error) {
+    void confinement.release();
+    throw error;
   }
 }
 
