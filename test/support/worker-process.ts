@@ -29,7 +29,7 @@ export class WorkerProcess {
   #nextId = 1;
   log = '';
 
-  constructor(manager: MiniManager, options: { nodeArguments?: string[] } = {}) {
+  constructor(manager: MiniManager, options: { nodeArguments?: string[]; workerArguments?: string[] } = {}) {
     this.#manager = manager;
     const [linkHere, linkThere] = socketPair();
     const [controlHere, controlThere] = socketPair();
@@ -38,10 +38,14 @@ export class WorkerProcess {
     this.#control = new Socket({ fd: controlHere });
     this.#descriptors = descriptorsHere;
     const path = fileURLToPath(new URL(image.main, bundle));
-    this.child = spawn(process.execPath, [...image.nodeArguments, ...(options.nodeArguments ?? []), path], {
-      env: { ...image.environment, PATH: process.env.PATH },
-      stdio: ['ignore', 'ignore', 'pipe', linkThere, controlThere, descriptorsThere],
-    });
+    this.child = spawn(
+      process.execPath,
+      [...image.nodeArguments, ...(options.nodeArguments ?? []), path, ...(options.workerArguments ?? [])],
+      {
+        env: { ...image.environment, PATH: process.env.PATH },
+        stdio: ['ignore', 'ignore', 'pipe', linkThere, controlThere, descriptorsThere],
+      },
+    );
     for (const fd of [linkThere, controlThere, descriptorsThere]) closeSync(fd);
     this.child.stderr!.setEncoding('utf8').on('data', (text: string) => {
       this.log += text;
