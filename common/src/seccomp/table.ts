@@ -42,6 +42,8 @@ const CLONE_THREAD = 0x10000;
 const [TCGETS, FIONBIO, FIOCLEX] = [0x5401, 0x5421, 0x5451];
 /** fcntl.h */
 const [F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC] = [1, 2, 3, 4, 1030];
+/** socket.h */
+const AF_UNIX = 1;
 /** prctl.h */
 const [PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_VMA] = [4, 15, 38, 0x53564d41];
 /** seccomp.h */
@@ -170,6 +172,7 @@ export const SYSCALLS: readonly SyscallRule[] = [
   row('pipe2', 293, 59, 'yes', 'no', 'event loop'),
   row('eventfd2', 290, 19, 'yes', 'no', 'event loop'),
   row('epoll_create1', 291, 20, 'yes', 'no', 'event loop'),
+  row('socketpair', 53, 199, is(0, AF_UNIX), 'no', 'a pair for a rehearsal'),
   row('dup', 32, 23, 'yes', 'no', 'event loop'),
   row('dup2', 33, null, 'yes', 'no', 'event loop'),
   row('dup3', 292, 24, 'yes', 'no', 'event loop'),

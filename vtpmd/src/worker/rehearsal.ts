@@ -1,7 +1,6 @@
 import { randomBytes } from 'node:crypto';
 import { Socket } from 'node:net';
 import { duplexPair } from 'node:stream';
-import { socketPair } from 'vtpm-common/libc';
 import { boxKeyPair, encode } from 'vtpm-proto';
 import { Doors } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
@@ -17,8 +16,9 @@ import { playManager } from './rehearsal-manager.js';
 /**
  * Does everything once that a start does, with a manager made up in this process and a TPM that is thrown away: what is
  * compiled, bound and paged in now, the start does not wait for. Nothing of it is left but that.
+ * @param door two connected sockets, for a guest and for its door; they are closed
  */
-export async function rehearse(libtpmsVersion: string): Promise<void> {
+export async function rehearse(libtpmsVersion: string, door: readonly [number, number]): Promise<void> {
   const [here, there] = duplexPair();
   const managerKeys = boxKeyPair();
   const keys = boxKeyPair();
@@ -48,7 +48,7 @@ export async function rehearse(libtpmsVersion: string): Promise<void> {
     session.attach(link);
     if (engine.storedAtStart) await session.save(engine.storedAtStart);
     await runOwnCommand(queue, startupClear());
-    await useDoor(new Doors(engine, queue, new HandleOwners()));
+    await useDoor(new Doors(engine, queue, new HandleOwners()), door);
     session.close();
   } finally {
     engine.terminate();
@@ -56,8 +56,7 @@ export async function rehearse(libtpmsVersion: string): Promise<void> {
 }
 
 /** One guest that asks once. */
-async function useDoor(doors: Doors): Promise<void> {
-  const [here, there] = socketPair();
+async function useDoor(doors: Doors, [here, there]: readonly [number, number]): Promise<void> {
   const guest = new Socket({ fd: here });
   const closed = new Promise<void>((resolve) => doors.open('tpm', there, undefined, resolve));
   const answered = new Promise((resolve) => guest.once('data', resolve));

@@ -1,6 +1,6 @@
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
-import { forbidCoreDumps } from 'vtpm-common/libc';
+import { forbidCoreDumps, socketPair } from 'vtpm-common/libc';
 import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
 import { Doors, isDoorKind } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
@@ -44,6 +44,8 @@ class Worker {
   readonly #control: ControlChannel;
   #serving: Serving | undefined;
   #rehearsal: Promise<void> | undefined;
+  /** Two connected sockets for the guest of a rehearsal: after the start none can be made. */
+  #rehearsalDoor: [number, number] | undefined;
   #isIdentified = false;
   #isOpen = false;
   #isEnding = false;
@@ -62,6 +64,7 @@ class Worker {
   start(isLocked: boolean): void {
     // Ready means that nothing but the identity is missing.
     const { version } = loadLibtpms();
+    this.#rehearsalDoor = socketPair();
     if (isLocked) lockDown();
     const publicKey = Buffer.from(this.#keys.publicKey).toString('hex');
     this.#control.send({ type: 'ready', publicKey, libtpms: version });
@@ -72,16 +75,13 @@ class Worker {
       case 'identity':
         if (this.#isIdentified) throw new VtpmdError('protocol', 'a second identity');
         this.#isIdentified = true;
+        for (const fd of this.#takeRehearsalDoor() ?? []) closeSync(fd);
         this.#serve(readIdentity(message.fields), readHoldTimes(message.fields.outage)).catch(
           (error: unknown) => this.#fail(error),
         );
         return;
       case 'rehearse':
-        if (this.#isIdentified) throw new VtpmdError('protocol', 'a rehearsal after the identity');
-        this.#rehearsal = rehearse(loadLibtpms().version).then(
-          () => this.#control.send({ type: 'rehearsed' }),
-          (error: unknown) => this.#fail(error),
-        );
+        this.#rehearse();
         return;
       case 'link':
         this.#useLink(message.fd);
@@ -96,6 +96,21 @@ class Worker {
         this.#stop().catch((error: unknown) => this.#fail(error));
         return;
     }
+  }
+
+  #rehearse(): void {
+    const door = this.#takeRehearsalDoor();
+    if (!door) throw new VtpmdError('protocol', 'a second rehearsal, or one after the identity');
+    this.#rehearsal = rehearse(loadLibtpms().version, door).then(
+      () => this.#control.send({ type: 'rehearsed' }),
+      (error: unknown) => this.#fail(error),
+    );
+  }
+
+  #takeRehearsalDoor(): [number, number] | undefined {
+    const door = this.#rehearsalDoor;
+    this.#rehearsalDoor = undefined;
+    return door;
   }
 
   /** A link on which there is nothing to do yet. It may be lost, and another take its place, any number of times. */
