@@ -109,7 +109,7 @@ class Manager implements Daemon {
       path: this.#paths.adminSocket,
       log: this.#log,
       auditPath: this.#paths.audit,
-      health: () => describeHealth(this.#state, this.#enrolment(), this.#instance),
+      health: () => describeHealth(this.#told, this.#enrolment(), this.#instance),
       metrics: () => describeMetrics(this.#state, this.#rotation),
       doctor: () => this.#doctor(),
       service: () => this.#service(),
@@ -284,6 +284,11 @@ class Manager implements Daemon {
     if (reason.code !== 'shutting-down') {
       this.#log.error({ reason: reason.code }, `the manager is locked: ${reason.message}`);
     }
+  }
+
+  /** Who hears `ready` connects at once, so it is not said before the sockets are there. */
+  get #told(): ManagerState {
+    return this.#listeners.length === 0 ? { status: 'starting' } : this.#state;
   }
 
   /** @throws ManagerError `locked`, `shutting-down` */

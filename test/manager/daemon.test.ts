@@ -11,8 +11,10 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { type IncomingMessage, request } from 'node:http';
+import { connect } from 'node:net';
 import { join } from 'node:path';
 import { ManagerInstallation, StandInTpm } from '../support/manager-process.js';
+import { until } from '../support/until.js';
 import { type RefusedError, testVtpm } from '../support/worker-client.js';
 
 const DIGEST = 'ab'.repeat(32);
@@ -57,6 +59,22 @@ describe('vtpm-managerd with the embedded TPM', () => {
     for (const path of sockets) assert.equal(statSync(path).mode & 0o777, 0o600);
     assert.equal(await manager.stop(), 0);
     for (const path of [...sockets, manager.paths.softtpmSocket]) assert.ok(!existsSync(path), path);
+  });
+
+  it('says that it is ready when workers can connect, not before', async () => {
+    const slow = `import { Server } from 'node:net';
+      const { listen } = Server.prototype;
+      Server.prototype.listen = function (...args) {
+        setTimeout(() => listen.apply(this, args), String(args[0]).endsWith('worker.sock') ? 500 : 0);
+        return this;
+      };`;
+    const started = manager.start({
+      nodeArgs: ['--import', `data:text/javascript,${encodeURIComponent(slow)}`],
+    });
+    const health = () => manager.admin('GET', '/health').catch(() => undefined);
+    await until('the manager is ready', async () => (await health())?.body.status === 'ready');
+    await once(connect(manager.paths.workerSocket), 'connect');
+    await started;
   });
 
   it('lets no second manager on its directory, nor a second init', async () => {
