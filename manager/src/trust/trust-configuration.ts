@@ -17,7 +17,8 @@ export const TRUST_KEY = 'trust';
 const TRUST_FORMAT = 1;
 /** The whole configuration is one record: more images than this are a mistake, not an installation. */
 const MAX_IMAGES = 1024;
-const MAX_NOTE_LENGTH = 200;
+/** The names and versions of the packages that an image is made of. */
+const MAX_NOTE_LENGTH = 1000;
 
 /** Whom the manager honours: toolstack keys and worker images. Changed through the admin plane only. */
 export interface TrustStore {

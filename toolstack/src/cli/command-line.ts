@@ -7,7 +7,7 @@ import { type CreateFlags, create } from './commands/create.js';
 import { type DoctorFlags, doctor } from './commands/doctor.js';
 import { down } from './commands/down.js';
 import { exec } from './commands/exec.js';
-import { allowImage, listImages, removeImage } from './commands/image.js';
+import { type AllowFlags, allowImage, listImages, removeImage, showImage } from './commands/image.js';
 import { type InitFlags, init } from './commands/init.js';
 import { remove, start, stop } from './commands/lifecycle.js';
 import { list, show } from './commands/list.js';
@@ -240,15 +240,27 @@ ${EXIT_STATUSES}`,
   const imageAllow = add(imageCommand, 'allow', 'allows a worker image', [
     'vtpmctl image allow                                the one that the supervisor runs',
     'vtpmctl image allow DIGEST --note "release 1.2"',
+    'vtpmctl image allow --installed                    what dpkg vouches for, after an upgrade',
   ])
     .argument('[digest]', '64 hex digits (default: the image that the supervisor runs)')
-    .option('--note <text>', 'why, for who reads the list later');
-  imageAllow.action((digest: string | undefined, flags: { note?: string }) =>
+    .option('--note <text>', 'why, for who reads the list later')
+    .option(
+      '--installed',
+      'the image that the installed packages make, if each of its files is as its package has it',
+    )
+    .option('--replace', 'with --installed: remove the images that were allowed like this before');
+  imageAllow.action((digest: string | undefined, flags: AllowFlags) =>
     run(imageAllow, (context) => allowImage(digest, flags, context)),
   );
+  const imageShow = add(imageCommand, 'show', 'shows what is in the image that the supervisor runs', [
+    'vtpmctl image show',
+  ]);
+  imageShow.action(() => run(imageShow, showImage));
   const imageRemove = add(imageCommand, 'remove', 'no vTPM starts from this image any more', [
     'vtpmctl image remove DIGEST',
-  ]).argument('<digest>', '64 hex digits');
+  ])
+    .alias('deny')
+    .argument('<digest>', '64 hex digits');
   imageRemove.action((digest: string) => run(imageRemove, (context) => removeImage(digest, context)));
 
   const platformCommand = group(

@@ -23,7 +23,11 @@ export class DaemonClient {
     readonly socketPath: string,
   ) {}
 
-  async call<T>(method: 'GET' | 'POST' | 'DELETE', path: string, options: RequestOptions = {}): Promise<T> {
+  async call<T>(
+    method: 'GET' | 'POST' | 'PUT' | 'DELETE',
+    path: string,
+    options: RequestOptions = {},
+  ): Promise<T> {
     const { status, value: text } = await this.#send(method, path, options, readAll);
     const answer = this.#parse(path, text);
     if (status >= 200 && status < 300) return answer as T;

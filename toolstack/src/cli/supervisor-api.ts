@@ -2,6 +2,8 @@ import { DaemonClient } from './http.js';
 
 /** Starting waits for a worker, a Load and the first durable save; stopping for the last one. */
 const LIFECYCLE_TIMEOUT_MS = 120_000;
+/** 100 MB are copied and hashed. */
+const IMAGE_TIMEOUT_MS = 60_000;
 
 export interface SupervisorHealth {
   readonly status: string;
@@ -9,6 +11,14 @@ export interface SupervisorHealth {
   readonly delegateKey: string;
   readonly managerConnected: boolean;
   readonly imageDigest: string;
+}
+
+/** Of the worker, as it was measured. */
+export interface SupervisorImage {
+  readonly digest: string;
+  readonly parts: readonly { readonly name: string; readonly sha256: string; readonly bytes: number }[];
+  readonly argv: readonly string[];
+  readonly env: Readonly<Record<string, string>>;
 }
 
 /** What `create` settles. */
@@ -63,8 +73,13 @@ export class SupervisorApi {
     return await this.#client.call('GET', '/health', timeout === undefined ? {} : { timeout });
   }
 
-  async image(): Promise<{ digest: string }> {
+  async image(): Promise<SupervisorImage> {
     return await this.#client.call('GET', '/image');
+  }
+
+  /** Starts workers from what is installed now, if that is `digest`. */
+  async refreshImage(digest: string): Promise<void> {
+    await this.#client.call('PUT', '/image', { body: { digest }, timeout: IMAGE_TIMEOUT_MS });
   }
 
   async create(vtpm: NewVtpm): Promise<SupervisorVtpm> {

@@ -88,10 +88,11 @@ async function dispatch(
     case 'GET /health':
       return { status: 200, body: healthOf(supervisor) };
     case 'GET /image': {
-      const { digest, parts } = supervisor.image;
+      const { digest, parts, command } = supervisor.image;
+      const { argv, env } = command;
       return {
         status: 200,
-        body: { digest, parts: parts.map(({ name, sha256, bytes }) => ({ name, sha256, bytes })) },
+        body: { digest, parts: parts.map(({ name, sha256, bytes }) => ({ name, sha256, bytes })), argv, env },
       };
     }
     case 'PUT /image': {
