@@ -9,4 +9,5 @@ export * from './free-space.js';
 export * from './libc.js';
 export * from './log.js';
 export * from './paths.js';
+export * from './service-manager.js';
 export * from './version.js';

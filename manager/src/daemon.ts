@@ -31,6 +31,7 @@ export interface DaemonOptions {
 }
 
 export interface Daemon {
+  readonly status: ManagerState['status'];
   /** Ends streams, store, TPM and sockets, in this order. */
   stop(): Promise<void>;
 }
@@ -99,6 +100,10 @@ class Manager implements Daemon {
       unlock: () => this.#unlock(),
       audit: (event) => this.#auditOrOwe(event),
     });
+  }
+
+  get status(): ManagerState['status'] {
+    return this.#state.status;
   }
 
   async start(): Promise<void> {

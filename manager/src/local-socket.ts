@@ -8,6 +8,7 @@ import {
   peerCredentials,
   privateDirectory,
   socketFd,
+  takePassedListener,
 } from 'vtpm-common';
 import { ManagerError } from './error.js';
 
@@ -18,7 +19,8 @@ export interface LocalListener {
 }
 
 /**
- * The caller holds the installation's lock: a socket that lies at `path` is a dead manager's and is replaced.
+ * The caller holds the installation's lock: a socket that lies at `path` is a dead manager's and is replaced, unless the
+ * service manager listens on it and passed it on.
  * The kernel's word on who connected (SO_PEERCRED) is checked although the mode already says it: a descriptor can be
  * passed on, and a directory be opened by mistake.
  */
@@ -29,7 +31,8 @@ export async function listenLocally(
 ): Promise<LocalListener> {
   checkSocketPath(path);
   privateDirectory(dirname(path));
-  removeStaleSocket(path);
+  const passed = takePassedListener(path);
+  if (passed === undefined) removeStaleSocket(path);
   const server = createServer({ allowHalfOpen: false }, (socket) => {
     // Later owners add their own handler; without one a reset would end the process.
     socket.on('error', () => undefined);
@@ -37,10 +40,10 @@ export async function listenLocally(
     if (peer) onConnection(socket, peer);
     else socket.destroy();
   });
-  await listening(server, path);
+  await listening(server, path, passed);
   // The next connection may be accepted again; without a handler this one would end the process.
   server.on('error', (error) => log.warn({ socket: path, reason: error.message }, 'a connection was lost'));
-  chmodSync(path, 0o600);
+  if (passed === undefined) chmodSync(path, 0o600);
   return { close: () => closed(server) };
 }
 
@@ -64,12 +67,12 @@ function removeStaleSocket(path: string): void {
   rmSync(path);
 }
 
-function listening(server: Server, path: string): Promise<void> {
+function listening(server: Server, path: string, passed: number | undefined): Promise<void> {
   return new Promise((resolve, reject) => {
     server.once('error', (cause) => {
       reject(new ManagerError('internal', `cannot listen on ${path}: ${cause.message}`, { cause }));
     });
-    server.listen(path, resolve);
+    server.listen(passed === undefined ? { path } : { fd: passed }, resolve);
   });
 }
 

@@ -6,6 +6,7 @@ import {
   createLogger,
   forbidCoreDumps,
   loadConfiguration,
+  ServiceNotifier,
   VERSION,
 } from 'vtpm-common';
 import { checkAudit, describeAudit } from './audit-check.js';
@@ -122,6 +123,7 @@ await program.parseAsync().catch((error: unknown) => fail(error));
 async function run(): Promise<void> {
   const { paths, settings, ...common } = setUp(program.opts());
   const { log } = common;
+  const service = new ServiceNotifier();
   const daemon = await startDaemon({
     paths,
     storeReserve: settings['store-reserve'],
@@ -129,8 +131,10 @@ async function run(): Promise<void> {
     eraseAfter: settings['erase-after'],
     ...common,
   });
+  service.ready(`the manager is ${daemon.status}`);
   const stop = (signal: string): void => {
     log.info({ signal }, 'stopping');
+    service.stopping();
     daemon.stop().then(
       () => process.exit(0),
       (error: unknown) => fail(error),

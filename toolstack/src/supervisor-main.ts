@@ -1,5 +1,12 @@
 import { Command, Option } from 'commander';
-import { ConfigError, createLogger, forbidCoreDumps, loadConfiguration, VERSION } from 'vtpm-common';
+import {
+  ConfigError,
+  createLogger,
+  forbidCoreDumps,
+  loadConfiguration,
+  ServiceNotifier,
+  VERSION,
+} from 'vtpm-common';
 import { ToolstackError } from './error.js';
 import { serveApi } from './supervisor/api.js';
 import { defaultManifest } from './supervisor/image-sources.js';
@@ -67,6 +74,7 @@ async function run(flags: Flags): Promise<void> {
     'waive-layers': flags.waiveLayers,
   });
   const log = createLogger('vtpm-supervisord', settings);
+  const service = new ServiceNotifier();
   const manifest = flags.workerManifest ?? defaultManifest();
   const supervisor = await Supervisor.open({ paths, settings, manifest, log });
   const api = await serveApi(supervisor, paths.supervisor.socket, log);
@@ -74,11 +82,20 @@ async function run(flags: Flags): Promise<void> {
     { home: paths.home, imageDigest: supervisor.image.digest, vtpms: supervisor.all().length },
     'ready',
   );
+  service.ready(`${supervisor.all().length} vTPMs`);
+  process.on('SIGHUP', () => {
+    try {
+      supervisor.refreshImage();
+    } catch (error) {
+      log.error({ reason: (error as Error).message }, 'workers go on starting from the image before');
+    }
+  });
   let isStopping = false;
   const stop = async (signal: string): Promise<void> => {
     if (isStopping) return;
     isStopping = true;
     log.info({ signal }, 'stopping all workers');
+    service.stopping();
     const isQuiet = api.close();
     await supervisor.close();
     await isQuiet;

@@ -8,6 +8,7 @@ import type { Daemon } from './http.js';
 import { logFile, sayLogLine, tail } from './log-file.js';
 import { nextStep } from './next-step.js';
 import { identify, isAlive, type ProcessIdentity, waitForEnd } from './process-table.js';
+import type { Invocation } from './programs.js';
 
 const LOG_ROTATES_AT_BYTES = 16 * 1024 * 1024;
 const POLL_MS = 20;
@@ -15,7 +16,7 @@ const POLL_MS = 20;
 /** A daemon that `vtpmctl up` started, or is to start. */
 export interface Background {
   readonly daemon: Daemon;
-  readonly program: string;
+  readonly invocation: Invocation;
   readonly paths: Paths;
 }
 
@@ -50,7 +51,7 @@ export function runningDaemon(paths: Paths, daemon: Daemon): ProcessIdentity | u
  * @throws ToolstackError `internal` or what the daemon's last log line says, when it ends or is silent for `timeout` ms
  */
 export async function startInBackground<T>(
-  { daemon, program, paths }: Background,
+  { daemon, invocation, paths }: Background,
   environment: NodeJS.ProcessEnv,
   probe: () => Promise<T | undefined>,
   timeout = 60_000,
@@ -61,7 +62,7 @@ export async function startInBackground<T>(
   rotate(log);
   const before = existsSync(log) ? statSync(log).size : 0;
   const fd = openSync(log, 'a', 0o600);
-  const child = spawn(process.execPath, [program, '--home', paths.home, '--run-dir', paths.run], {
+  const child = spawn(invocation.file, invocation.args, {
     detached: true,
     stdio: ['ignore', fd, fd],
     cwd: '/',

@@ -3,7 +3,7 @@ import { once } from 'node:events';
 import type { Paths } from 'vtpm-common';
 import { isToolstackErrorCode, ToolstackError } from '../error.js';
 import { nextStep } from './next-step.js';
-import { managerProgram } from './programs.js';
+import { managerInvocation } from './programs.js';
 
 /**
  * Runs a command of vtpm-managerd to its end: only the manager's program speaks to the TPM.
@@ -13,8 +13,9 @@ import { managerProgram } from './programs.js';
  */
 export async function runManagerCommand<T>(paths: Paths, args: readonly string[]): Promise<T> {
   const [name = '', ...flags] = args;
-  const command = [managerProgram(), name, '--home', paths.home, '--run-dir', paths.run, ...flags, '--json'];
-  const child = spawn(process.execPath, command, { stdio: ['ignore', 'pipe', 'pipe'] });
+  const all = [name, '--home', paths.home, '--run-dir', paths.run, ...flags, '--json'];
+  const { file, args: command } = managerInvocation(paths, all);
+  const child = spawn(file, command, { stdio: ['ignore', 'pipe', 'pipe'] });
   let stdout = '';
   let stderr = '';
   child.stdout.setEncoding('utf8').on('data', (text: string) => {

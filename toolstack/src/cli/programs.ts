@@ -1,9 +1,11 @@
-import { existsSync, readFileSync, realpathSync } from 'node:fs';
+import { existsSync, readFileSync, realpathSync, statSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import type { Paths } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 
+const SETPRIV = '/usr/bin/setpriv';
 const toolstack = fileURLToPath(new URL('../..', import.meta.url));
 
 /** The files of the daemons, found the way Node finds packages: no PATH is asked. @throws ToolstackError `missing-package` */
@@ -22,6 +24,31 @@ export function managerProgram(): string {
     join(dirname(description), 'bin', 'vtpm-managerd.js'),
     join(dirname(description), 'dist/main.js'),
   );
+}
+
+/** How a program is run. */
+export interface Invocation {
+  readonly file: string;
+  readonly args: readonly string[];
+}
+
+/**
+ * vtpm-managerd, for root as the user that the installation's manager directory belongs to, with that user's groups: what it
+ * makes must be that one's, and a manager of a service has a user of its own.
+ * @throws ToolstackError `missing-package`
+ */
+export function managerInvocation(paths: Paths, args: readonly string[]): Invocation {
+  const command = [process.execPath, managerProgram(), ...args];
+  const owner = statSync(paths.manager.directory, { throwIfNoEntry: false });
+  const [file = '', ...rest] =
+    process.getuid?.() === 0 && owner && owner.uid !== 0
+      ? [SETPRIV, `--reuid=${owner.uid}`, `--regid=${owner.gid}`, '--init-groups', '--', ...command]
+      : command;
+  return { file, args: rest };
+}
+
+export function supervisorInvocation(args: readonly string[]): Invocation {
+  return { file: process.execPath, args: [supervisorProgram(), ...args] };
 }
 
 export function supervisorProgram(): string {

@@ -4,7 +4,7 @@ import { ToolstackError } from '../../error.js';
 import { holdBackgroundLock, startInBackground } from '../background.js';
 import type { Context } from '../context.js';
 import type { ManagerHealth } from '../manager-api.js';
-import { isCheckout, managerProgram, supervisorProgram } from '../programs.js';
+import { isCheckout, managerInvocation, supervisorInvocation } from '../programs.js';
 import type { SupervisorHealth } from '../supervisor-api.js';
 
 /** A daemon that works answers its health in a moment; one that does not is asked again. */
@@ -28,12 +28,15 @@ export async function up(context: Context): Promise<void> {
   }
   holdBackgroundLock(paths);
   const environment = daemonEnvironment(configuration);
+  const places = ['--home', paths.home, '--run-dir', paths.run];
 
   const managerBefore = await managerHealth(context);
   const manager =
     managerBefore ??
-    (await startInBackground({ daemon: 'manager', program: managerProgram(), paths }, environment, () =>
-      managerHealth(context),
+    (await startInBackground(
+      { daemon: 'manager', invocation: managerInvocation(paths, places), paths },
+      environment,
+      () => managerHealth(context),
     ));
   if (manager.status === 'locked') {
     throw new ToolstackError(
@@ -49,8 +52,10 @@ export async function up(context: Context): Promise<void> {
   const supervisorBefore = await supervisorHealth(context);
   const supervisor =
     supervisorBefore ??
-    (await startInBackground({ daemon: 'supervisor', program: supervisorProgram(), paths }, environment, () =>
-      supervisorHealth(context),
+    (await startInBackground(
+      { daemon: 'supervisor', invocation: supervisorInvocation(places), paths },
+      environment,
+      () => supervisorHealth(context),
     ));
   const allowed = await allowImage(context, supervisor.imageDigest);
   const started = [managerBefore ? [] : ['manager'], supervisorBefore ? [] : ['supervisor']].flat();

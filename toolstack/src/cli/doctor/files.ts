@@ -7,10 +7,11 @@ import { runningDaemon } from '../background.js';
 /** Who may read what under the home and run directories. */
 export function checkFiles(paths: Paths): Finding[] {
   const { manager, toolstack, supervisor } = paths;
-  const isShared = doorsAreShared(paths);
+  // Others pass through it at most, where the operator keeps the run directory below it; and the manager's user, where it
+  // has one of its own.
+  const outer = 0o700 | (doorsAreShared(paths) ? 0o011 : 0) | (managerHasUser(paths) ? 0o050 : 0);
   const findings = [
-    // Others pass through it at most, where the operator keeps the run directory below it.
-    directory('home-mode', paths.home, isShared ? 0o711 : 0o700, 'warning'),
+    directory('home-mode', paths.home, outer, 'warning'),
     ...[
       manager.directory,
       manager.store,
@@ -24,7 +25,7 @@ export function checkFiles(paths: Paths): Finding[] {
     ...[manager.enrolment, supervisor.vtpms, toolstack.managerIdentity].map((path) =>
       file('file-mode', path, 'warning'),
     ),
-    directory('run-mode', paths.run, isShared ? 0o711 : 0o700, 'warning'),
+    directory('run-mode', paths.run, outer, 'warning'),
     directory('run-mode', dirname(manager.adminSocket), 0o700, 'problem'),
     ...[manager.adminSocket, manager.workerSocket, manager.toolstackSocket, supervisor.socket].map((path) =>
       file('socket-mode', path, 'problem'),
@@ -69,6 +70,13 @@ function look(check: string, path: string, most: number, level: 'warning' | 'pro
     `others may get at ${path} (mode 0${mode.toString(8)})`,
     `chmod 0${most.toString(8)} ${path}`,
   );
+}
+
+/** Whether the manager runs as another user than the supervisor, in the group that home belongs to. */
+function managerHasUser({ home, manager }: Paths): boolean {
+  const own = statSync(manager.directory, { throwIfNoEntry: false });
+  const outer = statSync(home, { throwIfNoEntry: false });
+  return own !== undefined && outer !== undefined && own.uid !== outer.uid && own.gid === outer.gid;
 }
 
 /** Whether some vTPM's sockets belong to another user: then others pass through the run directory. */
