@@ -5,6 +5,7 @@ import { loadWithForeignTicket } from './foreign-ticket.js';
 import { connectGuest } from './guest.js';
 import { Stage } from './stage.js';
 import { say, step } from './story.js';
+import { waiveWhatIsMissing } from './waive.js';
 
 const started = performance.now();
 const stage = new Stage();
@@ -36,6 +37,7 @@ async function play(): Promise<void> {
   say(
     "Real daemons, real sandboxes, real TPM commands. A software TPM stands in for the host's chip;\nno TPM of this machine is touched.",
   );
+  await waiveWhatIsMissing();
   await step(
     'A manager takes a TPM',
     'its root key is sealed to PCR 7 and crossed the bus only encrypted',

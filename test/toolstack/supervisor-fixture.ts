@@ -177,13 +177,16 @@ export class SupervisorProcess {
   readonly #child: ChildProcess;
   #stderr = '';
 
-  constructor(home: string, manifest: string, flags: string[] = []) {
+  /** @param wrapper a program that executes the rest of its arguments */
+  constructor(home: string, manifest: string, flags: string[] = [], wrapper: string[] = []) {
     this.paths = pathsOf(home, join(home, 'run'));
     const program = fileURLToPath(new URL('../../../toolstack/bin/vtpm-supervisord.js', import.meta.url));
     const { NODE_EXTRA_CA_CERTS: _, ...env } = process.env;
+    const given = ['--home', home, '--run-dir', this.paths.run, '--worker-manifest', manifest, ...flags];
+    const [command = '', ...args] = [...wrapper, process.execPath, program, ...given];
     this.#child = spawn(
-      process.execPath,
-      [program, '--home', home, '--run-dir', this.paths.run, '--worker-manifest', manifest, ...flags],
+      command,
+      args,
       // Only a test that says so has a pool.
       { stdio: ['ignore', 'ignore', 'pipe'], env: { ...env, VTPM_POOL_MAX: '0' } },
     );

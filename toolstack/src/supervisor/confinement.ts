@@ -1,6 +1,6 @@
 import { spawnSync } from 'node:child_process';
 import { closeSync, openSync, readFileSync } from 'node:fs';
-import { type Logger, type Paths, type Settings, sealedMemory } from 'vtpm-common';
+import { CONFIG_KEYS, type Settings, sealedMemory } from 'vtpm-common';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { ToolstackError } from '../error.js';
 import { CONTROLLERS, type WorkerGroup, WorkerGroups } from './cgroups.js';
@@ -40,9 +40,11 @@ export interface Confinement {
 }
 
 export interface ConfinementOptions {
-  readonly paths: Paths;
-  readonly settings: Settings;
-  readonly log: Logger;
+  /** Directory of the images. */
+  readonly images: string;
+  /** The file that the settings are in, for messages. */
+  readonly config: string;
+  readonly settings: Pick<Settings, 'waive-layers' | 'worker-uids'>;
 }
 
 /** What confines the workers of one supervisor. */
@@ -64,7 +66,7 @@ export class Confinements {
    * @throws ToolstackError `usage` for a setting that cannot be
    */
   static async open(options: ConfinementOptions, image: ImageCommand): Promise<Confinements> {
-    const { settings, paths, log } = options;
+    const { settings, images } = options;
     const profile = isolationProfile();
     const waived = parseWaived(settings['waive-layers']);
     const range = parseUidRange(settings['worker-uids']);
@@ -96,16 +98,9 @@ export class Confinements {
       if (wanted.includes(layer)) missing.set(layer, reason);
     }
     const uids = await attempt(['uid'], () => new WorkerUids(range));
-    const view = uids && (await attempt(['uid'], () => ImageView.open(paths.supervisor.images)));
+    const view = uids && (await attempt(['uid'], () => ImageView.open(images)));
     const made = new Confinements(options, { profile, waived, missing, wanted, filter, groups, uids, view });
     if (view) await attempt(['uid'], () => made.#tryUid(image));
-    for (const layer of waived) log.warn({ layer }, 'waived: workers run without this layer of the sandbox');
-    for (const [layer, reason] of missing) {
-      log.error(
-        { layer, reason },
-        'this machine does not give this layer of the sandbox: no worker starts in it',
-      );
-    }
     return made;
   }
 
@@ -200,7 +195,7 @@ export class Confinements {
     const names = [...this.waived, ...waivable].join(',');
     const help =
       waivable.length === missing.length
-        ? `; to run without, set waive-layers to ${names} in ${this.#options.paths.config} and start the supervisor again`
+        ? `; to run without, set waive-layers to ${names} in ${this.#options.config} and start the supervisor again`
         : '; vtpmctl doctor says more';
     return new ToolstackError(
       'layer-missing',
@@ -233,6 +228,20 @@ export class Confinements {
     if (uid === undefined || !this.#view) return {};
     return { own: { uid, view: this.#view.path, root: this.#view.pathOf(root) } };
   }
+}
+
+/**
+ * What this machine cannot give a worker's sandbox, and why, whatever is waived. Makes and removes all that it tries.
+ * @param uids as the setting worker-uids has them
+ */
+export async function missingLayers(
+  uids = String(CONFIG_KEYS['worker-uids'].fallback),
+): Promise<ReadonlyMap<Layer, string>> {
+  const program = { root: '/', node: '/bin/true', loader: '', libraries: '', argv: [], env: {} };
+  const options = { images: '/', config: '', settings: { 'waive-layers': '', 'worker-uids': uids } };
+  const tried = await Confinements.open(options, program);
+  tried.close();
+  return tried.missing;
 }
 
 const TRIAL_LIMIT_MS = 20_000;

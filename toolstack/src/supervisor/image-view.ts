@@ -28,7 +28,7 @@ export class ImageView {
 
   /** Needs CAP_SYS_ADMIN. @param images directory of the images @throws ToolstackError `missing-package` | `layer-missing` with what the kernel said */
   static async open(images: string): Promise<ImageView> {
-    const script = 'mount --bind -- "$0" "$1" && mount -o remount,bind,ro -- "$1" && echo && exec cat';
+    const script = 'mount --rbind -- "$0" "$1" && mount -o remount,bind,ro -- "$1" && echo && exec cat';
     const args = ['--mount', '--propagation', 'private', '--', '/bin/sh', '-c', script, images, VIEW_ROOT];
     const maker = spawn(findProgram('unshare'), args, { stdio: ['pipe', 'pipe', 'pipe'] });
     let said = '';

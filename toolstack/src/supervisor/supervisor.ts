@@ -87,7 +87,11 @@ export class Supervisor {
       lifetimeSeconds: settings['ticket-lifetime'],
     });
     const ledger = new WorkerLedger(ledgerPath, log);
-    const confinements = await Confinements.open({ paths, settings, log }, images.current.command);
+    const confinements = await Confinements.open(
+      { images: paths.supervisor.images, config: paths.config, settings },
+      images.current.command,
+    );
+    logLayers(confinements, log);
     const launcher = new WorkerLauncher({ images, confinements, ledger, paths });
     const pool = new WorkerPool({ launcher, paths, settings, log });
     const context = { list, pool, confinements, office, paths, settings, log };
@@ -235,6 +239,16 @@ function checkRoom(paths: Paths, reserveMiB: number): void {
       // Another user's manager: it decides alone.
     }
     if (shortage) throw new ToolstackError('store-full', `no new vTPM is made: ${shortageText(shortage)}`);
+  }
+}
+
+function logLayers({ waived, missing }: Confinements, log: Logger): void {
+  for (const layer of waived) log.warn({ layer }, 'waived: workers run without this layer of the sandbox');
+  for (const [layer, reason] of missing) {
+    log.error(
+      { layer, reason },
+      'this machine does not give this layer of the sandbox: no worker starts in it',
+    );
   }
 }
 

@@ -3,7 +3,7 @@ import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { checkDaemons } from '../doctor/daemons.js';
 import { checkDisk, checkFiles, checkLeftovers, checkUmask } from '../doctor/files.js';
-import { checkKernel, checkPackages, checkSandbox, checkSwap } from '../doctor/host.js';
+import { checkKernel, checkLayers, checkPackages, checkSandbox, checkSwap } from '../doctor/host.js';
 import { EXIT } from '../exit-status.js';
 import { runManagerCommand } from '../manager-command.js';
 
@@ -21,6 +21,7 @@ export async function doctor(flags: DoctorFlags, context: Context): Promise<numb
     ...checkPackages(),
     ...checkKernel(),
     checkSandbox(),
+    await checkLayers(settings['waive-layers']),
     ...(await checkTpm(flags, context)),
     ...checkFiles(paths),
     ...checkUmask(paths),

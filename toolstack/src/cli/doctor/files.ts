@@ -18,9 +18,10 @@ export function checkFiles(paths: Paths): Finding[] {
       manager.softtpm,
       toolstack.directory,
       supervisor.directory,
-      supervisor.images,
       paths.log,
     ].map((path) => directory('home-mode', path, 0o700, 'problem')),
+    // Workers with uids of their own pass through it, in a view in which nothing is above it.
+    directory('home-mode', supervisor.images, 0o711, 'problem'),
     ...[toolstack.key, supervisor.delegateKey].map((path) => file('key-mode', path, 'problem')),
     ...[manager.enrolment, supervisor.vtpms, toolstack.managerIdentity].map((path) =>
       file('file-mode', path, 'warning'),

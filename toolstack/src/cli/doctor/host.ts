@@ -3,6 +3,8 @@ import { existsSync, readFileSync, realpathSync } from 'node:fs';
 import { basename } from 'node:path';
 import { type Finding, finding, libtpmsVersion } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
+import { missingLayers } from '../../supervisor/confinement.js';
+import { parseWaived } from '../../supervisor/layers.js';
 import { findProgram, ROOT, SANDBOX_TEMPLATE } from '../../supervisor/sandbox.js';
 import { managerProgram, supervisorProgram } from '../programs.js';
 
@@ -154,6 +156,41 @@ export function checkSandbox(path = process.env.PATH ?? ''): Finding {
     return problem('the sandbox does not take privileges away', 'apt-get install --reinstall bubblewrap');
   }
   return finding('sandbox', 'ok', 'a sandbox with a /proc of its own can be made');
+}
+
+/** The layers beyond that, which a supervisor of this user asks for. @param waived by the setting waive-layers */
+export async function checkLayers(
+  waived: string,
+  find: () => Promise<ReadonlyMap<string, string>> = missingLayers,
+): Promise<Finding> {
+  const given = parseWaived(waived);
+  const missing = await find();
+  const absent = [...missing].filter(([layer]) => !(given as ReadonlySet<string>).has(layer));
+  const names = [...given, ...absent.map(([layer]) => layer)].join(',');
+  if (absent.length > 0) {
+    const said = absent.map(([layer, reason]) => `${layer} (${reason})`).join('; ');
+    return finding(
+      'sandbox-layers',
+      'problem',
+      `this machine does not give workers: ${said}`,
+      `put "waive-layers": "${names}" into config.json, and workers run without`,
+    );
+  }
+  const needless = [...given].filter((layer) => !missing.has(layer));
+  if (needless.length > 0) {
+    const kept = [...given].filter((layer) => !needless.includes(layer)).join(',');
+    return finding(
+      'sandbox-layers',
+      'warning',
+      `waived although this machine gives it: ${needless.join(', ')}`,
+      `put "waive-layers": "${kept}" into config.json`,
+    );
+  }
+  return finding(
+    'sandbox-layers',
+    'ok',
+    given.size === 0 ? 'workers get every layer of the sandbox' : `workers run without: ${names}, waived`,
+  );
 }
 
 /** What /proc/swaps lists. @param isEncrypted whether the kernel encrypts what it writes to that device */
