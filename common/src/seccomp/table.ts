@@ -40,6 +40,10 @@ const PROT_EXEC = 4;
 const CLONE_THREAD = 0x10000;
 /** ioctls.h: what Node asks to learn what a descriptor is, and how it sets O_NONBLOCK and close-on-exec. */
 const [TCGETS, FIONBIO, FIOCLEX] = [0x5401, 0x5421, 0x5451];
+/** What waits in a pipe. */
+const FIONREAD = 0x541b;
+/** socket.h: a guest's command stays in its socket until it is answered. */
+const SO_PEEK_OFF = 42;
 /** fcntl.h */
 const [F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC] = [1, 2, 3, 4, 1030];
 /** socket.h */
@@ -74,6 +78,15 @@ export const SYSCALLS: readonly SyscallRule[] = [
   row('sendmsg', 46, 211, 'yes', 'yes', 'sockets'),
   row('recvmsg', 47, 212, 'yes', 'yes', "guests' connections and links, which arrive as descriptors"),
   row('splice', 275, 76, 'yes', 'yes', 'bytes of a guest that must not be lost with the worker'),
+  row('setsockopt', 54, 208, is(2, SO_PEEK_OFF), is(2, SO_PEEK_OFF), 'as above'),
+  row(
+    'ioctl',
+    16,
+    29,
+    is(1, FIONREAD, TCGETS, FIONBIO, FIOCLEX),
+    is(1, FIONREAD, TCGETS, FIONBIO, FIOCLEX),
+    'as above; what kind of descriptor it was given',
+  ),
   row('clock_gettime', 228, 113, 'yes', 'yes', 'clocks, where the vDSO has no fast one'),
   row('gettimeofday', 96, 169, 'yes', 'yes', 'clocks'),
   row('time', 201, null, 'yes', 'yes', 'clocks'),
@@ -97,14 +110,13 @@ export const SYSCALLS: readonly SyscallRule[] = [
   row('getsockname', 51, 204, 'yes', 'yes', 'what kind of descriptor it was given'),
   row('getpeername', 52, 205, 'yes', 'yes', 'what kind of descriptor it was given'),
   row('getsockopt', 55, 209, 'yes', 'yes', 'what kind of descriptor it was given; who its peer is'),
-  row('ioctl', 16, 29, is(1, TCGETS, FIONBIO, FIOCLEX), is(1, TCGETS, FIONBIO, FIOCLEX), 'as above'),
   row(
     'fcntl',
     72,
     25,
     is(1, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC),
     is(1, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC),
-    'as above',
+    'what kind of descriptor it was given',
   ),
   row('pread64', 17, 67, 'yes', 'yes', 'shared memory that it was given; libraries while it starts'),
   row('pwrite64', 18, 68, 'yes', 'yes', 'shared memory that it was given'),
