@@ -8,7 +8,17 @@ import { barrier } from './barrier.js';
  * @throws Error where another user (root excepted) owns it or everybody may write to it
  */
 export function privateDirectory(path: string): string {
-  makeDirectory(path);
+  makeDirectory(path, true);
+  return checkPrivate(path);
+}
+
+/** As `privateDirectory`, for what is of no use after a power loss, such as sockets. */
+export function passingDirectory(path: string): string {
+  makeDirectory(path, false);
+  return checkPrivate(path);
+}
+
+function checkPrivate(path: string): string {
   const { uid, mode } = statSync(path);
   if (uid !== 0 && uid !== process.getuid?.()) {
     throw new Error(
@@ -22,10 +32,10 @@ export function privateDirectory(path: string): string {
 }
 
 /** Step by step: in a file system that refuses directories Node's `recursive` does not end (/proc) or gives another reason. */
-function makeDirectory(path: string): void {
+function makeDirectory(path: string, isDurable: boolean): void {
   if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) return;
   const parent = dirname(path);
-  if (parent !== path) makeDirectory(parent);
+  if (parent !== path) makeDirectory(parent, isDurable);
   try {
     mkdirSync(path, { mode: 0o700 });
   } catch (error) {
@@ -33,7 +43,7 @@ function makeDirectory(path: string): void {
     if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw error;
   }
   // What is written into it durably must not lose its way after a power loss.
-  syncDirectory(parent);
+  if (isDurable) syncDirectory(parent);
 }
 
 /**

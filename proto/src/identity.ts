@@ -1,8 +1,9 @@
-import { createHash, createPrivateKey, createPublicKey, sign, verify } from 'node:crypto';
+import { createHash, createPrivateKey, sign, verify } from 'node:crypto';
 import { expectLength, uuidToText } from './bytes.js';
 import { decode, encode } from './codec.js';
 import { ProtoError } from './error.js';
 import type { Delegation, SignedTicket, Ticket } from './generated/messages.js';
+import { rawBytesOf, rawPublicKey } from './raw-key.js';
 
 /** Format number of tickets and delegations; a newer one is refused by name. */
 export const IDENTITY_FORMAT = 1;
@@ -19,17 +20,13 @@ export interface SigningKey {
   sign(message: Uint8Array): Buffer;
 }
 
-// DER prefixes of RFC 8410 sections 4 and 7 for a raw 32-byte key.
+// DER prefix of RFC 8410 section 7 for a raw 32-byte key.
 const PKCS8_PREFIX = Buffer.from('302e020100300506032b657004220420', 'hex');
-const SPKI_PREFIX = Buffer.from('302a300506032b6570032100', 'hex');
 
 export function signingKeyFromSeed(seed: Uint8Array): SigningKey {
   expectLength('Ed25519 seed', seed, 32);
   const key = createPrivateKey({ key: Buffer.concat([PKCS8_PREFIX, seed]), format: 'der', type: 'pkcs8' });
-  const publicKey = Buffer.from(
-    createPublicKey(key).export({ format: 'der', type: 'spki' }).subarray(SPKI_PREFIX.length),
-  );
-  return { publicKey, sign: (message) => sign(null, message, key) };
+  return { publicKey: rawBytesOf(key), sign: (message) => sign(null, message, key) };
 }
 
 /** Lets `delegateKey` sign tickets for one vTPM. */
@@ -136,6 +133,5 @@ function checkSignature(
 
 /** Ed25519 (RFC 8032). @param publicKey 32 bytes */
 export function verifySignature(publicKey: Uint8Array, message: Uint8Array, signature: Uint8Array): boolean {
-  const key = createPublicKey({ key: Buffer.concat([SPKI_PREFIX, publicKey]), format: 'der', type: 'spki' });
-  return verify(null, message, key, signature);
+  return verify(null, message, rawPublicKey('Ed25519', publicKey), signature);
 }

@@ -108,10 +108,14 @@ export class StubManager {
         return;
       }
       const record = this.records.get(call.url?.slice('/vtpms/'.length) ?? '');
+      const refusal =
+        this.status === 'locked'
+          ? { code: 'locked', message: 'the platform changed' }
+          : { code: 'unknown-vtpm', message: 'none' };
       const body =
         call.url === '/health'
           ? { status: this.status, managerId: MANAGER_ID, message: 'the platform changed' }
-          : (record ?? { error: { code: 'unknown-vtpm', message: 'none' } });
+          : (this.status === 'ready' && record) || { error: refusal };
       response.writeHead('error' in body ? 404 : 200).end(JSON.stringify(body));
     });
     const worker = createServer((link) => this.#serve(link));

@@ -22,6 +22,7 @@ describe('the ticket office', () => {
         health: async () => ({ status: 'ready', managerId: MANAGER_ID, ...health }),
         vtpm: async () => record && { kind: 'live', vmUuid: '', epoch: 0, generation: 0, ...record },
       },
+      managerInstance: () => undefined,
       delegateKey,
       lifetimeSeconds: 60,
     });

@@ -1,7 +1,7 @@
 import { chmodSync, rmSync } from 'node:fs';
 import { createServer, type Server, type Socket } from 'node:net';
 import { join } from 'node:path';
-import { checkSocketPath, privateDirectory } from 'vtpm-common';
+import { checkSocketPath, passingDirectory } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
 import { applyAccess, type DoorAccess, directoryMode } from './door-access.js';
@@ -56,8 +56,8 @@ export class Doors {
   static async open(directory: string, access: DoorAccess, events: DoorEvents): Promise<Doors> {
     const doors = new Doors(directory, access, events);
     try {
-      chmodSync(privateDirectory(directory), directoryMode(access));
-      for (const door of Object.keys(FILES) as DoorName[]) await doors.#listen(door);
+      chmodSync(passingDirectory(directory), directoryMode(access));
+      await Promise.all((Object.keys(FILES) as DoorName[]).map((door) => doors.#listen(door)));
       return doors;
     } catch (error) {
       doors.close();

@@ -14,6 +14,7 @@ export class ManagerEvents {
   readonly #stop = new AbortController();
   readonly #running: Promise<void>;
   #isConnected = false;
+  #connections = 0;
 
   constructor(admin: AdminClient, log: Logger) {
     this.#admin = admin;
@@ -23,6 +24,11 @@ export class ManagerEvents {
 
   get isConnected(): boolean {
     return this.#isConnected;
+  }
+
+  /** Another number for each connection to a manager; undefined while there is none. */
+  get instance(): number | undefined {
+    return this.#isConnected ? this.#connections : undefined;
   }
 
   async close(): Promise<void> {
@@ -73,6 +79,7 @@ export class ManagerEvents {
     const event = JSON.parse(line) as { type?: unknown; id?: unknown; epoch?: unknown; generation?: unknown };
     if (event.type === 'hello') {
       this.#isConnected = true;
+      this.#connections++;
       onConnected();
       this.#log.info('the manager is there');
     } else if (event.type === 'fenced') {

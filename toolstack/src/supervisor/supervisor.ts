@@ -81,8 +81,10 @@ export class Supervisor {
       log,
     });
     const admin = new AdminClient(paths.manager.adminSocket);
+    const events = new ManagerEvents(admin, log);
     const office = createTicketOffice({
       admin,
+      managerInstance: () => events.instance,
       delegateKey,
       lifetimeSeconds: settings['ticket-lifetime'],
     });
@@ -95,7 +97,7 @@ export class Supervisor {
     const launcher = new WorkerLauncher({ images, confinements, ledger, paths });
     const pool = new WorkerPool({ launcher, paths, settings, log });
     const context = { list, pool, confinements, office, paths, settings, log };
-    return new Supervisor(context, images, delegateKey, admin);
+    return new Supervisor(context, images, delegateKey, admin, events);
   }
 
   private constructor(
@@ -103,11 +105,13 @@ export class Supervisor {
     images: WorkerImages,
     delegateKey: SigningKey,
     admin: AdminClient,
+    events: ManagerEvents,
   ) {
     this.#context = context;
     this.#images = images;
     this.delegateKey = delegateKey;
     this.#admin = admin;
+    this.#events = events;
     const boot = bootId().toString('hex');
     const autostart: Vtpm[] = [];
     for (const found of context.list.all()) {
@@ -117,7 +121,6 @@ export class Supervisor {
       this.#vtpms.set(entry.id, vtpm);
       if (entry.autostart && entry.crashed === null) autostart.push(vtpm);
     }
-    this.#events = new ManagerEvents(admin, context.log);
     if (autostart.length > 0) this.#autostart = this.#startAll(autostart);
   }
 

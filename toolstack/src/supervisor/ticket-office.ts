@@ -33,10 +33,14 @@ export interface IssuedTicket {
   readonly managerKey: string;
   /** Of the vTPM now; ≥ 1 means that it must never be manufactured again. */
   readonly generation: number;
+  /** That the worker gets. */
+  readonly epoch: number;
 }
 
 export interface TicketOfficeOptions {
   readonly admin: Pick<AdminClient, 'health' | 'vtpm'>;
+  /** Another number for each connection to a manager; undefined while there is none. */
+  managerInstance(): number | undefined;
   readonly delegateKey: SigningKey;
   readonly lifetimeSeconds: number;
 }
@@ -47,6 +51,7 @@ export function createTicketOffice(options: TicketOfficeOptions): TicketOffice {
 
 class TicketOfficeImpl implements TicketOffice {
   readonly #options: TicketOfficeOptions;
+  #known: { readonly instance: number; readonly managerId: string } | undefined;
 
   constructor(options: TicketOfficeOptions) {
     this.#options = options;
@@ -54,14 +59,11 @@ class TicketOfficeImpl implements TicketOffice {
 
   async issue(entry: Entry, workerKey: Uint8Array, imageDigest: string): Promise<IssuedTicket> {
     const { admin, delegateKey } = this.#options;
-    const health = await admin.health();
-    if (health.status === 'locked') {
-      throw new ToolstackError('locked', `the manager is locked: ${health.message ?? 'see vtpmctl status'}`);
-    }
-    if (health.status !== 'ready') {
-      throw new ToolstackError('manager-unreachable', 'the manager is still starting; try again in a moment');
-    }
-    const record = await admin.vtpm(entry.id);
+    const asked = admin.vtpm(entry.id);
+    // What is wrong with the manager as a whole is told first.
+    asked.catch(() => undefined);
+    const managerId = await this.#managerId();
+    const record = await asked;
     if (record?.kind === 'retired') {
       throw new ToolstackError('manager-refused', `vTPM ${entry.name} was retired; it can never run again`);
     }
@@ -84,7 +86,7 @@ class TicketOfficeImpl implements TicketOffice {
       delegateKey,
       {
         ...this.#fields(entry),
-        managerId: Buffer.from(health.managerId, 'hex'),
+        managerId: Buffer.from(managerId, 'hex'),
         vmRunId: uuidToBytes(entry.vmRunId ?? ''),
         imageDigest: Buffer.from(imageDigest, 'hex'),
         workerPublicKey: workerKey,
@@ -94,7 +96,26 @@ class TicketOfficeImpl implements TicketOffice {
       },
       signedDelegation(entry),
     );
-    return { ticket, managerKey: health.managerId, generation };
+    return { ticket, managerKey: managerId, generation, epoch: (record?.epoch ?? 0) + 1 };
+  }
+
+  /** Asked once of each manager that comes up; one that was ready and no longer is says so itself when it is asked more. */
+  async #managerId(): Promise<string> {
+    const instance = this.#options.managerInstance();
+    const known = this.#known;
+    if (known && known.instance === instance) return known.managerId;
+    const health = await this.#options.admin.health();
+    if (health.status === 'locked') {
+      throw new ToolstackError('locked', `the manager is locked: ${health.message ?? 'see vtpmctl status'}`);
+    }
+    if (health.status !== 'ready') {
+      throw new ToolstackError('manager-unreachable', 'the manager is still starting; try again in a moment');
+    }
+    const { managerId } = health;
+    // Where the events were lost meanwhile, it may be another manager's.
+    const isSame = instance !== undefined && instance === this.#options.managerInstance();
+    this.#known = isSame ? { instance, managerId } : undefined;
+    return managerId;
   }
 
   checkDelegation(entry: NewEntry): void {

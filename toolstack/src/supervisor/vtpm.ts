@@ -51,7 +51,7 @@ export interface VtpmView {
   /** Why it crashed, or why the last start or stop did not go as asked. */
   readonly reason: string | null;
   readonly vmRunId: string | null;
-  /** The newest epoch that a worker served. */
+  /** The newest epoch that a worker serves, served or is about to. */
   readonly epoch: number | null;
   readonly worker: {
     readonly pid: number;
@@ -180,6 +180,7 @@ export class Vtpm {
       throw new ToolstackError('already-running', `vTPM ${this.#entry.name} is running already`);
     }
     const before = this.#state;
+    const { epoch } = this.#entry;
     this.#state = { kind: 'starting', worker: undefined };
     try {
       await killAndWait(this.#lingering);
@@ -188,19 +189,13 @@ export class Vtpm {
       const { isolation } = this.#entry;
       // Before anything is changed: no VM powers on while the manager is away.
       const claimed = await pool.take(isolation, this.#owner());
-      try {
-        this.#update({ vmRunId: randomUUID(), runningInBoot: bootId().toString('hex'), crashed: null });
-      } catch (error) {
-        await claimed.worker.kill();
-        throw error;
-      }
-      await this.#startWorker(claimed);
+      await this.#startWorker(claimed, randomUUID());
     } catch (error) {
       const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
       this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
       if (this.#entry.crashed === null) {
         this.#state = { kind: 'stopped', reason: `the last start failed: ${failure.message}` };
-        if (this.#entry.runningInBoot !== null) this.#tryUpdate({ runningInBoot: null });
+        if (this.#entry.runningInBoot !== null) this.#tryUpdate({ runningInBoot: null, epoch });
       } else {
         this.#state = before;
       }
@@ -222,13 +217,12 @@ export class Vtpm {
     };
   }
 
-  async #startWorker({ worker, ready, isFresh }: ClaimedWorker): Promise<void> {
+  async #startWorker({ worker, ready, isFresh }: ClaimedWorker, vmRunId: string): Promise<void> {
     this.#state = { kind: 'starting', worker };
     try {
       const key = Buffer.from((await ready).publicKey, 'hex');
       worker.checkImage();
-      const issued = await this.#context.office.issue(this.#entry, key, worker.image.digest);
-      if (issued.generation > 0 && !this.#entry.manufactured) this.#update({ manufactured: true });
+      const issued = await this.#context.office.issue({ ...this.#entry, vmRunId }, key, worker.image.digest);
       const { startup } = this.#entry;
       const hold = this.#context.settings['outage-hold'];
       const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
@@ -239,11 +233,19 @@ export class Vtpm {
         startup,
         outage: { holdMs: { tpm: hold, tcti: hold } },
       });
+      isServing.catch(() => undefined);
+      // Before a guest can get in, and while the worker and the manager are busy with the Load.
+      this.#update({
+        ...{ vmRunId, runningInBoot: bootId().toString('hex'), crashed: null },
+        ...{ epoch: issued.epoch, manufactured: this.#entry.manufactured || issued.generation > 0 },
+      });
       const { epoch, generation } = await isServing;
       if (generation < 1) {
         throw new ToolstackError('worker-failed', 'the worker wants to serve a TPM that is not saved yet');
       }
-      this.#update({ manufactured: true, epoch });
+      if (!this.#entry.manufactured || this.#entry.epoch !== epoch) {
+        this.#update({ manufactured: true, epoch });
+      }
       const doors = await Doors.open(this.#directory(), accessOf(this.#entry), {
         connected: (door, id, peer, socket) =>
           worker.pass(socketFd(socket), { type: 'connection', door, id, peer }),
@@ -262,7 +264,7 @@ export class Vtpm {
         { reason: end.reason },
         'the worker from the pool was lost; a fresh one takes its place',
       );
-      await this.#startWorker(await this.#context.pool.fresh(this.#entry.isolation, this.#owner()));
+      await this.#startWorker(await this.#context.pool.fresh(this.#entry.isolation, this.#owner()), vmRunId);
     }
   }
 

@@ -44,6 +44,8 @@ interface Waiting {
 const READY_LIMIT_MS = 30_000;
 /** Starts of this time are expected to come again. */
 const RECENT_MS = 60_000;
+/** Starts come in groups, and making a worker keeps the supervisor from its guests for some milliseconds: it waits. */
+const QUIET_MS = 100;
 /** Between two looks at what is too much by now. */
 const TICK_MS = 2_000;
 const FIRST_BACKOFF_MS = 250;
@@ -57,7 +59,7 @@ const MIB = 2 ** 20;
 /**
  * Sandboxed workers that are started ahead: everything is loaded, rehearsed and connected, and only who they are is not
  * known. A start takes one, or where there is none a fresh one. As many are kept as were started within the last minute,
- * within the bounds of the settings and of the host's memory. They are made one after the other while nothing is being
+ * within the bounds of the settings and of the host's memory. They are made one after the other when nothing is being
  * started, so that a start has the processors for itself.
  */
 export class WorkerPool {
@@ -67,6 +69,7 @@ export class WorkerPool {
   readonly #tick: NodeJS.Timeout;
   #recent: number[] = [];
   #underWay = 0;
+  #quietAt = 0;
   #failures = 0;
   /** None is made before; as performance.now() says it. */
   #notBefore = 0;
@@ -93,7 +96,8 @@ export class WorkerPool {
       return await run();
     } finally {
       this.#underWay--;
-      this.#adjust();
+      this.#quietAt = performance.now() + QUIET_MS;
+      setTimeout(() => this.#adjust(), QUIET_MS);
     }
   }
 
@@ -158,10 +162,10 @@ export class WorkerPool {
     if (this.#isWanting() && !this.#isFilling) this.#filled = this.#fill();
   }
 
-  /** With none left the next start waits for this one, or is served by it. */
   #isWanting(): boolean {
-    if (this.#closing.signal.aborted) return false;
-    return this.#waiting.size < this.#target() && (this.#underWay === 0 || this.#waiting.size === 0);
+    if (this.#closing.signal.aborted || this.#waiting.size >= this.#target()) return false;
+    // With none left the next start is served sooner by the one that is made now.
+    return this.#waiting.size === 0 || (this.#underWay === 0 && performance.now() >= this.#quietAt);
   }
 
   async #fill(): Promise<void> {

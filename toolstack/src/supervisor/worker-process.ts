@@ -187,9 +187,11 @@ export class WorkerProcess {
         );
       }
       if (!('type' in first)) throw failureOf(first, this.#owner.logPath);
-      // The sandbox has executed node by the time a message comes, so now all processes are there.
-      this.#noteProcesses();
-      if (type === 'ready') this.#options.confinement.check(this.pid ?? -1);
+      if (type === 'ready') {
+        // The sandbox has executed node by the time of the first message, so now all processes are there.
+        this.#noteProcesses();
+        this.#options.confinement.check(this.pid ?? -1);
+      }
       return first as Extract<WorkerMessage, { type: T }>;
     } finally {
       timeout.abort();

@@ -93,6 +93,12 @@ export class SaveSession {
     const type = this.#linkNumber === 1n ? 'HELLO' : 'RESUME';
     const frame = this.#cipher.sealWorker(type, this.#linkNumber, hello, this.#vtpmUuid);
     stream.send({ ...frame, sessionId: this.#sessionId });
+    if (this.#isFirstLink) this.#events.up();
+  }
+
+  /** Nothing is committed of a session that begins: what it says first does not wait for the answer to its greeting. */
+  get #isFirstLink(): boolean {
+    return this.#linkNumber === 1n;
   }
 
   /** Resolves when the manager has committed the state; never where the session is over. */
@@ -103,7 +109,7 @@ export class SaveSession {
     this.#lastSent++;
     return new Promise((acknowledged) => {
       this.#inFlight = { sequence: this.#lastSent, body, digest, acknowledged };
-      if (this.#state === 'open') this.#sendInFlight();
+      if (this.#state === 'open' || (this.#state === 'greeting' && this.#isFirstLink)) this.#sendInFlight();
     });
   }
 
@@ -190,6 +196,7 @@ export class SaveSession {
       throw new VtpmdError('protocol', `save ${ack.committed} has another digest at the manager`);
     }
     this.#state = 'open';
+    if (this.#isFirstLink) return;
     // Before `up`, which may start a save that sends itself.
     this.#sendInFlight();
     this.#events.up();

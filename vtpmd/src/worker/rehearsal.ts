@@ -46,7 +46,6 @@ export async function rehearse(libtpmsVersion: string, door: readonly [number, n
     });
     queue.hold('link');
     session.attach(link);
-    if (engine.storedAtStart) await session.save(engine.storedAtStart);
     await runOwnCommand(queue, startupClear());
     await useDoor(new Doors(engine, queue, new HandleOwners()), door);
     session.close();

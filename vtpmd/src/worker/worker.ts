@@ -39,14 +39,14 @@ export function runWorker(fds: WorkerDescriptors, log: Log, isLocked: boolean): 
 
 class Worker {
   readonly #log: Log;
-  readonly #keys: BoxKeyPair = boxKeyPair();
+  /** Until there is an identity: the only one that they are used for. */
+  #keys: BoxKeyPair | undefined = boxKeyPair();
   #link: ManagerLink;
   readonly #control: ControlChannel;
   #serving: Serving | undefined;
   #rehearsal: Promise<void> | undefined;
   /** Two connected sockets for the guest of a rehearsal: after the start none can be made. */
   #rehearsalDoor: [number, number] | undefined;
-  #isIdentified = false;
   #isOpen = false;
   #isEnding = false;
   #hasFailed = false;
@@ -66,19 +66,24 @@ class Worker {
     const { version } = loadLibtpms();
     this.#rehearsalDoor = socketPair();
     if (isLocked) lockDown();
-    const publicKey = Buffer.from(this.#keys.publicKey).toString('hex');
+    const publicKey = Buffer.from(this.#keys?.publicKey ?? []).toString('hex');
     this.#control.send({ type: 'ready', publicKey, libtpms: version });
+  }
+
+  #beginServing(fields: Record<string, unknown>): void {
+    const keys = this.#keys;
+    if (!keys) throw new VtpmdError('protocol', 'a second identity');
+    this.#keys = undefined;
+    for (const fd of this.#takeRehearsalDoor() ?? []) closeSync(fd);
+    this.#serve(readIdentity(fields), readHoldTimes(fields.outage), keys).catch((error: unknown) =>
+      this.#fail(error),
+    );
   }
 
   #onMessage(message: SupervisorMessage): void {
     switch (message.type) {
       case 'identity':
-        if (this.#isIdentified) throw new VtpmdError('protocol', 'a second identity');
-        this.#isIdentified = true;
-        for (const fd of this.#takeRehearsalDoor() ?? []) closeSync(fd);
-        this.#serve(readIdentity(message.fields), readHoldTimes(message.fields.outage)).catch(
-          (error: unknown) => this.#fail(error),
-        );
+        this.#beginServing(message.fields);
         return;
       case 'rehearse':
         this.#rehearse();
@@ -118,7 +123,7 @@ class Worker {
     const link = openManagerLink(new Socket({ fd }));
     void link.closed.then(() => {
       // Who waits for an answer on it sees the loss himself.
-      if (link === this.#link && !this.#isIdentified) {
+      if (link === this.#link && this.#keys) {
         this.#control.send({ type: 'link-lost', message: 'the link to the manager broke' });
       }
     });
@@ -128,7 +133,7 @@ class Worker {
   #useLink(fd: number): void {
     if (this.#serving) {
       this.#serving.session.attach(openManagerLink(new Socket({ fd })));
-    } else if (this.#isIdentified) {
+    } else if (!this.#keys) {
       // The Load on the link before fails by itself, and the worker with it.
       closeSync(fd);
     } else {
@@ -136,7 +141,7 @@ class Worker {
       this.#link.close();
       this.#link = link;
       void link.greeted.then(() => {
-        if (link === this.#link && !this.#isIdentified) this.#control.send({ type: 'link-up' });
+        if (link === this.#link && this.#keys) this.#control.send({ type: 'link-up' });
       });
     }
   }
@@ -151,11 +156,11 @@ class Worker {
     this.#serving.doors.open(door, fd, peer, () => this.#control.send({ type: 'connection-closed', id }));
   }
 
-  async #serve(identity: Identity, holdTimes: HoldTimes): Promise<void> {
+  async #serve(identity: Identity, holdTimes: HoldTimes, keys: BoxKeyPair): Promise<void> {
     // A process has one TPM at a time.
     await this.#rehearsal;
-    const grant = await loadVtpm(this.#link, identity, this.#keys, loadLibtpms().version);
-    this.#keys.secretKey.fill(0);
+    const grant = await loadVtpm(this.#link, identity, keys, loadLibtpms().version);
+    keys.secretKey.fill(0);
     const engine = startEngine({
       permanent: grant.manufacture ? undefined : grant.permanent,
       manufacture: grant.manufacture,
@@ -217,15 +222,18 @@ class Worker {
 
   /** Resolves when what powering on stored is durable: no guest sees an identity that can vanish. */
   async #powerOn({ engine, queue, session }: Serving, startup: Identity['startup']): Promise<void> {
-    if (engine.storedAtStart) await session.save(engine.storedAtStart);
-    if (startup === 'none') return;
-    const answer = await runOwnCommand(queue, startupClear());
-    if (responseCode(answer) !== TPM_RC_SUCCESS) {
-      throw new VtpmdError(
-        'startup-failed',
-        `the TPM answered Startup with 0x${responseCode(answer).toString(16)}`,
-      );
+    const { generation } = session;
+    if (startup === 'clear') {
+      const answer = await runOwnCommand(queue, startupClear());
+      if (responseCode(answer) !== TPM_RC_SUCCESS) {
+        throw new VtpmdError(
+          'startup-failed',
+          `the TPM answered Startup with 0x${responseCode(answer).toString(16)}`,
+        );
+      }
     }
+    // What Startup stored holds it already.
+    if (engine.storedAtStart && session.generation === generation) await session.save(engine.storedAtStart);
   }
 
   async #stop(): Promise<void> {
