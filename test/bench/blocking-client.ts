@@ -68,6 +68,31 @@ export class BlockingClient {
     return answer.subarray(0, filled);
   }
 
+  /** Begins a call of a daemon's API. @param body small enough that all is one message below 4 KiB */
+  call(method: string, path: string, body = ''): void {
+    const length = Buffer.byteLength(body);
+    const head = `${method} ${path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: ${length}\r\n\r\n`;
+    const bytes = command.write(head + body, 'latin1');
+    if (bytes !== head.length + length || Number(send(this.#fd, memory, bytes, MSG_NOSIGNAL)) !== bytes) {
+      throw new Error(`${method} ${path} cannot be sent`);
+    }
+  }
+
+  /** Waits for the answer to `call`. @throws Error where it is not of the 200s */
+  answered(): string {
+    let text = '';
+    for (;;) {
+      const filled = Number(recv(this.#fd, answerAddress, BUFFER_BYTES, 0));
+      if (filled <= 0) throw new Error(`the connection ended after: ${text}`);
+      text += answer.toString('latin1', 0, filled);
+      const body = text.indexOf('\r\n\r\n') + 4;
+      const length = Number(/^content-length: (\d+)/im.exec(text)?.[1]);
+      if (body < 4 || text.length < body + length) continue;
+      if (!/^HTTP\/1.1 2/.test(text)) throw new Error(text);
+      return text.slice(body);
+    }
+  }
+
   /** @throws Error where the TPM answers with anything but success */
   succeed(bytes: Buffer): Buffer {
     const response = this.transmit(bytes);

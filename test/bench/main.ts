@@ -7,6 +7,7 @@ import { commandSuite } from './command-rows.js';
 import { hostileSuite } from './hostile-rows.js';
 import { manySuite } from './many-rows.js';
 import { memorySuite } from './memory-rows.js';
+import { poolSuite } from './pool-rows.js';
 import { heading, machine, tableLine } from './report.js';
 import type { Effort, Row } from './row.js';
 import { saveSuite } from './save-rows.js';
@@ -25,6 +26,7 @@ Measures this service beside Debian's swtpm and prints a table. Takes about thre
 const SUITES = [
   commandSuite,
   startSuite,
+  poolSuite,
   saveSuite,
   anchorSuite,
   hostileSuite,

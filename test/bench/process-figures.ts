@@ -13,6 +13,23 @@ export function cpuSeconds(pids: readonly number[]): number {
   }, 0);
 }
 
+/** CPU milliseconds of all threads, as exactly as the scheduler counts them (proc(5), schedstat); 0 where it is gone. */
+export function cpuMilliseconds(pid: number): number {
+  try {
+    return readdirSync(`/proc/${pid}/task`).reduce((sum, task) => {
+      const [running] = readFileSync(`/proc/${pid}/task/${task}/schedstat`, 'utf8').split(' ');
+      return sum + Number(running) / 1e6;
+    }, 0);
+  } catch {
+    return 0;
+  }
+}
+
+/** MiB of page tables, which the kernel holds for this process alone (proc(5), status, VmPTE). */
+export function pageTableMiB(pid: number): number {
+  return Number(/^VmPTE:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1]) / 1024;
+}
+
 /** MiB that only this process holds (proc(5), smaps_rollup, Private_*). Needs root for a worker. */
 export function privateMiB(pid: number): number {
   const text = readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8');
