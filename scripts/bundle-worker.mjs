@@ -12,15 +12,18 @@ rmSync(bundle, { recursive: true, force: true });
 await build({
   entryPoints: { vtpmd: `${root}vtpmd/dist/worker-main.js` },
   outdir: bundle,
-  outExtension: { '.js': '.mjs' },
+  outExtension: { '.js': '.cjs' },
   bundle: true,
   platform: 'node',
-  format: 'esm',
+  // Node's loader of ES modules reads every export of each built-in module that is imported, and thereby loads what those
+  // only load on demand: a worker would be there 10 ms later.
+  format: 'cjs',
   target: 'node20',
   minifySyntax: true,
   minifyWhitespace: true,
   legalComments: 'none',
-  banner: { js: "import{createRequire as __cr}from'node:module';const require=__cr(import.meta.url);" },
+  define: { 'import.meta.url': '__url' },
+  banner: { js: "const __url=require('node:url').pathToFileURL(__filename).href;" },
   logLevel: 'warning',
 });
 
@@ -40,14 +43,14 @@ const image = {
   format: 1,
   // `source` is relative to this file, `target` is the path inside of an isolated worker.
   files: [
-    { name: 'vtpmd.mjs', source: 'vtpmd.mjs', target: '/app/vtpmd.mjs' },
+    { name: 'vtpmd.cjs', source: 'vtpmd.cjs', target: '/app/vtpmd.cjs' },
     { name: 'koffi.node', source: 'node_modules/koffi.node', target: '/app/node_modules/koffi.node' },
   ],
   // Loaded by these names while the worker starts, beside what the interpreter is linked with.
   libraries: ['libc.so.6', 'libtpms.so.0'],
-  // The interpreter's arguments before the path of vtpmd.mjs.
+  // The interpreter's arguments before the path of vtpmd.cjs.
   nodeArguments: ['--max-semi-space-size=1', '--max-old-space-size=64', '--no-warnings'],
-  main: 'vtpmd.mjs',
+  main: 'vtpmd.cjs',
   environment: { MALLOC_ARENA_MAX: '1' },
 };
 writeFileSync(`${bundle}/image.json`, `${JSON.stringify(image, null, 2)}\n`);

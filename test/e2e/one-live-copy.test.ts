@@ -103,7 +103,7 @@ function liveWorkers(installation: Installation): number[] {
     return false;
   };
   return [...parents.keys()].filter(
-    (pid) => isBelow(pid) && commandOf(pid).includes('vtpmd.mjs') && !/^\S*bwrap /.test(commandOf(pid)),
+    (pid) => isBelow(pid) && commandOf(pid).includes('vtpmd.cjs') && !/^\S*bwrap /.test(commandOf(pid)),
   );
 }
 

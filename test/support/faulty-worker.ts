@@ -31,15 +31,14 @@ export async function buildFaultyWorker(directory: string, prelude: string): Pro
   copyFileSync(join(product, 'node_modules/koffi.node'), join(directory, 'node_modules/koffi.node'));
   await build({
     stdin: {
-      contents: `import './prelude.mjs';\nimport ${JSON.stringify(join(product, 'vtpmd.mjs'))};`,
+      contents: `import './prelude.mjs';\nimport ${JSON.stringify(join(product, 'vtpmd.cjs'))};`,
       resolveDir: directory,
     },
-    outfile: join(directory, 'vtpmd.mjs'),
+    outfile: join(directory, 'vtpmd.cjs'),
     bundle: true,
     platform: 'node',
-    format: 'esm',
+    format: 'cjs',
     target: 'node20',
-    banner: { js: "import{createRequire as __cr2}from'node:module';const require=__cr2(import.meta.url);" },
     logLevel: 'warning',
   });
   return join(directory, 'image.json');
