@@ -212,6 +212,43 @@ describe('I-10 what the manager takes of a connection', () => {
     );
   });
 
+  it('I-10 links that wait for a vTPM are bounded: those that wait or have a session stay', async () => {
+    await serve(
+      {
+        load: async (_, connection) => {
+          connection.session = { vtpmUuid: Buffer.alloc(16), sessionId: Buffer.alloc(16) };
+          return { nonce: Buffer.alloc(24), box: Buffer.alloc(16) };
+        },
+      },
+      { waitingPerUid: 3 },
+    );
+    const request = encode('LoadRequest', { nonce: Buffer.alloc(24), box: Buffer.alloc(32) });
+    const loaded = Array.from({ length: 5 }, () => new WorkerClient(path, Buffer.alloc(32)));
+    // Positive control: as many as it likes, one after the other, where each gets its session.
+    for (const client of loaded) await client.call(LOAD_PATH, request);
+    const waiting = [await connected(), await connected(), await connected()];
+    const sessions = waiting.map(http2On);
+    const ping = (session: ClientHttp2Session): Promise<void> =>
+      new Promise((resolve, reject) => {
+        session.ping((error) => (error ? reject(error) : resolve()));
+      });
+    for (const session of sessions) await ping(session);
+    for (let more = 0; more < 50; more++) await once(await connected(), 'close');
+    for (const session of sessions) await ping(session);
+    for (const client of loaded) await client.call(LOAD_PATH, request);
+    waiting[0]!.destroy();
+    await until('a place is free', async () => {
+      const next = new WorkerClient(path, Buffer.alloc(32));
+      const isIn = await next.call(LOAD_PATH, request).then(
+        () => true,
+        () => false,
+      );
+      next.close();
+      return isIn;
+    });
+    for (const client of loaded) client.close();
+  });
+
   it('I-10 connections that are open at once are bounded: those that are there stay', async () => {
     await serve(
       { load: async () => ({ nonce: Buffer.alloc(24), box: Buffer.alloc(16) }) },

@@ -164,6 +164,33 @@ describe('gRPC for workers', () => {
     assert.equal((await session.save({ permanent: Buffer.from('P') })).generation, 1n);
   });
 
+  it('I-2 takes from a worker that waits for a vTPM nothing but one Load, with its ticket', async () => {
+    const hasReason = (reason: string) => (error: RefusedError) => error.reason === reason;
+    const { vtpm, grant, session } = await loaded();
+    const idle = client();
+    const other = testVtpm();
+    // What it may have seen of others: their ticket, which is not for its key, and their frames.
+    await assert.rejects(
+      idle.load(toolstack.ticket(managerId, other, randomBytes(32))),
+      hasReason('wrong-worker'),
+    );
+    await assert.rejects(idle.call('/vtpm.v1.VtpmManager/Other', TPM_COMMAND), refused(status.UNIMPLEMENTED));
+    const early = idle.openStream();
+    early.send(session.saveFrame(1n, { permanent: randomBytes(100) }));
+    assert.equal(((await early.ended) as RefusedError).reason, 'bad-request');
+    await assert.rejects(
+      idle.session(vtpm, { ...grant, sessionKey: randomBytes(32) }),
+      hasReason('wrong-worker'),
+    );
+    const own = await idle.load(toolstack.ticket(managerId, other, idle.keys.publicKey));
+    assert.equal(own.manufacture, true, 'none of that costs it its own vTPM');
+    await assert.rejects(
+      idle.load(toolstack.ticket(managerId, testVtpm(), idle.keys.publicKey)),
+      hasReason('bad-request'),
+    );
+    assert.equal((await session.save({ permanent: Buffer.from('P') })).generation, 1n);
+  });
+
   it('gives the toolstack socket nothing but UNIMPLEMENTED for now', async () => {
     const other = join(directory, 'toolstack.sock');
     const toolstackListener = await serveToolstack(other, log);

@@ -23,6 +23,11 @@ export interface Limits {
   /** Connections that are open at the same time. */
   readonly openConnections: number;
   /**
+   * Those of a uid that have no session: of workers that wait for a vTPM, for as long as it takes, and of those that come
+   * back after a restart of the manager. Above it no more are taken, so that they leave room for those that work.
+   */
+  readonly waitingPerUid: number;
+  /**
    * Bytes of Saves of a connection while others save too. What is above waits unread in its socket, so that a worker with
    * the largest saves leaves the manager and its disk to the others for most of the time.
    */
@@ -52,6 +57,7 @@ export const DEFAULT_LIMITS: Limits = {
   loadsPerUid: { burst: 512, perSecond: 64 },
   connectionsPerUid: { burst: 4096, perSecond: 256 },
   openConnections: 8192,
+  waitingPerUid: 2048,
   saveBytes: { burst: 2 * 1024 * 1024, perSecond: 8 * 1024 * 1024 },
   refusalPauseMs: 20,
   otherBytes: 128 * 1024,
@@ -90,8 +96,12 @@ export class CallLimits {
   }
 
   /** @param open connections that there are */
-  admitConnection(uid: number, open: number): boolean {
-    return open < this.limits.openConnections && this.#connections.take(uid);
+  admitConnection(uid: number, open: ReadonlyMap<unknown, AdmittedConnection>): boolean {
+    const { openConnections, waitingPerUid } = this.limits;
+    if (open.size >= openConnections || !this.#connections.take(uid)) return false;
+    if (open.size < waitingPerUid) return true;
+    const waiting = [...open.values()].filter((other) => other.uid === uid && !other.worker.session);
+    return waiting.length < waitingPerUid;
   }
 
   newBucket(): Bucket {

@@ -121,7 +121,7 @@ export async function serveWorkers(
   }, WATCH_MS);
   watch.unref();
   const listener = await listen(server, path, log, (socket, name, uid) => {
-    if (!callLimits.admitConnection(uid, connections.size)) {
+    if (!callLimits.admitConnection(uid, connections)) {
       log.warn({ uid, reason: 'rate-limited' }, 'a connection is closed: too many at once');
       return false;
     }
