@@ -1,4 +1,5 @@
-// Makes the worker's image in vtpmd/dist/bundle: one bundle, koffi's native addon, and image.json, which lists them.
+// Makes the worker's images in vtpmd/dist/bundle: a bundle for each program, koffi's native addon, and a manifest for each
+// image: image.json (a worker in a sandbox), vm-guest.json (a worker in a VM), vm-relay.json (what is beside that VM).
 import { copyFileSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
@@ -10,7 +11,11 @@ const bundle = `${root}vtpmd/dist/bundle`;
 rmSync(bundle, { recursive: true, force: true });
 
 await build({
-  entryPoints: { vtpmd: `${root}vtpmd/dist/worker-main.js` },
+  entryPoints: {
+    vtpmd: `${root}vtpmd/dist/worker-main.js`,
+    'vm-guest': `${root}vtpmd/dist/vm-main.js`,
+    'vm-relay': `${root}vtpmd/dist/vm-relay-main.js`,
+  },
   outdir: bundle,
   outExtension: { '.js': '.cjs' },
   bundle: true,
@@ -39,18 +44,23 @@ const addon = join(
 mkdirSync(`${bundle}/node_modules`, { recursive: true });
 copyFileSync(addon, `${bundle}/node_modules/koffi.node`);
 
-const image = {
-  format: 1,
-  // `source` is relative to this file, `target` is the path inside of an isolated worker.
-  files: [
-    { name: 'vtpmd.cjs', source: 'vtpmd.cjs', target: '/app/vtpmd.cjs' },
-    { name: 'koffi.node', source: 'node_modules/koffi.node', target: '/app/node_modules/koffi.node' },
-  ],
-  // Loaded by these names while the worker starts, beside what the interpreter is linked with.
-  libraries: ['libc.so.6', 'libtpms.so.0'],
-  // The interpreter's arguments before the path of vtpmd.cjs.
-  nodeArguments: ['--max-semi-space-size=1', '--max-old-space-size=64', '--no-warnings'],
-  main: 'vtpmd.cjs',
-  environment: { MALLOC_ARENA_MAX: '1' },
-};
-writeFileSync(`${bundle}/image.json`, `${JSON.stringify(image, null, 2)}\n`);
+function writeManifest(name, program, libraries) {
+  const manifest = {
+    format: 1,
+    // `source` is relative to this file, `target` is the path inside of an isolated worker.
+    files: [
+      { name: program, source: program, target: `/app/${program}` },
+      { name: 'koffi.node', source: 'node_modules/koffi.node', target: '/app/node_modules/koffi.node' },
+    ],
+    // Loaded by these names while the program starts, beside what the interpreter is linked with.
+    libraries,
+    // The interpreter's arguments before the path of the program.
+    nodeArguments: ['--max-semi-space-size=1', '--max-old-space-size=64', '--no-warnings'],
+    main: program,
+    environment: { MALLOC_ARENA_MAX: '1' },
+  };
+  writeFileSync(`${bundle}/${name}`, `${JSON.stringify(manifest, null, 2)}\n`);
+}
+writeManifest('image.json', 'vtpmd.cjs', ['libc.so.6', 'libtpms.so.0']);
+writeManifest('vm-guest.json', 'vm-guest.cjs', ['libc.so.6', 'libtpms.so.0']);
+writeManifest('vm-relay.json', 'vm-relay.cjs', ['libc.so.6']);

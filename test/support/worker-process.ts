@@ -29,7 +29,11 @@ export class WorkerProcess {
   #nextId = 1;
   log = '';
 
-  constructor(manager: MiniManager, options: { nodeArguments?: string[]; workerArguments?: string[] } = {}) {
+  /** @param options `program`: what inherits a worker's descriptors in its place */
+  constructor(
+    manager: MiniManager,
+    options: { nodeArguments?: string[]; workerArguments?: string[]; program?: string } = {},
+  ) {
     this.#manager = manager;
     const [linkHere, linkThere] = socketPair();
     const [controlHere, controlThere] = socketPair();
@@ -37,7 +41,7 @@ export class WorkerProcess {
     manager.accept(new Socket({ fd: linkHere }));
     this.#control = new Socket({ fd: controlHere });
     this.#descriptors = descriptorsHere;
-    const path = fileURLToPath(new URL(image.main, bundle));
+    const path = options.program ?? fileURLToPath(new URL(image.main, bundle));
     this.child = spawn(
       process.execPath,
       [...image.nodeArguments, ...(options.nodeArguments ?? []), path, ...(options.workerArguments ?? [])],

@@ -90,7 +90,11 @@ export class Doors {
   }
 
   #clientOf(fd: number, peer: number | undefined): number {
-    if (peer === undefined) return peerCredentials(fd).pid;
+    if (peer === undefined) {
+      const { pid } = peerCredentials(fd);
+      // A pair made here stands for a client beyond the port of a VM.
+      return pid === process.pid ? 0 : pid;
+    }
     this.#watched.add(peer);
     return peer;
   }

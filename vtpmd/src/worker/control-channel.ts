@@ -1,4 +1,5 @@
 import { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { receiveDescriptor } from 'vtpm-common/libc';
 import { VtpmdError } from '../error.js';
 
@@ -36,14 +37,14 @@ const MAX_LINE_BYTES = 64 * 1024;
  * `onMessage` may throw VtpmdError; `onError` gets that, and what cannot be read.
  */
 export function openControlChannel(
-  fds: { control: number; descriptors: number },
+  ends: { control: number | Duplex; descriptors: number },
   handlers: {
     onMessage(message: SupervisorMessage): void;
     onError(error: VtpmdError): void;
     onEnd(): void;
   },
 ): ControlChannel {
-  const socket = new Socket({ fd: fds.control });
+  const socket = typeof ends.control === 'number' ? new Socket({ fd: ends.control }) : ends.control;
   let pending = '';
   socket.setEncoding('utf8');
   socket.on('data', (chunk: string) => {
@@ -52,7 +53,7 @@ export function openControlChannel(
       for (let end = pending.indexOf('\n'); end >= 0; end = pending.indexOf('\n')) {
         const line = pending.slice(0, end);
         pending = pending.slice(end + 1);
-        handlers.onMessage(parse(line, fds.descriptors));
+        handlers.onMessage(parse(line, ends.descriptors));
       }
       if (pending.length > MAX_LINE_BYTES) throw new VtpmdError('protocol', 'a control line has no end');
     } catch (error) {

@@ -1,5 +1,6 @@
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { forbidCoreDumps, socketPair } from 'vtpm-common/libc';
 import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
 import { Doors, isDoorKind } from '../channels/doors.js';
@@ -19,11 +20,16 @@ import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js'
 import { runOwnCommand } from './own-command.js';
 import { rehearse } from './rehearsal.js';
 
-/** Descriptors that a worker inherits, connected. It opens nothing itself. */
-export interface WorkerDescriptors {
+/** What a worker is connected to its surroundings by, when it starts. It opens nothing itself. */
+export interface WorkerEnds {
   readonly manager: number;
-  readonly control: number;
+  readonly control: number | Duplex;
   readonly descriptors: number;
+}
+
+/** All of them inherited. */
+export interface WorkerDescriptors extends WorkerEnds {
+  readonly control: number;
 }
 
 /**
@@ -31,14 +37,20 @@ export interface WorkerDescriptors {
  * 1 after a failure that was reported, 2 where the supervisor is gone.
  * @param isLocked false only where the supervisor was told to do without
  */
-export function runWorker(fds: WorkerDescriptors, log: Log, isLocked: boolean): void {
+export function runWorker(
+  ends: WorkerEnds,
+  log: Log,
+  isLocked: boolean,
+  end: (status: number) => void = (status) => process.exit(status),
+): void {
   forbidCoreDumps();
-  const worker = new Worker(fds, log);
+  const worker = new Worker(ends, log, end);
   worker.start(isLocked);
 }
 
 class Worker {
   readonly #log: Log;
+  readonly #end: (status: number) => void;
   /** Until there is an identity: the only one that they are used for. */
   #keys: BoxKeyPair | undefined = boxKeyPair();
   #link: ManagerLink;
@@ -51,13 +63,14 @@ class Worker {
   #isEnding = false;
   #hasFailed = false;
 
-  constructor(fds: WorkerDescriptors, log: Log) {
+  constructor(ends: WorkerEnds, log: Log, end: (status: number) => void) {
     this.#log = log;
-    this.#link = this.#openIdleLink(fds.manager);
-    this.#control = openControlChannel(fds, {
+    this.#end = end;
+    this.#link = this.#openIdleLink(ends.manager);
+    this.#control = openControlChannel(ends, {
       onMessage: (message) => this.#onMessage(message),
       onError: (error) => this.#fail(error),
-      onEnd: () => process.exit(2),
+      onEnd: () => this.#end(2),
     });
   }
 
@@ -249,7 +262,7 @@ class Worker {
       session.close();
     }
     this.#log('info', 'stopped');
-    this.#control.send({ type: 'stopped' }, () => process.exit(0));
+    this.#control.send({ type: 'stopped' }, () => this.#end(0));
   }
 
   #fail(unknown: unknown): void {
@@ -258,9 +271,7 @@ class Worker {
     this.#hasFailed = true;
     const error = VtpmdError.from(unknown);
     this.#log('error', error.message, { reason: error.reason });
-    this.#control.send({ type: 'failed', reason: error.reason, message: error.message }, () =>
-      process.exit(1),
-    );
+    this.#control.send({ type: 'failed', reason: error.reason, message: error.message }, () => this.#end(1));
   }
 }
 
