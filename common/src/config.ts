@@ -11,7 +11,9 @@ export interface Settings {
   /** `auto` is `pretty` on a terminal and `json` otherwise. */
   'log-format': 'auto' | 'pretty' | 'json';
   /** How a worker is confined when `create` does not say. */
-  isolation: 'sandbox' | 'none';
+  isolation: 'sandbox' | 'vm' | 'none';
+  /** What runs a worker's VM; `auto` is `kvm` where the host has it. */
+  'vm-accelerator': 'auto' | 'kvm' | 'tcg';
   /** Seconds after which a ticket that was not used is void. */
   'ticket-lifetime': number;
   /** Milliseconds that a worker has to stop cleanly before it is killed. */
@@ -62,7 +64,12 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
   isolation: {
     help: 'how workers are confined unless create says',
     fallback: 'sandbox',
-    values: ['sandbox', 'none'],
+    values: ['sandbox', 'vm', 'none'],
+  },
+  'vm-accelerator': {
+    help: 'what runs the VM of a worker with isolation vm: the processor (kvm) or QEMU alone (tcg)',
+    fallback: 'auto',
+    values: ['auto', 'kvm', 'tcg'],
   },
   'ticket-lifetime': { help: 'seconds until an unused ticket is void', fallback: 120, range: [5, 3600] },
   'worker-stop-timeout': {

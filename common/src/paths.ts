@@ -35,6 +35,9 @@ export interface Paths {
     readonly delegateKey: string;
     readonly vtpms: string;
     readonly images: string;
+    /** What `image build-vm` made, and the measured copies that relays of workers in VMs run from. */
+    readonly vm: string;
+    readonly vmImages: string;
     readonly socket: string;
     /** One directory per vTPM name, with its doors. */
     readonly doors: string;
@@ -86,6 +89,8 @@ export function pathsOf(home: string, run: string = defaultRun(resolve(home))): 
       delegateKey: join(supervisor, 'delegate.key'),
       vtpms: join(supervisor, 'vtpms.json'),
       images: join(supervisor, 'images'),
+      vm: join(supervisor, 'vm'),
+      vmImages: join(supervisor, 'images', 'vm'),
       socket: join(sockets, 'supervisor.sock'),
       doors: join(sockets, 'vtpms'),
     },

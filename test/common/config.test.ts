@@ -46,7 +46,7 @@ describe('the configuration', () => {
     );
     assert.throws(
       () => loadConfiguration({ home }, { VTPM_ISOLATION: 'jail' }),
-      /VTPM_ISOLATION is one of sandbox, none, not "jail"/,
+      /VTPM_ISOLATION is one of sandbox, vm, none, not "jail"/,
     );
   });
 });

@@ -16,7 +16,7 @@ describe('what an earlier supervisor left', () => {
     const worker = spawn(join(root, 'sleep'), ['100'], { stdio: 'ignore' });
     const ended = once(worker, 'exit');
     try {
-      assert.equal(await endLeftovers(join(directory, 'none'), join(`${directory}.link`, 'images')), 1);
+      assert.equal(await endLeftovers(join(directory, 'none'), [join(`${directory}.link`, 'images')]), 1);
       assert.deepEqual(await ended, [null, 'SIGKILL']);
     } finally {
       worker.kill('SIGKILL');

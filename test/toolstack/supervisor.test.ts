@@ -244,7 +244,7 @@ describe('vtpm-supervisord', function () {
     for (const [what, change] of Object.entries({
       name: { name: '../etc' },
       id: { id: 'x' },
-      isolation: { isolation: 'vm' },
+      isolation: { isolation: 'jail' },
       unknown: { color: 'red' },
       delegation: { delegation: 'AAAA' },
       'another vTPM': { id: delegated.body.id.replace(/^./, '0') },

@@ -27,6 +27,7 @@ interface Flags {
   readonly poolMin?: string;
   readonly poolMax?: string;
   readonly poolMemoryReserve?: string;
+  readonly vmAccelerator?: string;
   readonly storeReserve?: string;
   readonly workerUids?: string;
   readonly waiveLayers?: string;
@@ -44,6 +45,7 @@ const program = new Command('vtpm-supervisord')
   .option('--log-format <format>', 'auto, pretty or json')
   .option('--ticket-lifetime <seconds>', 'until an unused ticket is void')
   .option('--worker-stop-timeout <ms>', 'that a worker has to stop cleanly before it is killed')
+  .option('--vm-accelerator <kind>', 'what runs the VMs of workers: auto, kvm or tcg')
   .option('--outage-hold <ms>', 'that a command is held, while the manager is away, before it is tried')
   .option('--pool-min <count>', 'workers that wait for a start, at least')
   .option('--pool-max <count>', 'workers that wait for a start, at most')
@@ -69,6 +71,7 @@ async function run(flags: Flags): Promise<void> {
     'pool-min': flags.poolMin,
     'pool-max': flags.poolMax,
     'pool-memory-reserve': flags.poolMemoryReserve,
+    'vm-accelerator': flags.vmAccelerator,
     'store-reserve': flags.storeReserve,
     'worker-uids': flags.workerUids,
     'waive-layers': flags.waiveLayers,

@@ -8,6 +8,7 @@ import { type DoctorFlags, doctor } from './commands/doctor.js';
 import { down } from './commands/down.js';
 import { exec } from './commands/exec.js';
 import { type AllowFlags, allowImage, listImages, removeImage, showImage } from './commands/image.js';
+import { type BuildVmFlags, buildVm } from './commands/image-vm.js';
 import { type InitFlags, init } from './commands/init.js';
 import { remove, start, stop } from './commands/lifecycle.js';
 import { list, show } from './commands/list.js';
@@ -160,6 +161,7 @@ ${EXIT_STATUSES}`,
     .addOption(
       new Option('--isolation <kind>', 'how its worker is confined (default: as config show says)').choices([
         'sandbox',
+        'vm',
         'none',
       ]),
     )
@@ -262,6 +264,16 @@ ${EXIT_STATUSES}`,
     .alias('deny')
     .argument('<digest>', '64 hex digits');
   imageRemove.action((digest: string) => run(imageRemove, (context) => removeImage(digest, context)));
+  const imageBuildVm = add(imageCommand, 'build-vm', 'makes the image for workers in VMs (--isolation vm)', [
+    'vtpmctl image build-vm                             from the packages that apt finds',
+    'vtpmctl image build-vm --allow                     and lets the manager give state to it',
+    'vtpmctl image build-vm --kernel-deb linux-image-6.1.0-56-cloud-amd64_6.1.192-2_amd64.deb',
+  ])
+    .option('--kernel-deb <file>', "Debian's linux-image-…-cloud-amd64 (default: downloaded with apt-get)")
+    .option('--busybox-deb <file>', "Debian's busybox-static (default: downloaded with apt-get)")
+    .option('--allow', 'allow it at the manager too')
+    .option('--note <text>', 'with --allow: why, for who reads the list later');
+  imageBuildVm.action((flags: BuildVmFlags) => run(imageBuildVm, (context) => buildVm(flags, context)));
 
   const platformCommand = group(
     program,

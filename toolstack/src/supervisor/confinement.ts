@@ -3,6 +3,8 @@ import { closeSync, openSync, readFileSync } from 'node:fs';
 import { CONFIG_KEYS, type Settings, sealedMemory } from 'vtpm-common';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { ToolstackError } from '../error.js';
+import { withKvm } from '../vm/kvm.js';
+import { type Accelerator, withAccelerator } from '../vm/qemu.js';
 import { CONTROLLERS, type WorkerGroup, WorkerGroups } from './cgroups.js';
 import { ImageView } from './image-view.js';
 import {
@@ -140,8 +142,24 @@ export class Confinements {
 
   /** For one worker. @throws ToolstackError `layer-missing` | `missing-package` */
   sandbox(image: ImageCommand): Confinement {
-    if (this.missing.size > 0) throw this.#refusal([...this.missing]);
-    const has = (layer: Layer): boolean => this.#wanted.includes(layer);
+    return this.#confine(image, this.#wanted, true);
+  }
+
+  /**
+   * For one worker's VM and its relay. In the place of the two filters is QEMU's own, which is made for what QEMU does.
+   * @throws ToolstackError `layer-missing` | `missing-package`
+   */
+  vm(image: ImageCommand, accelerator: Accelerator): Confinement {
+    const argv = withAccelerator(image.argv, accelerator);
+    const wanted = this.#wanted.filter((layer) => layer !== 'seccomp:serve');
+    const confinement = this.#confine({ ...image, argv }, wanted, false);
+    return accelerator === 'kvm' ? { ...confinement, command: withKvm(confinement.command) } : confinement;
+  }
+
+  #confine(image: ImageCommand, wanted: readonly Layer[], isFiltered: boolean): Confinement {
+    const missing = [...this.missing].filter(([layer]) => wanted.includes(layer));
+    if (missing.length > 0) throw this.#refusal(missing);
+    const has = (layer: Layer): boolean => wanted.includes(layer);
     const uid = this.#uids?.take();
     let filter: number | undefined;
     let group: WorkerGroup | undefined;
@@ -156,16 +174,17 @@ export class Confinements {
     };
     try {
       // Each reader begins at the beginning.
-      filter = this.#filter === undefined ? undefined : openSync(`/proc/self/fd/${this.#filter}`, 'r');
+      const isFirst = isFiltered && this.#filter !== undefined;
+      filter = isFirst ? openSync(`/proc/self/fd/${this.#filter}`, 'r') : undefined;
       group = this.#groups?.create(CONTROLLERS.filter((name) => has(`cgroup:${name}`)));
       const command = sandboxCommand(image, {
         ...this.#own(uid, image),
         limits: has('limits'),
         groups: group?.paths ?? [],
         ...(filter !== undefined && { filter }),
-        filtersItself: has('seccomp:serve'),
+        filtersItself: !isFiltered || has('seccomp:serve'),
       });
-      return { command, started: closeFilter, check: (pid) => this.#check(pid), release };
+      return { command, started: closeFilter, check: (pid) => this.#check(pid, wanted), release };
     } catch (error) {
       void release();
       throw error;
@@ -179,9 +198,9 @@ export class Confinements {
     if (this.#filter !== undefined) closeSync(this.#filter);
   }
 
-  #check(pid: number): void {
+  #check(pid: number, wanted: readonly Layer[]): void {
     const inForce = confinementOf(pid, this.waived);
-    const absent = this.#wanted.filter((layer) => !inForce.includes(layer));
+    const absent = wanted.filter((layer) => !inForce.includes(layer));
     if (absent.length > 0) {
       throw this.#refusal(absent.map((layer) => [layer, 'the kernel says that the worker runs without it']));
     }

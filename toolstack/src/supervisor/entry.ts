@@ -1,6 +1,6 @@
 import { ToolstackError } from '../error.js';
 
-export type Isolation = 'sandbox' | 'none';
+export type Isolation = 'sandbox' | 'vm' | 'none';
 /** What the worker does before its doors open: TPM2_Startup(CLEAR), or nothing because the firmware sends it. */
 export type Startup = 'clear' | 'none';
 
@@ -81,7 +81,7 @@ const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
   id: text(UUID, 'a UUID in lower case'),
   name: text(NAME, '1 to 63 of a-z 0-9 . _ - and begins with a letter or digit'),
   vmUuid: text(UUID, 'a UUID in lower case'),
-  isolation: oneOf('sandbox', 'none'),
+  isolation: oneOf('sandbox', 'vm', 'none'),
   autostart: flag,
   startup: oneOf('clear', 'none'),
   socketOwner: orNull(text(OWNER, 'uid:gid in numbers')),

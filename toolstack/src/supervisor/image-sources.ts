@@ -152,7 +152,7 @@ function isEnvironment(value: unknown): value is Record<string, string> {
 }
 
 /** The loader and the shared libraries of a program or library, as ldd(1) resolves them. */
-function neededBy(path: string): { loader: string | undefined; libraries: string[] } {
+export function neededBy(path: string): { loader: string | undefined; libraries: string[] } {
   const text = execFileSync('ldd', [path], {
     env: { PATH: process.env.PATH ?? '/usr/bin', LC_ALL: 'C' },
     encoding: 'utf8',

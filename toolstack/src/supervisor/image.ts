@@ -126,8 +126,11 @@ function modeOf(file: ImageFile): string {
   return file.executable ? '555' : '444';
 }
 
+/** Finished or not. */
+const COPY = /^([0-9a-f]{64}|building-.*)$/;
+
 function removeOthers(directory: string, keep: ReadonlySet<string>): void {
   for (const name of readdirSync(directory)) {
-    if (!keep.has(name)) rmSync(join(directory, name), { recursive: true, force: true });
+    if (COPY.test(name) && !keep.has(name)) rmSync(join(directory, name), { recursive: true, force: true });
   }
 }

@@ -54,9 +54,9 @@ export class WorkerLedger {
  * Ends every process of an earlier supervisor's workers: those its ledger names, and those that execute one of
  * the worker images, whatever the ledger says. @returns how many were found
  */
-export async function endLeftovers(ledgerPath: string, imagesDirectory: string): Promise<number> {
+export async function endLeftovers(ledgerPath: string, imageDirectories: readonly string[]): Promise<number> {
   const found = new Map<number, ProcessId>();
-  for (const process of [...fromLedger(ledgerPath), ...fromImages(imagesDirectory)]) {
+  for (const process of [...fromLedger(ledgerPath), ...imageDirectories.flatMap(fromImages)]) {
     if (processId(process.pid)?.startTime === process.startTime) found.set(process.pid, process);
   }
   await killAndWait([...found.values()]);

@@ -14,6 +14,8 @@ import {
 } from 'vtpm-common';
 import type { SigningKey } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
+import { collectVmSources } from '../vm/sources.js';
+import { VmImages } from '../vm/vm-images.js';
 import { AdminClient } from './admin-client.js';
 import { Confinements } from './confinement.js';
 import { createDelegateKey, readDelegateKey } from './delegate-key.js';
@@ -70,7 +72,7 @@ export class Supervisor {
     // Another installation may have been given the same --run-dir.
     takeLock(`${paths.supervisor.socket}.lock`);
     const ledgerPath = join(paths.supervisor.directory, 'workers.json');
-    const left = await endLeftovers(ledgerPath, paths.supervisor.images);
+    const left = await endLeftovers(ledgerPath, [paths.supervisor.images, paths.supervisor.vmImages]);
     if (left > 0)
       log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
     const { list, delegateKey } = openState(paths);
@@ -89,12 +91,18 @@ export class Supervisor {
       lifetimeSeconds: settings['ticket-lifetime'],
     });
     const ledger = new WorkerLedger(ledgerPath, log);
+    const vmImages = new VmImages({
+      built: paths.supervisor.vm,
+      directory: paths.supervisor.vmImages,
+      accelerator: settings['vm-accelerator'],
+      log,
+    });
     const confinements = await Confinements.open(
       { images: paths.supervisor.images, config: paths.config, settings },
       images.current.command,
     );
     logLayers(confinements, log);
-    const launcher = new WorkerLauncher({ images, confinements, ledger, paths });
+    const launcher = new WorkerLauncher({ images, vmImages, confinements, ledger, paths });
     const pool = new WorkerPool({ launcher, paths, settings, log });
     const context = { list, pool, confinements, office, paths, settings, log };
     return new Supervisor(context, images, delegateKey, admin, events);
@@ -169,6 +177,7 @@ export class Supervisor {
       throw new ToolstackError('bad-request', (error as Error).message);
     }
     checkAccess(given, this.#context.paths);
+    if (given.isolation === 'vm') collectVmSources(this.#context.paths.supervisor.vm);
     checkRoom(this.#context.paths, this.#context.settings['store-reserve']);
     const entry = newEntry(given);
     this.#context.list.add(entry);

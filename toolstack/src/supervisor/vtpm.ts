@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
 import { bootId, type Logger, type Paths, type Settings, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
+import { type VmLayer, vmLayers } from '../vm/layers.js';
 import type { Confinements } from './confinement.js';
 import type { WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
@@ -58,7 +59,7 @@ export interface VtpmView {
     readonly isolation: string;
     readonly profile: Profile;
     /** In force, by /proc. */
-    readonly layers: readonly Layer[];
+    readonly layers: readonly (Layer | VmLayer)[];
     /** What the sandbox should have and was told not to insist on. */
     readonly waived: readonly Layer[];
     readonly startedAt: string;
@@ -125,7 +126,10 @@ export class Vtpm {
    * @throws ToolstackError `busy` | `already-running` | `worker-failed` | `image-not-allowed` | `image-changed` | `manager-unreachable` | …
    */
   start(): Promise<void> {
-    return this.#exclusively('started', () => this.#context.pool.duringStart(() => this.#start()));
+    // The pool makes nothing while a start takes from it; a VM takes nothing, and long.
+    return this.#exclusively('started', () =>
+      this.#entry.isolation === 'vm' ? this.#start() : this.#context.pool.duringStart(() => this.#start()),
+    );
   }
 
   /** Resolves when the worker has saved and ended, or was killed for taking too long; `reason` says so then. */
@@ -206,7 +210,8 @@ export class Vtpm {
   #confinementOf(pid: number): Pick<NonNullable<VtpmView['worker']>, 'profile' | 'layers' | 'waived'> {
     const { profile, waived } = this.#context.confinements;
     const isSandbox = this.#entry.isolation !== 'none';
-    return { profile, layers: confinementOf(pid, waived), waived: isSandbox ? [...waived] : [] };
+    const layers = vmLayers(pid, confinementOf(pid, waived));
+    return { profile, layers, waived: isSandbox ? [...waived] : [] };
   }
 
   #owner(): WorkerOwner {

@@ -1,5 +1,6 @@
 import type { Socket } from 'node:net';
 import type { Logger, Paths } from 'vtpm-common';
+import type { VmImages } from '../vm/vm-images.js';
 import type { Confinement, Confinements } from './confinement.js';
 import type { Entry } from './entry.js';
 import type { WorkerImage } from './image.js';
@@ -9,6 +10,7 @@ import { type WorkerOwner, WorkerProcess } from './worker-process.js';
 
 export interface WorkerLauncherOptions {
   readonly images: WorkerImages;
+  readonly vmImages: VmImages;
   readonly confinements: Confinements;
   readonly ledger: WorkerLedger;
   readonly paths: Paths;
@@ -32,31 +34,40 @@ export class WorkerLauncher {
    * is closed here in any case. @throws ToolstackError `layer-missing` | `missing-package` | `internal`
    */
   launch(isolation: Entry['isolation'], link: Socket, owner: WorkerOwner): WorkerProcess {
-    const { images } = this.#options;
-    const image = images.acquire();
-    let worker: WorkerProcess | undefined;
+    const images = isolation === 'vm' ? this.#options.vmImages : this.#options.images;
     try {
-      worker = new WorkerProcess({
-        confinement: this.#confinement(image, isolation, owner.log),
-        image,
-        isolation,
-        link,
-        ledger: this.#options.ledger,
-        workerSocket: this.#options.paths.manager.workerSocket,
-        owner,
-      });
-      void worker.ended.then(() => images.release(image));
-      return worker;
+      const image = images.acquire();
+      try {
+        const worker = new WorkerProcess({
+          confinement: this.#confinement(image, isolation, owner.log),
+          image,
+          isolation,
+          link,
+          ledger: this.#options.ledger,
+          workerSocket: this.#options.paths.manager.workerSocket,
+          owner,
+        });
+        void worker.ended.then(() => images.release(image));
+        return worker;
+      } catch (error) {
+        images.release(image);
+        throw error;
+      }
     } finally {
       link.destroy();
-      if (!worker) images.release(image);
     }
   }
 
   #confinement({ command }: WorkerImage, isolation: Entry['isolation'], log: Logger): Confinement {
-    const { confinements } = this.#options;
-    if (isolation !== 'none') return confinements.sandbox(command);
-    log.warn('isolation none: the worker runs unconfined, for development only');
-    return confinements.bare(command);
+    const { confinements, vmImages } = this.#options;
+    switch (isolation) {
+      case 'sandbox':
+        return confinements.sandbox(command);
+      case 'vm':
+        return confinements.vm(command, vmImages.accelerator());
+      case 'none':
+        log.warn('isolation none: the worker runs unconfined, for development only');
+        return confinements.bare(command);
+    }
   }
 }

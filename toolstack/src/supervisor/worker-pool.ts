@@ -42,6 +42,8 @@ interface Waiting {
 
 /** A worker under load on a small machine takes seconds; one that takes longer hangs. */
 const READY_LIMIT_MS = 30_000;
+/** A VM boots first, and perhaps without the processor's help. */
+const VM_READY_LIMIT_MS = 180_000;
 /** Starts of this time are expected to come again. */
 const RECENT_MS = 60_000;
 /** Starts come in groups, and making a worker keeps the supervisor from its guests for some milliseconds: it waits. */
@@ -115,7 +117,8 @@ export class WorkerPool {
     const { launcher, paths } = this.#options;
     const link = await connectWorkerLink(paths.manager.workerSocket);
     const worker = launcher.launch(isolation, link, owner);
-    return { worker, ready: readiness(worker), isFresh: true };
+    const limit = isolation === 'vm' ? VM_READY_LIMIT_MS : READY_LIMIT_MS;
+    return { worker, ready: readiness(worker, limit), isFresh: true };
   }
 
   /** After a change of the image: what waits is of the one before. */
@@ -239,8 +242,8 @@ function isIdle({ worker, isRehearsed }: Waiting): boolean {
   return isRehearsed && worker.isLinked && !worker.hasEnded;
 }
 
-function readiness(worker: WorkerProcess): Promise<Ready> {
-  const ready = worker.waitFor('ready', READY_LIMIT_MS);
+function readiness(worker: WorkerProcess, limitMs = READY_LIMIT_MS): Promise<Ready> {
+  const ready = worker.waitFor('ready', limitMs);
   // Who waits for it hears of the failure; it may be that nobody does any more.
   ready.catch(() => undefined);
   return ready;
