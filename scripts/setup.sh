@@ -5,6 +5,7 @@
 #   scripts/setup.sh build   what building and generating need: no Debian packages
 #   scripts/setup.sh run     also what the service needs
 #   scripts/setup.sh test    also what the tests and benchmarks need
+#   scripts/setup.sh long    also what the long tests need: QEMU, and the packages a VM image is made of (27 MB, not installed)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 purpose=${1:-run}
@@ -13,8 +14,11 @@ packages=()
 if [ "$purpose" != build ]; then
   packages+=(libtpms0 bubblewrap)
 fi
-if [ "$purpose" = test ]; then
+if [ "$purpose" = test ] || [ "$purpose" = long ]; then
   packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl)
+fi
+if [ "$purpose" = long ]; then
+  packages+=(qemu-system-x86 e2fsprogs)
 fi
 
 die() { printf '%s\n' "$@" >&2; exit 1; }
@@ -27,6 +31,8 @@ present() {
     libtpms0) [[ $libraries == *'libtpms.so.0 '* ]] ;;
     bubblewrap) command -v bwrap >/dev/null ;;
     strace) command -v strace >/dev/null ;;
+    qemu-system-x86) command -v qemu-system-x86_64 >/dev/null ;;
+    e2fsprogs) PATH=$PATH:/sbin:/usr/sbin command -v mkfs.ext4 >/dev/null ;;
     openssl) command -v openssl >/dev/null ;;
     swtpm) command -v swtpm >/dev/null ;;
     swtpm-tools) command -v swtpm_setup >/dev/null ;;
@@ -62,6 +68,18 @@ if [ ${#missing[@]} -gt 0 ]; then
     die "apt-get could not install ${missing[*]}; its last lines are above. Mend that, then run this again."
   fi
   rm -f "$log"
+fi
+
+if [ "$purpose" = long ]; then
+  kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p')
+  mkdir -p .build/debian
+  for package in "$kernel" busybox-static; do
+    if ! compgen -G ".build/debian/${package}_*.deb" >/dev/null; then
+      echo "Downloading Debian package: $package"
+      (cd .build/debian && apt-get download -q "$package" >/dev/null 2>"$package.log") ||
+        die "apt-get could not download $package; .build/debian/$package.log says why. Mend that, then run this again."
+    fi
+  done
 fi
 
 if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modules/.package-lock.json ]; then
