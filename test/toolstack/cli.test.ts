@@ -58,7 +58,7 @@ describe('vtpmctl', () => {
       ['create', '../web1'],
       ['create', ID(1)],
       ['create', 'web1', '--vm-uuid', 'x'],
-      ['create', 'web1', '--isolation', 'vm'],
+      ['create', 'web1', '--isolation', 'jail'],
       ['create', 'web1', '--colour', 'red'],
       ['init'],
       ['init', '--tpm', 'magic'],
