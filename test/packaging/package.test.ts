@@ -1,0 +1,216 @@
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import {
+  appendFileSync,
+  chmodSync,
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { cleanEnvironment, REPOSITORY } from '../support/installation.js';
+import { InstalledHost } from '../support/installed-host.js';
+
+/** @returns path of the package */
+function build(directory: string, umask = '022'): string {
+  const command = `umask ${umask}; exec "$@"`;
+  const program = [process.execPath, join(REPOSITORY, 'scripts/package.mjs'), '--out', directory];
+  const env = cleanEnvironment({ SOURCE_DATE_EPOCH: '1700000000' });
+  return execFileSync('sh', ['-c', command, 'sh', ...program], { env, encoding: 'utf8' }).trim();
+}
+
+/** libtpms0 as it is installed here, in a higher version and with a library that is another file. */
+function newerLibtpms(directory: string): string {
+  const field = (name: string): string =>
+    execFileSync('dpkg-query', ['--show', `--showformat=\${${name}}`, 'libtpms0'], { encoding: 'utf8' });
+  const stage = join(directory, 'libtpms0');
+  const link = execFileSync('dpkg-query', ['--listfiles', 'libtpms0'], { encoding: 'utf8' })
+    .split('\n')
+    .find((path) => path.endsWith('/libtpms.so.0')) as string;
+  const library = realpathSync(link);
+  mkdirSync(join(stage, dirname(library)), { recursive: true });
+  mkdirSync(join(stage, 'DEBIAN'));
+  copyFileSync(library, join(stage, library));
+  // Behind all that the loader reads.
+  appendFileSync(join(stage, library), 'upgraded');
+  chmodSync(join(stage, library), 0o644);
+  if (!existsSync(join(stage, link))) symlinkSync(library, join(stage, link));
+  const sum = createHash('md5')
+    .update(readFileSync(join(stage, library)))
+    .digest('hex');
+  writeFileSync(join(stage, 'DEBIAN/md5sums'), `${sum}  ${library.slice(1)}\n`);
+  writeFileSync(
+    join(stage, 'DEBIAN/control'),
+    `Package: libtpms0\nVersion: ${field('Version')}+test1\nArchitecture: ${field('Architecture')}\nMulti-Arch: same\nMaintainer: test <root@localhost>\nDescription: test\n`,
+  );
+  const file = join(directory, 'libtpms0.deb');
+  execFileSync('dpkg-deb', ['--root-owner-group', '-Zgzip', '--build', stage, file], { stdio: 'ignore' });
+  return file;
+}
+
+describe('the Debian package', function () {
+  this.timeout(180_000);
+  let directory: string;
+  let file: string;
+  let host: InstalledHost;
+
+  before(async function () {
+    // Mounting takes root.
+    if (process.getuid?.() !== 0) this.skip();
+    directory = mkdtempSync(join(tmpdir(), 'vtpm-deb-'));
+    file = build(join(directory, 'first'));
+    host = await InstalledHost.create();
+  });
+  after(async () => {
+    await host?.destroy();
+    if (directory) rmSync(directory, { recursive: true, force: true });
+  });
+
+  const ctl = (...args: string[]) => host.succeed('vtpmctl', ...args);
+  const json = async (...args: string[]) => JSON.parse(await ctl('--json', ...args));
+  const random = async (name: string): Promise<void> => {
+    assert.match(await ctl('exec', name, '--', 'tpm2_getrandom', '--hex', '4'), /^[0-9a-f]{8}$/);
+  };
+
+  it('is the same bytes from the same sources', () => {
+    const again = build(join(directory, 'second'), '077');
+    const digest = (path: string) => createHash('sha256').update(readFileSync(path)).digest('hex');
+    assert.equal(digest(again), digest(file));
+  });
+
+  it('holds what runs, and names each of its files in its sums', () => {
+    const x = join(directory, 'x');
+    execFileSync('dpkg-deb', ['--raw-extract', file, x]);
+    const sums = readFileSync(join(x, 'DEBIAN/md5sums'), 'utf8').trim().split('\n');
+    const named = sums.map((line) => line.slice(34));
+    const all = readdirSync(x, { recursive: true, withFileTypes: true })
+      .filter((item) => item.isFile())
+      .map((item) => join(item.parentPath, item.name).slice(x.length + 1))
+      .filter((path) => !path.startsWith('DEBIAN/') && !path.startsWith('etc/'));
+    assert.deepEqual(named.sort(), all.sort());
+    assert.deepEqual(
+      all.filter((path) => /\.(ts|map|tsbuildinfo)$|\/esbuild\/|\/typescript\/|fast-check/.test(path)),
+      [],
+    );
+    for (const path of all) assert.equal(statSync(join(x, path)).mode & 0o022, 0, path);
+  });
+
+  it('is installed with a user for the manager, and does the main job', async () => {
+    await host.install(file);
+    assert.match(await host.succeed('id', 'vtpm'), /\(tss\)/);
+    await ctl('init', '--tpm', 'embedded', '--recovery-key-file', '/root/recovery.key');
+    await ctl('up');
+    const { isNew, note } = await json('image', 'allow', '--installed');
+    assert.equal(isNew, true);
+    assert.match(note, /^packages: vtpm-manager [^,]+, nodejs [^,]+, .*libtpms0 /);
+    await ctl('create', 'web1');
+    await ctl('start', 'web1');
+    await random('web1');
+    const { findings } = await json('doctor');
+    const bad = findings.filter(({ level }: { level: string }) => level === 'problem');
+    assert.deepEqual(bad, []);
+    const owners = await host.succeed('sh', '-c', 'cd /var/lib/vtpm-manager; stat -c "%U %a %n" * manager/*');
+    for (const line of owners.trim().split('\n')) {
+      const [owner, mode, name = ''] = line.split(' ');
+      assert.equal(owner, name.startsWith('manager') ? 'vtpm' : 'root', line);
+      assert.match(mode ?? '', /^[67]00$/, line);
+    }
+    const pid = (await host.succeed('head', '-n1', '/run/vtpm-manager/manager.pid')).trim();
+    assert.equal((await host.succeed('stat', '-c', '%U', `/proc/${pid}`)).trim(), 'vtpm');
+  });
+
+  it('follows an upgrade of libtpms: the new image is allowed, the old one not, and guests stay', async () => {
+    const before = (await json('image', 'list')).current;
+    const { worker } = await json('show', 'web1');
+    const said = await host.install(newerLibtpms(directory));
+    assert.doesNotMatch(said, /vTPMs start from the worker image before/);
+    const { images, current } = await json('image', 'list');
+    assert.notEqual(current, before);
+    assert.deepEqual(
+      images.map(({ digest, note }: { digest: string; note: string }) => [
+        digest,
+        /libtpms0 \S+\+test1/.test(note),
+      ]),
+      [[current, true]],
+    );
+    assert.equal((await json('show', 'web1')).worker.pid, worker.pid);
+    await random('web1');
+    await ctl('create', 'web2');
+    await ctl('start', 'web2');
+    await random('web2');
+    await ctl('stop', 'web1');
+    await ctl('start', 'web1');
+    await random('web1');
+    const again = await json('image', 'allow', '--installed');
+    assert.deepEqual([again.isNew, again.digest], [false, current], 'nothing to do');
+  });
+
+  it('does not allow what no package vouches for', async () => {
+    const before = await json('image', 'list');
+    const refused = async (path: string, why: RegExp): Promise<void> => {
+      const { code, stderr } = await host.run('vtpmctl', 'image', 'allow', '--installed');
+      assert.deepEqual([code, why.test(stderr), stderr.includes(path)], [1, true, true], stderr);
+      assert.deepEqual(await json('image', 'list'), before);
+    };
+    const manifest = '/usr/lib/vtpm-manager/node_modules/vtpmd/dist/bundle/image.json';
+    const changes: [string, RegExp][] = [
+      [manifest, /is not as vtpm-manager \S+ has it/],
+      // It decides how workers are confined.
+      [
+        '/usr/lib/vtpm-manager/node_modules/vtpm-toolstack/dist/supervisor/sandbox.js',
+        /is not as vtpm-manager/,
+      ],
+      ['/usr/bin/node', /is not as nodejs \S+ has it/],
+    ];
+    for (const [path, why] of changes) {
+      await host.succeed('cp', '-a', path, '/root/kept');
+      // A new file: the one that runs is not written to.
+      await host.succeed(
+        'sh',
+        '-c',
+        'cp -a "$1" /root/new && printf " " >> /root/new && mv /root/new "$1"',
+        'sh',
+        path,
+      );
+      await refused(path, why);
+      await host.succeed('mv', '/root/kept', path);
+    }
+    await host.succeed('mkdir', '-p', '/usr/local/lib/bundle');
+    await host.succeed('sh', '-c', `cp -a ${dirname(manifest)}/. /usr/local/lib/bundle`);
+    await host.succeed('mv', dirname(manifest), '/root/bundle');
+    await host.succeed('ln', '-s', '/usr/local/lib/bundle', dirname(manifest));
+    await refused('vtpmd.mjs', /is missing|is of no package|is not as/);
+    await host.succeed('rm', dirname(manifest));
+    await host.succeed('mv', '/root/bundle', dirname(manifest));
+    assert.equal((await json('image', 'allow', '--installed')).isNew, false, 'positive control');
+  });
+
+  it('is installed over itself while guests run, and is removed without their keys', async () => {
+    const { worker } = await json('show', 'web1');
+    await host.install(file);
+    assert.equal((await json('show', 'web1')).worker.pid, worker.pid);
+    await ctl('stop', 'web1');
+    await ctl('start', 'web1');
+    await random('web1');
+    await ctl('down');
+    await host.succeed('dpkg', '--remove', 'vtpm-manager');
+    assert.notEqual((await host.run('test', '-e', '/usr/bin/vtpmctl')).code, 0);
+    const { stderr } = await host.run('dpkg', '--purge', 'vtpm-manager');
+    assert.match(stderr, /the virtual TPMs stay in/);
+    await host.install(file);
+    await ctl('up');
+    await ctl('start', 'web1');
+    await random('web1');
+    await ctl('down');
+  });
+});
