@@ -24,12 +24,15 @@ export async function openPlatform(
   deadlineMs: number,
 ): Promise<Platform> {
   let process: SoftTpmProcess | undefined;
+  let place = location;
   if (location.kind === 'embedded') {
     log.warn(NOT_HARDWARE_PROTECTED);
-    process = await startSoftTpm({ state: paths.softtpm, socket: location.path, create, log });
+    // Where it was at enrolment is no matter: it goes with the installation.
+    place = { kind: 'embedded', path: paths.softtpmSocket };
+    process = await startSoftTpm({ state: paths.softtpm, socket: place.path, create, log });
   }
   try {
-    const tpm = await openRootTpm(location, deadlineMs);
+    const tpm = await openRootTpm(place, deadlineMs);
     return {
       tpm,
       close: async () => {

@@ -72,6 +72,11 @@ export class Installation {
     return installation;
   }
 
+  /** On a home that is there already, `h` in that directory; its TPM is the embedded one. */
+  static of(directory: string): Installation {
+    return new Installation(directory, join(directory, 'h'), undefined, undefined);
+  }
+
   /** Runs vtpmctl on this installation and waits for its end. */
   ctl(...args: string[]): Promise<Finished> {
     return run(process.execPath, [

@@ -1,4 +1,14 @@
-import { closeSync, existsSync, fsyncSync, openSync, rmSync, statfsSync, statSync, writeSync } from 'node:fs';
+import {
+  closeSync,
+  existsSync,
+  fsyncSync,
+  openSync,
+  readSync,
+  rmSync,
+  statfsSync,
+  statSync,
+  writeSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { ABORT, open, type RootDatabase } from 'lmdb';
 import { Answer, PAGE_BYTES } from './child-protocol.js';
@@ -36,7 +46,12 @@ export class UncertainError extends Error {
 // Address space only; LMDB grows the file as it needs it. 50,000 records of 16 KiB are 0.8 GiB.
 const MAP_BYTES = 64 * 2 ** 30;
 // Two meta pages. LMDB takes a shorter file for a new one and would begin an empty store in it.
-const LEAST_FILE_BYTES = 2 * 4096;
+const PAGE = 4096;
+const LEAST_FILE_BYTES = 2 * PAGE;
+/** MDB_meta, behind a page header of 24 bytes: magic and version, each u32 in the order of this machine (lmdb.h, mdb.c). */
+const META_AT = 24;
+const MAGIC = 0xbeefc0de;
+const LMDB_VERSION = 2;
 
 /** @throws EnvironmentError */
 export function openEnvironment(directory: string, create: boolean): Environment {
@@ -49,6 +64,7 @@ export function openEnvironment(directory: string, create: boolean): Environment
     if (statSync(file).size < LEAST_FILE_BYTES) {
       throw new EnvironmentError(Answer.corrupt, `${file} is too short to be a store`);
     }
+    checkVersion(file);
   }
   try {
     const db = open<Buffer, string>({
@@ -64,6 +80,27 @@ export function openEnvironment(directory: string, create: boolean): Environment
     return new LmdbEnvironment(db, directory);
   } catch (cause) {
     throw named(cause, directory, 0);
+  }
+}
+
+/** LMDB itself crashes on what a newer one wrote. @throws EnvironmentError */
+function checkVersion(file: string): void {
+  const fd = openSync(file, 'r');
+  try {
+    const meta = Buffer.alloc(8);
+    for (const page of [0, PAGE]) {
+      readSync(fd, meta, 0, meta.length, page + META_AT);
+      const version = meta.readUInt32LE(4);
+      // What is not a meta page at all LMDB says itself.
+      if (meta.readUInt32LE(0) === MAGIC && version > LMDB_VERSION && version < 1000) {
+        throw new EnvironmentError(
+          Answer.newer,
+          `${file} has version ${version} of LMDB, this version knows ${LMDB_VERSION}; run the version that wrote it`,
+        );
+      }
+    }
+  } finally {
+    closeSync(fd);
   }
 }
 
