@@ -1,6 +1,6 @@
 // Makes the worker's images in vtpmd/dist/bundle: a bundle for each program, koffi's native addon, and a manifest for each
 // image: image.json (a worker in a sandbox), vm-guest.json (a worker in a VM), vm-relay.json (what is beside that VM).
-import { copyFileSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { copyFileSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -44,9 +44,12 @@ const addon = join(
 mkdirSync(`${bundle}/node_modules`, { recursive: true });
 copyFileSync(addon, `${bundle}/node_modules/koffi.node`);
 
+const { version } = JSON.parse(readFileSync(`${root}package.json`, 'utf8'));
 function writeManifest(name, program, libraries) {
   const manifest = {
     format: 1,
+    // A supervisor goes on with the worker of its own version when another one is installed under it.
+    version,
     // `source` is relative to this file, `target` is the path inside of an isolated worker.
     files: [
       { name: program, source: program, target: `/app/${program}` },

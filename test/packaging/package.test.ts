@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
+import { once } from 'node:events';
 import {
   appendFileSync,
   chmodSync,
@@ -20,6 +21,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { cleanEnvironment, REPOSITORY } from '../support/installation.js';
 import { InstalledHost } from '../support/installed-host.js';
+import { until } from '../support/until.js';
 
 /** @returns path of the package */
 function build(directory: string, umask = '022'): string {
@@ -57,6 +59,11 @@ function newerLibtpms(directory: string): string {
   execFileSync('dpkg-deb', ['--root-owner-group', '-Zgzip', '--build', stage, file], { stdio: 'ignore' });
   return file;
 }
+
+/** Ends the one process of the host that runs a program, and waits for it. */
+const ended = `for at in /proc/[0-9]*; do
+  if tr '\\0' ' ' < $at/cmdline | grep -q "^/usr/bin/node /usr/sbin/$1 "; then kill $(basename $at); while [ -e $at/exe ]; do sleep 0.1; done; fi
+done 2>/dev/null; true`;
 
 describe('the Debian package', function () {
   this.timeout(180_000);
@@ -155,6 +162,44 @@ describe('the Debian package', function () {
     assert.deepEqual([again.isNew, again.digest], [false, current], 'nothing to do');
   });
 
+  it('runs as its units say: the same commands, users and privileges', async () => {
+    await ctl('down');
+    const unit = (name: string) => readFileSync(host.path(`/lib/systemd/system/${name}.service`), 'utf8');
+    const command = (text: string) => /^ExecStart=(.*)$/m.exec(text)?.[1]?.split(' ') ?? [];
+    const manager = unit('vtpm-managerd');
+    assert.match(manager, /^User=vtpm\nGroup=vtpm\n#.*\nSupplementaryGroups=tss$/m);
+    assert.match(manager, /^CapabilityBoundingSet=$/m);
+    const asVtpm = [
+      '--reuid=vtpm',
+      '--regid=vtpm',
+      '--init-groups',
+      '--bounding-set=-all',
+      '--inh-caps=-all',
+    ];
+    const kept = /^CapabilityBoundingSet=(.+)$/m
+      .exec(unit('vtpm-supervisord'))?.[1]
+      ?.toLowerCase()
+      .split(' ');
+    const ofRoot = `--bounding-set=-all,${kept?.map((name) => `+${name.slice('cap_'.length)}`).join()}`;
+    const daemons = [
+      host.start('setpriv', '--no-new-privs', ...asVtpm, ...command(manager)),
+      host.start('setpriv', '--no-new-privs', ofRoot, ...command(unit('vtpm-supervisord'))),
+    ];
+    await until('both serve', async () => {
+      const { code, stdout } = await host.run('vtpmctl', '--json', 'doctor');
+      return code === 0 && stdout.includes('the supervisor runs');
+    });
+    await ctl('start', 'web1');
+    await random('web1');
+    await ctl('stop', 'web1');
+    // nsenter is what was started here; what it runs ends with its standard error.
+    for (const name of ['vtpm-supervisord', 'vtpm-managerd'])
+      await host.succeed('sh', '-c', ended, 'sh', name);
+    await Promise.all(daemons.map((child) => child.exitCode ?? once(child, 'exit')));
+    await ctl('up');
+    for (const name of ['web1', 'web2']) await ctl('start', name);
+  });
+
   it('does not allow what no package vouches for', async () => {
     const before = await json('image', 'list');
     const refused = async (path: string, why: RegExp): Promise<void> => {
@@ -189,7 +234,7 @@ describe('the Debian package', function () {
     await host.succeed('sh', '-c', `cp -a ${dirname(manifest)}/. /usr/local/lib/bundle`);
     await host.succeed('mv', dirname(manifest), '/root/bundle');
     await host.succeed('ln', '-s', '/usr/local/lib/bundle', dirname(manifest));
-    await refused('vtpmd.mjs', /is missing|is of no package|is not as/);
+    await refused('vtpmd.cjs', /is missing|is of no package|is not as/);
     await host.succeed('rm', dirname(manifest));
     await host.succeed('mv', '/root/bundle', dirname(manifest));
     assert.equal((await json('image', 'allow', '--installed')).isNew, false, 'positive control');

@@ -34,9 +34,26 @@ export class InstalledHost {
       # Reaps what has lost its parent, as the first process of a host does.
       exec bash -c 'echo ready; while :; do sleep 1000 & wait; done'`;
     const init = reapAtExit(
-      spawn('unshare', ['--mount', '--pid', '--fork', '--kill-child', '--', 'bash', '-c', script], {
-        stdio: ['ignore', 'pipe', 'inherit'],
-      }),
+      // It ends with the test, however that ends.
+      spawn(
+        'setpriv',
+        [
+          '--pdeathsig',
+          'KILL',
+          'unshare',
+          '--mount',
+          '--pid',
+          '--fork',
+          '--kill-child',
+          '--',
+          'bash',
+          '-c',
+          script,
+        ],
+        {
+          stdio: ['ignore', 'pipe', 'inherit'],
+        },
+      ),
     );
     const [said] = (await Promise.race([once(init.stdout, 'data'), once(init, 'exit')])) as [unknown];
     if (String(said) !== 'ready\n') throw new Error(`no host could be made in ${directory}`);

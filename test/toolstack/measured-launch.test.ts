@@ -135,10 +135,17 @@ describe('a measured launch', function () {
     try {
       rmSync(manifest);
       assert.equal((await supervisor.call('PUT', '/image', {})).body.error.code, 'missing-package');
+      assert.equal(await digestNow(), before);
+      assert.equal((await start()).status, 200);
+      await supervisor.call('POST', '/vtpms/web1/stop');
+      // Touched, and what it was: no need of a new copy.
+      swap(copy(before), readFileSync(copy(before)));
+      assert.equal((await start()).status, 200);
+      await supervisor.call('POST', '/vtpms/web1/stop');
+      swap(copy(before), EVIL);
+      assert.equal((await start()).body.error.code, 'missing-package', 'nothing to make a good copy of');
     } finally {
       renameSync(`${manifest}.kept`, manifest);
     }
-    assert.equal(await digestNow(), before);
-    assert.equal((await start()).status, 200);
   });
 });

@@ -9,7 +9,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
-import { type Paths, pathsOf } from 'vtpm-common';
+import { type Paths, pathsOf, VERSION } from 'vtpm-common';
 import {
   type Delegation,
   decode,
@@ -63,6 +63,7 @@ export function writeManifest(
   const path = join(directory, 'image.json');
   const manifest = {
     format: 1,
+    version: VERSION,
     files: files.map((name) => ({ name, source: name, target: `/app/${name}` })),
     libraries: ['libc.so.6'],
     nodeArguments: ['--no-warnings'],

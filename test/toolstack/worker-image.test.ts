@@ -178,6 +178,7 @@ describe('the worker image', function () {
     assert.throws(() => collectSources(join(directory, 'none.json')), hasCode('missing-package'));
     const cases: [Record<string, unknown>, string][] = [
       [{ format: 2 }, 'newer-format'],
+      [{ version: '9.9.9' }, 'newer-format'],
       [{ main: 'none' }, 'corrupt'],
       [{ files: [{ name: 'main.mjs', source: 'main.mjs', target: '/app/../main.mjs' }] }, 'corrupt'],
       [{ environment: { A: 1 } }, 'corrupt'],

@@ -2,6 +2,7 @@ import { execFileSync } from 'node:child_process';
 import { existsSync, readFileSync } from 'node:fs';
 import { dirname, join, normalize, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { VERSION } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 
 /** What a worker consists of, before it is copied and measured. */
@@ -103,7 +104,7 @@ function readManifest(path: string): Manifest {
       },
     );
   }
-  const { format, files, libraries, nodeArguments, main, environment } = (content ?? {}) as Record<
+  const { format, version, files, libraries, nodeArguments, main, environment } = (content ?? {}) as Record<
     string,
     unknown
   >;
@@ -111,6 +112,12 @@ function readManifest(path: string): Manifest {
     throw new ToolstackError(
       'newer-format',
       `${path} has format ${format}, this version knows ${MANIFEST_FORMAT}`,
+    );
+  }
+  if (version !== VERSION) {
+    throw new ToolstackError(
+      'newer-format',
+      `${path} is of version ${String(version)} and this program is of ${VERSION}; restart the supervisor`,
     );
   }
   const start =

@@ -59,6 +59,12 @@ export function prepareImage(
   return imageOf(digest, copied, place, sources);
 }
 
+/** The image as its copy is now. @returns undefined where that is not the one that was measured */
+export function measureAgain(image: WorkerImage): WorkerImage | undefined {
+  const tree = measureTree(image.command.root);
+  return tree && digestOf(tree.parts, image.command) === image.digest ? { ...image, ...tree } : undefined;
+}
+
 /** The digest of what is installed, without a copy. */
 export function installedDigest(sources: ImageSources): string {
   return digestOf(partsOfSources(sources), sources);

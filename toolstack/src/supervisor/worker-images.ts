@@ -2,7 +2,7 @@ import { rmSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Logger } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
-import { prepareImage, type WorkerImage } from './image.js';
+import { measureAgain, prepareImage, type WorkerImage } from './image.js';
 import type { ImageSources } from './image-sources.js';
 import { changedSince, identityIn } from './image-tree.js';
 
@@ -40,7 +40,9 @@ export class WorkerImages {
         { path: join(this.#current.command.root, changed) },
         'the copy of the worker was touched since it was measured; it is measured again',
       );
-      this.refresh(this.#current.digest);
+      const again = measureAgain(this.#current);
+      if (again) this.#current = again;
+      else this.refresh(this.#current.digest);
     }
     const { digest } = this.#current;
     this.#users.set(digest, (this.#users.get(digest) ?? 0) + 1);
