@@ -27,7 +27,7 @@ export class InstalledHost {
     const script = `set -e
       mount -t tmpfs -o size=2g tmpfs ${directory}; cd ${directory}; mkdir upper work root
       mount -t overlay -o lowerdir=/,upperdir=$PWD/upper,workdir=$PWD/work overlay root
-      mount -t proc proc root/proc; mount --rbind /dev root/dev
+      mount -t proc proc root/proc; mount --rbind /dev root/dev; mount --rbind /sys root/sys
       mount -t tmpfs tmpfs root/run; mount -t tmpfs tmpfs root/tmp; mkdir -m 1777 root/tmp/packages
       # Not chroot(2): the kernel lets nobody make a user namespace in one.
       cd root; pivot_root . mnt; cd /; umount -l /mnt
