@@ -95,6 +95,22 @@ describe('worker in a VM, over its relay', () => {
     );
   });
 
+  it('takes clients whose process nobody knows to be gone when the next one comes', async () => {
+    const worker = await spawnWorker().serve();
+    const client = worker.connect('tcti');
+    assert.equal(responseCode(await client.transmit(createPrimaryEcc())), 0);
+    const closed = worker.next('connection-closed');
+    client.close();
+    await closed;
+    const raw = worker.connect('tpm');
+    assert.equal(handlesOf(await raw.transmit(getHandles(TRANSIENT))).length, 1);
+    const isNext = worker.next('connection-closed');
+    // As tpm2-tss does first of all.
+    worker.connect('tcti').close();
+    await isNext;
+    assert.equal(handlesOf(await raw.transmit(getHandles(TRANSIENT))).length, 0);
+  });
+
   it('holds what must be saved while its link is lost, and goes on over a new one', async () => {
     const worker = await spawnWorker().serve('clear', { holdMs: { tpm: 60_000, tcti: 60_000 } });
     const client = worker.connect('tpm');
