@@ -405,4 +405,11 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (root !== undefined && identityOf(root) === undefined) {',
     test: { file: 'toolstack/worker-image', name: 'runs from another tree' },
   },
+  {
+    name: 'I-10 a VM sends no more ahead than the window holds',
+    file: 'vtpmd/src/vm/channels.ts',
+    guard: 'if (this.#room < 0 || this.#isEndedByPeer) {',
+    without: 'if (this.#isEndedByPeer) {',
+    test: { file: 'vtpmd/vm-channels', name: 'sends more than the window' },
+  },
 ];
