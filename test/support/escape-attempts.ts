@@ -57,6 +57,7 @@ const NUMBERS = {
   perf_event_open: [298, 241],
   inotify_init1: [294, 26],
   getpid: [39, 172],
+  fstat: [5, 80],
   mmap: [9, 222],
   newfstatat: [262, 79],
   readlinkat: [267, 78],
@@ -229,6 +230,27 @@ function moreAttempts(): Record<string, () => string> {
   };
 }
 
+const KINDS: Readonly<Record<number, string>> = {
+  0: 'event loop',
+  1: 'pipe',
+  2: 'device',
+  4: 'directory',
+  8: 'file',
+  12: 'socket',
+};
+
+/** What kinds of descriptors it has, by the type of st_mode (inode(7)). */
+function descriptors(): string[] {
+  const stat = Buffer.alloc(144);
+  const kinds = new Set<string>();
+  for (let fd = 0; fd < 4096; fd++) {
+    if (call('fstat', fd, stat) === -1) continue;
+    const mode = stat.readUInt32LE(process.arch === 'x64' ? 24 : 16);
+    kinds.add(KINDS[mode >> 12] ?? `type ${mode >> 12}`);
+  }
+  return [...kinds].sort();
+}
+
 function say(report: object): void {
   writeSync(2, `${JSON.stringify({ level: 30, msg: 'report', ...report })}\n`);
 }
@@ -277,6 +299,7 @@ export function turnHostile(targets: Targets): void {
     say({
       attempts: tryAll(attempts(targets)),
       more: tryAll(moreAttempts()),
+      descriptors: descriptors(),
       environment: process.env,
     });
   };
