@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { createConnection } from 'node:net';
 import { join } from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
+import { setTimeout as delay, setImmediate } from 'node:timers/promises';
 import { OwnStarts } from '../bench/own-starts.js';
 import { family, pageTableMiB, privateMiB } from '../bench/process-figures.js';
 import type { Installation } from './installation.js';
@@ -20,7 +20,6 @@ export interface CrowdFigures {
 /** Side by side: more starts only share the processors. */
 const LANES = 4;
 const STOP_LANES = 32;
-/** No address space of these lists; and a worker does not see them. */
 const CGROUPS = '/sys/fs/cgroup';
 
 /**
@@ -32,7 +31,11 @@ export async function liveInACrowd(installation: Installation, count: number): P
   const supervisor = installation.supervisor?.pid ?? 0;
   const before = { processes: family(supervisor).length, mounts: mountsOf(supervisor) };
   const names: string[] = [];
-  for (let made = 0; made < count; made++) names.push(await starts.register(`crowd-${made}`));
+  for (let made = 0; made < count; made++) {
+    names.push(await starts.register(`crowd-${made}`));
+    // The registration blocks this process, whose other connections are to hear of their ends.
+    await setImmediate();
+  }
   const begin = performance.now();
   await inLanes(LANES, names, async (name) => {
     const { status, body } = await installation.supervisord('POST', `/vtpms/${name}/start`);
