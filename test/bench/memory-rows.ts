@@ -1,3 +1,4 @@
+import { liveInACrowd } from '../support/crowd.js';
 import { Installation } from '../support/installation.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { getRandom, nvDefineCounter, nvIncrement, pcrExtend, pcrRead } from '../support/tpm-commands.js';
@@ -7,6 +8,9 @@ import { type RowContext, row, type Suite } from './row.js';
 
 const IDLE = 'Private memory, idle';
 const USED = 'Private memory, used';
+const EACH = 'Memory of a worker among many';
+const TOTAL = 'Memory of many workers';
+const UP = 'Many workers up';
 const INDEX = 0x01500021;
 const SAVES = 500;
 const COMMANDS = 10_000;
@@ -38,6 +42,25 @@ export const memorySuite: Suite = {
       await installation.destroy();
       await second.stop();
       await swtpm.stop();
+    }
+  },
+};
+
+/** Many workers at once: what the host holds for each of them. */
+export const crowdSuite: Suite = {
+  names: [EACH, TOTAL, UP],
+  async run({ effort: { crowd }, report }: RowContext): Promise<void> {
+    const installation = await Installation.create();
+    try {
+      await installation.start();
+      const { upMs, totalMiB, eachMiB } = await liveInACrowd(installation, crowd);
+      const add = (name: string, unit: string, value: number, note: string): void =>
+        report(row(name, unit, { p50: value, p99: value }, null, note));
+      add(EACH, 'MiB', eachMiB, `private, page tables, sandbox processes; one of ${crowd}`);
+      add(TOTAL, 'MiB', totalMiB, `${crowd} workers`);
+      add(UP, 's', upMs / 1000, `${crowd} new vTPMs without a pool, four at a time, each has answered`);
+    } finally {
+      await installation.destroy();
     }
   },
 };

@@ -17,6 +17,8 @@ export interface Effort {
   readonly rounds: number;
   /** Starts of a vTPM, for each side. */
   readonly starts: number;
+  /** vTPMs that are up at once. */
+  readonly crowd: number;
   readonly warmUpSeconds: number;
   readonly windowSeconds: number;
 }

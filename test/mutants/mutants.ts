@@ -447,4 +447,35 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (this.#used.has(uid) || (lockByte(this.#lock, uid), false)) continue;',
     test: { file: 'toolstack/confinement', name: 'never given to two at once' },
   },
+  {
+    name: 'I-3 a start that the manager refuses is not tried again with another worker',
+    file: 'toolstack/src/supervisor/vtpm.ts',
+    guard: 'const isWorkersFault = hasEnded ? wasLost(end) : isOutdated(error);',
+    without: 'const isWorkersFault = hasEnded || wasLost(end) || isOutdated(error);',
+    test: {
+      file: 'toolstack/pool',
+      name: 'I-3 gives a start a fresh worker where the one that it took is lost',
+    },
+  },
+  {
+    name: 'I-8 the pool leaves the host its memory',
+    file: 'toolstack/src/supervisor/worker-pool.ts',
+    guard: 'Math.min(wanted, this.#waiting.size + room)',
+    without: 'Math.min(wanted, this.#waiting.size + Math.abs(room))',
+    test: { file: 'toolstack/pool', name: 'leaves the host the memory' },
+  },
+  {
+    name: 'I-10 links that wait for a vTPM are bounded',
+    file: 'manager/src/grpc/limits.ts',
+    guard: 'return waiting.length < waitingPerUid;',
+    without: 'return waiting.length >= 0;',
+    test: { file: 'fault/hostile', name: 'I-10 links that wait for a vTPM' },
+  },
+  {
+    name: 'I-3 a rehearsal and a vTPM do not share a TPM',
+    file: 'vtpmd/src/worker/worker.ts',
+    guard: 'await this.#rehearsal;',
+    without: '',
+    test: { file: 'vtpmd/worker-lifecycle', name: 'takes an identity in the middle of its rehearsal' },
+  },
 ];

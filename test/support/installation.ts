@@ -249,7 +249,9 @@ function call(socketPath: string, method: string, path: string, body?: unknown):
       text === undefined
         ? {}
         : { 'content-type': 'application/json', 'content-length': Buffer.byteLength(text) };
-    const sent = request({ socketPath, method, path, headers, timeout: 60_000 }, (response) => {
+    // A connection of its own: one that was kept may have been closed while this process did something else.
+    const options = { socketPath, method, path, headers, timeout: 60_000, agent: false };
+    const sent = request(options, (response) => {
       const chunks: Buffer[] = [];
       response.on('data', (chunk: Buffer) => chunks.push(chunk));
       response.on('error', reject);

@@ -154,6 +154,55 @@ describe('worker: start and stop', () => {
     await worker.heard('connection-closed');
   });
 
+  it('rehearses without a word to the manager, once, and serves after it', async () => {
+    const worker = spawnWorker();
+    await worker.heard('ready');
+    worker.send({ type: 'rehearse' });
+    await worker.heard('rehearsed');
+    assert.deepEqual([manager.epoch, manager.received], [0n, []]);
+    await worker.serve();
+    const client = worker.connect('tpm');
+    assert.equal(responseCode(await client.transmit(nvDefineCounter(INDEX))), 0);
+    const twice = spawnWorker();
+    await twice.heard('ready');
+    twice.send({ type: 'rehearse' });
+    twice.send({ type: 'rehearse' });
+    assert.equal((await twice.heard('failed')).reason, 'protocol');
+  });
+
+  it('takes an identity in the middle of its rehearsal', async () => {
+    const worker = spawnWorker();
+    await worker.heard('ready');
+    worker.send({ type: 'rehearse' });
+    await worker.serve();
+    assert.deepEqual(
+      worker.messages.map(({ type }) => type),
+      ['ready', 'rehearsed', 'serving'],
+    );
+    assert.equal(responseCode(await worker.connect('tpm').transmit(getRandom())), 0);
+  });
+
+  it('waits for its identity over one lost link after the other, and uses the last one', async () => {
+    const worker = spawnWorker();
+    await worker.heard('ready');
+    for (let lost = 0; lost < 3; lost++) {
+      const isLost = worker.next('link-lost');
+      manager.cut();
+      await isLost;
+      const isUp = worker.next('link-up');
+      worker.relink();
+      await isUp;
+    }
+    await worker.serve();
+    assert.equal(responseCode(await worker.connect('tpm').transmit(getRandom())), 0);
+  });
+
+  it('I-4 says the first thing to save in the breath of its greeting, once', async () => {
+    await spawnWorker().serve();
+    assert.deepEqual(manager.received, ['HELLO', 'SAVE']);
+    assert.equal(manager.saves.length, 1, 'a new TPM and its Startup are one save');
+  });
+
   it('logs neither state nor keys', async () => {
     const worker = await spawnWorker().serve();
     worker.send({ type: 'stop' });
