@@ -39,6 +39,9 @@ export async function buildFaultyWorker(directory: string, prelude: string): Pro
     platform: 'node',
     format: 'cjs',
     target: 'node20',
+    // As in scripts/bundle-worker.mjs.
+    define: { 'import.meta.url': '__url' },
+    banner: { js: "const __url=require('node:url').pathToFileURL(__filename).href;" },
     logLevel: 'warning',
   });
   return join(directory, 'image.json');
