@@ -120,6 +120,22 @@ describe('the Debian package', function () {
     const { isNew, note } = await json('image', 'allow', '--installed');
     assert.equal(isNew, true);
     assert.match(note, /^packages: vtpm-manager [^,]+, nodejs [^,]+, .*libtpms0 /);
+    const { digest, parts, argv, allowed } = await json('image', 'show');
+    assert.deepEqual([allowed.digest, allowed.note], [digest, note]);
+    assert.ok(argv.at(-1).startsWith('/app/'));
+    for (const name of ['/usr/bin/node', argv.at(-1)]) {
+      assert.ok(
+        parts.some((part: { name: string }) => part.name === name),
+        name,
+      );
+    }
+    const other = 'ab'.repeat(32);
+    await ctl('image', 'allow', other, '--note', 'by hand');
+    await ctl('image', 'deny', other);
+    assert.deepEqual(
+      (await json('image', 'list')).images.map((image: { digest: string }) => image.digest),
+      [digest],
+    );
     await ctl('create', 'web1');
     await ctl('start', 'web1');
     await random('web1');

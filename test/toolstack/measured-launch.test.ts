@@ -127,6 +127,9 @@ describe('a measured launch', function () {
     } finally {
       writeFileSync(source, content);
     }
+    // As `systemctl reload` does.
+    process.kill(supervisor.pid, 'SIGHUP');
+    await until(async () => (await digestNow()) === before);
   });
 
   it('keeps the old image where what is installed cannot be measured', async () => {
