@@ -1,6 +1,6 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { copyFileSync, mkdirSync, mkdtempSync, readFileSync, rmdirSync } from 'node:fs';
+import { copyFileSync, mkdtempSync, readFileSync, rmdirSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { cleanEnvironment, type Finished, run } from './installation.js';
@@ -99,10 +99,6 @@ export class InstalledHost {
   /** Of a file in it, from outside. */
   path(inside: string): string {
     return `/proc/${this.#pid}/root${inside}`;
-  }
-
-  makeDirectory(inside: string): void {
-    mkdirSync(this.path(inside), { recursive: true });
   }
 
   async destroy(): Promise<void> {
