@@ -79,6 +79,8 @@ describe('the Debian package', function () {
     host = await InstalledHost.create();
   });
   after(async () => {
+    // Their cgroups are this machine's, and go with the workers.
+    await host?.run('vtpmctl', 'down');
     await host?.destroy();
     if (directory) rmSync(directory, { recursive: true, force: true });
   });
