@@ -184,7 +184,7 @@ export const MUTANTS: readonly Mutant[] = [
     file: 'manager/src/store/group-commit.ts',
     guard: 'counter: this.#steps.stated + (isCounting ? 1n : 0n),',
     without: 'counter: this.#steps.stated,',
-    test: { file: 'manager/anchor-counter', name: 'I-5 a disk from before an event is refused' },
+    test: { file: 'manager/anchor-counter', name: 'I-5 a crash between anchor and count' },
   },
   {
     name: 'I-5 an event waits for the chip',

@@ -2,6 +2,7 @@ import { execFileSync, spawnSync } from 'node:child_process';
 import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
+import { transformSync } from 'esbuild';
 import { cleanEnvironment, REPOSITORY } from '../support/installation.js';
 import type { Mutant } from './mutants.js';
 
@@ -29,7 +30,7 @@ export class Workshop {
     }
     // With its links as they are: the packages of the workspace must be the copies.
     execFileSync('cp', ['-a', join(REPOSITORY, 'node_modules'), this.#directory]);
-    this.#build();
+    this.#runScript('scripts/build.mjs');
   }
 
   /** The mutant's test in the copy as it is: it must pass. */
@@ -39,15 +40,17 @@ export class Workshop {
 
   /** The mutant's test without the guard: it must fail. */
   try(mutant: Mutant): Verdict {
-    const path = join(this.#directory, mutant.file);
+    const source = readFileSync(join(this.#directory, mutant.file), 'utf8');
+    const path = join(this.#directory, mutant.file.replace('/src/', '/dist/').replace(/\.ts$/, '.js'));
     const original = readFileSync(path, 'utf8');
-    writeFileSync(path, mutate(original, mutant));
+    // Not checked: without its guard a name may be unused.
+    writeFileSync(path, transformSync(mutate(source, mutant), { loader: 'ts', target: 'node20' }).code);
     try {
-      this.#build();
+      this.#runScript('scripts/bundle-worker.mjs');
       return this.#run(mutant);
     } finally {
       writeFileSync(path, original);
-      this.#build();
+      this.#runScript('scripts/bundle-worker.mjs');
     }
   }
 
@@ -55,8 +58,8 @@ export class Workshop {
     rmSync(this.#directory, { recursive: true, force: true });
   }
 
-  #build(): void {
-    const built = spawnSync(process.execPath, ['scripts/build.mjs'], {
+  #runScript(script: string): void {
+    const built = spawnSync(process.execPath, [script], {
       cwd: this.#directory,
       env: cleanEnvironment(),
       encoding: 'utf8',
