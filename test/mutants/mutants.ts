@@ -475,7 +475,7 @@ export const MUTANTS: readonly Mutant[] = [
     name: 'I-3 a rehearsal and a vTPM do not share a TPM',
     file: 'vtpmd/src/worker/worker.ts',
     guard: 'await this.#rehearsal;',
-    without: '',
+    without: 'void this.#rehearsal;',
     test: { file: 'vtpmd/worker-lifecycle', name: 'takes an identity in the middle of its rehearsal' },
   },
 ];
