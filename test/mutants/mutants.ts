@@ -471,11 +471,4 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'return waiting.length >= 0;',
     test: { file: 'fault/hostile', name: 'I-10 links that wait for a vTPM' },
   },
-  {
-    name: 'I-3 a rehearsal and a vTPM do not share a TPM',
-    file: 'vtpmd/src/worker/worker.ts',
-    guard: 'await this.#rehearsal;',
-    without: 'void this.#rehearsal;',
-    test: { file: 'vtpmd/worker-lifecycle', name: 'takes an identity in the middle of its rehearsal' },
-  },
 ];
