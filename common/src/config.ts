@@ -26,6 +26,8 @@ export interface Settings {
   'pool-max': number;
   /** MiB of the host's memory that must stay available beside the workers that wait. */
   'pool-memory-reserve': number;
+  /** Whether volatile state is check-pointed before each answer, or a crash of a worker ends the VM's run. */
+  checkpoint: 'always' | 'off';
   /** MiB of the store's file system that only saves may use. */
   'store-reserve': number;
   /** Seconds until the root TPM counts saves: how much an old disk can hide after an unclean stop. */
@@ -96,6 +98,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: "MiB of the host's memory that workers which wait leave available",
     fallback: 512,
     range: [0, 16777216],
+  },
+  checkpoint: {
+    help: 'when a worker leaves what the next one needs to go on: always before an answer, or off: its crash is a TPM failure until the VM is reset',
+    fallback: 'always',
+    values: ['always', 'off'],
   },
   'store-reserve': {
     help: "MiB of the store's file system that only saves of existing vTPMs may use; below it no vTPM is made",

@@ -1,4 +1,5 @@
 export * from './barrier.js';
+export * from './checkpoint-layout.js';
 export * from './clock.js';
 export * from './config.js';
 export * from './config-error.js';

@@ -1,4 +1,4 @@
-import { closeSync, openSync, writeSync } from 'node:fs';
+import { closeSync, ftruncateSync, openSync, writeSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import type { Socket } from 'node:net';
 
@@ -15,6 +15,7 @@ const socketpair = libc.func('int socketpair(int domain, int type, int protocol,
 const sendmsg = libc.func('long sendmsg(int fd, void *header, int flags)');
 const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
 const flock = libc.func('int flock(int fd, int operation)');
+const pipe2 = libc.func('int pipe2(_Out_ int32_t *pair, int flags)');
 const prctl = libc.func(
   'int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)',
 );
@@ -44,6 +45,10 @@ const MFD_ALLOW_SEALING = 2;
 const F_ADD_SEALS = 1033;
 /** F_SEAL_SEAL, SHRINK, GROW and WRITE. */
 const SEAL_ALL = 0xf;
+const O_NONBLOCK = 0o4000;
+const O_CLOEXEC = 0o2000000;
+/** F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW (fcntl(2)). */
+const SEALS_OF_SIZE = 0x1 | 0x2 | 0x4;
 
 /** A system call failed; `errno` is its number. */
 export class SystemCallError extends Error {
@@ -82,6 +87,30 @@ export function socketPair(): [number, number] {
   const pair = [0, 0];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) !== 0) fail('socketpair');
   return [pair[0] ?? -1, pair[1] ?? -1];
+}
+
+/** A pipe that never blocks, close-on-exec. The caller closes both ends. */
+export function pipePair(): { readonly read: number; readonly write: number } {
+  const pair = [0, 0];
+  if (pipe2(pair, O_NONBLOCK | O_CLOEXEC) !== 0) fail('pipe2');
+  return { read: pair[0] ?? -1, write: pair[1] ?? -1 };
+}
+
+/**
+ * Zeroed memory behind a descriptor, close-on-exec, that nobody can make smaller or larger (memfd_create(2)): who has it
+ * mapped is safe from the others. The caller closes it.
+ */
+export function sharedMemory(name: string, bytes: number): number {
+  const fd = Number(memfdCreate(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (fd < 0) fail('memfd_create');
+  try {
+    ftruncateSync(fd, bytes);
+    if (fcntl(fd, F_ADD_SEALS, SEALS_OF_SIZE) !== 0) fail('fcntl(F_ADD_SEALS)');
+    return fd;
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
 }
 
 /** Sends one byte with a copy of descriptor `passed` (unix(7), SCM_RIGHTS). */

@@ -2,6 +2,7 @@ import { writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { anchorSuite } from './anchor-rows.js';
 import { chart } from './chart.js';
+import { checkpointSuite } from './checkpoint-rows.js';
 import { clientSuite } from './client-rows.js';
 import { commandSuite } from './command-rows.js';
 import { hostileSuite } from './hostile-rows.js';
@@ -25,6 +26,7 @@ Measures this service beside Debian's swtpm and prints a table. Takes about thre
 
 const SUITES = [
   commandSuite,
+  checkpointSuite,
   startSuite,
   poolSuite,
   saveSuite,

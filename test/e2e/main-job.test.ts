@@ -126,7 +126,7 @@ describe('the main job', () => {
       async () => (await installation.supervisord('GET', '/vtpms/auto1')).body.state === 'running',
     );
     const others = await installation.supervisord('GET', '/vtpms/web1');
-    assert.equal(others.body.state, 'crashed', 'a run without a checkpoint is over');
+    assert.equal(others.body.state, 'crashed', 'checkpoints end with their supervisor');
     await installation.ctlJson('start', 'web1');
   });
 

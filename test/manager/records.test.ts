@@ -10,6 +10,7 @@ import {
   type LoadFacts,
   newRecord,
   openState,
+  resume,
   retire,
   type VtpmRecord,
 } from 'vtpm-manager/records/index';
@@ -62,7 +63,8 @@ describe('records', () => {
   it('begin at epoch 1, generation 0, without state', () => {
     assert.equal(first.header.epoch, 1n);
     assert.equal(first.header.generation, 0n);
-    assert.deepEqual(openState(keys, first), { permanent: undefined, volatile: undefined });
+    const { permanent, volatile } = openState(keys, first);
+    assert.deepEqual([permanent, volatile], [undefined, undefined]);
   });
 
   it('come back as they were written, the state not in the clear', () => {
@@ -186,7 +188,7 @@ describe('loads', () => {
   const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
 
   it('of the same VM run that resume keep volatile state', () => {
-    const next = applyLoad(one, facts({ keepsVolatile: true }));
+    const next = applyLoad(keys, one, facts({ keepsVolatile: true }));
     assert.equal(next.header.epoch, 2n);
     assert.equal(next.header.generation, 1n);
     assert.equal(text(openState(keys, next).volatile), 'V1');
@@ -194,7 +196,7 @@ describe('loads', () => {
 
   it('of another VM run drop volatile state, resume or not', () => {
     for (const keepsVolatile of [true, false]) {
-      const next = applyLoad(one, facts({ vmRunId: RUN_2, keepsVolatile }));
+      const next = applyLoad(keys, one, facts({ vmRunId: RUN_2, keepsVolatile }));
       assert.equal(openState(keys, next).volatile, undefined);
       assert.equal(text(openState(keys, next).permanent), 'P1');
       assert.equal(next.parts.length, 1);
@@ -202,9 +204,40 @@ describe('loads', () => {
   });
 
   it('that are cold drop volatile state for good', () => {
-    const cold = applyLoad(one, facts());
+    const cold = applyLoad(keys, one, facts());
     assert.equal(openState(keys, cold).volatile, undefined);
-    assert.equal(openState(keys, applyLoad(cold, facts({ keepsVolatile: true }))).volatile, undefined);
+    assert.equal(openState(keys, applyLoad(keys, cold, facts({ keepsVolatile: true }))).volatile, undefined);
+  });
+});
+
+describe('the checkpoint key', () => {
+  const one = saved(first, { permanent: Buffer.from('P1') });
+  const keyOf = (record: VtpmRecord) => openState(keys, record).checkpointKey;
+
+  it('is of one VM run: a load that resumes it keeps the key, any other makes a new one', () => {
+    assert.equal(keyOf(first)?.length, 32);
+    assert.deepEqual(keyOf(one), keyOf(first));
+    assert.deepEqual(keyOf(applyLoad(keys, one, facts({ keepsVolatile: true }))), keyOf(first));
+    for (const changes of [{}, { vmRunId: RUN_2 }, { vmRunId: RUN_2, keepsVolatile: true }]) {
+      const next = applyLoad(keys, one, facts(changes));
+      assert.equal(keyOf(next)?.length, 32);
+      assert.notDeepEqual(keyOf(next), keyOf(first));
+    }
+  });
+
+  it('is read from disk, and no record of before it is refused', () => {
+    const read = decodeRecord(keys, names.vtpmUuid, encodeRecord(keys, one));
+    assert.deepEqual(keyOf(read), keyOf(one));
+    const { checkpointKey: _key, ...header } = one.header;
+    const old = decodeRecord(keys, names.vtpmUuid, encodeRecord(keys, { ...one, header }));
+    assert.equal(keyOf(old), undefined);
+    assert.equal(keyOf(applyLoad(keys, old, facts({ keepsVolatile: true }))), undefined);
+    assert.equal(keyOf(applyLoad(keys, old, facts()))?.length, 32);
+  });
+
+  it('goes with what it is for: a tombstone and an old state that is accepted have none', () => {
+    assert.equal(retire(one, 5n).header.checkpointKey, undefined);
+    assert.equal(resume(one, 'rolled-back', 9n).header.checkpointKey, undefined);
   });
 });
 

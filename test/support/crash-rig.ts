@@ -52,30 +52,37 @@ export class CrashRig {
     ]);
     if (victims.includes('manager')) await installation.startManager();
     if (victims.includes('supervisor')) await installation.startSupervisor();
-    if (victims.includes('worker') || victims.includes('supervisor')) {
+    if (victims.includes('supervisor')) {
       await load.finished;
       await this.#startAgain();
     } else {
-      // A restart of the manager is a pause to the guest, not an error.
+      // A restart of the manager, or another worker, is a pause to the guest, not an error.
       await this.#moreSteps(3n);
-      assert.equal(await installation.workerPid('web1'), workerPid, 'the worker must have lived on');
+      const isSame = (await installation.workerPid('web1')) === workerPid;
+      assert.equal(isSame, !victims.includes('worker'), 'who was not killed must have lived on');
       await load.stop();
     }
     await this.check();
   }
 
-  /** The worker kills itself the `count`th time it comes to `barrier`. */
+  /**
+   * A worker that leaves no checkpoints kills itself the `count`th time it comes to `barrier`: its guest sees that its TPM
+   * failed, and does so until it is started again.
+   */
   async killWorkerAt(barrier: string, count: number): Promise<void> {
     const { installation } = this;
     const manifest = await buildFaultyWorker(
       join(this.#directory, `${barrier}-${count}`),
       killAt(barrier, count),
     );
-    await this.#replaceSupervisor(['--worker-manifest', manifest]);
+    await this.#replaceSupervisor(['--worker-manifest', manifest, '--checkpoint', 'off']);
     await this.#startAgain();
     const load = await GuestLoad.begin(installation.door('web1'), this.#tally);
     await load.finished;
-    await until('the worker is known to be dead', async () => (await this.#state()) === 'crashed');
+    await until('the worker is known to be dead', async () => (await this.#state()) === 'lost');
+    const guest = await connectGuest(installation.door('web1'));
+    await assert.rejects(guest.counter(), /TPM_RC_FAILURE/);
+    await guest.close();
     await this.#replaceSupervisor([]);
     await this.#startAgain();
     await this.check();

@@ -3,8 +3,8 @@ import { join } from 'node:path';
 import { build } from 'esbuild';
 import { REPOSITORY } from './installation.js';
 
-/** Where a worker can be killed: names of `barrier` calls in its source. */
-export const WORKER_BARRIERS = ['before-process', 'after-process', 'after-ack', 'half-answer'] as const;
+/** Where a worker that leaves no checkpoints can be killed: names of `barrier` calls in its source. */
+export const WORKER_BARRIERS = ['before-process', 'after-process', 'after-ack'] as const;
 
 /**
  * Source of a program's prelude: the process kills itself the `count`th time it comes to `barrier`. A worker's filter

@@ -21,6 +21,7 @@ import {
   signingKeyFromSeed,
   signTicket,
   uuidToBytes,
+  type Verb,
   verifyTicketChain,
   type WorkerFrame,
 } from 'vtpm-proto';
@@ -35,6 +36,8 @@ type SaveCall = grpc.ServerDuplexStream<WorkerFrame, ManagerFrame>;
  */
 export class MiniManager {
   readonly keys: BoxKeyPair = boxKeyPair();
+  /** Of the one VM run that there is. */
+  checkpointKey: Buffer = randomBytes(32);
   /** Committed saves of the session, oldest first. */
   readonly saves: { permanent: Buffer; digest: Buffer }[] = [];
   epoch = 0n;
@@ -99,7 +102,12 @@ export class MiniManager {
     this.#injector?.injectConnection(socket);
   }
 
-  identity(publicKey: string, startup: 'clear' | 'none' = 'clear', verbs = ['MANUFACTURE', 'COLD'] as const) {
+  identity(
+    publicKey: string,
+    startup: 'clear' | 'none' = 'clear',
+    verbs: readonly Verb[] = ['MANUFACTURE', 'COLD'],
+    vmRunId: Buffer = randomBytes(16),
+  ) {
     const toolstack = signingKeyFromSeed(randomBytes(32));
     const delegate = signingKeyFromSeed(randomBytes(32));
     const vtpmUuid = uuidToBytes(VTPM);
@@ -119,7 +127,7 @@ export class MiniManager {
         managerId: this.keys.publicKey,
         vtpmUuid,
         vmUuid,
-        vmRunId: randomBytes(16),
+        vmRunId,
         workerPublicKey: Buffer.from(publicKey, 'hex'),
         imageDigest: randomBytes(32),
         isolation: 'none',
@@ -200,6 +208,7 @@ export class MiniManager {
       permanent: this.saves.at(-1)?.permanent ?? Buffer.alloc(0),
       volatile: Buffer.alloc(0),
       manufacture: this.saves.length === 0,
+      checkpointKey: this.checkpointKey,
     };
     done(null, sealBox('LoadGrant', grant, ticket.workerPublicKey, this.keys));
   }

@@ -1,9 +1,11 @@
 import { type ChildProcess, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { closeSync, readFileSync } from 'node:fs';
+import { closeSync, readFileSync, readSync, writeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { fileURLToPath } from 'node:url';
-import { sendDescriptor, socketPair } from 'vtpm-common/libc';
+import { CHECKPOINT_LAYOUT } from 'vtpm-common/checkpoint-layout';
+import { pipePair, sendDescriptor, sharedMemory, socketPair } from 'vtpm-common/libc';
 import type { MiniManager } from './mini-manager.js';
 import { TpmClient } from './tpm-client.js';
 
@@ -15,6 +17,55 @@ const image = JSON.parse(readFileSync(new URL('image.json', bundle), 'utf8')) as
 };
 
 type Message = Record<string, unknown> & { type: string };
+
+/** A connection that outlives its worker. */
+export interface KeptGuest {
+  readonly door: 'tpm' | 'tcti';
+  readonly id: number;
+  readonly fd: number;
+  readonly client: TpmClient;
+}
+
+/** What a supervisor keeps over the workers of one VM run, in the hands of a test. */
+export class KeptRun {
+  readonly vmRunId = randomBytes(16);
+  readonly memory = sharedMemory('vtpm-checkpoint', CHECKPOINT_LAYOUT.bytes);
+  readonly pipe = pipePair();
+  nextId = 1;
+  #isClosed = false;
+
+  get descriptors(): readonly number[] {
+    return [this.memory, this.pipe.read, this.pipe.write];
+  }
+
+  /** All of the memory. */
+  image(): Buffer {
+    const bytes = Buffer.alloc(CHECKPOINT_LAYOUT.bytes);
+    readSync(this.memory, bytes, 0, bytes.length, 0);
+    return bytes;
+  }
+
+  put(image: Buffer): void {
+    writeSync(this.memory, image, 0, image.length, 0);
+  }
+
+  /** Offset of the slot with the newest checkpoint. */
+  newestSlot(): number {
+    const image = this.image();
+    const sequences = CHECKPOINT_LAYOUT.slots.map((offset) => image.readBigUInt64LE(offset));
+    return CHECKPOINT_LAYOUT.slots[sequences[0]! > sequences[1]! ? 0 : 1];
+  }
+
+  newest(): number {
+    return Number(this.image().readBigUInt64LE(this.newestSlot()));
+  }
+
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    for (const fd of this.descriptors) closeSync(fd);
+  }
+}
 
 /** A real worker, from its bundle, with this test as its supervisor. */
 export class WorkerProcess {
@@ -88,6 +139,67 @@ export class WorkerProcess {
     this.send({ ...this.#manager.identity(publicKey as string, startup), outage });
     await this.heard('serving');
     return this;
+  }
+
+  /** Begins a VM run that outlives this worker. */
+  async begin(run: KeptRun, startup: 'clear' | 'none' = 'clear', outage?: object): Promise<this> {
+    await this.#identify(run, { keeps: true, resumes: null }, startup, outage);
+    await this.heard('serving');
+    return this;
+  }
+
+  /**
+   * Is to go on where the worker before it ended, with its connections.
+   * @param newest as the supervisor saw it @returns what it says: `serving`, or why it cannot
+   */
+  async goOn(run: KeptRun, guests: readonly KeptGuest[] = [], newest = run.newest()): Promise<Message> {
+    await this.#identify(run, { keeps: true, resumes: { newest, connections: guests.length } }, 'clear');
+    this.#passGuests(guests);
+    return Promise.race([this.heard('serving'), this.heard('failed')]);
+  }
+
+  /** Answers failure in the place of the worker before it. */
+  async beLost(run: KeptRun, guests: readonly KeptGuest[] = []): Promise<this> {
+    await this.heard('ready');
+    for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
+    const resumes = { newest: run.newest(), connections: guests.length };
+    this.send({ type: 'lost', checkpoint: { keeps: false, resumes } });
+    this.#passGuests(guests);
+    await this.heard('lost');
+    return this;
+  }
+
+  /** A connection that the test keeps, as the supervisor does. */
+  connectKept(run: KeptRun, door: 'tpm' | 'tcti' = 'tpm'): KeptGuest {
+    const [here, there] = socketPair();
+    const guest = {
+      door,
+      id: run.nextId++,
+      fd: there,
+      client: new TpmClient(new Socket({ fd: here, allowHalfOpen: true })),
+    };
+    this.#passGuests([guest]);
+    return guest;
+  }
+
+  #passGuests(guests: readonly KeptGuest[]): void {
+    for (const { door, id, fd } of guests) {
+      sendDescriptor(this.#descriptors, fd);
+      this.send({ type: 'connection', door, id });
+    }
+  }
+
+  async #identify(
+    run: KeptRun,
+    checkpoint: object,
+    startup: 'clear' | 'none',
+    outage?: object,
+  ): Promise<void> {
+    const { publicKey } = await this.heard('ready');
+    for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
+    const verbs = this.#manager.saves.length === 0 ? ['MANUFACTURE' as const] : ['RESUME' as const];
+    const identity = this.#manager.identity(publicKey as string, startup, verbs, run.vmRunId);
+    this.send({ ...identity, checkpoint, outage });
   }
 
   /** A guest's connection through a door. */

@@ -1,6 +1,7 @@
 // A worker without a TPM: it speaks the control protocol and echoes what guests send. Over its manager link it talks
 // lines of JSON with the stub manager of supervisor-fixture.ts. Runs inside of the real sandbox, as a worker image.
 import { randomBytes } from 'node:crypto';
+import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { receiveDescriptor } from 'vtpm-common/libc';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
@@ -50,11 +51,18 @@ function serve(id: number, fd: number): void {
     if (text === 'crash') process.exit(7);
     if (text === 'babble') control.write('{"type":"connection-closed"}\n');
     if (text === 'hang') isHanging = true;
+    if (text === 'who') {
+      guest.write(`${id}`);
+      return;
+    }
     guest.write(data);
   });
 }
 
 lines(control, (message) => {
+  // The memory and both ends of a pipe.
+  if (message.checkpoint) for (let left = 3; left > 0; left--) closeSync(receiveDescriptor(5) ?? -1);
+  if (message.type === 'lost') say({ type: 'lost' });
   if (message.type === 'identity') link.write(`${JSON.stringify(message)}\n`);
   if (message.type === 'rehearse') say({ type: 'rehearsed' });
   if (message.type === 'link') useLink(receiveDescriptor(5) ?? -1, false);

@@ -247,16 +247,21 @@ export class SupervisorProcess {
   }
 
   /** Registers a vTPM as vtpmctl does. */
-  async create(name: string, change: Record<string, unknown> = {}): Promise<Answer> {
+  async create(name: string, change: Parameters<typeof newVtpm>[2] = {}): Promise<Answer> {
     const { delegateKey } = (await this.call('GET', '/health')).body;
     return await this.call('POST', '/vtpms', newVtpm(name, Buffer.from(delegateKey, 'hex'), change));
   }
 }
 
-export function newVtpm(name: string, delegateKey: Uint8Array, change: Record<string, unknown> = {}): object {
+/** @param given fields of the entry; `verbs` are those of its delegation */
+export function newVtpm(
+  name: string,
+  delegateKey: Uint8Array,
+  given: Record<string, unknown> & { readonly verbs?: Verb[] } = {},
+): object {
+  const { verbs = ['MANUFACTURE', 'COLD', 'RESUME'], ...change } = given;
   const id = randomUUID();
   const vmUuid = randomUUID();
-  const verbs: Verb[] = ['MANUFACTURE', 'COLD'];
   const content: Delegation = {
     format: 1,
     toolstackKey: toolstackKey.publicKey,

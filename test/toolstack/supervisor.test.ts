@@ -95,23 +95,76 @@ describe('vtpm-supervisord', function () {
     assert.equal(manager.tickets.length, 2, 'no ticket was given out');
   });
 
-  it('shows a worker that died as crashed, closes its doors, and starts it only when asked', async () => {
-    await supervisor.create('web1', { autostart: true });
-    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+  it('puts another worker in the place of one that died, with the same connections and VM run', async () => {
+    await supervisor.create('web1');
+    const started = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(started.sockets.tpm);
+    const other = await connectDoor(started.sockets.tcti);
+    const ids = [await exchange(guest, 'who'), await exchange(other, 'who')];
+    guest.write('crash');
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.epoch === 2);
+    assert.deepEqual([await exchange(guest, 'who'), await exchange(other, 'who')], ids);
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'running');
+    const { body } = await supervisor.call('GET', '/vtpms/web1');
+    assert.deepEqual([body.vmRunId, body.epoch, body.reason], [started.vmRunId, 2, null]);
+    assert.notEqual(body.worker.pid, started.worker.pid);
+    const [first, second] = manager.tickets;
+    assert.deepEqual(second?.verbs, ['RESUME']);
+    assert.deepEqual(second?.vmRunId, first?.vmRunId);
+    const late = await connectDoor(started.sockets.tpm);
+    assert.notEqual(await exchange(late, 'who'), ids[0]);
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/stop')).body.reason, null);
+  });
+
+  it('says that the TPM is lost where no worker may go on, and starts it only when asked', async () => {
+    await supervisor.create('web1', { autostart: true, verbs: ['MANUFACTURE', 'COLD'] });
+    const { sockets, vmRunId } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
     const guest = await connectDoor(sockets.tpm);
     assert.equal(await exchange(guest, 'x'), 'x');
     guest.write('crash');
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'lost');
+    assert.match((await supervisor.call('GET', '/vtpms/web1')).body.reason, /exit status 7.*verb resume/);
+    assert.equal(manager.tickets.length, 1, 'what answers failure has no identity');
+    assert.equal(await exchange(guest, 'still connected'), 'still connected');
+    await supervisor.end('SIGTERM');
+    supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
+    const kept = (await supervisor.call('GET', '/vtpms/web1')).body;
+    assert.deepEqual([kept.state, kept.vmRunId], ['crashed', vmRunId]);
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
+  });
+
+  it('gives a worker up that dies whatever is tried, and closes its doors', async () => {
+    await supervisor.create('web1');
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
     guest.on('error', () => {});
+    manager.refuse = { reason: 'internal', message: 'not today' };
+    guest.write('crash');
     await once(guest, 'close');
     await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'crashed');
-    assert.match((await supervisor.call('GET', '/vtpms/web1')).body.reason, /exit status 7/);
+    assert.match((await supervisor.call('GET', '/vtpms/web1')).body.reason, /not today/);
+    assert.equal(manager.tickets.length, 6, 'the first worker, and five that tried');
     await assert.rejects(connectDoor(sockets.tpm));
+    manager.refuse = undefined;
     await supervisor.end('SIGTERM');
     supervisor = await new SupervisorProcess(home, manifest, ['--log-format', 'json']).ready();
     assert.equal((await supervisor.call('GET', '/vtpms/web1')).body.state, 'crashed');
     const again = await supervisor.call('POST', '/vtpms/web1/start');
     assert.equal(again.body.state, 'running', JSON.stringify(again.body));
-    assert.equal(again.body.epoch, 2);
+  });
+
+  it('stops a vTPM while no worker is there', async () => {
+    await supervisor.create('web1');
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
+    guest.on('error', () => {});
+    await manager.stop();
+    guest.write('crash');
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'restarting');
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/stop')).body.state, 'stopped');
+    assert.deepEqual(workers(), []);
+    await manager.start();
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
   });
 
   it('leaves no worker behind when it is killed, and its successor does not restart what ran (I-3)', async () => {
@@ -219,8 +272,8 @@ describe('vtpm-supervisord', function () {
     const other = await connectDoor(started.sockets.tpm);
     other.on('error', () => {});
     other.write('babble');
-    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'crashed');
-    assert.match((await supervisor.call('GET', '/vtpms/web1')).body.reason, /broke the protocol/);
+    await until(() => supervisor.stderr.includes('broke the protocol'));
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.epoch === 3);
   });
 
   it('does one operation per vTPM at a time and refuses what does not fit its state', async () => {

@@ -28,6 +28,7 @@ interface Flags {
   readonly poolMax?: string;
   readonly poolMemoryReserve?: string;
   readonly vmAccelerator?: string;
+  readonly checkpoint?: string;
   readonly storeReserve?: string;
   readonly workerUids?: string;
   readonly waiveLayers?: string;
@@ -50,6 +51,7 @@ const program = new Command('vtpm-supervisord')
   .option('--pool-min <count>', 'workers that wait for a start, at least')
   .option('--pool-max <count>', 'workers that wait for a start, at most')
   .option('--pool-memory-reserve <MiB>', 'of memory that waiting workers leave available')
+  .option('--checkpoint <when>', 'always, or off: a crash of a worker is then a TPM failure')
   .option('--store-reserve <MiB>', 'of disk that is kept for the vTPMs there are')
   .option('--worker-uids <range>', 'uids that workers run as, one each: FIRST-LAST')
   .option('--waive-layers <names>', 'layers of the sandbox that workers may run without')
@@ -72,6 +74,7 @@ async function run(flags: Flags): Promise<void> {
     'pool-max': flags.poolMax,
     'pool-memory-reserve': flags.poolMemoryReserve,
     'vm-accelerator': flags.vmAccelerator,
+    checkpoint: flags.checkpoint,
     'store-reserve': flags.storeReserve,
     'worker-uids': flags.workerUids,
     'waive-layers': flags.waiveLayers,

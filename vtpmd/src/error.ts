@@ -13,6 +13,7 @@ export type VtpmdErrorCode =
   | 'refused'
   | 'fenced'
   | 'startup-failed'
+  | 'no-checkpoint'
   | 'internal';
 
 /** The one error class of this package. The message says what happened and holds no secret. */

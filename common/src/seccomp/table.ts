@@ -40,8 +40,6 @@ const PROT_EXEC = 4;
 const CLONE_THREAD = 0x10000;
 /** ioctls.h: what Node asks to learn what a descriptor is, and how it sets O_NONBLOCK and close-on-exec. */
 const [TCGETS, FIONBIO, FIOCLEX] = [0x5401, 0x5421, 0x5451];
-/** What waits in a pipe. */
-const FIONREAD = 0x541b;
 /** socket.h: a guest's command stays in its socket until it is answered. */
 const SO_PEEK_OFF = 42;
 /** fcntl.h */
@@ -83,8 +81,8 @@ export const SYSCALLS: readonly SyscallRule[] = [
     'ioctl',
     16,
     29,
-    is(1, FIONREAD, TCGETS, FIONBIO, FIOCLEX),
-    is(1, FIONREAD, TCGETS, FIONBIO, FIOCLEX),
+    is(1, TCGETS, FIONBIO, FIOCLEX),
+    is(1, TCGETS, FIONBIO, FIOCLEX),
     'as above; what kind of descriptor it was given',
   ),
   row('clock_gettime', 228, 113, 'yes', 'yes', 'clocks, where the vDSO has no fast one'),

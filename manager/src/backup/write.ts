@@ -121,7 +121,7 @@ function contentOf(
 ): { readonly bytes: Buffer; readonly size: number } | undefined {
   const { kind, generation } = record.header;
   if (kind !== 'LIVE' || generation === 0n) return undefined;
-  const { permanent, volatile } = openState(keys, record);
+  const { permanent, volatile, checkpointKey } = openState(keys, record);
   try {
     if (!permanent) {
       throw new ManagerError('store-corrupt', 'a record has a generation but no permanent state');
@@ -129,6 +129,6 @@ function contentOf(
     const bytes = encode('BackupContent', { salt: randomBytes(32), permanent });
     return { bytes, size: permanent.length };
   } finally {
-    wipe(permanent, volatile);
+    wipe(permanent, volatile, checkpointKey);
   }
 }

@@ -323,7 +323,9 @@ export class VtpmRegistry {
       libtpmsVersion: claim.libtpmsVersion,
       keepsVolatile: mode === 'resume',
     };
-    const record = held ? applyLoad(held.record, facts) : newRecord(keys, ticket, facts, BigInt(Date.now()));
+    const record = held
+      ? applyLoad(keys, held.record, facts)
+      : newRecord(keys, ticket, facts, BigInt(Date.now()));
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = this.#grant(checked, record, mode === 'manufacture');
     await this.#audit(actor, 'load', 'done', record.header, { mode, isolation: ticket.isolation });
@@ -382,7 +384,7 @@ export class VtpmRegistry {
     const { header } = record;
     const session = sessionOf(header);
     const sessionKey = keys.sessionKey({ ...session, vtpmUuid: header.vtpmUuid, epoch: header.epoch });
-    const { permanent, volatile } = openState(keys, record);
+    const { permanent, volatile, checkpointKey } = openState(keys, record);
     try {
       if (header.generation > 0n && !permanent) {
         throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
@@ -398,12 +400,13 @@ export class VtpmRegistry {
           permanent: permanent ?? new Uint8Array(0),
           volatile: volatile ?? new Uint8Array(0),
           manufacture,
+          checkpointKey: checkpointKey ?? new Uint8Array(0),
         },
         ticket.workerPublicKey,
         keys.identity,
       );
     } finally {
-      wipe(sessionKey, permanent, volatile);
+      wipe(sessionKey, permanent, volatile, checkpointKey);
     }
   }
 

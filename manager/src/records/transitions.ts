@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto';
 import {
   bytesEqual,
   decode,
@@ -21,6 +22,7 @@ import {
 import { RECORD_FORMAT, type VtpmRecord } from './format.js';
 
 const EMPTY = new Uint8Array(0);
+const CHECKPOINT_KEY_BYTES = 32;
 
 /** Sizes a save may have, in bytes. libtpms's largest permanent state is 143 KB, its volatile state 11 KB. */
 export const PART_LIMITS = { permanent: 256 * 1024, volatile: 64 * 1024, journal: 64 * 1024 } as const;
@@ -50,7 +52,6 @@ export function newRecord(
     storeId: keys.storeId,
     vtpmUuid: names.vtpmUuid,
   });
-  wipe(dataKey);
   const header: RecordHeader = {
     format: RECORD_FORMAT,
     kind: 'LIVE',
@@ -69,22 +70,38 @@ export function newRecord(
     savedAt: 0n,
     createdAt: now,
   };
-  return { header, parts: [] };
+  const checkpointKey = newCheckpointKey(dataKey, header);
+  wipe(dataKey);
+  return { header: { ...header, checkpointKey }, parts: [] };
 }
 
-/** The next epoch, owned by a new session. */
-export function applyLoad(record: VtpmRecord, load: LoadFacts): VtpmRecord {
-  const isSameRun = bytesEqual(record.header.vmRunId, load.vmRunId);
-  return {
-    header: {
-      ...record.header,
-      vmRunId: load.vmRunId,
-      bootId: load.bootId,
-      epoch: record.header.epoch + 1n,
-      session: load.session,
-    },
-    parts: isSameRun && load.keepsVolatile ? record.parts : ofKind(record.parts, 'PERMANENT'),
+/** The next epoch, owned by a new session. A new VM run gets a new checkpoint key: what the last one left is unreadable. */
+export function applyLoad(keys: KeyHierarchy, record: VtpmRecord, load: LoadFacts): VtpmRecord {
+  const goesOn = bytesEqual(record.header.vmRunId, load.vmRunId) && load.keepsVolatile;
+  const header: RecordHeader = {
+    ...record.header,
+    vmRunId: load.vmRunId,
+    bootId: load.bootId,
+    epoch: record.header.epoch + 1n,
+    session: load.session,
   };
+  if (goesOn) return { header, parts: record.parts };
+  const dataKey = openDataKey(keys, header);
+  try {
+    const checkpointKey = newCheckpointKey(dataKey, header);
+    return { header: { ...header, checkpointKey }, parts: ofKind(record.parts, 'PERMANENT') };
+  } finally {
+    wipe(dataKey);
+  }
+}
+
+function newCheckpointKey(dataKey: Uint8Array, header: RecordHeader): SealedPart {
+  const key = randomBytes(CHECKPOINT_KEY_BYTES);
+  try {
+    return sealPart(dataKey, contextOf(header, 'CHECKPOINT_KEY'), key);
+  } finally {
+    wipe(key);
+  }
 }
 
 /** The next generation: the parts of one save become one record. */
@@ -123,7 +140,7 @@ export function withoutSession(record: VtpmRecord): VtpmRecord {
 
 /** The tombstone: data key and state are gone, generation and epoch stay to be compared with. */
 export function retire(record: VtpmRecord, now: bigint): VtpmRecord {
-  const { header } = withoutSession(record);
+  const { checkpointKey: _key, ...header } = withoutSession(record).header;
   const retirement = { keyId: header.keyId, at: now };
   return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY, retirement }, parts: [] };
 }
@@ -142,7 +159,9 @@ export const ACCEPTANCE = 1n << 32n;
  * @param count what the TPM's counter shows once this is accepted
  */
 export function resume(record: VtpmRecord, mark: Mark, count: bigint): VtpmRecord {
-  const { header, parts } = withoutSession(record);
+  const { header: withKey, parts } = withoutSession(record);
+  // No worker goes on from a checkpoint of a state that was left behind.
+  const { checkpointKey: _key, ...header } = withKey;
   const last = header.generation / ACCEPTANCE;
   // On another TPM the count may be lower.
   const accepted = count > last ? count : last + 1n;
@@ -164,9 +183,11 @@ export function rekey(keys: KeyHierarchy, record: VtpmRecord): VtpmRecord {
     const { format, storeId, vtpmUuid } = record.header;
     const wrappedDataKey = wrapDataKey(storeKey, dataKey, { format, keyId, storeId, vtpmUuid });
     const header: RecordHeader = { ...record.header, keyId, wrappedDataKey };
+    const resealed = (part: SealedPart): SealedPart => reseal(oldKey, record.header, part, dataKey, header);
+    const { checkpointKey } = record.header;
     return {
-      header,
-      parts: record.parts.map((part) => reseal(oldKey, record.header, part, dataKey, header)),
+      header: checkpointKey ? { ...header, checkpointKey: resealed(checkpointKey) } : header,
+      parts: record.parts.map(resealed),
     };
   } finally {
     wipe(oldKey, dataKey);
@@ -189,18 +210,28 @@ function reseal(
   }
 }
 
-/** State in the clear; the caller wipes it. `volatile` is there only for the VM run that the record is at. */
+/** In the clear; the caller wipes it. Volatile state and checkpoint key are of the VM run that the record is at. */
 export function openState(
   keys: KeyHierarchy,
   record: VtpmRecord,
-): { permanent: Buffer | undefined; volatile: Buffer | undefined } {
+): {
+  permanent: Buffer | undefined;
+  volatile: Buffer | undefined;
+  checkpointKey: Buffer | undefined;
+} {
+  const { checkpointKey } = record.header;
   const dataKey = openDataKey(keys, record.header);
   try {
     const open = (kind: PartKind): Buffer | undefined => {
       const part = ofKind(record.parts, kind)[0];
       return part && openPart(dataKey, part, contextOf(record.header, kind));
     };
-    return { permanent: open('PERMANENT'), volatile: open('VOLATILE') };
+    return {
+      permanent: open('PERMANENT'),
+      volatile: open('VOLATILE'),
+      checkpointKey:
+        checkpointKey && openPart(dataKey, checkpointKey, contextOf(record.header, 'CHECKPOINT_KEY')),
+    };
   } finally {
     wipe(dataKey);
   }

@@ -35,7 +35,7 @@ interface VtpmSettings {
 }
 
 export interface SupervisorVtpm extends VtpmSettings {
-  readonly state: 'stopped' | 'starting' | 'running' | 'stopping' | 'crashed';
+  readonly state: 'stopped' | 'starting' | 'running' | 'restarting' | 'lost' | 'stopping' | 'crashed';
   readonly reason?: string | null;
   readonly vmRunId: string | null;
   readonly epoch: number | null;

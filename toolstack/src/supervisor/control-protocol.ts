@@ -9,6 +9,8 @@ export type WorkerMessage =
   | { readonly type: 'link-lost' }
   | { readonly type: 'link-up' }
   | { readonly type: 'connection-closed'; readonly id: number }
+  /** It answers TPM_RC_FAILURE to everything. */
+  | { readonly type: 'lost' }
   /** The worker ends now, with another status than 0. */
   | { readonly type: 'failed'; readonly reason: string; readonly message: string }
   /** Shutdown(CLEAR) is saved and durable; the worker ends now. */
@@ -27,7 +29,10 @@ export type SupervisorMessage =
       readonly managerKey: string;
       readonly startup: 'clear' | 'none';
       readonly outage: { readonly holdMs: Readonly<Record<'tpm' | 'tcti', number>> };
+      readonly checkpoint: CheckpointFields | null;
     }
+  /** Instead of an identity: the VM run goes on, and its state is lost. */
+  | { readonly type: 'lost'; readonly checkpoint: CheckpointFields }
   /** A new manager link was passed on the descriptor channel. */
   | { readonly type: 'link' }
   /** A guest's connection was passed on the descriptor channel. `peer`: process id of its client, as the host sees it. */
@@ -40,6 +45,17 @@ export type SupervisorMessage =
   /** That process has ended. */
   | { readonly type: 'peer-gone'; readonly peer: number }
   | { readonly type: 'stop' };
+
+/** The descriptors of a CheckpointStore were passed on the descriptor channel. */
+export interface CheckpointFields {
+  /** The worker leaves checkpoints; otherwise only which connections wait for an answer. */
+  readonly keeps: boolean;
+  /**
+   * Set where a worker before this one ended: the sequence of its newest checkpoint, and how many open connections
+   * follow at once.
+   */
+  readonly resumes: { readonly newest: number; readonly connections: number } | null;
+}
 
 export type DoorName = 'tpm' | 'tcti' | 'tcti-ctrl';
 
@@ -76,6 +92,7 @@ const SHAPES: Readonly<Record<WorkerMessage['type'], Shape>> = {
   'link-lost': {},
   'link-up': {},
   'connection-closed': { id: isCount },
+  lost: {},
   failed: { reason: isText, message: isText },
   stopped: {},
 };

@@ -16,10 +16,19 @@ const FILES: Readonly<Record<DoorName, string>> = {
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
 const MAX_CONNECTIONS = 64;
 
+/** One connection. */
+export interface Visit {
+  readonly door: DoorName;
+  readonly id: number;
+  /** The client's process, undefined where it cannot be known. */
+  readonly peer: number | undefined;
+  readonly socket: Socket;
+}
+
 /** What the worker is told of the connections it gets. */
 export interface DoorEvents {
-  /** `peer`: the client's process, undefined where it cannot be known. Where it throws, the connection is closed. */
-  connected(door: DoorName, id: number, peer: number | undefined, socket: Socket): void;
+  /** Where it throws, the connection is closed. */
+  connected(visit: Visit): void;
   /** The process of former connections has ended. */
   peerGone(peer: number): void;
 }
@@ -39,7 +48,7 @@ export function doorPaths(directory: string): DoorPaths {
  */
 export class Doors {
   readonly #servers: Server[] = [];
-  readonly #connections = new Map<number, Socket>();
+  readonly #connections = new Map<number, Visit>();
   readonly #directory: string;
   readonly #clients = new DoorClients();
   readonly #access: DoorAccess;
@@ -65,13 +74,14 @@ export class Doors {
     }
   }
 
-  get connections(): number {
-    return this.#connections.size;
+  /** Those that are open, in the order in which they came. */
+  visits(): Visit[] {
+    return [...this.#connections.values()];
   }
 
   /** The worker has closed its end. */
   forget(id: number): void {
-    this.#connections.get(id)?.destroy();
+    this.#connections.get(id)?.socket.destroy();
     this.#connections.delete(id);
   }
 
@@ -86,6 +96,11 @@ export class Doors {
     this.closeEntrances();
     for (const id of [...this.#connections.keys()]) this.forget(id);
     rmSync(this.#directory, { recursive: true, force: true });
+  }
+
+  /** The dead first: what they left makes room for the new one. */
+  lookForGone(): void {
+    for (const peer of this.#clients.takeGone()) this.#events.peerGone(peer);
   }
 
   #listen(door: DoorName): Promise<void> {
@@ -114,13 +129,14 @@ export class Doors {
 
   #accept(door: DoorName, socket: Socket): void {
     const id = this.#nextId++;
-    this.#connections.set(id, socket);
     socket.on('error', () => this.forget(id));
     try {
-      // The dead first: what they left makes room for the new one.
-      for (const peer of this.#clients.takeGone()) this.#events.peerGone(peer);
-      this.#events.connected(door, id, this.#clients.add(socket), socket);
+      this.lookForGone();
+      const visit = { door, id, peer: this.#clients.add(socket), socket };
+      this.#connections.set(id, visit);
+      this.#events.connected(visit);
     } catch {
+      socket.destroy();
       this.forget(id);
     }
   }

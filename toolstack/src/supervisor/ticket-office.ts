@@ -19,13 +19,16 @@ export interface TicketOffice {
   /**
    * Signs the permission for one worker to load one vTPM once. Call it only when no earlier worker of the vTPM can run
    * any more (I-3), and its image is checked. @param workerKey the worker's box key, 32 bytes
-   * @param imageDigest of the image that it runs from, hex
+   * @param imageDigest of the image that it runs from, hex @param power `is-on`, unless it is given
    * @throws ToolstackError `manager-unreachable` | `manager-refused` | `locked` | `corrupt`
    */
-  issue(entry: Entry, workerKey: Uint8Array, imageDigest: string): Promise<IssuedTicket>;
+  issue(entry: Entry, workerKey: Uint8Array, imageDigest: string, power?: Power): Promise<IssuedTicket>;
   /** @throws ToolstackError `bad-request` where a delegation does not let this supervisor run the vTPM */
   checkDelegation(entry: NewEntry): void;
 }
+
+/** `is-on`: the VM was powered on just now. `goes-on`: a worker of the same VM run has ended. */
+export type Power = 'is-on' | 'goes-on';
 
 export interface IssuedTicket {
   readonly ticket: SignedTicket;
@@ -57,7 +60,12 @@ class TicketOfficeImpl implements TicketOffice {
     this.#options = options;
   }
 
-  async issue(entry: Entry, workerKey: Uint8Array, imageDigest: string): Promise<IssuedTicket> {
+  async issue(
+    entry: Entry,
+    workerKey: Uint8Array,
+    imageDigest: string,
+    power: Power = 'is-on',
+  ): Promise<IssuedTicket> {
     const { admin, delegateKey } = this.#options;
     const asked = admin.vtpm(entry.id);
     // What is wrong with the manager as a whole is told first.
@@ -81,7 +89,14 @@ class TicketOfficeImpl implements TicketOffice {
         `vTPM ${entry.name} has run before, but the manager has no state of it; restore the manager's store from a backup`,
       );
     }
-    const verbs: Verb[] = generation === 0 ? ['MANUFACTURE', 'COLD'] : ['COLD'];
+    if (power === 'goes-on' && !delegatedVerbs(entry).includes('RESUME')) {
+      throw new ToolstackError(
+        'bad-request',
+        `the delegation of vTPM ${entry.name} has not the verb resume: no worker can go on where another one ended`,
+      );
+    }
+    const verbs: Verb[] =
+      power === 'goes-on' ? ['RESUME'] : generation === 0 ? ['MANUFACTURE', 'COLD'] : ['COLD'];
     const ticket = signTicket(
       delegateKey,
       {
@@ -165,6 +180,10 @@ class TicketOfficeImpl implements TicketOffice {
 /** The form in which a worker gets it, base64. */
 export function ticketText(ticket: SignedTicket): string {
   return encode('SignedTicket', ticket).toString('base64');
+}
+
+function delegatedVerbs(entry: NewEntry): Verb[] {
+  return decode('Delegation', signedDelegation(entry).delegation).verbs;
 }
 
 function signedDelegation(entry: NewEntry): { delegation: Buffer; signature: Buffer } {

@@ -1,74 +1,28 @@
 import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
-import { bootId, type Logger, type Paths, type Settings, socketFd } from 'vtpm-common';
-import { ToolstackError } from '../error.js';
-import { type VmLayer, vmLayers } from '../vm/layers.js';
-import type { Confinements } from './confinement.js';
+import { setTimeout as delay } from 'node:timers/promises';
+import { bootId, type Logger, socketFd } from 'vtpm-common';
+import { ToolstackError, type ToolstackErrorCode } from '../error.js';
+import { vmLayers } from '../vm/layers.js';
 import type { WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
-import { type DoorPaths, Doors, doorPaths } from './doors.js';
+import { Doors, doorPaths, type Visit } from './doors.js';
 import type { Entry } from './entry.js';
-import { confinementOf, type Layer, type Profile } from './layers.js';
+import { confinementOf } from './layers.js';
 import { killAndWait, type ProcessId } from './processes.js';
-import { type TicketOffice, ticketText } from './ticket-office.js';
+import { VmRun } from './vm-run.js';
 import type { VtpmList } from './vtpm-list.js';
-import type { ClaimedWorker, WorkerPool } from './worker-pool.js';
+import type { VtpmContext, VtpmState, VtpmView } from './vtpm-state.js';
+import type { ClaimedWorker } from './worker-pool.js';
 import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js';
+import { giveIdentity, giveLoss, isOfTheDead, type StartParts } from './worker-start.js';
 
-/** What every vTPM of a supervisor shares. */
-export interface VtpmContext {
-  readonly list: VtpmList;
-  readonly pool: WorkerPool;
-  readonly confinements: Confinements;
-  readonly office: TicketOffice;
-  readonly paths: Paths;
-  readonly settings: Settings;
-  readonly log: Logger;
-}
+/** What a worker says when it ends because it may not go on, or because nobody could in its place. */
+const FINAL: ReadonlySet<string> = new Set(['fenced', 'refused']);
 
-/**
- * `stopped`: no process. `starting`: a worker is there, the doors are not. `running`: a guest is served.
- * `stopping`: asked to save and end. `crashed`: the worker ended unasked; its PCRs are lost, and only a new VM run may
- * follow (an explicit start).
- */
-export type VtpmState =
-  | { readonly kind: 'stopped'; readonly reason: string | null }
-  | { readonly kind: 'starting'; readonly worker: WorkerProcess | undefined }
-  | { readonly kind: 'running'; readonly worker: WorkerProcess; readonly doors: Doors }
-  | { readonly kind: 'stopping'; readonly worker: WorkerProcess; readonly doors: Doors }
-  | { readonly kind: 'crashed'; readonly reason: string };
-
-/** S of the supervisor's API. */
-export interface VtpmView {
-  readonly id: string;
-  readonly name: string;
-  readonly vmUuid: string;
-  readonly isolation: string;
-  readonly autostart: boolean;
-  readonly startup: string;
-  readonly socketOwner: string | null;
-  readonly socketMode: string;
-  readonly state: VtpmState['kind'];
-  /** Why it crashed, or why the last start or stop did not go as asked. */
-  readonly reason: string | null;
-  readonly vmRunId: string | null;
-  /** The newest epoch that a worker serves, served or is about to. */
-  readonly epoch: number | null;
-  readonly worker: {
-    readonly pid: number;
-    readonly isolation: string;
-    readonly profile: Profile;
-    /** In force, by /proc. */
-    readonly layers: readonly (Layer | VmLayer)[];
-    /** What the sandbox should have and was told not to insist on. */
-    readonly waived: readonly Layer[];
-    readonly startedAt: string;
-  } | null;
-  readonly sockets: DoorPaths & { readonly control: null; readonly ring: null };
-}
-
-/** A worker under load on a small machine takes seconds; one that takes longer hangs. */
-const SERVING_LIMIT_MS = 60_000;
+/** Failures of a restart that pass. */
+const PASSING: ReadonlySet<ToolstackErrorCode> = new Set(['manager-unreachable', 'locked']);
+const PASSING_RETRY_MS = 200;
 
 /** One vTPM: its entry in the list, and its worker while it has one. */
 export class Vtpm {
@@ -78,6 +32,9 @@ export class Vtpm {
   #state: VtpmState;
   /** What a kill could not end. No start while it is there. */
   #lingering: readonly ProcessId[] = [];
+  /** While there is a worker, or there is to be one. */
+  #run: VmRun | undefined;
+  #restart: Promise<void> = Promise.resolve();
   #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #isRemoved = false;
   #isShuttingDown = false;
@@ -102,11 +59,11 @@ export class Vtpm {
     const { id, name, vmUuid, isolation, autostart, startup, vmRunId, epoch } = this.#entry;
     const { socketOwner, socketMode } = this.#entry;
     const state = this.#state;
-    const worker = state.kind === 'stopped' || state.kind === 'crashed' ? undefined : state.worker;
+    const worker = 'worker' in state ? state.worker : undefined;
     return {
       ...{ id, name, vmUuid, isolation, autostart, startup, socketOwner, socketMode },
       state: state.kind,
-      reason: state.kind === 'stopped' || state.kind === 'crashed' ? state.reason : null,
+      reason: 'reason' in state ? state.reason : null,
       ...{ vmRunId, epoch },
       worker:
         worker?.pid === undefined
@@ -143,11 +100,14 @@ export class Vtpm {
         const limit = this.#context.settings['worker-stop-timeout'];
         const end = await worker.stop(limit);
         doors.close();
+        this.#run?.end();
         this.#lingering = end.lingering;
         const reason = end.clean ? null : `it did not stop cleanly (${end.reason})`;
         if (reason) this.#log.warn({ reason }, 'stopped by force');
         else this.#log.info('stopped');
         this.#state = { kind: 'stopped', reason };
+      } else if (state.kind === 'lost' || state.kind === 'restarting') {
+        await this.#breakOff(state);
       } else {
         this.#state = { kind: 'stopped', reason: null };
       }
@@ -176,13 +136,30 @@ export class Vtpm {
     this.#isShuttingDown = true;
     if (this.#state.kind === 'starting') await this.#state.worker?.kill();
     await this.#operation?.settled;
-    if (this.#state.kind === 'running') await this.stop();
+    const state = this.#state;
+    if (state.kind === 'running') await this.stop();
+    if (state.kind !== 'lost' && state.kind !== 'restarting') return;
+    await this.#breakOff(state);
+    // Its VM may still run, and must not be given a TPM with fresh PCRs by the next supervisor.
+    this.#state = { kind: 'crashed', reason: state.reason };
+    this.#tryUpdate({ crashed: state.reason });
+  }
+
+  /** A run without a TPM that works: there is nothing to save. */
+  async #breakOff(state: VtpmState & { kind: 'lost' | 'restarting' }): Promise<void> {
+    this.#run?.end();
+    const before = state.worker;
+    this.#state = { kind: 'stopped', reason: null };
+    await before?.kill();
+    await this.#restart;
+    state.doors.close();
   }
 
   async #start(): Promise<void> {
-    if (this.#state.kind === 'running') {
+    if (this.#state.kind === 'running' || this.#state.kind === 'restarting') {
       throw new ToolstackError('already-running', `vTPM ${this.#entry.name} is running already`);
     }
+    if (this.#state.kind === 'lost') await this.#breakOff(this.#state);
     const before = this.#state;
     const { epoch } = this.#entry;
     this.#state = { kind: 'starting', worker: undefined };
@@ -193,8 +170,10 @@ export class Vtpm {
       const { isolation } = this.#entry;
       // Before anything is changed: no VM powers on while the manager is away.
       const claimed = await pool.take(isolation, this.#owner());
-      await this.#startWorker(claimed, randomUUID());
+      this.#run = new VmRun();
+      await this.#startWorker(claimed, this.#run, randomUUID());
     } catch (error) {
+      this.#run?.end();
       const failure = ToolstackError.from(error, `vTPM ${this.#entry.name} cannot be started`);
       this.#log.warn({ code: failure.code, reason: failure.message }, 'not started');
       if (this.#entry.crashed === null) {
@@ -222,42 +201,38 @@ export class Vtpm {
     };
   }
 
-  async #startWorker({ worker, ready, isFresh }: ClaimedWorker, vmRunId: string): Promise<void> {
+  #parts(run: VmRun): StartParts {
+    const { office, settings } = this.#context;
+    return { office, settings, run, entry: this.#entry };
+  }
+
+  async #startWorker(claimed: ClaimedWorker, run: VmRun, vmRunId: string): Promise<void> {
+    const { worker, isFresh } = claimed;
     this.#state = { kind: 'starting', worker };
     try {
-      const key = Buffer.from((await ready).publicKey, 'hex');
-      worker.checkImage();
-      const issued = await this.#context.office.issue({ ...this.#entry, vmRunId }, key, worker.image.digest);
-      const { startup } = this.#entry;
-      const hold = this.#context.settings['outage-hold'];
-      const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
-      worker.send({
-        type: 'identity',
-        ticket: ticketText(issued.ticket),
-        managerKey: issued.managerKey,
-        startup,
-        outage: { holdMs: { tpm: hold, tcti: hold } },
+      const { epoch, generation } = await giveIdentity(claimed, {
+        ...this.#parts(run),
+        entry: { ...this.#entry, vmRunId },
+        // Before a guest can get in, and while the worker and the manager are busy with the Load.
+        onIssued: (issued) => {
+          this.#update({
+            ...{ vmRunId, runningInBoot: bootId().toString('hex'), crashed: null },
+            ...{ epoch: issued.epoch, manufactured: this.#entry.manufactured || issued.generation > 0 },
+          });
+        },
       });
-      isServing.catch(() => undefined);
-      // Before a guest can get in, and while the worker and the manager are busy with the Load.
-      this.#update({
-        ...{ vmRunId, runningInBoot: bootId().toString('hex'), crashed: null },
-        ...{ epoch: issued.epoch, manufactured: this.#entry.manufactured || issued.generation > 0 },
-      });
-      const { epoch, generation } = await isServing;
-      if (generation < 1) {
-        throw new ToolstackError('worker-failed', 'the worker wants to serve a TPM that is not saved yet');
-      }
       if (!this.#entry.manufactured || this.#entry.epoch !== epoch) {
         this.#update({ manufactured: true, epoch });
       }
       const doors = await Doors.open(this.#directory(), accessOf(this.#entry), {
-        connected: (door, id, peer, socket) =>
-          worker.pass(socketFd(socket), { type: 'connection', door, id, peer }),
-        peerGone: (peer) => worker.send({ type: 'peer-gone', peer }),
+        connected: (visit) => this.#connected(run, visit),
+        peerGone: (peer) => {
+          run.clientGone(peer);
+          if ('worker' in this.#state) this.#state.worker?.send({ type: 'peer-gone', peer });
+        },
       });
       this.#state = { kind: 'running', worker, doors };
-      void worker.ended.then((end) => this.#ended(worker, end));
+      this.#watch(worker);
       this.#log.info({ epoch, generation, pid: worker.pid }, 'running');
     } catch (error) {
       const hasEnded = worker.hasEnded;
@@ -269,8 +244,26 @@ export class Vtpm {
         { reason: end.reason },
         'the worker from the pool was lost; a fresh one takes its place',
       );
-      await this.#startWorker(await this.#context.pool.fresh(this.#entry.isolation, this.#owner()), vmRunId);
+      const fresh = await this.#context.pool.fresh(this.#entry.isolation, this.#owner());
+      await this.#startWorker(fresh, run, vmRunId);
     }
+  }
+
+  /** A connection waits while there is no worker: the next one gets all that are open. */
+  #connected(run: VmRun, { door, id, peer, socket }: Visit): void {
+    if (peer !== undefined) run.clientCame(peer);
+    const state = this.#state;
+    if (state.kind !== 'running' && state.kind !== 'lost') return;
+    try {
+      state.worker.pass(socketFd(socket), { type: 'connection', door, id, peer });
+    } catch (error) {
+      // The next worker gets all that are open.
+      if (!isOfTheDead(error)) throw error;
+    }
+  }
+
+  #watch(worker: WorkerProcess): void {
+    void worker.ended.then((end) => this.#ended(worker, end));
   }
 
   #take(message: WorkerMessage): void {
@@ -282,20 +275,100 @@ export class Vtpm {
   /** The worker ended. Where a stop is waiting for that, it deals with it. */
   #ended(worker: WorkerProcess, end: WorkerEnd): void {
     const state = this.#state;
-    if (state.kind !== 'running' || state.worker !== worker) return;
-    state.doors.close();
+    const run = this.#run;
+    if ((state.kind !== 'running' && state.kind !== 'lost') || state.worker !== worker || !run) return;
+    const { doors } = state;
     this.#lingering = end.lingering;
     if (end.clean) {
+      doors.close();
+      run.end();
       this.#state = { kind: 'stopped', reason: null };
       this.#tryUpdate({ runningInBoot: null });
       return;
     }
-    this.#log.error(
-      { reason: end.reason },
-      'the worker crashed; start the vTPM again with a new run of its VM',
-    );
-    this.#state = { kind: 'crashed', reason: end.reason };
-    this.#tryUpdate({ crashed: end.reason });
+    if (this.#entry.isolation === 'vm' || FINAL.has(end.failure?.reason ?? '') || !run.mayRestart()) {
+      this.#crashed(run, doors, end.reason);
+      return;
+    }
+    this.#log.warn({ reason: end.reason }, 'the worker ended; another one goes on');
+    if (this.#context.settings.checkpoint === 'off') {
+      run.lost ??= `${end.reason}, and nothing is check-pointed`;
+    }
+    this.#restart = this.#goOn(run, doors, end.reason);
+  }
+
+  #crashed(run: VmRun, doors: Doors, reason: string): void {
+    doors.close();
+    run.end();
+    this.#log.error({ reason }, 'the worker crashed; start the vTPM again with a new run of its VM');
+    this.#state = { kind: 'crashed', reason };
+    this.#tryUpdate({ crashed: reason });
+  }
+
+  /** Never rejects. Ends early where the run is broken off. */
+  async #goOn(run: VmRun, doors: Doors, ended: string): Promise<void> {
+    let reason = ended;
+    this.#state = { kind: 'restarting', reason, doors, worker: undefined };
+    while (!run.isOver) {
+      await run.pause();
+      try {
+        // The dead one cannot run any more (I-3).
+        await killAndWait(this.#lingering);
+        this.#lingering = [];
+        await this.#context.pool.duringStart(() => this.#tryToGoOn(run, doors, reason));
+        return;
+      } catch (error) {
+        if (run.isOver) return;
+        const failure = ToolstackError.from(error, 'no worker goes on');
+        reason = failure.message;
+        this.#log.warn({ code: failure.code, reason }, 'the vTPM does not go on yet');
+        if (PASSING.has(failure.code)) await delay(PASSING_RETRY_MS);
+        else if (!run.mayRestart()) this.#crashed(run, doors, reason);
+        else if (isHopeless(failure)) run.lost ??= `${ended}; ${reason}`;
+      }
+    }
+  }
+
+  async #tryToGoOn(run: VmRun, doors: Doors, reason: string): Promise<void> {
+    const claimed = await this.#context.pool.take(this.#entry.isolation, this.#owner());
+    const { worker } = claimed;
+    if (run.isOver) {
+      await worker.kill();
+      return;
+    }
+    const state: VtpmState = { kind: 'restarting', reason, doors, worker };
+    this.#state = state;
+    try {
+      doors.lookForGone();
+      // Those that come from here on wait until the worker is there.
+      const visits = doors.visits();
+      if (run.lost !== undefined) {
+        await giveLoss(claimed, run, visits);
+      } else {
+        const { epoch, generation } = await giveIdentity(claimed, this.#parts(run), visits);
+        this.#tryUpdate({ epoch });
+        this.#log.info({ epoch, generation, pid: worker.pid }, 'the vTPM goes on');
+      }
+      if (run.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
+      this.#state =
+        run.lost === undefined
+          ? { kind: 'running', worker, doors }
+          : { kind: 'lost', reason: run.lost, worker, doors };
+      if (run.lost !== undefined) {
+        this.#log.error(
+          { reason: run.lost },
+          'the TPM fails until the VM is reset: start the vTPM again then',
+        );
+      }
+      const known = new Set(visits.map(({ id }) => id));
+      for (const visit of doors.visits()) if (!known.has(visit.id)) this.#connected(run, visit);
+      this.#watch(worker);
+    } catch (error) {
+      state.worker = undefined;
+      const end = await worker.kill();
+      this.#lingering = end.lingering;
+      throw error;
+    }
   }
 
   #update(change: Parameters<VtpmList['update']>[1]): void {
@@ -332,6 +405,12 @@ export class Vtpm {
       this.#operation = undefined;
     }
   }
+}
+
+/** Another try gives the same: what the manager or the delegation refuses, and a state that cannot go on. */
+function isHopeless({ code, message }: ToolstackError): boolean {
+  const isRefused = code === 'bad-request' || code === 'manager-refused' || code === 'image-not-allowed';
+  return isRefused || /^(no-checkpoint|verb-missing|wrong-vm|retired)\b/.test(message);
 }
 
 /** The copy that it was started from was touched since: a fresh one is of what is measured now. */

@@ -203,11 +203,16 @@ export class WorkerProcess {
     if (!this.#control.destroyed) this.#control.write(`${JSON.stringify(message)}\n`);
   }
 
+  /** Hands over copies of descriptors and then says what they are. @throws as `pass` */
+  passAll(descriptors: readonly number[], message: SupervisorMessage): void {
+    if (this.#hasEnded) throw new ToolstackError('worker-failed', 'the worker has ended');
+    for (const descriptor of descriptors) sendDescriptor(this.#descriptors, descriptor);
+    this.send(message);
+  }
+
   /** Hands over a copy of a descriptor and then says what it is. @throws SystemCallError where the channel is full or closed */
   pass(descriptor: number, message: SupervisorMessage): void {
-    if (this.#hasEnded) throw new ToolstackError('worker-failed', 'the worker has ended');
-    sendDescriptor(this.#descriptors, descriptor);
-    this.send(message);
+    this.passAll([descriptor], message);
   }
 
   /** Asks it to stop and save; kills it after `limitMs`. */

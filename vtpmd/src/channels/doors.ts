@@ -1,9 +1,13 @@
 import { closeSync } from 'node:fs';
 import { peerCredentials } from 'vtpm-common/libc';
+import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
+import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { flushContext } from '../engine/command.js';
 import type { TpmEngine } from '../engine/engine.js';
 import type { CommandQueue } from '../worker/command-queue.js';
+import type { ClientKind } from '../worker/outage-policy.js';
 import type { HandleOwner, HandleOwners } from './handle-owners.js';
+import { KeptConnection, type KeptConnectionOptions } from './kept-connection.js';
 import { serveTctiControl } from './tcti-control.js';
 import { TpmConnection } from './tpm-connection.js';
 
@@ -12,6 +16,47 @@ export type DoorKind = 'tpm' | 'tcti' | 'tcti-ctrl';
 
 export function isDoorKind(text: string): text is DoorKind {
   return text === 'tpm' || text === 'tcti' || text === 'tcti-ctrl';
+}
+
+/** Which connections have no answer yet, where the supervisor can see it. */
+class TakenNotes {
+  readonly #connections: (number | undefined)[];
+
+  constructor(private readonly words: Uint32Array) {
+    this.#connections = new Array<number | undefined>(words.length).fill(undefined);
+  }
+
+  /** @returns undefined where all words are in use: that connection is not noted */
+  open(connection: number): number | undefined {
+    const word = this.#connections.indexOf(undefined);
+    if (word < 0) return undefined;
+    this.#connections[word] = connection;
+    return word;
+  }
+
+  set(word: number, isTaken: boolean): void {
+    this.words[word] = isTaken ? (this.#connections[word] ?? 0) : 0;
+  }
+
+  close(word: number): void {
+    this.words[word] = 0;
+    this.#connections[word] = undefined;
+  }
+}
+
+/** What connections need that outlive this worker. */
+export interface Kept {
+  readonly keeper: CheckpointKeeper;
+  readonly pipe: AnswerPipe;
+}
+
+/** A connection as the supervisor passes it. */
+export interface Visitor {
+  readonly kind: DoorKind;
+  readonly id: number;
+  readonly fd: number;
+  /** Process id of the client as the supervisor sees it: from within a sandbox it cannot be seen. */
+  readonly peer: number | undefined;
 }
 
 /**
@@ -27,26 +72,35 @@ export class Doors {
   readonly #owners: HandleOwners;
   /** Clients that the supervisor watches; the others are processes that this one can see. */
   readonly #watched = new Set<number>();
-  #connections = 0;
+  /** Of a worker before this one, until they are opened here. */
+  readonly #adopted = new Set<number>();
+  readonly #kept: Kept | undefined;
+  readonly #taken: TakenNotes | undefined;
 
-  constructor(engine: TpmEngine, queue: CommandQueue, owners: HandleOwners) {
+  /** @param kept where connections outlive this worker @param taken where they do, and nothing else of it */
+  constructor(
+    engine: TpmEngine,
+    queue: CommandQueue,
+    owners: HandleOwners,
+    { kept, taken }: { readonly kept?: Kept | undefined; readonly taken?: Uint32Array | undefined } = {},
+  ) {
+    this.#taken = taken && new TakenNotes(taken);
     this.#engine = engine;
     this.#queue = queue;
     this.#owners = owners;
+    this.#kept = kept;
   }
 
-  /**
-   * Serves the connected socket `fd`, which is closed with the connection.
-   * @param peer process id of the client as the supervisor sees it: from within a sandbox it cannot be seen
-   */
-  open(kind: DoorKind, fd: number, peer: number | undefined, onClosed: () => void): void {
+  /** Serves the connected socket `fd`, which is closed with the connection. */
+  open({ kind, id, fd, peer }: Visitor, onClosed: () => void): void {
     try {
       switch (kind) {
         case 'tpm':
-          new TpmConnection(fd, this.#queue, onClosed);
+          if (this.#kept) this.#openKept(this.#kept, fd, { id, onClosed });
+          else this.#openTaking(fd, id, onClosed);
           return;
         case 'tcti':
-          this.#openTcti(fd, this.#clientOf(fd, peer), onClosed);
+          this.#openTcti(fd, { client: this.#clientOf(fd, peer), connection: id }, onClosed);
           return;
         case 'tcti-ctrl': {
           const client = this.#clientOf(fd, peer);
@@ -64,29 +118,75 @@ export class Doors {
     }
   }
 
+  /** All connections that were open when a worker before this one ended. Of those that are gone nothing stays loaded. */
+  adopt(visitors: readonly Visitor[], onClosed: (id: number) => void): void {
+    for (const { id } of visitors) this.#adopted.add(id);
+    for (const connection of this.#owners.busy) {
+      if (!this.#adopted.has(connection)) this.#endOf(connection);
+    }
+    for (const visitor of visitors) this.open(visitor, () => onClosed(visitor.id));
+  }
+
   /** The process ended: what it left loaded is flushed. */
   peerGone(client: number): void {
     this.#watched.delete(client);
     this.#flush((owner) => owner.client === client);
   }
 
-  #openTcti(fd: number, client: number, onClosed: () => void): void {
+  #openKept(
+    { keeper, pipe }: Kept,
+    fd: number,
+    options: Omit<KeptConnectionOptions, 'queue' | 'keeper' | 'pipe'>,
+  ): void {
+    new KeptConnection(fd, { queue: this.#queue, keeper, pipe, ...options }).start();
+  }
+
+  /** Takes each command from its socket as it comes. */
+  #openTaking(
+    fd: number,
+    id: number,
+    onClosed: (connection: TpmConnection) => void,
+    owner?: HandleOwner,
+    kind?: ClientKind,
+  ): void {
+    const word = this.#taken?.open(id);
+    const note = word === undefined ? undefined : (isTaken: boolean) => this.#taken?.set(word, isTaken);
+    const done = (connection: TpmConnection): void => {
+      if (word !== undefined) this.#taken?.close(word);
+      onClosed(connection);
+    };
+    new TpmConnection(fd, this.#queue, done, owner, kind, note);
+  }
+
+  #endOf(connection: number): void {
+    this.#owners.setBusy(connection, false);
+    this.#flush((other) => other.connection === connection);
+  }
+
+  #openTcti(fd: number, owner: HandleOwner, done: () => void): void {
+    const { client, connection } = owner;
     for (const other of this.#owners.clients()) {
       if (other !== 0 && !this.#watched.has(other) && !isAlive(other)) this.peerGone(other);
     }
-    const owner: HandleOwner = { client, connection: ++this.#connections };
-    new TpmConnection(
-      fd,
-      this.#queue,
-      ({ commands }) => {
-        if (commands > 1) this.#flush((other) => other === owner);
-        // Nobody knows this client, but it is new: so the ones before it are taken to be gone.
-        else if (commands === 0 && client === 0) this.peerGone(0);
-        onClosed();
-      },
+    const isAdopted = this.#adopted.delete(connection);
+    const onClosed = ({ commands }: { readonly commands: number }): void => {
+      if (commands > 1) this.#endOf(connection);
+      // Nobody knows this client, but it is new: so the ones before it are taken to be gone.
+      else if (commands === 0 && client === 0 && !isAdopted) this.peerGone(0);
+      done();
+    };
+    if (!this.#kept) {
+      this.#openTaking(fd, connection, onClosed, owner, 'tcti');
+      return;
+    }
+    this.#openKept(this.#kept, fd, {
+      id: connection,
       owner,
-      'tcti',
-    );
+      kind: 'tcti',
+      commands: this.#owners.busy.has(connection) ? 2 : 0,
+      onClosed,
+      onBusy: () => this.#owners.setBusy(connection, true),
+    });
   }
 
   #clientOf(fd: number, peer: number | undefined): number {

@@ -15,11 +15,14 @@ export interface HandleOwner {
  */
 export class HandleOwners {
   readonly #owners = new Map<number, HandleOwner>();
+  readonly #busy = new Set<number>();
+  #serialised: Buffer | undefined;
 
   /** Takes note of a command that ran. What a source without owner loads stays until it flushes it itself. */
   observe(owner: HandleOwner | undefined, command: Buffer, response: Buffer): void {
     const effect = EFFECT.get(commandCode(command));
     if (effect === undefined || responseCode(response) !== TPM_RC_SUCCESS) return;
+    this.#serialised = undefined;
     if (effect === 'loads') {
       if (response.length < HEADER_BYTES + 4) return;
       const handle = response.readUInt32BE(HEADER_BYTES);
@@ -33,6 +36,42 @@ export class HandleOwners {
     if (effect !== 'saves' || isSession(handle)) this.#owners.delete(handle);
   }
 
+  /** What `restore` takes: 12 bytes a handle. The same buffer until something changes. */
+  serialised(): Buffer {
+    if (!this.#serialised) {
+      const entries = [
+        ...Array.from(this.#owners, ([handle, { client, connection }]) => [handle, client, connection]),
+        // No handle is 0: that is PCR 0.
+        ...Array.from(this.#busy, (connection) => [0, 0, connection]),
+      ];
+      this.#serialised = Buffer.from(Uint32Array.from(entries.flat()).buffer);
+    }
+    return this.#serialised;
+  }
+
+  /** Takes over what a worker before this one knew. */
+  restore(bytes: Buffer): void {
+    this.#serialised = undefined;
+    for (let offset = 0; offset + ENTRY_BYTES <= bytes.length; offset += ENTRY_BYTES) {
+      const handle = bytes.readUInt32LE(offset);
+      const connection = bytes.readUInt32LE(offset + 8);
+      if (handle === 0) this.#busy.add(connection);
+      else this.#owners.set(handle, { client: bytes.readUInt32LE(offset + 4), connection });
+    }
+  }
+
+  /** Connections that brought more than one command, and are open. */
+  get busy(): ReadonlySet<number> {
+    return this.#busy;
+  }
+
+  setBusy(connection: number, isBusy: boolean): void {
+    if (this.#busy.has(connection) === isBusy) return;
+    this.#serialised = undefined;
+    if (isBusy) this.#busy.add(connection);
+    else this.#busy.delete(connection);
+  }
+
   /** Clients that have something loaded. */
   clients(): Set<number> {
     return new Set(Array.from(this.#owners.values(), ({ client }) => client));
@@ -41,6 +80,7 @@ export class HandleOwners {
   /** The handles of all owners that match; they are forgotten here. */
   release(matches: (owner: HandleOwner) => boolean): number[] {
     const handles: number[] = [];
+    this.#serialised = undefined;
     for (const [handle, owner] of this.#owners) {
       if (!matches(owner)) continue;
       handles.push(handle);
@@ -49,6 +89,9 @@ export class HandleOwners {
     return handles;
   }
 }
+
+/** u32 handle, client and connection, in the host's order: nobody reads them on another host. */
+const ENTRY_BYTES = 12;
 
 type Effect = 'loads' | 'flushes' | 'flushes second' | 'saves';
 

@@ -27,12 +27,104 @@ export function sendNow(fd: number, bytes: Buffer): number {
 
 /** Waits for something to read. @returns false after the timeout, and where the descriptor has an error */
 export function waitReadable(fd: number, microseconds: number): boolean {
+  return (poll(fd, POLLIN, microseconds) & POLLIN) !== 0;
+}
+
+const write = libc.func('long write(int fd, void *buffer, size_t length)');
+const read = libc.func('long read(int fd, void *buffer, size_t length)');
+const splice = libc.func(
+  'long splice(int from, void *fromOffset, int to, void *toOffset, size_t length, uint32_t flags)',
+);
+const getsockopt = libc.func(
+  'int getsockopt(int fd, int level, int name, _Out_ int32_t *value, _Inout_ uint32_t *length)',
+);
+const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *value, uint32_t length)');
+
+const MSG_PEEK = 2;
+const POLLOUT = 4;
+const POLLERR = 8;
+const POLLHUP = 0x10;
+const POLLRDHUP = 0x2000;
+const SOL_SOCKET = 1;
+const SO_PEEK_OFF = 42;
+const SPLICE_F_MOVE_NONBLOCK = 1 | 2;
+const EAGAIN = 11;
+
+const offsetValue = Buffer.alloc(4);
+
+/**
+ * Reads from the socket's peek offset on and leaves everything there; the offset moves behind what was read, and back by
+ * what is received later (socket(7), SO_PEEK_OFF). It belongs to the socket and so outlives the process.
+ * @returns the number of bytes; 0 at the end, -1 where nothing is there, -2 where the socket is of no use any more
+ */
+export function peekNow(fd: number, buffer: Buffer): number {
+  const length = Number(recv(fd, buffer, buffer.length, MSG_DONTWAIT | MSG_PEEK));
+  if (length >= 0) return length;
+  return koffi.errno() === EAGAIN ? -1 : -2;
+}
+
+export function setPeekOffset(fd: number, offset: number): void {
+  offsetValue.writeInt32LE(offset, 0);
+  setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, offsetValue, 4);
+}
+
+/** -1 where none was ever set. */
+export function peekOffset(fd: number): number {
+  const value = [0];
+  return Number(getsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, value, [4])) === 0 ? (value[0] ?? -1) : -1;
+}
+
+/** @returns the number of bytes written, -1 where none */
+export function writeNow(fd: number, bytes: Buffer): number {
+  return Number(write(fd, bytes, bytes.length));
+}
+
+/** Moves what is in a pipe to a socket. @returns the number of bytes, 0 for an empty pipe, -1 where it cannot be moved now or ever */
+export function spliceNow(pipe: number, fd: number, length: number): number {
+  return Number(splice(pipe, null, fd, null, length, SPLICE_F_MOVE_NONBLOCK));
+}
+
+export function pipeHolds(pipe: number): boolean {
+  return (pollNow(pipe, POLLIN) & POLLIN) !== 0;
+}
+
+export function drainPipe(pipe: number): void {
+  while (pipeHolds(pipe) && Number(read(pipe, drainBuffer, drainBuffer.length)) > 0);
+}
+
+const drainBuffer = Buffer.alloc(4096);
+
+/** The peer is gone: what it sent can still be read, but nothing can be answered. */
+export function hasHungUp(fd: number): boolean {
+  return (pollNow(fd, 0) & (POLLHUP | POLLERR)) !== 0;
+}
+
+/** The peer sends no more. */
+export function hasEnded(fd: number): boolean {
+  return (pollNow(fd, POLLRDHUP) & (POLLRDHUP | POLLHUP | POLLERR)) !== 0;
+}
+
+/** At least three quarters of the send buffer are free. */
+export function isWritable(fd: number): boolean {
+  return (pollNow(fd, POLLOUT) & POLLOUT) !== 0;
+}
+
+export function waitWritable(fd: number, microseconds: number): void {
+  poll(fd, POLLOUT, microseconds);
+}
+
+function pollNow(fd: number, events: number): number {
+  return poll(fd, events, 0);
+}
+
+function poll(fd: number, events: number, microseconds: number): number {
   fields.writeInt32LE(fd, 0);
-  fields.writeInt16LE(POLLIN, 4);
+  fields.writeInt16LE(events, 4);
   fields.writeInt16LE(0, 6);
   fields.writeUInt32LE(0, 8);
   fields.writeUInt32LE(0, 12);
   fields.writeUInt32LE(microseconds * 1000, 16);
   fields.writeUInt32LE(0, 20);
-  return Number(ppoll(memory, 1, memory + 8n, null)) === 1 && (fields.readInt16LE(6) & POLLIN) !== 0;
+  ppoll(memory, 1, memory + 8n, null);
+  return fields.readUInt16LE(6);
 }

@@ -7,12 +7,7 @@ import type { ClientKind } from '../worker/outage-policy.js';
 import { CommandReader } from './command-reader.js';
 import type { HandleOwner } from './handle-owners.js';
 import { receiveNow, sendNow, waitReadable } from './socket-io.js';
-
-/** After an answer: how long the next command is waited for outside of the event loop, in microseconds. */
-const STAY_MICROSECONDS = 100;
-/** Bounds of one stay: nothing else of the worker happens meanwhile. */
-const STAY_COMMANDS = 64;
-const STAY_MILLISECONDS = 5;
+import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
 
 // Every connection reads into the same memory: what is read is run or copied before the next read.
 const receiveBuffer = Buffer.alloc(MAX_COMMAND_BYTES);
@@ -32,7 +27,7 @@ export class TpmConnection implements CommandSource {
   command: Buffer = receiveBuffer;
   readonly #fd: number;
   readonly #socket: Socket;
-  readonly #queue: CommandQueue;
+  readonly #queue: Pick<CommandQueue, 'submit'>;
   readonly #onClosed: (connection: TpmConnection) => void;
   readonly #reader = new CommandReader();
   #commands = 0;
@@ -47,14 +42,16 @@ export class TpmConnection implements CommandSource {
    * @param peer a descriptor, owned by the connection from now on, or an accepted socket that allows half-open
    * @param onClosed called once: the connection is closed and none of its commands runs
    * @param owner of what its commands load, where that is to be flushed
+   * @param note hears when a command has no answer yet, and when it has
    * @param kind says how long its commands wait for a manager that is away
    */
   constructor(
     peer: number | Socket,
-    queue: CommandQueue,
+    queue: Pick<CommandQueue, 'submit'>,
     onClosed: (connection: TpmConnection) => void,
     readonly owner?: HandleOwner,
     readonly kind: ClientKind = 'tpm',
+    private readonly note?: (isTaken: boolean) => void,
   ) {
     this.#queue = queue;
     this.#onClosed = onClosed;
@@ -106,6 +103,7 @@ export class TpmConnection implements CommandSource {
     }
     if (this.isGone) return;
     this.#write(response);
+    this.note?.(false);
     this.#next();
   }
 
@@ -181,6 +179,7 @@ export class TpmConnection implements CommandSource {
   }
 
   #submit(command: Buffer): void {
+    this.note?.(true);
     this.#isWaiting = true;
     this.#commands++;
     this.command = command;

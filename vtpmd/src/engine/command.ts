@@ -24,6 +24,7 @@ const TPM_RC_BAD_AUTH = 0x0a2;
 export const TPM_CC = {
   CreatePrimary: 0x131,
   SequenceComplete: 0x13e,
+  SetCommandCodeAuditStatus: 0x140,
   IncrementalSelfTest: 0x142,
   SelfTest: 0x143,
   Startup: 0x144,
@@ -36,9 +37,17 @@ export const TPM_CC = {
   ContextSave: 0x162,
   FlushContext: 0x165,
   LoadExternal: 0x167,
+  NV_ReadPublic: 0x169,
+  ReadPublic: 0x173,
   StartAuthSession: 0x176,
+  ECC_Parameters: 0x178,
+  GetCapability: 0x17a,
+  GetRandom: 0x17b,
+  GetTestResult: 0x17c,
+  PCR_Read: 0x17e,
   EventSequenceComplete: 0x185,
   HashSequenceStart: 0x186,
+  TestParms: 0x18a,
   CreateLoaded: 0x191,
 } as const;
 
@@ -90,6 +99,18 @@ export function stirRandom(bytes: Uint8Array): Buffer {
   command.writeUInt32BE(TPM_CC.StirRandom, 6);
   command.writeUInt16BE(bytes.length, HEADER_BYTES);
   command.set(bytes, HEADER_BYTES + 2);
+  return command;
+}
+
+/** TPM_CAP_AUDIT_COMMANDS (part 2, section 6.12). */
+export const CAP_AUDIT_COMMANDS = 4;
+
+/** TPM2_GetCapability (part 3, section 30.2). */
+export function getCapability(capability: number, property: number, count: number): Buffer {
+  const command = Buffer.from('8001000000160000017a000000000000000000000000', 'hex');
+  command.writeUInt32BE(capability, HEADER_BYTES);
+  command.writeUInt32BE(property, HEADER_BYTES + 4);
+  command.writeUInt32BE(count, HEADER_BYTES + 8);
   return command;
 }
 

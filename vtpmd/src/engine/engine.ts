@@ -55,6 +55,8 @@ export interface TpmEngine {
   cancel(): void;
   /** A copy of the volatile state. */
   volatileState(): Buffer;
+  /** As `volatileState`, without the copy: what `use` gets is wiped and gone when it returns. */
+  useVolatileState<T>(use: (content: Buffer) => T): T;
   snapshot(): Snapshot;
   /**
    * Makes the TPM what it was at the snapshot: objects, sessions, PCRs, counters and clock. Its generator would give the
@@ -230,6 +232,11 @@ class Engine implements TpmEngine {
   volatileState(): Buffer {
     this.#expectIdle();
     return this.#library.volatileState();
+  }
+
+  useVolatileState<T>(use: (content: Buffer) => T): T {
+    this.#expectIdle();
+    return this.#library.useVolatileState(use);
   }
 
   snapshot(): Snapshot {

@@ -39,6 +39,8 @@ export interface Libtpms {
   permanentState(): Buffer;
   /** A copy of the volatile state. */
   volatileState(): Buffer;
+  /** The volatile state itself, which is wiped and gone when `use` returns. */
+  useVolatileState<T>(use: (content: Buffer) => T): T;
 }
 
 /** `length` bytes of libc's heap. TPM_Malloc will not do: it gives 64 KiB at most. */
@@ -101,9 +103,10 @@ function bind(): Libtpms {
   const getState = library.func(
     'uint32_t TPMLIB_GetState(int type, _Out_ uint64_t *data, _Out_ uint32_t *length)',
   );
-  const volatileStore = library.func(
-    'uint32_t TPMLIB_VolatileAll_Store(_Out_ uint64_t *data, _Out_ uint32_t *length)',
-  );
+  const volatileStore = library.func('uint32_t TPMLIB_VolatileAll_Store(void *data, void *length)');
+  // For the calls that are made for each command: fixed memory is cheaper to pass than arrays.
+  const result = allocate(16);
+  const resultFields = viewOf(result, 16);
   const takeCopy = (what: string, ask: (data: bigint[], length: number[]) => unknown): Buffer => {
     const data = [0n];
     const length = [0];
@@ -115,6 +118,17 @@ function bind(): Libtpms {
     content.fill(0);
     free(address);
     return copy;
+  };
+  const useVolatileState = <T>(use: (content: Buffer) => T): T => {
+    check('TPMLIB_VolatileAll_Store', Number(volatileStore(result, result + 8n)));
+    const address = resultFields.readBigUInt64LE(0);
+    const content = viewOf(address, resultFields.readUInt32LE(8));
+    try {
+      return use(content);
+    } finally {
+      content.fill(0);
+      free(address);
+    }
   };
   return {
     version: `${(number >> 16) & 0xff}.${(number >> 8) & 0xff}.${number & 0xff}`,
@@ -144,7 +158,8 @@ function bind(): Libtpms {
     },
     permanentState: () =>
       takeCopy('TPMLIB_GetState', (data, length) => getState(STATE_PERMANENT, data, length)),
-    volatileState: () => takeCopy('TPMLIB_VolatileAll_Store', (data, length) => volatileStore(data, length)),
+    volatileState: () => useVolatileState((content) => Buffer.from(content)),
+    useVolatileState,
   };
 }
 

@@ -15,8 +15,9 @@ import type { ManagerLink } from './manager-link.js';
 
 export interface Identity {
   readonly ticket: SignedTicket;
-  /** From the ticket, 16 bytes. */
+  /** From the ticket, 16 bytes each. */
   readonly vtpmUuid: Uint8Array;
+  readonly vmRunId: Uint8Array;
   /** The manager's box public key, 32 bytes. */
   readonly managerKey: Uint8Array;
   readonly startup: 'clear' | 'none';
@@ -33,8 +34,8 @@ export function readIdentity(message: Record<string, unknown>): Identity {
   }
   try {
     const signed = decode('SignedTicket', Buffer.from(ticket, 'base64'));
-    const { vtpmUuid } = decode('Ticket', signed.ticket);
-    return { ticket: signed, vtpmUuid, managerKey: Buffer.from(managerKey, 'hex'), startup };
+    const { vtpmUuid, vmRunId } = decode('Ticket', signed.ticket);
+    return { ticket: signed, vtpmUuid, vmRunId, managerKey: Buffer.from(managerKey, 'hex'), startup };
   } catch (cause) {
     throw new VtpmdError('protocol', 'the identity holds no readable ticket', { cause });
   }

@@ -10,6 +10,8 @@ import { expectStirred, freshStir, type Trial, Trials } from './trial.js';
 export interface CommandSource {
   /** The command, of HEADER_BYTES at least. The queue replaces it by a copy where it has to wait. */
   command: Buffer;
+  /** Number of the connection, where workers that come after this one know it by that. */
+  readonly connection?: number | undefined;
   /** Of what the command loads into the TPM. */
   readonly owner?: HandleOwner | undefined;
   /** Absent for commands of the worker itself. */
@@ -31,6 +33,8 @@ export interface CommandQueueOptions {
   persist(permanent: Buffer): Promise<void> | undefined;
   /** Sees each command that ran, before its answer leaves. */
   observe?(source: CommandSource, command: Buffer, response: Buffer): void;
+  /** Sees the same, and what the command stored, before that is saved: a worker after this one goes on from here. */
+  keep?(source: CommandSource, response: Buffer, stored: Buffer | undefined): void;
   /** What to do with commands between `outage` and `outageOver`. Without it they only wait. */
   readonly policy?: OutagePolicy;
   onFailure(error: VtpmdError): void;
@@ -172,6 +176,11 @@ export class CommandQueue {
     const { response, stored } = processed;
     if (response.length < HEADER_BYTES) throw new VtpmdError('engine', 'libtpms gave no response');
     this.#options.observe?.(source, source.command, response);
+    if (this.#options.keep) {
+      barrier('before-checkpoint');
+      this.#options.keep(source, response, stored);
+      barrier('after-checkpoint');
+    }
     const saving = stored && this.#options.persist(stored);
     if (saving) {
       saving.then(
@@ -309,6 +318,7 @@ const OUTAGE = 'outage';
 function stayingSource(source: CommandSource): CommandSource {
   return {
     command: source.command,
+    connection: source.connection,
     owner: source.owner,
     ...(source.kind !== undefined && { kind: source.kind }),
     isGone: false,

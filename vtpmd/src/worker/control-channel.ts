@@ -11,18 +11,34 @@ export type WorkerMessage =
   | { type: 'link-lost'; message: string }
   | { type: 'link-up' }
   | { type: 'connection-closed'; id: number }
+  /** Answers TPM_RC_FAILURE to everything. */
+  | { type: 'lost' }
   | { type: 'failed'; reason: string; message: string }
   | { type: 'stopped' };
 
 /** What it hears. Descriptors come over a channel of their own, before the line that announces them. */
 export type SupervisorMessage =
   | { type: 'rehearse' }
-  | { type: 'identity'; fields: Record<string, unknown> }
+  | { type: 'identity'; fields: Record<string, unknown>; checkpoint: CheckpointDescriptors | undefined }
+  /** Nothing can go on: see LostTpm. */
+  | { type: 'lost'; checkpoint: CheckpointDescriptors }
   | { type: 'link'; fd: number }
   /** `peer`: process id of the client, where the supervisor says when it is gone. */
   | { type: 'connection'; door: string; id: number; peer: number | undefined; fd: number }
   | { type: 'peer-gone'; peer: number }
   | { type: 'stop' };
+
+/** What outlives the workers of one VM run. */
+export interface CheckpointDescriptors {
+  readonly memory: number;
+  /** Ends of the pipe that answers go through. */
+  readonly read: number;
+  readonly write: number;
+  /** The worker leaves checkpoints. */
+  readonly keeps: boolean;
+  /** A worker before this one: the sequence of its newest checkpoint, and how many connections follow. */
+  readonly resumes: { readonly newest: number; readonly connections: number } | undefined;
+}
 
 export interface ControlChannel {
   /** `sent` is called when the line has left the process. */
@@ -73,8 +89,13 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     throw new VtpmdError('protocol', 'a control line is not JSON', { cause });
   }
   switch (fields.type) {
-    case 'identity':
-      return { type: 'identity', fields };
+    case 'identity': {
+      const checkpoint =
+        fields.checkpoint == null ? undefined : takeCheckpoint(descriptors, fields.checkpoint);
+      return { type: 'identity', fields, checkpoint };
+    }
+    case 'lost':
+      return { type: 'lost', checkpoint: takeCheckpoint(descriptors, fields.checkpoint) };
     case 'rehearse':
     case 'stop':
       return { type: fields.type };
@@ -94,6 +115,27 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     default:
       throw new VtpmdError('protocol', `unknown control message "${String(fields.type).slice(0, 40)}"`);
   }
+}
+
+function takeCheckpoint(descriptors: number, fields: unknown): CheckpointDescriptors {
+  const { resumes, keeps } = (fields ?? {}) as {
+    resumes?: { newest?: unknown; connections?: unknown } | null;
+    keeps?: unknown;
+  };
+  const memory = takeDescriptor(descriptors, 'checkpoint memory');
+  const read = takeDescriptor(descriptors, 'pipe');
+  const write = takeDescriptor(descriptors, 'pipe');
+  const given = { memory, read, write, keeps: keeps === true };
+  if (resumes == null) return { ...given, resumes: undefined };
+  const { newest, connections } = resumes;
+  if (!isCount(newest) || !isCount(connections)) {
+    throw new VtpmdError('protocol', 'what a worker left is not described');
+  }
+  return { ...given, resumes: { newest, connections } };
+}
+
+function isCount(value: unknown): value is number {
+  return Number.isSafeInteger(value) && Number(value) >= 0;
 }
 
 function takeDescriptor(channel: number, what: string): number {

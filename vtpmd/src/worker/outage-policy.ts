@@ -66,6 +66,16 @@ export class OutagePolicy {
     this.#isFirmware = startedByGuest;
   }
 
+  /** Firmware drives the TPM. */
+  get isFirmware(): boolean {
+    return this.#isFirmware;
+  }
+
+  /** Takes over what a worker before this one knew. */
+  restore(isFirmware: boolean): void {
+    this.#isFirmware = isFirmware;
+  }
+
   /** A new outage. */
   begin(): void {
     this.#wasAuthorisationWrong = false;

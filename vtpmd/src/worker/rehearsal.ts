@@ -57,7 +57,9 @@ export async function rehearse(libtpmsVersion: string, door: readonly [number, n
 /** One guest that asks once. */
 async function useDoor(doors: Doors, [here, there]: readonly [number, number]): Promise<void> {
   const guest = new Socket({ fd: here });
-  const closed = new Promise<void>((resolve) => doors.open('tpm', there, undefined, resolve));
+  const closed = new Promise<void>((resolve) =>
+    doors.open({ kind: 'tpm', id: 1, fd: there, peer: undefined }, resolve),
+  );
   const answered = new Promise((resolve) => guest.once('data', resolve));
   guest.write(getRandom());
   await answered;

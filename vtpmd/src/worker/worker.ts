@@ -1,11 +1,24 @@
+import { hash } from 'node:crypto';
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { forbidCoreDumps, socketPair } from 'vtpm-common/libc';
 import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
-import { Doors, isDoorKind } from '../channels/doors.js';
+import { Doors, isDoorKind, type Visitor } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
-import { responseCode, shutdownClear, startupClear, TPM_RC_SUCCESS } from '../engine/command.js';
+import { type ChosenUnit, chooseUnit } from '../checkpoint/choose.js';
+import { CheckpointKeeper } from '../checkpoint/keeper.js';
+import { type Checkpoint, Inherited, type Left, lastOf, openLeft } from '../checkpoint/left.js';
+import { endWhatWasGoingOn } from '../checkpoint/resume.js';
+import { UnitSealer } from '../checkpoint/unit.js';
+import {
+  CAP_AUDIT_COMMANDS,
+  getCapability,
+  responseCode,
+  shutdownClear,
+  startupClear,
+  TPM_RC_SUCCESS,
+} from '../engine/command.js';
 import { startEngine, type TpmEngine } from '../engine/engine.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
@@ -16,9 +29,11 @@ import { CommandQueue } from './command-queue.js';
 import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
 import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
+import { LostTpm } from './lost-tpm.js';
 import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
 import { rehearse } from './rehearsal.js';
+import { expectStirred, freshStir } from './trial.js';
 
 /** What a worker is connected to its surroundings by, when it starts. It opens nothing itself. */
 export interface WorkerEnds {
@@ -59,6 +74,9 @@ class Worker {
   #rehearsal: Promise<void> | undefined;
   /** Two connected sockets for the guest of a rehearsal: after the start none can be made. */
   #rehearsalDoor: [number, number] | undefined;
+  #lost: LostTpm | undefined;
+  /** Connections that the worker before this one had. */
+  #inherited: Inherited | undefined;
   #isOpen = false;
   #isEnding = false;
   #hasFailed = false;
@@ -83,12 +101,18 @@ class Worker {
     this.#control.send({ type: 'ready', publicKey, libtpms: version });
   }
 
-  #beginServing(fields: Record<string, unknown>): void {
+  /** They are for one identity. @throws VtpmdError `protocol` */
+  #takeKeys(): BoxKeyPair {
     const keys = this.#keys;
     if (!keys) throw new VtpmdError('protocol', 'a second identity');
     this.#keys = undefined;
     for (const fd of this.#takeRehearsalDoor() ?? []) closeSync(fd);
-    this.#serve(readIdentity(fields), readHoldTimes(fields.outage), keys).catch((error: unknown) =>
+    return keys;
+  }
+
+  #beginServing(fields: Record<string, unknown>, left: Left | undefined): void {
+    const keys = this.#takeKeys();
+    this.#serve(readIdentity(fields), readHoldTimes(fields.outage), keys, left).catch((error: unknown) =>
       this.#fail(error),
     );
   }
@@ -96,7 +120,11 @@ class Worker {
   #onMessage(message: SupervisorMessage): void {
     switch (message.type) {
       case 'identity':
-        this.#beginServing(message.fields);
+        this.#beginServing(message.fields, openLeft(message.checkpoint));
+        return;
+      case 'lost':
+        this.#takeKeys().secretKey.fill(0);
+        this.#beLost(openLeft(message.checkpoint)).catch((error: unknown) => this.#fail(error));
         return;
       case 'rehearse':
         this.#rehearse();
@@ -160,29 +188,70 @@ class Worker {
   }
 
   #openDoor({ door, id, peer, fd }: SupervisorMessage & { type: 'connection' }): void {
-    if (!this.#serving || !this.#isOpen || !isDoorKind(door)) {
+    const target = this.#isOpen ? (this.#lost ?? this.#serving?.doors) : this.#inherited;
+    if (!target || !isDoorKind(door)) {
       closeSync(fd);
       this.#log('warn', 'a connection was refused', { door, id });
       this.#control.send({ type: 'connection-closed', id });
       return;
     }
-    this.#serving.doors.open(door, fd, peer, () => this.#control.send({ type: 'connection-closed', id }));
+    target.open({ kind: door, id, fd, peer }, () => this.#closed(id));
   }
 
-  async #serve(identity: Identity, holdTimes: HoldTimes, keys: BoxKeyPair): Promise<void> {
+  #closed(id: number): void {
+    this.#control.send({ type: 'connection-closed', id });
+  }
+
+  /** Resolves with all connections of the worker before this one. */
+  async #inherit(left: Left): Promise<readonly Visitor[]> {
+    this.#inherited = new Inherited(left.resumes?.connections ?? 0);
+    const visitors = await this.#inherited.all;
+    this.#inherited = undefined;
+    return visitors;
+  }
+
+  async #beLost(left: Left | undefined): Promise<void> {
+    if (!left) throw new VtpmdError('protocol', 'nothing is left of a worker before this one');
+    const visitors = await this.#inherit(left);
+    this.#lost = new LostTpm();
+    this.#lost.adopt(visitors, left, (id) => this.#closed(id));
+    this.#isOpen = true;
+    this.#log('warn', 'every command is answered with TPM_RC_FAILURE');
+    this.#control.send({ type: 'lost' });
+  }
+
+  async #serve(
+    identity: Identity,
+    holdTimes: HoldTimes,
+    keys: BoxKeyPair,
+    left: Left | undefined,
+  ): Promise<void> {
+    const inherited = left?.resumes && this.#inherit(left);
     // A process has one TPM at a time.
     await this.#rehearsal;
     const grant = await loadVtpm(this.#link, identity, keys, loadLibtpms().version);
     keys.secretKey.fill(0);
+    const granted = {
+      generation: grant.generation,
+      permanentDigest: hash('sha256', grant.permanent, 'buffer'),
+    };
+    const chosen =
+      left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
     const engine = startEngine({
       permanent: grant.manufacture ? undefined : grant.permanent,
+      volatile: chosen?.unit.volatile,
       manufacture: grant.manufacture,
     });
-    const serving = this.#compose(grant, identity, holdTimes, engine);
+    if (chosen && engine.storedAtStart && !engine.storedAtStart.equals(grant.permanent)) {
+      throw new VtpmdError('no-checkpoint', 'libtpms changed the permanent state that it was given back');
+    }
+    const serving = this.#compose(grant, identity, holdTimes, engine, left && { left, chosen, granted });
     grant.permanent.fill(0);
     grant.sessionKey.fill(0);
+    grant.checkpointKey.fill(0);
     serving.session.attach(this.#link);
-    await this.#powerOn(serving, identity.startup);
+    if (chosen && inherited && left) await this.#goOn(serving, chosen, await inherited, left);
+    else await this.#powerOn(serving, identity.startup);
     this.#isOpen = true;
     const { epoch } = grant;
     const { generation } = serving.session;
@@ -190,9 +259,27 @@ class Worker {
     this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
   }
 
-  #compose(grant: LoadGrant, identity: Identity, holdTimes: HoldTimes, engine: TpmEngine): Serving {
+  #compose(
+    grant: LoadGrant,
+    identity: Identity,
+    holdTimes: HoldTimes,
+    engine: TpmEngine,
+    checkpoint: Checkpoint | undefined,
+  ): Serving {
     const owners = new HandleOwners();
     const policy = new OutagePolicy(holdTimes, identity.startup === 'none');
+    const keeper = checkpoint?.left.keeps
+      ? new CheckpointKeeper({
+          memory: checkpoint.left.memory,
+          sealer: new UnitSealer(grant.checkpointKey, identity, grant.epoch),
+          ...{ engine, owners, policy, granted: checkpoint.granted },
+          last: lastOf(checkpoint),
+        })
+      : undefined;
+    if (checkpoint?.chosen) {
+      owners.restore(checkpoint.chosen.unit.owners);
+      policy.restore(checkpoint.chosen.unit.isFirmware);
+    }
     let isLost = false;
     const session = new SaveSession(grant, identity.vtpmUuid, engine.libtpmsVersion, {
       up: () => {
@@ -224,17 +311,56 @@ class Worker {
         owners.observe(source.owner, command, response);
         policy.ran(command, response);
       },
+      ...(keeper && {
+        keep: (source, response, stored) => {
+          keeper.keep(source, response, stored);
+          if (keeper.noEffect.takeMustAsk()) this.#askForAudits(queue, keeper);
+        },
+      }),
       policy,
       onFailure: (error) => this.#fail(error),
     });
     // Until the first link is up.
     queue.hold('link');
-    this.#serving = { engine, queue, session, doors: new Doors(engine, queue, owners) };
+    const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe };
+    const taken = kept ? undefined : checkpoint?.left.memory.taken;
+    this.#serving = {
+      engine,
+      queue,
+      session,
+      keeper,
+      doors: new Doors(engine, queue, owners, { kept, taken }),
+    };
     return this.#serving;
   }
 
+  /** Which commands are audited, as soon as the one that runs is done. */
+  #askForAudits(queue: CommandQueue, keeper: CheckpointKeeper): void {
+    queueMicrotask(() => {
+      runOwnCommand(queue, getCapability(CAP_AUDIT_COMMANDS, 0, 256)).then(
+        (response) => keeper.noEffect.answered(response),
+        (error: unknown) => this.#fail(error),
+      );
+    });
+  }
+
+  /** From behind the last command of the worker before this one. */
+  async #goOn(
+    { queue, doors, keeper }: Serving,
+    { unit }: ChosenUnit,
+    visitors: readonly Visitor[],
+    left: Left,
+  ): Promise<void> {
+    endWhatWasGoingOn(unit, visitors, left);
+    unit.volatile.fill(0);
+    // The generator stands where it stood at the checkpoint: no random number may come twice.
+    expectStirred(await runOwnCommand(queue, freshStir()));
+    keeper?.keepNow();
+    doors.adopt(visitors, (id) => this.#closed(id));
+  }
+
   /** Resolves when what powering on stored is durable: no guest sees an identity that can vanish. */
-  async #powerOn({ engine, queue, session }: Serving, startup: Identity['startup']): Promise<void> {
+  async #powerOn({ engine, queue, session, keeper }: Serving, startup: Identity['startup']): Promise<void> {
     const { generation } = session;
     if (startup === 'clear') {
       const answer = await runOwnCommand(queue, startupClear());
@@ -246,7 +372,11 @@ class Worker {
       }
     }
     // What Startup stored holds it already.
-    if (engine.storedAtStart && session.generation === generation) await session.save(engine.storedAtStart);
+    if (engine.storedAtStart && session.generation === generation) {
+      await session.save(engine.storedAtStart);
+      keeper?.saved(engine.storedAtStart, session.generation);
+    }
+    keeper?.keepNow();
   }
 
   async #stop(): Promise<void> {
@@ -279,5 +409,6 @@ interface Serving {
   readonly engine: TpmEngine;
   readonly queue: CommandQueue;
   readonly session: SaveSession;
+  readonly keeper: CheckpointKeeper | undefined;
   readonly doors: Doors;
 }

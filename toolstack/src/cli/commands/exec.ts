@@ -26,8 +26,8 @@ export async function exec(
   if (vtpm.state !== 'running' || vtpm.sockets.tcti === null) {
     throw new ToolstackError(
       'not-running',
-      vtpm.state === 'crashed'
-        ? `${vtpm.name} has crashed; power its VM off, then: vtpmctl start ${vtpm.name}`
+      vtpm.state === 'crashed' || vtpm.state === 'lost'
+        ? `${vtpm.name} has ${vtpm.state === 'lost' ? 'lost its state' : 'crashed'}; power its VM off, then: vtpmctl start ${vtpm.name}`
         : `${vtpm.name} is ${vtpm.state}; start it: vtpmctl start ${vtpm.name}`,
     );
   }

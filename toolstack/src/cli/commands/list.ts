@@ -84,6 +84,9 @@ function note(entry: Entry): string {
   if (entry.state === 'crashed') {
     return `${entry.reason ?? 'it ended'}; power its VM off, then: vtpmctl start ${entry.name}`;
   }
+  if (entry.state === 'lost') {
+    return `every command fails: ${entry.reason ?? 'its state is lost'}; reset its VM, then: vtpmctl start ${entry.name}`;
+  }
   if (entry.reason) return entry.reason;
   return entry.generation === 0 && entry.state === 'stopped' ? 'never started' : '';
 }

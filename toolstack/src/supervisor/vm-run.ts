@@ -1,0 +1,71 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import { CheckpointStore } from './checkpoint-store.js';
+
+/** Workers in a row that end without having given an answer, each within a minute of the one before. */
+const MOST_FUTILE = 5;
+const FUTILE_WINDOW_MS = 60_000;
+/** Clients whose end is remembered; of those before, the worker of that time was told. */
+const MOST_GONE = 4096;
+const FIRST_PAUSE_MS = 50;
+const LONGEST_PAUSE_MS = 5_000;
+
+/** One power-on of a VM, over all workers that serve it. */
+export class VmRun {
+  readonly checkpoint = new CheckpointStore();
+  /** Processes of clients that have ended. What they left in the TPM goes with the next worker at the latest. */
+  readonly #gone = new Set<number>();
+  readonly #stopping = new AbortController();
+  #futile = 0;
+  #answers = 0;
+  #endedAt = performance.now();
+
+  /** Why its state is lost, where it is: every command is answered with TPM_RC_FAILURE until the next run. */
+  lost: string | undefined;
+
+  get isOver(): boolean {
+    return this.#stopping.signal.aborted;
+  }
+
+  /** A worker ended unasked. @returns false where it is the last of too many that did nothing */
+  mayRestart(): boolean {
+    const answers = this.checkpoint.answers();
+    const now = performance.now();
+    const isOther = answers > this.#answers || now - this.#endedAt > FUTILE_WINDOW_MS;
+    this.#futile = isOther ? 0 : this.#futile + 1;
+    this.#endedAt = now;
+    this.#answers = Math.max(answers, this.#answers);
+    return this.#futile <= MOST_FUTILE;
+  }
+
+  /** Before the next try; longer with each that did nothing. */
+  async pause(): Promise<void> {
+    if (this.#futile <= 1) return;
+    const ms = Math.min(FIRST_PAUSE_MS * 2 ** this.#futile, LONGEST_PAUSE_MS);
+    await delay(ms, undefined, { signal: this.#stopping.signal }).catch(() => undefined);
+  }
+
+  clientGone(pid: number): void {
+    this.#gone.add(pid);
+    if (this.#gone.size <= MOST_GONE) return;
+    for (const oldest of this.#gone) {
+      this.#gone.delete(oldest);
+      return;
+    }
+  }
+
+  /** A process id is given again. */
+  clientCame(pid: number): void {
+    this.#gone.delete(pid);
+  }
+
+  get clientsGone(): ReadonlySet<number> {
+    return this.#gone;
+  }
+
+  /** Nothing of it is used any more. */
+  end(): void {
+    if (this.isOver) return;
+    this.#stopping.abort();
+    this.checkpoint.close();
+  }
+}

@@ -1,0 +1,69 @@
+import type { Logger, Paths, Settings } from 'vtpm-common';
+import type { VmLayer } from '../vm/layers.js';
+import type { Confinements } from './confinement.js';
+import type { DoorPaths, Doors } from './doors.js';
+import type { Layer, Profile } from './layers.js';
+import type { TicketOffice } from './ticket-office.js';
+import type { VtpmList } from './vtpm-list.js';
+import type { WorkerPool } from './worker-pool.js';
+import type { WorkerProcess } from './worker-process.js';
+
+/** What every vTPM of a supervisor shares. */
+export interface VtpmContext {
+  readonly list: VtpmList;
+  readonly pool: WorkerPool;
+  readonly confinements: Confinements;
+  readonly office: TicketOffice;
+  readonly paths: Paths;
+  readonly settings: Settings;
+  readonly log: Logger;
+}
+
+/**
+ * `stopped`: no process. `starting`: a worker is there, the doors are not. `running`: a guest is served.
+ * `restarting`: the worker ended unasked, and another one is to go on where it was; connections stay. `lost`: that is not
+ * possible, and a worker answers TPM_RC_FAILURE to everything until the VM is reset (an explicit start). `stopping`: asked
+ * to save and end. `crashed`: no worker can be kept alive; the doors are closed until an explicit start.
+ */
+export type VtpmState =
+  | { readonly kind: 'stopped'; readonly reason: string | null }
+  | { readonly kind: 'starting'; readonly worker: WorkerProcess | undefined }
+  | { readonly kind: 'running'; readonly worker: WorkerProcess; readonly doors: Doors }
+  | {
+      readonly kind: 'restarting';
+      readonly reason: string;
+      readonly doors: Doors;
+      worker: WorkerProcess | undefined;
+    }
+  | { readonly kind: 'lost'; readonly reason: string; readonly worker: WorkerProcess; readonly doors: Doors }
+  | { readonly kind: 'stopping'; readonly worker: WorkerProcess; readonly doors: Doors }
+  | { readonly kind: 'crashed'; readonly reason: string };
+
+/** S of the supervisor's API. */
+export interface VtpmView {
+  readonly id: string;
+  readonly name: string;
+  readonly vmUuid: string;
+  readonly isolation: string;
+  readonly autostart: boolean;
+  readonly startup: string;
+  readonly socketOwner: string | null;
+  readonly socketMode: string;
+  readonly state: VtpmState['kind'];
+  /** Why it crashed, or why the last start or stop did not go as asked. */
+  readonly reason: string | null;
+  readonly vmRunId: string | null;
+  /** The newest epoch that a worker serves, served or is about to. */
+  readonly epoch: number | null;
+  readonly worker: {
+    readonly pid: number;
+    readonly isolation: string;
+    readonly profile: Profile;
+    /** In force, by /proc. */
+    readonly layers: readonly (Layer | VmLayer)[];
+    /** What the sandbox should have and was told not to insist on. */
+    readonly waived: readonly Layer[];
+    readonly startedAt: string;
+  } | null;
+  readonly sockets: DoorPaths & { readonly control: null; readonly ring: null };
+}

@@ -1,0 +1,118 @@
+import { constants } from 'node:os';
+import { type Settings, SystemCallError, socketFd } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
+import type { CheckpointFields } from './control-protocol.js';
+import type { Visit } from './doors.js';
+import type { Entry } from './entry.js';
+import { type IssuedTicket, type TicketOffice, ticketText } from './ticket-office.js';
+import type { VmRun } from './vm-run.js';
+import type { ClaimedWorker } from './worker-pool.js';
+import type { WorkerProcess } from './worker-process.js';
+
+/** A worker under load on a small machine takes seconds; one that takes longer hangs. */
+const SERVING_LIMIT_MS = 60_000;
+
+export interface StartParts {
+  readonly office: TicketOffice;
+  readonly settings: Settings;
+  readonly run: VmRun;
+  readonly entry: Entry;
+  /** Hears of the ticket when the worker has it. */
+  onIssued?(issued: IssuedTicket): void;
+}
+
+export interface Serving {
+  readonly epoch: number;
+  readonly generation: number;
+}
+
+/**
+ * Gives a new worker the identity of a vTPM that is powered on, or of one that goes on.
+ * @param visits connections that the worker before this one had; absent at a power-on
+ * @throws ToolstackError; the caller kills the worker
+ */
+export async function giveIdentity(
+  { worker, ready }: ClaimedWorker,
+  { office, settings, run, entry, onIssued }: StartParts,
+  visits?: readonly Visit[],
+): Promise<Serving> {
+  const key = Buffer.from((await ready).publicKey, 'hex');
+  worker.checkImage();
+  const issued = await office.issue(entry, key, worker.image.digest, visits ? 'goes-on' : 'is-on');
+  const hold = settings['outage-hold'];
+  const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
+  const serving = await afterPassing(isServing, () => {
+    // A VM of a worker's own takes no descriptors.
+    const outlives = entry.isolation !== 'vm';
+    worker.passAll(outlives ? run.checkpoint.descriptors : [], {
+      type: 'identity',
+      ticket: ticketText(issued.ticket),
+      managerKey: issued.managerKey,
+      startup: entry.startup,
+      outage: { holdMs: { tpm: hold, tcti: hold } },
+      checkpoint: outlives ? checkpointFields(run, settings.checkpoint, visits) : null,
+    });
+    if (visits) passVisits(worker, visits);
+    onIssued?.(issued);
+  });
+  if (serving.generation < 1) {
+    throw new ToolstackError('worker-failed', 'the worker wants to serve a TPM that is not saved yet');
+  }
+  if (visits) for (const peer of run.clientsGone) worker.send({ type: 'peer-gone', peer });
+  return serving;
+}
+
+/** A worker without identity, which answers TPM_RC_FAILURE to everything. @throws ToolstackError; the caller kills it */
+export async function giveLoss(
+  { worker, ready }: ClaimedWorker,
+  run: VmRun,
+  visits: readonly Visit[],
+): Promise<void> {
+  await ready;
+  const isLost = worker.waitFor('lost', SERVING_LIMIT_MS);
+  await afterPassing(isLost, () => {
+    worker.passAll(run.checkpoint.descriptors, {
+      type: 'lost',
+      checkpoint: checkpointFields(run, 'off', visits),
+    });
+    passVisits(worker, visits);
+  });
+}
+
+/** What the worker says to what it is passed. Where it ended meanwhile its end says more than the failure to pass. */
+async function afterPassing<T>(said: Promise<T>, pass: () => void): Promise<T> {
+  try {
+    pass();
+  } catch (error) {
+    if (!isOfTheDead(error)) {
+      said.catch(() => undefined);
+      throw error;
+    }
+  }
+  return await said;
+}
+
+/** Whether a descriptor could not be passed because the worker is dying. */
+export function isOfTheDead(error: unknown): boolean {
+  if (error instanceof ToolstackError) return error.code === 'worker-failed';
+  return error instanceof SystemCallError && DEAD.includes(error.errno);
+}
+
+const DEAD: readonly number[] = [constants.errno.EPIPE, constants.errno.ECONNRESET, constants.errno.EBADF];
+
+function checkpointFields(
+  run: VmRun,
+  setting: Settings['checkpoint'],
+  visits: readonly Visit[] | undefined,
+): CheckpointFields {
+  return {
+    keeps: setting === 'always',
+    resumes: visits ? { newest: run.checkpoint.newest(), connections: visits.length } : null,
+  };
+}
+
+function passVisits(worker: WorkerProcess, visits: readonly Visit[]): void {
+  for (const { door, id, peer, socket } of visits) {
+    worker.pass(socketFd(socket), { type: 'connection', door, id, peer });
+  }
+}

@@ -1,0 +1,212 @@
+import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
+import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
+import type { CheckpointKeeper } from '../checkpoint/keeper.js';
+import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
+import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
+import type { ClientKind } from '../worker/outage-policy.js';
+import type { HandleOwner } from './handle-owners.js';
+import { hasEnded, isWritable, peekNow, receiveNow, setPeekOffset, waitReadable } from './socket-io.js';
+import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
+
+/** So many answers of the largest size fit into what is free of a send buffer that is writable. */
+const ANSWERS_PER_CHECK = 16;
+/** When a part of a command, or a client that does not read, is looked at again. */
+const FIRST_RETRY_MS = 1;
+const LONGEST_RETRY_MS = 100;
+/** What a client sent behind its last command is thrown away, so that it gets its answer and not ECONNRESET. */
+const MAX_LEFT_BYTES = 1024 * 1024;
+
+// Every connection looks at its command in the same memory: it is run or copied before the next look.
+const lookBuffer = Buffer.alloc(MAX_COMMAND_BYTES);
+
+export interface KeptConnectionOptions {
+  /** Names the connection to the workers that come after this one. */
+  readonly id: number;
+  readonly queue: Pick<CommandQueue, 'submit'>;
+  readonly keeper: CheckpointKeeper;
+  readonly pipe: AnswerPipe;
+  readonly owner?: HandleOwner | undefined;
+  readonly kind?: ClientKind;
+  /** Commands that came to workers before this one. */
+  readonly commands?: number;
+  /** Called once: the connection is closed and none of its commands runs. */
+  onClosed(connection: KeptConnection): void;
+  /** `commands` became more than one. */
+  onBusy?(): void;
+}
+
+/**
+ * A client's connection that outlives the worker: a command stays in the socket until its answer is sure to be given, and
+ * both happen once; see AnswerPipe. The event loop only says that there is something to read: libuv, given a buffer of no
+ * length, calls back without reading (UV_ENOBUFS). As in TpmConnection the connection stays outside of the event loop for
+ * the client's next command.
+ */
+export class KeptConnection implements CommandSource {
+  command: Buffer = lookBuffer;
+  readonly connection: number;
+  readonly owner: HandleOwner | undefined;
+  readonly kind: ClientKind;
+  readonly fd: number;
+  readonly #options: KeptConnectionOptions;
+  readonly #socket: Socket;
+  readonly #handle: ReadHandle;
+  #commands: number;
+  #answers = ANSWERS_PER_CHECK;
+  #isWaiting = false;
+  #isClosed = false;
+  #isBroken = false;
+  #isReading = false;
+  #isLooking = false;
+  #timer: NodeJS.Timeout | undefined;
+  #retryMs = FIRST_RETRY_MS;
+
+  /** @param fd owned by the connection from now on */
+  constructor(fd: number, options: KeptConnectionOptions) {
+    this.fd = fd;
+    this.#options = options;
+    this.connection = options.id;
+    this.owner = options.owner;
+    this.kind = options.kind ?? 'tpm';
+    this.#commands = options.commands ?? 0;
+    const socketOptions: SocketConstructorOpts & ConnectOpts & { manualStart: boolean } = {
+      fd,
+      allowHalfOpen: true,
+      manualStart: true,
+      onread: { buffer: new Uint8Array(0), callback: () => false },
+    };
+    this.#socket = new Socket(socketOptions);
+    this.#socket.on('error', () => {});
+    this.#handle = (this.#socket as unknown as { _handle: ReadHandle })._handle;
+    this.#handle.onread = () => this.#onReadable();
+  }
+
+  /** Serves it; before that nothing is read. */
+  start(): void {
+    setPeekOffset(this.fd, 0);
+    this.#onReadable();
+  }
+
+  /** How many commands came. */
+  get commands(): number {
+    return this.#commands;
+  }
+
+  get isGone(): boolean {
+    return this.#isClosed;
+  }
+
+  answer(response: Buffer): void {
+    this.#isWaiting = false;
+    if (this.#isClosed) {
+      this.#options.onClosed(this);
+      return;
+    }
+    const { keeper, pipe } = this.#options;
+    this.#answers++;
+    if (!pipe.deliver(keeper, this, this.command.length, response) || this.#isBroken) this.close();
+    else if (!this.#isLooking) this.#watch();
+  }
+
+  dropped(): void {
+    this.#isWaiting = false;
+    if (this.#isClosed) this.#options.onClosed(this);
+    else this.close();
+  }
+
+  /** Closes at once; a command that runs goes on without anybody to hear its answer. */
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    for (let left = 0; left < MAX_LEFT_BYTES; ) {
+      const length = receiveNow(this.fd, lookBuffer);
+      if (length <= 0) break;
+      left += length;
+    }
+    this.#socket.destroy();
+    if (!this.#isWaiting) this.#options.onClosed(this);
+  }
+
+  #onReadable(): void {
+    this.#isLooking = true;
+    this.#look();
+    if (this.#isAtRest()) this.#stay();
+    this.#isLooking = false;
+    if (this.#isAtRest()) this.#watch();
+    else this.#unwatch();
+  }
+
+  #isAtRest(): boolean {
+    return !this.#isWaiting && !this.#isClosed && this.#timer === undefined;
+  }
+
+  #stay(): void {
+    const end = performance.now() + STAY_MILLISECONDS;
+    for (let count = 0; count < STAY_COMMANDS && performance.now() < end; count++) {
+      if (!waitReadable(this.fd, STAY_MICROSECONDS)) return;
+      this.#look();
+      if (!this.#isAtRest()) return;
+    }
+  }
+
+  /** Runs the command that is there. */
+  #look(): void {
+    if (this.#answers >= ANSWERS_PER_CHECK) {
+      if (!isWritable(this.fd)) {
+        this.#lookLater();
+        return;
+      }
+      this.#answers = 0;
+    }
+    const there = peekNow(this.fd, lookBuffer);
+    if (there === -1) return;
+    if (there <= 0) {
+      this.close();
+      return;
+    }
+    const size = there < HEADER_BYTES ? 0 : lookBuffer.readUInt32BE(2);
+    this.#isBroken = there >= HEADER_BYTES && (size < HEADER_BYTES || size > MAX_COMMAND_BYTES);
+    const length = this.#isBroken ? HEADER_BYTES : size;
+    if (length === 0 || there < length) {
+      setPeekOffset(this.fd, 0);
+      if (hasEnded(this.fd)) this.close();
+      else this.#lookLater();
+      return;
+    }
+    this.#retryMs = FIRST_RETRY_MS;
+    // With the answer given, the offset must say whether this command was taken.
+    if (there !== length) setPeekOffset(this.fd, length);
+    this.command = lookBuffer.subarray(0, length);
+    this.#isWaiting = true;
+    this.#commands++;
+    if (this.#commands === 2) this.#options.onBusy?.();
+    this.#options.queue.submit(this);
+  }
+
+  #lookLater(): void {
+    this.#timer = setTimeout(() => {
+      this.#timer = undefined;
+      if (!this.#isClosed) this.#onReadable();
+    }, this.#retryMs);
+    this.#retryMs = Math.min(2 * this.#retryMs, LONGEST_RETRY_MS);
+  }
+
+  #watch(): void {
+    if (this.#isReading) return;
+    this.#isReading = true;
+    this.#handle.readStart();
+  }
+
+  #unwatch(): void {
+    if (!this.#isReading) return;
+    this.#isReading = false;
+    if (!this.#isClosed) this.#handle.readStop();
+  }
+}
+
+/** What Node keeps under a net.Socket. */
+interface ReadHandle {
+  onread: () => void;
+  readStart(): number;
+  readStop(): number;
+}

@@ -1,0 +1,111 @@
+import { CHECKPOINT_LAYOUT as LAYOUT } from 'vtpm-common/checkpoint-layout';
+import { koffi } from 'vtpm-common/libc';
+import { viewOf } from '../engine/libtpms.js';
+import { VtpmdError } from '../error.js';
+
+const libc = koffi.load('libc.so.6');
+const mmap = libc.func(
+  'uint64_t mmap(void *at, size_t length, int protection, int flags, int fd, long offset)',
+);
+
+const PROT_READ_WRITE = 1 | 2;
+const MAP_SHARED = 1;
+const MAP_FAILED = 0xffffffffffffffffn;
+
+/** A unit as it lies in its slot; `sealed` is a copy. */
+export interface SlotContent {
+  readonly sequence: number;
+  readonly sealed: Buffer;
+}
+
+/** The answer that went, or was about to go, through the pipe. */
+export interface PipeMark {
+  readonly begun: number;
+  readonly piped: number;
+  readonly connection: number;
+  readonly commandLength: number;
+}
+
+/**
+ * The memory of a VM run that outlives its workers; see CHECKPOINT_LAYOUT. A worker may end between any two of these
+ * stores: each method says in which order they are made.
+ */
+export class CheckpointMemory {
+  readonly #bytes: Buffer;
+  /** Aligned words for what must become visible in order: `Atomics` keeps the compiler from moving the stores. */
+  readonly #words: BigUint64Array;
+  readonly #halves: Uint32Array;
+
+  /** Maps `fd`, which may be closed then. @throws VtpmdError `internal` */
+  constructor(fd: number) {
+    const address = BigInt(mmap(null, LAYOUT.bytes, PROT_READ_WRITE, MAP_SHARED, fd, 0) as bigint | number);
+    if (address === MAP_FAILED) throw new VtpmdError('internal', 'the checkpoint memory cannot be mapped');
+    this.#bytes = viewOf(address, LAYOUT.bytes);
+    const { buffer, byteOffset } = this.#bytes;
+    this.#words = new BigUint64Array(buffer, byteOffset, LAYOUT.bytes / 8);
+    this.#halves = new Uint32Array(buffer, byteOffset, LAYOUT.bytes / 4);
+  }
+
+  /** Before an answer is written into the empty pipe. */
+  begin(number: number, connection: number, commandLength: number): void {
+    Atomics.store(this.#halves, LAYOUT.connection / 4, connection);
+    Atomics.store(this.#halves, LAYOUT.commandLength / 4, commandLength);
+    this.#setWord(LAYOUT.begun, number);
+  }
+
+  /** The answer is wholly in the pipe. */
+  piped(number: number): void {
+    this.#setWord(LAYOUT.piped, number);
+  }
+
+  mark(): PipeMark {
+    return {
+      begun: this.#word(LAYOUT.begun),
+      piped: this.#word(LAYOUT.piped),
+      connection: Atomics.load(this.#halves, LAYOUT.connection / 4),
+      commandLength: Atomics.load(this.#halves, LAYOUT.commandLength / 4),
+    };
+  }
+
+  /** Words in which connections note that a command of theirs has no answer yet, where nothing is check-pointed. */
+  get taken(): Uint32Array {
+    return this.#halves.subarray(LAYOUT.taken / 4, LAYOUT.taken / 4 + LAYOUT.takenCount);
+  }
+
+  /** Room for a unit in slot 0 or 1. From now on the slot holds nothing. */
+  open(slot: number): Buffer {
+    const offset = offsetOf(slot);
+    this.#setWord(offset, 0);
+    return this.#bytes.subarray(offset + LAYOUT.slotHeader, offset + LAYOUT.slotBytes);
+  }
+
+  /** The unit in the room is whole. The length first: with its sequence the slot is valid. */
+  close(slot: number, sequence: number, length: number): void {
+    const offset = offsetOf(slot);
+    Atomics.store(this.#halves, (offset + 8) / 4, length);
+    this.#setWord(offset, sequence);
+  }
+
+  /** @returns undefined where nothing, or nothing possible, is in the slot */
+  read(slot: number): SlotContent | undefined {
+    const offset = offsetOf(slot);
+    const sequence = this.#word(offset);
+    const length = Atomics.load(this.#halves, (offset + 8) / 4);
+    if (sequence === 0 || length > LAYOUT.slotBytes - LAYOUT.slotHeader) return undefined;
+    const start = offset + LAYOUT.slotHeader;
+    return { sequence, sealed: Buffer.from(this.#bytes.subarray(start, start + length)) };
+  }
+
+  #setWord(offset: number, value: number): void {
+    Atomics.store(this.#words, offset / 8, BigInt(value));
+  }
+
+  #word(offset: number): number {
+    const value = Number(Atomics.load(this.#words, offset / 8));
+    return Number.isSafeInteger(value) ? value : 0;
+  }
+}
+
+function offsetOf(slot: number): number {
+  return LAYOUT.slots[slot === 0 ? 0 : 1];
+}

@@ -1,0 +1,58 @@
+import { closeSync } from 'node:fs';
+import type { Visitor } from '../channels/doors.js';
+import { sendNow } from '../channels/socket-io.js';
+import { serveTctiControl } from '../channels/tcti-control.js';
+import { TpmConnection } from '../channels/tpm-connection.js';
+import { type AnswerPipe, takeMarked } from '../checkpoint/answer-pipe.js';
+import type { CheckpointMemory } from '../checkpoint/memory.js';
+import { errorResponse, TPM_RC_FAILURE } from '../engine/command.js';
+import type { CommandSource } from './command-queue.js';
+
+/**
+ * In the place of a TPM whose volatile state is lost: every command on every connection, Startup included, is answered with
+ * TPM_RC_FAILURE, and there is neither libtpms nor state here. A guest that can end its worker must not get fresh PCRs
+ * from it; only a new run of its VM brings them.
+ */
+export class LostTpm {
+  readonly #queue = {
+    submit: (source: CommandSource): void => source.answer(errorResponse(TPM_RC_FAILURE)),
+  };
+
+  /** Connections that were open when the last worker ended. Some may wait for an answer that is lost too. */
+  adopt(
+    visitors: readonly Visitor[],
+    left: { readonly memory: CheckpointMemory; readonly pipe: AnswerPipe },
+    onClosed: (id: number) => void,
+  ): void {
+    const waiting = this.#waiting(visitors, left);
+    left.pipe.drain();
+    left.memory.taken.fill(0);
+    for (const { fd } of waiting) sendNow(fd, errorResponse(TPM_RC_FAILURE));
+    for (const visitor of visitors) this.open(visitor, () => onClosed(visitor.id));
+  }
+
+  open({ kind, fd }: Visitor, onClosed: () => void): void {
+    try {
+      if (kind === 'tcti-ctrl') serveTctiControl(fd, { established: false, cancel: () => {} }, onClosed);
+      else new TpmConnection(fd, this.#queue, onClosed);
+    } catch {
+      closeSync(fd);
+      onClosed();
+    }
+  }
+
+  /** Those whose command was taken from its socket, and has no answer. */
+  #waiting(
+    visitors: readonly Visitor[],
+    { memory, pipe }: { readonly memory: CheckpointMemory; readonly pipe: AnswerPipe },
+  ): readonly Visitor[] {
+    const { begun, piped, connection, commandLength } = memory.mark();
+    if (pipe.holds() && begun === piped) {
+      const visitor = visitors.find(({ id }) => id === connection);
+      if (visitor) takeMarked(visitor.fd, commandLength);
+      return visitor ? [visitor] : [];
+    }
+    const taken = new Set(memory.taken);
+    return visitors.filter(({ id }) => taken.has(id));
+  }
+}
