@@ -1,5 +1,5 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs';
-import { join, relative } from 'node:path';
+import { basename, dirname, join, relative } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { LIMITS } from './limits.js';
 
@@ -171,25 +171,34 @@ function groupsOf(pid: number | 'self'): Map<string, string> {
 /**
  * In version 2 a group with processes in it gives its children no controllers, the outermost one excepted. Where only
  * this process is in it, as in a service with a delegated group, it moves aside; else the next group outwards without
- * processes is asked, as under a login session.
+ * processes is taken, as under a login session.
  */
 function parentOf({ version, mount, own }: Hierarchy, controller: Controller): string {
   if (version === 1) return own;
-  for (let at = own; ; at = join(at, '..')) {
-    const members = readText(join(at, 'cgroup.procs')).split('\n').filter(Boolean);
-    if (at === own && members.length === 1 && Number(members[0]) === process.pid && at !== mount) {
-      const aside = join(at, 'supervisor');
-      mkdirSync(aside, { recursive: true, mode: 0o755 });
-      writeFileSync(join(aside, 'cgroup.procs'), String(process.pid));
-      members.pop();
-    }
-    const isEnabled = readText(join(at, 'cgroup.subtree_control')).split(/\s/).includes(controller);
-    if (isEnabled) return at;
-    if (members.length === 0 || at === mount) {
-      writeFileSync(join(at, 'cgroup.subtree_control'), `+${controller}`);
-      return at;
-    }
+  // It moved aside before.
+  let at = basename(own) === ASIDE ? dirname(own) : own;
+  if (at === own && at !== mount && isAlone(at)) {
+    mkdirSync(join(at, ASIDE), { recursive: true, mode: 0o755 });
+    writeFileSync(join(at, ASIDE, 'cgroup.procs'), String(process.pid));
   }
+  while (at !== mount && readText(join(at, 'cgroup.procs')) !== '') at = dirname(at);
+  // Each group on the way hands it on to the next.
+  const way = [at];
+  for (let outer = at; outer !== mount; ) {
+    outer = dirname(outer);
+    way.unshift(outer);
+  }
+  for (const group of way) {
+    const file = join(group, 'cgroup.subtree_control');
+    if (!readText(file).split(/\s/).includes(controller)) writeFileSync(file, `+${controller}`);
+  }
+  return at;
+}
+
+const ASIDE = 'vtpm-supervisor';
+
+function isAlone(group: string): boolean {
+  return readText(join(group, 'cgroup.procs')).trim() === String(process.pid);
 }
 
 function tryOut(parent: string, controller: Controller, version: 1 | 2): void {
