@@ -176,13 +176,13 @@ describe('the modes of files', function () {
         const found = await run('find', [path, '-perm', '/077', '-not', '-type', 'l']);
         open.push(...found.stdout.split('\n').filter((line) => line !== ''));
       }
-      // The image is what the worker's own user executes; its directory lets nobody in.
-      const images = installation.paths.supervisor.images;
+      // The image is what workers with uids of their own execute, in a view of theirs; above it nobody is let in.
+      const { images, directory } = installation.paths.supervisor;
       assert.deepEqual(
-        open.filter((path) => !path.startsWith(`${images}/`)),
+        open.filter((path) => path !== images && !path.startsWith(`${images}/`)),
         [],
       );
-      assert.equal(modeOf(images), '700');
+      assert.deepEqual([modeOf(images), modeOf(directory)], ['711', '700']);
       // The same method does see a file that is open.
       const probe = join(installation.home, 'probe');
       mkdirSync(probe, { mode: 0o755 });
