@@ -28,6 +28,7 @@ export type ToolstackErrorCode =
   | 'worker-failed'
   | 'image-not-allowed'
   | 'image-changed'
+  | 'upgrade-refused'
   | 'manager-unreachable'
   | 'manager-refused'
   | 'locked'
@@ -55,6 +56,7 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'worker-failed',
   'image-not-allowed',
   'image-changed',
+  'upgrade-refused',
   'manager-unreachable',
   'manager-refused',
   'locked',

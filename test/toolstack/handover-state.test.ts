@@ -1,0 +1,131 @@
+import assert from 'node:assert/strict';
+import fc from 'fast-check';
+import { ToolstackError } from 'vtpm-toolstack/error';
+import { HANDOVER_FORMAT, type HandOverState, parseHandOver } from 'vtpm-toolstack/supervisor/handover/state';
+
+const fd = fc.nat({ max: 100_000 });
+const digits = (length: number) =>
+  fc.string({ unit: fc.constantFrom(...'0123456789abcdef'), minLength: length, maxLength: length });
+const processes = fc.array(fc.record({ pid: fc.nat(), startTime: fc.nat().map(String) }), {
+  minLength: 1,
+  maxLength: 4,
+});
+const served = fc.record({
+  worker: fc.record({
+    processes,
+    startedAt: fc
+      .date({ min: new Date(0), max: new Date('2999-01-01'), noInvalidDate: true })
+      .map((date) => date.toISOString()),
+    imageDigest: digits(64),
+    control: fc.option(fd),
+    descriptors: fd,
+    output: fc.option(fd),
+    pending: fc.uint8Array({ maxLength: 100 }).map((bytes) => Buffer.from(bytes).toString('base64')),
+    link: fc.constantFrom('linked', 'wanting', 'passed'),
+    failure: fc.option(fc.record({ reason: fc.string(), message: fc.string() })),
+    saidStopped: fc.boolean(),
+  }),
+  doors: fc.record({
+    nextId: fc.nat(),
+    servers: fc.record({ tpm: fd, tcti: fd, 'tcti-ctrl': fd }),
+    connections: fc.array(fc.record({ id: fc.nat(), fd })),
+    clients: processes,
+  }),
+});
+const vtpm = fc.oneof(
+  fc.record({
+    id: fc.uuid(),
+    state: fc.constant('running'),
+    reason: fc.constant(null),
+    lingering: fc.constant([]),
+    served,
+  }),
+  fc.record({
+    id: fc.uuid(),
+    state: fc.constantFrom('stopped', 'crashed'),
+    reason: fc.option(fc.string()),
+    lingering: processes,
+    served: fc.constant(null),
+  }),
+);
+const state = fc.record({
+  format: fc.constant(HANDOVER_FORMAT),
+  version: fc.constant('0.1.0'),
+  pid: fc.nat(),
+  boot: digits(32),
+  times: fc.nat(),
+  descriptors: fc.array(fd),
+  locks: fc.array(fd, { maxLength: 2 }),
+  api: fc.record({ listener: fd, waiting: fc.array(fd), caller: fc.option(fd) }),
+  autostart: fc.array(fc.uuid()),
+  vtpms: fc.uniqueArray(vtpm, { selector: ({ id }) => id, maxLength: 5 }),
+}) as fc.Arbitrary<HandOverState>;
+
+const bytes = (value: unknown): Buffer => Buffer.from(JSON.stringify(value));
+const isRefusal = (error: unknown): boolean =>
+  error instanceof ToolstackError && (error.code === 'corrupt' || error.code === 'newer-format');
+
+/** Every place in a JSON value, as the keys that lead there. */
+function places(value: unknown, at: string[] = []): string[][] {
+  if (typeof value !== 'object' || value === null) return [at];
+  return [at, ...Object.entries(value).flatMap(([key, item]) => places(item, [...at, key]))];
+}
+
+function replaced(value: unknown, [key, ...rest]: string[], change: unknown): unknown {
+  if (key === undefined) return change;
+  const copy = structuredClone(value) as Record<string, unknown>;
+  copy[key] = replaced(copy[key], rest, change);
+  return copy;
+}
+
+describe('what one supervisor hands over to the next', () => {
+  it('is read as it was written', () => {
+    fc.assert(
+      fc.property(state, (given) => {
+        assert.deepEqual(parseHandOver(bytes(given)), JSON.parse(JSON.stringify(given)));
+      }),
+    );
+  });
+
+  it('is refused by name where it is of a newer format', () => {
+    const [given] = fc.sample(state, 1);
+    assert.throws(() => parseHandOver(bytes({ ...given, format: HANDOVER_FORMAT + 1, more: 1 })), {
+      code: 'newer-format',
+      message: /stop it in order and start this one/,
+    });
+    assert.throws(() => parseHandOver(bytes({ ...given, format: 0 })), { code: 'corrupt' });
+  });
+
+  it('I-10 is refused by name where anything in it is something else', () => {
+    const wrong = [{ surprise: 1 }, -1, 0.5, true, [[]], 'no such word', undefined];
+    fc.assert(
+      fc.property(state, fc.nat(), fc.constantFrom(...wrong), (given, pick, change) => {
+        const all = places(given);
+        const place = all[pick % all.length] as string[];
+        const changed = bytes(replaced(given, place, change) ?? null);
+        try {
+          const read = parseHandOver(changed);
+          // Then it is of the same kind, such as a flag or a sentence.
+          assert.deepEqual(bytes(read), changed);
+        } catch (error) {
+          if (!isRefusal(error)) throw error;
+        }
+      }),
+    );
+  });
+
+  it('I-10 is refused by name where it is no such thing at all', () => {
+    fc.assert(fc.property(fc.uint8Array(), (given) => assert.throws(() => parseHandOver(given), isRefusal)));
+    fc.assert(
+      fc.property(fc.json(), (given) => assert.throws(() => parseHandOver(Buffer.from(given)), isRefusal)),
+    );
+  });
+
+  it('is refused where a vTPM stands there twice, or runs without a worker', () => {
+    const [given] = fc.sample(state, 1) as [HandOverState];
+    const [one] = fc.sample(vtpm, 1) as [HandOverState['vtpms'][number]];
+    assert.throws(() => parseHandOver(bytes({ ...given, vtpms: [one, one] })), /names a vTPM twice/);
+    const alone = { ...one, state: 'running', served: null };
+    assert.throws(() => parseHandOver(bytes({ ...given, vtpms: [alone] })), /does not go with its worker/);
+  });
+});
