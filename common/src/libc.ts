@@ -1,6 +1,6 @@
 import { closeSync, ftruncateSync, openSync, writeSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import type { Socket } from 'node:net';
+import type { Server, Socket } from 'node:net';
 
 // koffi is CommonJS; the worker's bundle resolves it beside itself through this same call.
 type Koffi = typeof import('koffi');
@@ -75,8 +75,8 @@ export function peerCredentials(fd: number): PeerCredentials {
   return { pid: value.readInt32LE(0), uid: value.readUInt32LE(4), gid: value.readUInt32LE(8) };
 }
 
-/** The descriptor under a net.Socket. Node has no public way to it. */
-export function socketFd(socket: Socket): number {
+/** The descriptor under a net.Socket or net.Server. Node has no public way to it. */
+export function socketFd(socket: Socket | Server): number {
   const fd = (socket as unknown as { _handle?: { fd?: number } })._handle?.fd;
   if (typeof fd !== 'number' || fd < 0) throw new Error('the socket has no descriptor: it is closed');
   return fd;

@@ -2,12 +2,12 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
-import { connect, createServer, type Server } from 'node:net';
+import { connect, createServer, type Server, type Socket } from 'node:net';
 import { lockFile, socketFd } from 'vtpm-common';
 import { replaceProcess, setCloseOnExec } from 'vtpm-common/exec';
 import { AdoptedProcess } from 'vtpm-toolstack/supervisor/handover/adopted-process';
 import { type ProcessId, processId } from 'vtpm-toolstack/supervisor/processes';
-import { findBubblewrap } from 'vtpm-toolstack/supervisor/sandbox';
+import { findProgram } from 'vtpm-toolstack/supervisor/sandbox';
 
 interface Kept {
   listener: number;
@@ -46,14 +46,14 @@ async function before(): Promise<void> {
   const commands: [string, string[]][] = [
     ['/bin/sh', ['-c', 'read line; exit 7']],
     ['/bin/sleep', ['1000']],
-    [findBubblewrap(process.env.PATH ?? ''), [...sandbox, 'sleep', '1000']],
+    [findProgram('bwrap'), [...sandbox, 'sleep', '1000']],
   ];
   const children = commands.map(([file, args]) =>
     spawn(file, args, { stdio: ['pipe', 'ignore', 'ignore'], detached: true }),
   );
-  const stdin = children[0]?.stdin as unknown as Parameters<typeof socketFd>[0];
+  const stdin = children[0]?.stdin as unknown as Socket;
   const ids = children.map((child) => processId(child.pid ?? -1) as ProcessId);
-  const listener = socketFd(server as unknown as Parameters<typeof socketFd>[0]);
+  const listener = socketFd(server);
   const kept: Kept = { listener, children: ids };
   try {
     replaceProcess(`${directory}/absent`, [], [listener]);
@@ -69,7 +69,7 @@ async function before(): Promise<void> {
   }
   delete process.env.TAKEN_OUT;
   // As if a library had opened it without a thought of other programs.
-  setCloseOnExec(socketFd(secret as unknown as Parameters<typeof socketFd>[0]), false);
+  setCloseOnExec(socketFd(secret), false);
   say({ pid: process.pid, descriptors: descriptors().length });
   // Dies while the program changes: nobody has reaped it.
   process.kill(ids[1]?.pid ?? -1, 'SIGKILL');

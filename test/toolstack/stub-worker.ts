@@ -50,6 +50,8 @@ function serve(id: number, fd: number): void {
     const text = data.toString();
     if (text === 'crash') process.exit(7);
     if (text === 'babble') control.write('{"type":"connection-closed"}\n');
+    if (text === 'half') control.write('{"type":"link');
+    if (text === 'rest') control.write('-up"}\n');
     if (text === 'hang') isHanging = true;
     if (text === 'who') {
       guest.write(`${id}`);

@@ -176,19 +176,28 @@ export interface Answer {
   body: any;
 }
 
+export const SUPERVISOR = fileURLToPath(
+  new URL('../../../toolstack/bin/vtpm-supervisord.js', import.meta.url),
+);
+
 /** A real vtpm-supervisord. */
 export class SupervisorProcess {
   readonly paths: Paths;
   readonly #child: ChildProcess;
   #stderr = '';
 
-  /** @param wrapper a program that executes the rest of its arguments */
-  constructor(home: string, manifest: string, flags: string[] = [], wrapper: string[] = []) {
+  /** @param how what is executed, and `wrapper`: a program that executes the rest of its arguments */
+  constructor(
+    home: string,
+    manifest: string,
+    flags: string[] = [],
+    how: { program?: string; node?: string; wrapper?: string[] } = {},
+  ) {
+    const { program = SUPERVISOR, node = process.execPath, wrapper = [] } = how;
     this.paths = pathsOf(home, join(home, 'run'));
-    const program = fileURLToPath(new URL('../../../toolstack/bin/vtpm-supervisord.js', import.meta.url));
     const { NODE_EXTRA_CA_CERTS: _, ...env } = process.env;
     const given = ['--home', home, '--run-dir', this.paths.run, '--worker-manifest', manifest, ...flags];
-    const [command = '', ...args] = [...wrapper, process.execPath, program, ...given];
+    const [command = '', ...args] = [...wrapper, node, program, ...given];
     this.#child = spawn(
       command,
       args,

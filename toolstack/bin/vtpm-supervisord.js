@@ -1,2 +1,4 @@
 #!/usr/bin/env node
-import '../dist/supervisor-main.js';
+import '../dist/supervisor/handover/early-signals.js';
+
+await import('../dist/supervisor-main.js');

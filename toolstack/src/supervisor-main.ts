@@ -9,6 +9,9 @@ import {
 } from 'vtpm-common';
 import { ToolstackError } from './error.js';
 import { serveApi } from './supervisor/api.js';
+import { takeSignals } from './supervisor/handover/early-signals.js';
+import { checkInheritance, takeInheritance } from './supervisor/handover/inheritance.js';
+import { CHECK_FLAG, HANDOVER_FLAG } from './supervisor/handover/names.js';
 import { defaultManifest } from './supervisor/image-sources.js';
 import { Supervisor } from './supervisor/supervisor.js';
 
@@ -33,6 +36,8 @@ interface Flags {
   readonly workerUids?: string;
   readonly waiveLayers?: string;
   readonly workerManifest?: string;
+  readonly handover?: string;
+  readonly checkHandover?: string;
 }
 
 const program = new Command('vtpm-supervisord')
@@ -56,6 +61,9 @@ const program = new Command('vtpm-supervisord')
   .option('--worker-uids <range>', 'uids that workers run as, one each: FIRST-LAST')
   .option('--waive-layers <names>', 'layers of the sandbox that workers may run without')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
+  // What the program before this one hands over, and whether this one would take it; see handover/upgrade.ts.
+  .addOption(new Option(`${HANDOVER_FLAG} <descriptor>`).hideHelp())
+  .addOption(new Option(`${CHECK_FLAG} <descriptor>`).hideHelp())
   .allowExcessArguments(false)
   .action(run);
 
@@ -82,20 +90,24 @@ async function run(flags: Flags): Promise<void> {
   const log = createLogger('vtpm-supervisord', settings);
   const service = new ServiceNotifier();
   const manifest = flags.workerManifest ?? defaultManifest();
-  const supervisor = await Supervisor.open({ paths, settings, manifest, log });
-  const api = await serveApi(supervisor, paths.supervisor.socket, log);
+  if (flags.checkHandover !== undefined)
+    return checkInheritance(flags.checkHandover, { paths, settings, manifest });
+  const before = flags.handover === undefined ? undefined : takeInheritance(flags.handover);
+  const supervisor = await Supervisor.open({ paths, settings, manifest, log, ...(before && { before }) });
+  const api = await serveApi(supervisor, paths.supervisor.socket, log, before);
+  before?.descriptors.closeRest();
   log.info(
     { home: paths.home, imageDigest: supervisor.image.digest, vtpms: supervisor.all().length },
     'ready',
   );
   service.ready(`${supervisor.all().length} vTPMs`);
-  process.on('SIGHUP', () => {
+  const refresh = (): void => {
     try {
       supervisor.refreshImage();
     } catch (error) {
       log.error({ reason: (error as Error).message }, 'workers go on starting from the image before');
     }
-  });
+  };
   let isStopping = false;
   const stop = async (signal: string): Promise<void> => {
     if (isStopping) return;
@@ -108,7 +120,11 @@ async function run(flags: Flags): Promise<void> {
     log.info('stopped');
     process.exit(0);
   };
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void stop(signal));
+  takeSignals({
+    SIGTERM: () => void stop('SIGTERM'),
+    SIGINT: () => void stop('SIGINT'),
+    SIGHUP: refresh,
+  });
 }
 
 try {

@@ -13,6 +13,7 @@ import { type InitFlags, init } from './commands/init.js';
 import { remove, start, stop } from './commands/lifecycle.js';
 import { list, show } from './commands/list.js';
 import { type LogsFlags, logs } from './commands/logs.js';
+import { upgradeSupervisor } from './commands/supervisor.js';
 import { type UninstallFlags, uninstall } from './commands/uninstall.js';
 import { up } from './commands/up.js';
 import type { Context } from './context.js';
@@ -274,6 +275,15 @@ ${EXIT_STATUSES}`,
     .option('--allow', 'allow it at the manager too')
     .option('--note <text>', 'with --allow: why, for who reads the list later');
   imageBuildVm.action((flags: BuildVmFlags) => run(imageBuildVm, (context) => buildVm(flags, context)));
+
+  const supervisorCommand = group(program, 'supervisor', 'the parent of all workers');
+  const supervisorUpgrade = add(
+    supervisorCommand,
+    'upgrade',
+    'lets the running supervisor go on as the program that is installed now; no guest notices',
+    ['vtpmctl supervisor upgrade'],
+  );
+  supervisorUpgrade.action(() => run(supervisorUpgrade, upgradeSupervisor));
 
   const platformCommand = group(
     program,

@@ -5,12 +5,18 @@ const LIFECYCLE_TIMEOUT_MS = 120_000;
 /** 100 MB are copied and hashed. */
 const IMAGE_TIMEOUT_MS = 60_000;
 
+/** Waits for what is under way, for the next program to be tried, and for the next program. */
+const UPGRADE_TIMEOUT_MS = 240_000;
+
 export interface SupervisorHealth {
   readonly status: string;
   readonly version: string;
   readonly delegateKey: string;
   readonly managerConnected: boolean;
   readonly imageDigest: string;
+  readonly vtpms: number;
+  /** How often the process has become another program. */
+  readonly upgrades: number;
 }
 
 /** Of the worker, as it was measured. */
@@ -71,6 +77,11 @@ export class SupervisorApi {
 
   async health(timeout?: number): Promise<SupervisorHealth> {
     return await this.#client.call('GET', '/health', timeout === undefined ? {} : { timeout });
+  }
+
+  /** Answered by the next program. */
+  async upgrade(): Promise<SupervisorHealth> {
+    return await this.#client.call('POST', '/upgrade', { timeout: UPGRADE_TIMEOUT_MS });
   }
 
   async image(): Promise<SupervisorImage> {

@@ -1,8 +1,10 @@
-import { chmodSync, rmSync } from 'node:fs';
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
-import type { Socket } from 'node:net';
-import { checkSocketPath, type Logger, peerCredentials, socketFd, VERSION } from 'vtpm-common';
+import type { IncomingMessage, ServerResponse } from 'node:http';
+import { Socket } from 'node:net';
+import { type Logger, VERSION } from 'vtpm-common';
 import { ToolstackError, type ToolstackErrorCode } from '../error.js';
+import { ApiServer } from './api-server.js';
+import type { Inheritance } from './handover/inheritance.js';
+import { upgrade } from './handover/upgrade.js';
 import { isolationProfile } from './layers.js';
 import type { Supervisor } from './supervisor.js';
 
@@ -13,30 +15,40 @@ export interface SupervisorApi {
 
 const MAX_BODY_BYTES = 64 * 1024;
 
-/** HTTP and JSON on a unix socket, for root and the supervisor's own user. Errors are `{error: {code, message}}`. */
-export async function serveApi(supervisor: Supervisor, path: string, log: Logger): Promise<SupervisorApi> {
+/**
+ * HTTP and JSON on a unix socket, for root and the supervisor's own user. Errors are `{error: {code, message}}`.
+ * @param before the one who asked for the hand-over is answered at once
+ */
+export async function serveApi(
+  supervisor: Supervisor,
+  path: string,
+  log: Logger,
+  before?: Inheritance,
+): Promise<SupervisorApi> {
   let isClosing = false;
-  const server = createServer((request, response) => {
-    if (isClosing) {
-      send(response, 503, { error: { code: 'busy', message: 'the supervisor is stopping; start it again' } });
-    } else {
-      void answer(supervisor, request, response, log);
-    }
-  });
-  server.requestTimeout = 10_000;
-  server.headersTimeout = 5_000;
-  server.maxConnections = 256;
-  server.on('connection', refuseStrangers);
-  await listen(server, checkSocketPath(path));
-  // The next connection may be accepted again; without a handler this one would end the process.
-  server.on('error', (error) => log.warn({ socket: path, reason: error.message }, 'a connection was lost'));
+  const server: ApiServer = await ApiServer.open(
+    {
+      path,
+      log,
+      handle: (request, response) => {
+        if (isClosing) {
+          send(response, 503, {
+            error: { code: 'busy', message: 'the supervisor is stopping; start it again' },
+          });
+        } else {
+          void answer({ supervisor, server, log }, request, response);
+        }
+      },
+    },
+    before && { state: before.state.api, descriptors: before.descriptors },
+  );
+  const caller = before?.state.api.caller ?? null;
+  if (before && caller !== null) answerUpgraded(before.descriptors.takeSocket(caller), healthOf(supervisor));
   return {
-    close: () =>
-      new Promise((resolve) => {
-        isClosing = true;
-        server.close(() => resolve());
-        server.closeIdleConnections();
-      }),
+    close: () => {
+      isClosing = true;
+      return server.close();
+    },
   };
 }
 
@@ -44,6 +56,7 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'bad-request': 400,
   'image-not-allowed': 403,
   'image-changed': 409,
+  'upgrade-refused': 409,
   'unknown-vtpm': 404,
   'name-taken': 409,
   'not-stopped': 409,
@@ -57,26 +70,28 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'store-full': 507,
 };
 
-async function answer(
-  supervisor: Supervisor,
-  request: IncomingMessage,
-  response: ServerResponse,
-  log: Logger,
-): Promise<void> {
+interface Served {
+  readonly supervisor: Supervisor;
+  readonly server: ApiServer;
+  readonly log: Logger;
+}
+
+async function answer(served: Served, request: IncomingMessage, response: ServerResponse): Promise<void> {
   try {
-    const { status, body } = await dispatch(supervisor, request);
+    const { status, body } = await dispatch(served, request);
     send(response, status, body);
   } catch (caught) {
     const error = ToolstackError.from(caught);
-    if (error.code === 'internal') log.error({ err: error }, 'a call failed');
+    if (error.code === 'internal') served.log.error({ err: error }, 'a call failed');
     send(response, STATUS[error.code] ?? 500, { error: { code: error.code, message: error.message } });
   }
 }
 
 async function dispatch(
-  supervisor: Supervisor,
+  served: Served,
   request: IncomingMessage,
 ): Promise<{ status: number; body: unknown }> {
+  const { supervisor } = served;
   const [, collection, name, verb, ...rest] = pathOf(request).split('/');
   const call = `${request.method} /${collection}${name ? '/:vtpm' : ''}${verb ? `/${verb}` : ''}`;
   const unknown = new ToolstackError(
@@ -87,6 +102,8 @@ async function dispatch(
   switch (call) {
     case 'GET /health':
       return { status: 200, body: healthOf(supervisor) };
+    case 'POST /upgrade':
+      return await upgrade(served, request.socket);
     case 'GET /image': {
       const { digest, parts, command } = supervisor.image;
       const { argv, env } = command;
@@ -131,7 +148,22 @@ function healthOf(supervisor: Supervisor): unknown {
     isolationProfile: isolationProfile(),
     pool: supervisor.pool,
     vtpms: supervisor.all().length,
+    upgrades: supervisor.upgrades,
   };
+}
+
+/** To a call that was made to the program before this one. */
+function answerUpgraded(fd: number, body: unknown): void {
+  const content = `${JSON.stringify(body)}\n`;
+  const head = [
+    'HTTP/1.1 200 OK',
+    'content-type: application/json',
+    `content-length: ${Buffer.byteLength(content)}`,
+    'connection: close',
+  ];
+  const socket = new Socket({ fd, readable: false, writable: true });
+  socket.on('error', () => undefined);
+  socket.end(`${head.join('\r\n')}\r\n\r\n${content}`);
 }
 
 function pathOf(request: IncomingMessage): string {
@@ -174,28 +206,4 @@ function send(response: ServerResponse, status: number, body: unknown): void {
   const content = Buffer.from(`${JSON.stringify(body)}\n`);
   response.writeHead(status, { 'content-type': 'application/json', 'content-length': content.length });
   response.end(content);
-}
-
-/** The socket's mode keeps others out already; root may have passed a connection on. */
-function refuseStrangers(socket: Socket): void {
-  try {
-    const { uid } = peerCredentials(socketFd(socket));
-    if (uid === 0 || uid === process.getuid?.()) return;
-  } catch {
-    // Gone before it was looked at.
-  }
-  socket.destroy();
-}
-
-function listen(server: Server, path: string): Promise<void> {
-  // This supervisor holds the lock of the path, so what is there was left by one that is gone.
-  rmSync(path, { force: true });
-  return new Promise((resolve, reject) => {
-    server.once('error', reject);
-    server.listen(path, () => {
-      server.removeListener('error', reject);
-      chmodSync(path, 0o600);
-      resolve();
-    });
-  });
 }

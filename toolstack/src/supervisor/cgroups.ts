@@ -54,10 +54,13 @@ export class WorkerGroups {
   /** Why there is no group for a controller. */
   readonly missing: ReadonlyMap<Controller, string>;
   readonly #parents: ReadonlyMap<string, readonly (readonly [Controller, 1 | 2])[]>;
-  #count = 0;
+  #count: number;
 
-  /** Removes what dead supervisors left. Never throws: what cannot be had is in `missing`. */
-  static open(found = findHierarchies()): WorkerGroups {
+  /**
+   * Removes what dead supervisors left. Never throws: what cannot be had is in `missing`.
+   * @param made groups that this process made already, as the program that it was before
+   */
+  static open(made = 0, found = findHierarchies()): WorkerGroups {
     const missing = new Map<Controller, string>();
     const parents = new Map<string, (readonly [Controller, 1 | 2])[]>();
     for (const controller of CONTROLLERS) {
@@ -75,15 +78,21 @@ export class WorkerGroups {
         missing.set(controller, (error as Error).message);
       }
     }
-    return new WorkerGroups(parents, missing);
+    return new WorkerGroups(parents, missing, made);
   }
 
   private constructor(
     parents: ReadonlyMap<string, readonly (readonly [Controller, 1 | 2])[]>,
     missing: ReadonlyMap<Controller, string>,
+    made: number,
   ) {
+    this.#count = made;
     this.#parents = parents;
     this.missing = missing;
+  }
+
+  get made(): number {
+    return this.#count;
   }
 
   /** With its limits set. @throws an error of the file system */
@@ -228,7 +237,7 @@ function removeLeft(parent: string): void {
 }
 
 /** A group is busy for a moment after the end of its last process. */
-async function removeGroup(path: string): Promise<void> {
+export async function removeGroup(path: string): Promise<void> {
   for (let attempt = 0; attempt < REMOVE_ATTEMPTS; attempt++) {
     try {
       rmdirSync(path);

@@ -1,5 +1,9 @@
 import { closeSync, readSync } from 'node:fs';
 import { CHECKPOINT_LAYOUT as LAYOUT, pipePair, sharedMemory } from 'vtpm-common';
+import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
+import type { RunHandOver } from './handover/state.js';
+
+type StoreHandOver = Pick<RunHandOver, 'memory' | 'pipe' | 'newest'>;
 
 /**
  * What one VM run has beside its workers: the memory with their checkpoints and the pipe that answers go through. It is
@@ -9,17 +13,35 @@ import { CHECKPOINT_LAYOUT as LAYOUT, pipePair, sharedMemory } from 'vtpm-common
 export class CheckpointStore {
   readonly #memory: number;
   readonly #pipe: { readonly read: number; readonly write: number };
-  #newest = 0;
+  #newest: number;
 
   /** @throws SystemCallError */
-  constructor() {
-    this.#memory = sharedMemory('vtpm-checkpoint', LAYOUT.bytes);
+  constructor(before?: StoreHandOver) {
+    this.#newest = before?.newest ?? 0;
+    this.#memory = before?.memory ?? sharedMemory('vtpm-checkpoint', LAYOUT.bytes);
     try {
-      this.#pipe = pipePair();
+      this.#pipe = before?.pipe ?? pipePair();
     } catch (error) {
       closeSync(this.#memory);
       throw error;
     }
+  }
+
+  /** One of the program before this one. @throws ToolstackError `corrupt` */
+  static adopt({ memory, pipe, newest }: StoreHandOver, inherited: InheritedDescriptors): CheckpointStore {
+    inherited.take(memory);
+    inherited.take(pipe.read);
+    inherited.take(pipe.write);
+    return new CheckpointStore({ memory, pipe, newest });
+  }
+
+  handOver(kept: KeptDescriptors): StoreHandOver {
+    const { read, write } = this.#pipe;
+    return {
+      memory: kept.keep(this.#memory),
+      pipe: { read: kept.keep(read), write: kept.keep(write) },
+      newest: this.#newest,
+    };
   }
 
   /** What a worker gets, in this order: the memory, the end of the pipe to read from, the one to write to. */

@@ -5,7 +5,10 @@ import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { ToolstackError } from '../error.js';
 import { withKvm } from '../vm/kvm.js';
 import { type Accelerator, withAccelerator } from '../vm/qemu.js';
-import { CONTROLLERS, type WorkerGroup, WorkerGroups } from './cgroups.js';
+import { CONTROLLERS, removeGroup, type WorkerGroup, WorkerGroups } from './cgroups.js';
+import type { KeptDescriptors } from './handover/descriptors.js';
+import type { Inheritance } from './handover/inheritance.js';
+import type { ConfinementHandOver, HandOverState } from './handover/state.js';
 import { ImageView } from './image-view.js';
 import {
   confinementOf,
@@ -28,10 +31,14 @@ import {
 import { parseUidRange, WorkerUids } from './worker-uids.js';
 
 /** How one worker is confined, from before it is started until nothing of it is left. */
-export interface Confinement {
+export interface Confinement extends HeldConfinement {
   readonly command: Command;
   /** Call it when the command runs, or could not be run. */
   started(): void;
+}
+
+/** Of a worker that runs. */
+export interface HeldConfinement {
   /**
    * Looks at what is really in force, once the worker has said that it is ready. @param pid of node
    * @throws ToolstackError `layer-missing`
@@ -39,6 +46,8 @@ export interface Confinement {
   check(pid: number): void;
   /** Call it when no process of the worker is left. Never rejects. */
   release(): Promise<void>;
+  /** What the next program needs to know of it. */
+  handOver(): ConfinementHandOver;
 }
 
 export interface ConfinementOptions {
@@ -47,6 +56,8 @@ export interface ConfinementOptions {
   /** The file that the settings are in, for messages. */
   readonly config: string;
   readonly settings: Pick<Settings, 'waive-layers' | 'worker-uids'>;
+  /** What the program before this one hands over. */
+  readonly before?: Inheritance;
 }
 
 /** What confines the workers of one supervisor. */
@@ -68,7 +79,9 @@ export class Confinements {
    * @throws ToolstackError `usage` for a setting that cannot be
    */
   static async open(options: ConfinementOptions, image: ImageCommand): Promise<Confinements> {
-    const { settings, images } = options;
+    const { settings, images, before } = options;
+    const uidLock = before?.state.confinements.uidLock ?? null;
+    const heldLock = before && uidLock !== null ? before.descriptors.take(uidLock) : undefined;
     const profile = isolationProfile();
     const waived = parseWaived(settings['waive-layers']);
     const range = parseUidRange(settings['worker-uids']);
@@ -94,12 +107,14 @@ export class Confinements {
       sealedMemory('vtpm-filter', seccompFilter('start')),
     );
     await attempt(['limits'], () => findProgram('prlimit'));
-    const groups = await attempt(['cgroup:memory', 'cgroup:pids', 'cgroup:cpu'], () => WorkerGroups.open());
+    const groups = await attempt(['cgroup:memory', 'cgroup:pids', 'cgroup:cpu'], () =>
+      WorkerGroups.open(before?.state.confinements.groups),
+    );
     for (const [controller, reason] of groups?.missing ?? []) {
       const layer = `cgroup:${controller}` as const;
       if (wanted.includes(layer)) missing.set(layer, reason);
     }
-    const uids = await attempt(['uid'], () => new WorkerUids(range));
+    const uids = await attempt(['uid'], () => new WorkerUids(range, { held: heldLock }));
     const view = uids && (await attempt(['uid'], () => ImageView.open(images)));
     const made = new Confinements(options, { profile, waived, missing, wanted, filter, groups, uids, view });
     if (view) await attempt(['uid'], () => made.#tryUid(image));
@@ -137,7 +152,28 @@ export class Confinements {
       started: () => undefined,
       check: () => undefined,
       release: async () => undefined,
+      handOver: () => ({ uid: null, groups: [] }),
     };
+  }
+
+  /** Of a worker that the program before this one made. */
+  adopt({ uid, groups }: ConfinementHandOver): HeldConfinement {
+    if (uid !== null) this.#uids?.adopt(uid);
+    return {
+      // It was looked at when it became ready.
+      check: () => undefined,
+      release: async () => {
+        if (uid !== null) this.#uids?.give(uid);
+        for (const path of groups) await removeGroup(path);
+      },
+      handOver: () => ({ uid, groups }),
+    };
+  }
+
+  /** What the next program needs to know, beside what it is told of each worker. */
+  handOver(kept: KeptDescriptors): HandOverState['confinements'] {
+    const lock = this.#uids?.descriptor;
+    return { uidLock: lock === undefined ? null : kept.keep(lock), groups: this.#groups?.made ?? 0 };
   }
 
   /** For one worker. @throws ToolstackError `layer-missing` | `missing-package` */
@@ -184,7 +220,14 @@ export class Confinements {
         ...(filter !== undefined && { filter }),
         filtersItself: !isFiltered || has('seccomp:serve'),
       });
-      return { command, started: closeFilter, check: (pid) => this.#check(pid, wanted), release };
+      const paths = group?.paths ?? [];
+      return {
+        command,
+        started: closeFilter,
+        check: (pid) => this.#check(pid, wanted),
+        release,
+        handOver: () => ({ uid: uid ?? null, groups: [...paths] }),
+      };
     } catch (error) {
       void release();
       throw error;

@@ -64,7 +64,17 @@ const MAX_LINE_BYTES = 16 * 1024;
 
 /** Splits the channel into lines. @throws Error for a line over the limit */
 export class LineReader {
-  #pending = Buffer.alloc(0);
+  #pending: Buffer;
+
+  /** @param pending what came of the first line already */
+  constructor(pending: Buffer = Buffer.alloc(0)) {
+    this.#pending = pending;
+  }
+
+  /** What came of a line that has no end yet. */
+  get pending(): Buffer {
+    return this.#pending;
+  }
 
   push(chunk: Buffer): string[] {
     this.#pending = Buffer.concat([this.#pending, chunk]);

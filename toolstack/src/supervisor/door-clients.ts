@@ -7,7 +7,15 @@ import { isAlive, type ProcessId, processId } from './processes.js';
  * the TPM can only be flushed when its process is gone; and a sandboxed worker cannot see processes of the host.
  */
 export class DoorClients {
-  readonly #clients = new Map<number, ProcessId>();
+  readonly #clients: Map<number, ProcessId>;
+
+  constructor(clients: readonly ProcessId[] = []) {
+    this.#clients = new Map(clients.map((client) => [client.pid, client]));
+  }
+
+  all(): ProcessId[] {
+    return [...this.#clients.values()];
+  }
 
   /** @returns the client's process id; undefined where it cannot be known (it ended, or lives in another namespace) */
   add(socket: Socket): number | undefined {

@@ -1,17 +1,21 @@
 import { chmodSync, rmSync } from 'node:fs';
-import { createServer, type Server, type Socket } from 'node:net';
+import { createServer, type Server, Socket } from 'node:net';
 import { join } from 'node:path';
-import { checkSocketPath, passingDirectory } from 'vtpm-common';
+import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
 import { applyAccess, type DoorAccess, directoryMode } from './door-access.js';
 import { DoorClients } from './door-clients.js';
+import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
+import type { DoorsHandOver } from './handover/state.js';
 
 const FILES: Readonly<Record<DoorName, string>> = {
   tpm: 'tpm.sock',
   tcti: 'tcti.sock',
   'tcti-ctrl': 'tcti.sock.ctrl',
 };
+
+const DOORS: readonly DoorName[] = ['tpm', 'tcti', 'tcti-ctrl'];
 
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
 const MAX_CONNECTIONS = 64;
@@ -47,15 +51,22 @@ export function doorPaths(directory: string): DoorPaths {
  * the duplicate that stays here keeps it open should the worker end. Nothing is ever read from it here.
  */
 export class Doors {
-  readonly #servers: Server[] = [];
+  readonly #servers = new Map<DoorName, Server>();
   readonly #connections = new Map<number, Visit>();
   readonly #directory: string;
-  readonly #clients = new DoorClients();
+  readonly #clients: DoorClients;
   readonly #access: DoorAccess;
   readonly #events: DoorEvents;
-  #nextId = 1;
+  #nextId: number;
 
-  private constructor(directory: string, access: DoorAccess, events: DoorEvents) {
+  private constructor(
+    directory: string,
+    access: DoorAccess,
+    events: DoorEvents,
+    before?: Pick<DoorsHandOver, 'nextId' | 'clients'>,
+  ) {
+    this.#clients = new DoorClients(before?.clients);
+    this.#nextId = before?.nextId ?? 1;
     this.#directory = directory;
     this.#access = access;
     this.#events = events;
@@ -66,7 +77,7 @@ export class Doors {
     const doors = new Doors(directory, access, events);
     try {
       chmodSync(passingDirectory(directory), directoryMode(access));
-      await Promise.all((Object.keys(FILES) as DoorName[]).map((door) => doors.#listen(door)));
+      await Promise.all(DOORS.map((door) => doors.#listen(door)));
       return doors;
     } catch (error) {
       doors.close();
@@ -79,6 +90,46 @@ export class Doors {
     return [...this.#connections.values()];
   }
 
+  /** The doors of the program before this one, with those who stand in them. @throws ToolstackError `corrupt` */
+  static adopt(
+    directory: string,
+    access: DoorAccess,
+    events: DoorEvents,
+    before: DoorsHandOver,
+    inherited: InheritedDescriptors,
+  ): Doors {
+    const doors = new Doors(directory, access, events, before);
+    try {
+      // The connections first: whoever comes in next gets another id.
+      for (const { id, door, peer, fd } of before.connections) {
+        doors.#keep({ id, door, peer: peer ?? undefined, socket: holdOpen(inherited.takeSocket(fd)) });
+      }
+      for (const door of DOORS) doors.#listenOn(door, inherited.takeSocket(before.servers[door]));
+      return doors;
+    } catch (error) {
+      doors.close();
+      throw error;
+    }
+  }
+
+  /** What the next program needs to know of them. */
+  handOver(kept: KeptDescriptors): DoorsHandOver {
+    const entrances = [...this.#servers].map(([door, server]) => [door, kept.keep(socketFd(server))]);
+    return {
+      nextId: this.#nextId,
+      servers: Object.fromEntries(entrances) as DoorsHandOver['servers'],
+      connections: this.visits()
+        .filter(({ socket }) => !socket.destroyed)
+        .map(({ id, door, peer, socket }) => ({
+          id,
+          door,
+          peer: peer ?? null,
+          fd: kept.keep(socketFd(socket)),
+        })),
+      clients: this.#clients.all(),
+    };
+  }
+
   /** The worker has closed its end. */
   forget(id: number): void {
     this.#connections.get(id)?.socket.destroy();
@@ -87,8 +138,9 @@ export class Doors {
 
   /** No new connections; those that are there stay. */
   closeEntrances(): void {
-    for (const server of this.#servers.splice(0)) server.close();
-    // A closed server removes its socket itself, but not one that was left by a supervisor that was killed.
+    for (const server of this.#servers.values()) server.close();
+    this.#servers.clear();
+    // A closed server removes the socket that it made itself, and no other.
     for (const file of Object.values(FILES)) rmSync(join(this.#directory, file), { force: true });
   }
 
@@ -107,11 +159,7 @@ export class Doors {
     const path = checkSocketPath(join(this.#directory, FILES[door]));
     // This supervisor holds the lock, so what is there was left by one that is gone.
     rmSync(path, { force: true });
-    const server = createServer({ pauseOnConnect: true, allowHalfOpen: true }, (socket) =>
-      this.#accept(door, socket),
-    );
-    server.maxConnections = MAX_CONNECTIONS;
-    this.#servers.push(server);
+    const server = this.#entrance(door);
     return new Promise((resolve, reject) => {
       server.once('error', reject);
       server.listen(path, () => {
@@ -127,17 +175,47 @@ export class Doors {
     });
   }
 
+  /** At once: nobody comes in before the caller has everything in place. */
+  #listenOn(door: DoorName, fd: number): void {
+    const server = this.#entrance(door).on('error', () => undefined);
+    server.listen({ fd });
+    if (!server.listening) {
+      throw new ToolstackError(
+        'corrupt',
+        `descriptor ${fd} of the hand-over does not listen at ${FILES[door]}`,
+      );
+    }
+  }
+
+  #entrance(door: DoorName): Server {
+    const server = createServer({ pauseOnConnect: true, allowHalfOpen: true }, (socket) =>
+      this.#accept(door, socket),
+    );
+    server.maxConnections = MAX_CONNECTIONS;
+    this.#servers.set(door, server);
+    return server;
+  }
+
   #accept(door: DoorName, socket: Socket): void {
     const id = this.#nextId++;
-    socket.on('error', () => this.forget(id));
     try {
       this.lookForGone();
       const visit = { door, id, peer: this.#clients.add(socket), socket };
-      this.#connections.set(id, visit);
+      this.#keep(visit);
       this.#events.connected(visit);
     } catch {
       socket.destroy();
       this.forget(id);
     }
   }
+
+  #keep(visit: Visit): void {
+    this.#connections.set(visit.id, visit);
+    visit.socket.on('error', () => this.forget(visit.id));
+  }
+}
+
+/** A connection that is never read from here. */
+function holdOpen(fd: number): Socket {
+  return new Socket({ fd, readable: false, writable: true, allowHalfOpen: true });
 }

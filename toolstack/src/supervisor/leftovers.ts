@@ -52,13 +52,18 @@ export class WorkerLedger {
 
 /**
  * Ends every process of an earlier supervisor's workers: those its ledger names, and those that execute one of
- * the worker images, whatever the ledger says. @returns how many were found
+ * the worker images, whatever the ledger says. @param spared workers that are taken over @returns how many were found
  */
-export async function endLeftovers(ledgerPath: string, imageDirectories: readonly string[]): Promise<number> {
+export async function endLeftovers(
+  ledgerPath: string,
+  imageDirectories: readonly string[],
+  spared: readonly ProcessId[] = [],
+): Promise<number> {
   const found = new Map<number, ProcessId>();
   for (const process of [...fromLedger(ledgerPath), ...imageDirectories.flatMap(fromImages)]) {
     if (processId(process.pid)?.startTime === process.startTime) found.set(process.pid, process);
   }
+  for (const { pid } of spared) found.delete(pid);
   await killAndWait([...found.values()]);
   return found.size;
 }

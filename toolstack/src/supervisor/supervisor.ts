@@ -22,10 +22,14 @@ import { createDelegateKey, readDelegateKey } from './delegate-key.js';
 import { checkAccess, setPassage } from './door-access.js';
 import { doorPaths } from './doors.js';
 import { newEntry, parseNewEntry } from './entry.js';
+import type { KeptDescriptors } from './handover/descriptors.js';
+import type { Inheritance } from './handover/inheritance.js';
+import type { HandOverState } from './handover/state.js';
 import type { WorkerImage } from './image.js';
 import { collectSources } from './image-sources.js';
 import { endLeftovers, WorkerLedger } from './leftovers.js';
 import { ManagerEvents } from './manager-events.js';
+import { killAndWait } from './processes.js';
 import { createTicketOffice } from './ticket-office.js';
 import { Vtpm } from './vtpm.js';
 import { VtpmList } from './vtpm-list.js';
@@ -40,12 +44,16 @@ export interface SupervisorOptions {
   /** Of the worker's build; see image-sources.ts. */
   readonly manifest: string;
   readonly log: Logger;
+  /** What the program before this one hands over. */
+  readonly before?: Inheritance;
 }
 
 /** Starting costs processor time: more side by side would only share it. Stopping is mostly waiting. */
 const PARALLEL_STARTS = 4;
 const PARALLEL_STOPS = 32;
 const AUTOSTART_RETRY_MS = 500;
+/** A start whose worker does not come up takes longer; then the upgrade is refused. */
+const HOLD_LIMIT_MS = 60_000;
 
 /** The parent of every worker of an installation. */
 export class Supervisor {
@@ -56,10 +64,15 @@ export class Supervisor {
   readonly #admin: AdminClient;
   readonly #events: ManagerEvents;
   readonly #closing = new AbortController();
+  /** Those that are still to be started by themselves. */
+  readonly #toStart = new Set<Vtpm>();
+  readonly #times: number;
   #autostart: Promise<void> = Promise.resolve();
+  #isHeld = false;
 
   /**
-   * Takes the installation's lock, ends what an earlier supervisor left, then reads the list.
+   * Takes the installation's lock, ends what an earlier supervisor left, then reads the list. What the program before this
+   * one hands over is taken over instead.
    * @throws ToolstackError `in-use` | `corrupt` | `newer-format` | `missing-package` | …
    */
   static async open(options: SupervisorOptions): Promise<Supervisor> {
@@ -69,11 +82,13 @@ export class Supervisor {
     privateDirectory(paths.log);
     privateDirectory(paths.supervisor.directory);
     privateDirectory(paths.supervisor.doors);
-    takeLock(paths.supervisor.lock);
-    // Another installation may have been given the same --run-dir.
-    takeLock(`${paths.supervisor.socket}.lock`);
+    const { before } = options;
+    const workers = (before?.state.vtpms ?? []).flatMap(({ served }) => served?.worker ?? []);
+    takeLocks(paths, before);
     const ledgerPath = join(paths.supervisor.directory, 'workers.json');
-    const left = await endLeftovers(ledgerPath, [paths.supervisor.images, paths.supervisor.vmImages]);
+    const spared = workers.flatMap(({ processes }) => processes);
+    const imageDirectories = [paths.supervisor.images, paths.supervisor.vmImages];
+    const left = await endLeftovers(ledgerPath, imageDirectories, spared);
     if (left > 0)
       log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
     const { list, delegateKey } = openState(paths);
@@ -82,6 +97,7 @@ export class Supervisor {
       sources: () => collectSources(options.manifest),
       directory: paths.supervisor.images,
       log,
+      inUse: workers.map(({ imageDigest }) => imageDigest),
     });
     const admin = new AdminClient(paths.manager.adminSocket);
     const events = new ManagerEvents(admin, log);
@@ -99,14 +115,15 @@ export class Supervisor {
       log,
     });
     const confinements = await Confinements.open(
-      { images: paths.supervisor.images, config: paths.config, settings },
+      { images: paths.supervisor.images, config: paths.config, settings, ...(before && { before }) },
       images.current.command,
     );
     logLayers(confinements, log);
     const launcher = new WorkerLauncher({ images, vmImages, confinements, ledger, paths });
     const pool = new WorkerPool({ launcher, paths, settings, log });
-    const context = { list, pool, confinements, office, paths, settings, log };
-    return new Supervisor(context, images, delegateKey, admin, events);
+    const context = { list, launcher, pool, confinements, office, paths, settings, log };
+    const adopted = before ? await adoptAll(context, before) : new Map<string, Vtpm>();
+    return new Supervisor(context, images, delegateKey, admin, events, adopted, before?.state);
   }
 
   private constructor(
@@ -115,22 +132,86 @@ export class Supervisor {
     delegateKey: SigningKey,
     admin: AdminClient,
     events: ManagerEvents,
+    adopted: ReadonlyMap<string, Vtpm>,
+    before: HandOverState | undefined,
   ) {
     this.#context = context;
     this.#images = images;
     this.delegateKey = delegateKey;
     this.#admin = admin;
     this.#events = events;
+    this.#times = before?.times ?? 0;
     const boot = bootId().toString('hex');
-    const autostart: Vtpm[] = [];
     for (const found of context.list.all()) {
-      const entry =
-        found.runningInBoot === null ? found : this.#afterLoss(found.id, found.runningInBoot === boot);
-      const vtpm = new Vtpm(context, entry);
+      const taken = adopted.get(found.id);
+      const isLost = !taken && found.runningInBoot !== null;
+      const entry = isLost ? this.#afterLoss(found.id, found.runningInBoot === boot) : found;
+      const vtpm = taken ?? new Vtpm(context, entry);
       this.#vtpms.set(entry.id, vtpm);
-      if (entry.autostart && entry.crashed === null) autostart.push(vtpm);
+      const isToStart = before
+        ? before.autostart.includes(entry.id)
+        : entry.autostart && entry.crashed === null;
+      if (isToStart) this.#toStart.add(vtpm);
     }
-    if (autostart.length > 0) this.#autostart = this.#startAll(autostart);
+    this.#autostart = this.#startAll();
+  }
+
+  /** How often this process has become another program. */
+  get upgrades(): number {
+    return this.#times;
+  }
+
+  /**
+   * No operation begins until `release`. Resolves when those under way have settled, whatever came of them.
+   * @throws ToolstackError `busy` where one of them does not settle
+   */
+  async hold(): Promise<void> {
+    this.#checkOpen();
+    this.#isHeld = true;
+    const isQuiet = Promise.all(this.all().map((vtpm) => vtpm.hold())).then(() => true);
+    const timeout = new AbortController();
+    const isLate = delay(HOLD_LIMIT_MS, false, { signal: timeout.signal }).catch(() => false);
+    const isHeld = await Promise.race([isQuiet, isLate]);
+    timeout.abort();
+    if (isHeld) return;
+    const busy = this.all().filter(({ operation }) => operation !== undefined);
+    throw new ToolstackError(
+      'busy',
+      `${busy.map(({ entry, operation }) => `vTPM ${entry.name} is being ${operation}`).join(', ')}; try again later`,
+    );
+  }
+
+  /** Ends what is not handed over. Only while held. */
+  async rest(): Promise<void> {
+    await this.#context.pool.close();
+  }
+
+  release(): void {
+    this.#isHeld = false;
+    if (this.#closing.signal.aborted) return;
+    this.#context.pool.open();
+    for (const vtpm of this.all()) vtpm.release();
+    this.#autostart = this.#autostart.then(() => this.#startAll());
+  }
+
+  #checkOpen(): void {
+    if (this.#closing.signal.aborted) {
+      throw new ToolstackError('busy', 'the supervisor is stopping; start it again');
+    }
+  }
+
+  /** What the next program needs to know. Only while held. @throws ToolstackError `busy` */
+  handOver(
+    kept: KeptDescriptors,
+  ): Pick<HandOverState, 'times' | 'locks' | 'confinements' | 'autostart' | 'vtpms'> {
+    this.#checkOpen();
+    return {
+      times: this.#times + 1,
+      locks: locks.map((lock) => kept.keep(lock)),
+      confinements: this.#context.confinements.handOver(kept),
+      autostart: [...this.#toStart].map(({ entry }) => entry.id),
+      vtpms: this.all().map((vtpm) => vtpm.handOver(kept)),
+    };
   }
 
   /** From which workers are started. */
@@ -170,6 +251,8 @@ export class Supervisor {
 
   /** @param body as POST /vtpms has it. @throws ToolstackError `bad-request` | `name-taken` | `store-full` */
   create(body: unknown): Vtpm {
+    if (this.#isHeld)
+      throw new ToolstackError('busy', 'the supervisor is being upgraded; try again in a moment');
     const given = parseNewEntry(body);
     this.#context.office.checkDelegation(given);
     try {
@@ -193,6 +276,7 @@ export class Supervisor {
     return vtpm.remove(() => {
       this.#context.list.remove(vtpm.entry.id);
       this.#vtpms.delete(vtpm.entry.id);
+      this.#toStart.delete(vtpm);
       setPassage(this.#context.paths, this.#context.list.all());
     });
   }
@@ -200,6 +284,7 @@ export class Supervisor {
   /** Stops every worker, in order. */
   async close(): Promise<void> {
     this.#closing.abort();
+    for (const vtpm of this.all()) vtpm.release();
     await this.#events.close();
     const isPoolEmpty = this.#context.pool.close();
     await inParallel(PARALLEL_STOPS, this.all(), async (vtpm) => {
@@ -224,15 +309,18 @@ export class Supervisor {
   }
 
   /** Waits for the manager first: at boot it may come later. */
-  async #startAll(vtpms: readonly Vtpm[]): Promise<void> {
+  async #startAll(): Promise<void> {
     const { signal } = this.#closing;
-    while (!signal.aborted) {
+    const isOver = (): boolean => signal.aborted || this.#isHeld;
+    while (this.#toStart.size > 0 && !isOver()) {
       const health = await this.#admin.health().catch(() => undefined);
       if (health?.status === 'ready') break;
       await delay(AUTOSTART_RETRY_MS, undefined, { signal }).catch(() => undefined);
     }
-    await inParallel(PARALLEL_STARTS, vtpms, async (vtpm) => {
-      if (signal.aborted || vtpm.state !== 'stopped') return;
+    await inParallel(PARALLEL_STARTS, [...this.#toStart], async (vtpm) => {
+      if (isOver()) return;
+      this.#toStart.delete(vtpm);
+      if (vtpm.state !== 'stopped') return;
       // The reason is in the log and in the vTPM's view.
       await vtpm.start().catch(() => undefined);
     });
@@ -267,12 +355,40 @@ function logLayers({ waived, missing }: Confinements, log: Logger): void {
 
 const locks: number[] = [];
 
-function takeLock(path: string): void {
-  const lock = lockFile(path);
-  if (lock === undefined) {
-    throw new ToolstackError('in-use', `another vtpm-supervisord holds ${path}; stop it first`);
+/** Those that are handed over are held already, and were never let go. */
+function takeLocks({ supervisor }: Paths, before: Inheritance | undefined): void {
+  // Another installation may have been given the same --run-dir.
+  for (const [index, path] of [supervisor.lock, `${supervisor.socket}.lock`].entries()) {
+    if (before) {
+      locks.push(before.descriptors.takeFile(before.state.locks[index] ?? -1, path));
+      continue;
+    }
+    const lock = lockFile(path);
+    if (lock === undefined) {
+      throw new ToolstackError('in-use', `another vtpm-supervisord holds ${path}; stop it first`);
+    }
+    locks.push(lock);
   }
-  locks.push(lock);
+}
+
+async function adoptAll(
+  context: VtpmContext,
+  { state, descriptors }: Inheritance,
+): Promise<Map<string, Vtpm>> {
+  const adopted = new Map<string, Vtpm>();
+  for (const before of state.vtpms) {
+    const entry = context.list.get(before.id);
+    if (entry) {
+      adopted.set(entry.id, await Vtpm.adopt(context, entry, before, descriptors));
+    } else {
+      context.log.error(
+        { vtpm: before.id },
+        'a vTPM that was handed over is not in the list; its worker is ended',
+      );
+      await killAndWait(before.served?.worker?.processes ?? []);
+    }
+  }
+  return adopted;
 }
 
 /**

@@ -1,5 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { CheckpointStore } from './checkpoint-store.js';
+import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
+import type { RunHandOver } from './handover/state.js';
 
 /** Workers in a row that end without having given an answer, each within a minute of the one before. */
 const MOST_FUTILE = 5;
@@ -11,16 +13,40 @@ const LONGEST_PAUSE_MS = 5_000;
 
 /** One power-on of a VM, over all workers that serve it. */
 export class VmRun {
-  readonly checkpoint = new CheckpointStore();
+  readonly checkpoint: CheckpointStore;
   /** Processes of clients that have ended. What they left in the TPM goes with the next worker at the latest. */
-  readonly #gone = new Set<number>();
+  readonly #gone: Set<number>;
   readonly #stopping = new AbortController();
-  #futile = 0;
-  #answers = 0;
+  #futile: number;
+  #answers: number;
   #endedAt = performance.now();
 
   /** Why its state is lost, where it is: every command is answered with TPM_RC_FAILURE until the next run. */
   lost: string | undefined;
+
+  constructor(checkpoint = new CheckpointStore(), before?: RunHandOver) {
+    this.checkpoint = checkpoint;
+    this.#gone = new Set(before?.clientsGone);
+    this.#futile = before?.futile ?? 0;
+    this.#answers = before?.answers ?? 0;
+    this.lost = before?.lost ?? undefined;
+  }
+
+  /** One of the program before this one. @throws ToolstackError `corrupt` */
+  static adopt(before: RunHandOver, inherited: InheritedDescriptors): VmRun {
+    return new VmRun(CheckpointStore.adopt(before, inherited), before);
+  }
+
+  /** What the next program needs to know of it. */
+  handOver(kept: KeptDescriptors): RunHandOver {
+    return {
+      ...this.checkpoint.handOver(kept),
+      futile: this.#futile,
+      answers: this.#answers,
+      clientsGone: [...this.#gone],
+      lost: this.lost ?? null,
+    };
+  }
 
   get isOver(): boolean {
     return this.#stopping.signal.aborted;

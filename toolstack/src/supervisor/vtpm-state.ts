@@ -5,12 +5,14 @@ import type { DoorPaths, Doors } from './doors.js';
 import type { Layer, Profile } from './layers.js';
 import type { TicketOffice } from './ticket-office.js';
 import type { VtpmList } from './vtpm-list.js';
+import type { WorkerLauncher } from './worker-launcher.js';
 import type { WorkerPool } from './worker-pool.js';
 import type { WorkerProcess } from './worker-process.js';
 
 /** What every vTPM of a supervisor shares. */
 export interface VtpmContext {
   readonly list: VtpmList;
+  readonly launcher: WorkerLauncher;
   readonly pool: WorkerPool;
   readonly confinements: Confinements;
   readonly office: TicketOffice;

@@ -6,8 +6,10 @@ import { ToolstackError, type ToolstackErrorCode } from '../error.js';
 import { vmLayers } from '../vm/layers.js';
 import type { WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
-import { Doors, doorPaths, type Visit } from './doors.js';
+import { type DoorEvents, Doors, doorPaths, type Visit } from './doors.js';
 import type { Entry } from './entry.js';
+import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
+import type { VtpmHandOver } from './handover/state.js';
 import { confinementOf } from './layers.js';
 import { killAndWait, type ProcessId } from './processes.js';
 import { VmRun } from './vm-run.js';
@@ -23,6 +25,9 @@ const FINAL: ReadonlySet<string> = new Set(['fenced', 'refused']);
 /** Failures of a restart that pass. */
 const PASSING: ReadonlySet<ToolstackErrorCode> = new Set(['manager-unreachable', 'locked']);
 const PASSING_RETRY_MS = 200;
+/** A worker reads its control channel at once; one that does not will not be asked twice. */
+const HEARD_LIMIT_MS = 5_000;
+const UNKEPT = 'and nothing is check-pointed';
 
 /** One vTPM: its entry in the list, and its worker while it has one. */
 export class Vtpm {
@@ -38,6 +43,7 @@ export class Vtpm {
   #operation: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #isRemoved = false;
   #isShuttingDown = false;
+  #isHeld = false;
 
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
@@ -45,6 +51,23 @@ export class Vtpm {
     this.#entry = entry;
     this.#state =
       entry.crashed === null ? { kind: 'stopped', reason: null } : { kind: 'crashed', reason: entry.crashed };
+  }
+
+  /**
+   * One that the program before this one looked after. A worker that cannot be taken over is killed, and another one goes on
+   * when nothing of it is left (I-3).
+   */
+  static async adopt(
+    context: VtpmContext,
+    entry: Entry,
+    before: VtpmHandOver,
+    inherited: InheritedDescriptors,
+  ): Promise<Vtpm> {
+    const vtpm = new Vtpm(context, entry);
+    vtpm.#lingering = before.lingering;
+    if (before.served) await vtpm.#takeOver(before, before.served, inherited);
+    else if (vtpm.#state.kind === 'stopped') vtpm.#state = { kind: 'stopped', reason: before.reason };
+    return vtpm;
   }
 
   get entry(): Entry {
@@ -193,6 +216,88 @@ export class Vtpm {
     return { profile, layers, waived: isSandbox ? [...waived] : [] };
   }
 
+  /** Nothing begins until `release`. Resolves when what is under way has settled, and the worker has heard everything. */
+  async hold(): Promise<void> {
+    this.#isHeld = true;
+    await this.#operation?.settled;
+    await this.#restart;
+    const state = this.#state;
+    if (state.kind === 'running' || state.kind === 'lost') await state.worker.whenHeard(HEARD_LIMIT_MS);
+  }
+
+  release(): void {
+    if (!this.#isHeld) return;
+    this.#isHeld = false;
+    // After a restart that was under way and is not broken off by `hold`.
+    this.#restart = this.#restart.then(async () => {
+      const state = this.#state;
+      if (state.kind !== 'restarting' || state.worker || !this.#run) return;
+      await this.#goOn(this.#run, state.doors, state.reason);
+    });
+  }
+
+  /** What is being done with it, undefined where nothing is. */
+  get operation(): string | undefined {
+    return this.#operation?.name ?? (this.#state.kind === 'restarting' ? 'restarted' : undefined);
+  }
+
+  /** What the next program needs to know of it. Only while held. @throws ToolstackError `busy` */
+  handOver(kept: KeptDescriptors): VtpmHandOver {
+    const state = this.#state;
+    const lingering = this.#lingering.map(({ pid, startTime }) => ({ pid, startTime }));
+    const common = { id: this.#entry.id, lingering };
+    if (state.kind === 'stopped' || state.kind === 'crashed') {
+      return { ...common, state: state.kind, reason: state.reason, served: null };
+    }
+    if (state.kind === 'starting' || state.kind === 'stopping' || !this.#run) {
+      throw new ToolstackError('busy', `vTPM ${this.#entry.name} is ${state.kind}; try again later`);
+    }
+    const reason = state.kind === 'running' ? null : state.reason;
+    const worker = state.worker?.handOver(kept) ?? null;
+    const served = { run: this.#run.handOver(kept), doors: state.doors.handOver(kept), worker };
+    return { ...common, state: state.kind, reason, served };
+  }
+
+  /** All at once: neither the worker nor a guest can say anything before both are in place. */
+  async #takeOver(
+    { state, reason, lingering }: VtpmHandOver,
+    before: NonNullable<VtpmHandOver['served']>,
+    inherited: InheritedDescriptors,
+  ): Promise<void> {
+    const { launcher } = this.#context;
+    const processes = before.worker?.processes ?? [];
+    try {
+      const run = VmRun.adopt(before.run, inherited);
+      this.#run = run;
+      const events = this.#doorEvents(run);
+      const doors = Doors.adopt(this.#directory(), accessOf(this.#entry), events, before.doors, inherited);
+      const goOn = (why: string): void => {
+        this.#restart = this.#goOn(run, doors, why);
+      };
+      if (!before.worker) return goOn(reason ?? 'the worker ended');
+      try {
+        const worker = launcher.adopt(this.#entry.isolation, before.worker, inherited, this.#owner());
+        if (state === 'lost') this.#state = { kind: 'lost', reason: reason ?? '', worker, doors };
+        else this.#state = { kind: 'running', worker, doors };
+        this.#watch(worker);
+      } catch (error) {
+        this.#lingering = [...lingering, ...processes];
+        this.#log.error({ reason: (error as Error).message }, 'the worker cannot be taken over');
+        if (this.#context.settings.checkpoint === 'off')
+          run.lost ??= `its worker could not be taken over, ${UNKEPT}`;
+        goOn(`its worker could not be taken over (${(error as Error).message})`);
+      }
+    } catch (error) {
+      this.#lingering = [...lingering, ...processes];
+      await killAndWait(processes).catch(() => undefined);
+      this.#run?.end();
+      const why = `it could not be taken over (${(error as Error).message})`;
+      this.#log.error({ reason: why }, 'the vTPM crashed; start it again with a new run of its VM');
+      this.#state = { kind: 'crashed', reason: why };
+      this.#tryUpdate({ crashed: why });
+    }
+  }
+
   #owner(): WorkerOwner {
     return {
       logPath: join(this.#context.paths.log, `vtpm-${this.#entry.name}.log`),
@@ -224,15 +329,7 @@ export class Vtpm {
       if (!this.#entry.manufactured || this.#entry.epoch !== epoch) {
         this.#update({ manufactured: true, epoch });
       }
-      const doors = await Doors.open(this.#directory(), accessOf(this.#entry), {
-        connected: (visit) => this.#connected(run, visit),
-        peerGone: (peer) => {
-          run.clientGone(peer);
-          if ('worker' in this.#state) this.#state.worker?.send({ type: 'peer-gone', peer });
-        },
-      });
-      this.#state = { kind: 'running', worker, doors };
-      this.#watch(worker);
+      this.#serve(worker, await Doors.open(this.#directory(), accessOf(this.#entry), this.#doorEvents(run)));
       this.#log.info({ epoch, generation, pid: worker.pid }, 'running');
     } catch (error) {
       const hasEnded = worker.hasEnded;
@@ -260,6 +357,21 @@ export class Vtpm {
       // The next worker gets all that are open.
       if (!isOfTheDead(error)) throw error;
     }
+  }
+
+  #doorEvents(run: VmRun): DoorEvents {
+    return {
+      connected: (visit) => this.#connected(run, visit),
+      peerGone: (peer) => {
+        run.clientGone(peer);
+        if ('worker' in this.#state) this.#state.worker?.send({ type: 'peer-gone', peer });
+      },
+    };
+  }
+
+  #serve(worker: WorkerProcess, doors: Doors): void {
+    this.#state = { kind: 'running', worker, doors };
+    this.#watch(worker);
   }
 
   #watch(worker: WorkerProcess): void {
@@ -292,7 +404,7 @@ export class Vtpm {
     }
     this.#log.warn({ reason: end.reason }, 'the worker ended; another one goes on');
     if (this.#context.settings.checkpoint === 'off') {
-      run.lost ??= `${end.reason}, and nothing is check-pointed`;
+      run.lost ??= `${end.reason}, ${UNKEPT}`;
     }
     this.#restart = this.#goOn(run, doors, end.reason);
   }
@@ -309,8 +421,9 @@ export class Vtpm {
   async #goOn(run: VmRun, doors: Doors, ended: string): Promise<void> {
     let reason = ended;
     this.#state = { kind: 'restarting', reason, doors, worker: undefined };
-    while (!run.isOver) {
+    while (!run.isOver && !this.#isHeld) {
       await run.pause();
+      if (this.#isHeld) return;
       try {
         // The dead one cannot run any more (I-3).
         await killAndWait(this.#lingering);
@@ -322,6 +435,8 @@ export class Vtpm {
         const failure = ToolstackError.from(error, 'no worker goes on');
         reason = failure.message;
         this.#log.warn({ code: failure.code, reason }, 'the vTPM does not go on yet');
+        // The next program, or this one when it is released, goes on.
+        if (this.#isHeld) return;
         if (PASSING.has(failure.code)) await delay(PASSING_RETRY_MS);
         else if (!run.mayRestart()) this.#crashed(run, doors, reason);
         else if (isHopeless(failure)) run.lost ??= `${ended}; ${reason}`;
@@ -396,6 +511,9 @@ export class Vtpm {
     if (this.#isRemoved) {
       // Another one may have its id by now, and with it the right to run the only worker (I-3).
       throw new ToolstackError('unknown-vtpm', `vTPM ${this.#entry.name} was removed`);
+    }
+    if (this.#isHeld) {
+      throw new ToolstackError('busy', 'the supervisor is being upgraded; try again in a moment');
     }
     const running = run();
     this.#operation = { name: operation, settled: running.catch(() => undefined) };

@@ -11,6 +11,8 @@ export interface WorkerImagesOptions {
   readonly sources: () => ImageSources;
   readonly directory: string;
   readonly log: Logger;
+  /** Digests of the copies that workers of the program before this one run from. */
+  readonly inUse?: readonly string[];
 }
 
 /**
@@ -22,10 +24,10 @@ export class WorkerImages {
   readonly #users = new Map<string, number>();
   #current: WorkerImage;
 
-  /** Call it while no worker runs: it removes all copies but one. @throws as `collectSources` */
+  /** Removes all copies that nobody uses. @throws as `collectSources` */
   constructor(options: WorkerImagesOptions) {
     this.#options = options;
-    this.#current = prepareImage(options.sources(), options.directory);
+    this.#current = prepareImage(options.sources(), options.directory, new Set(options.inUse));
   }
 
   get current(): WorkerImage {
@@ -44,12 +46,17 @@ export class WorkerImages {
       if (again) this.#current = again;
       else this.refresh(this.#current.digest);
     }
-    const { digest } = this.#current;
-    this.#users.set(digest, (this.#users.get(digest) ?? 0) + 1);
+    this.adopt(this.#current.digest);
     return this.#current;
   }
 
-  release({ digest }: WorkerImage): void {
+  /** The image that a worker runs from already; `release` it likewise. */
+  adopt(digest: string): Pick<WorkerImage, 'digest'> {
+    this.#users.set(digest, (this.#users.get(digest) ?? 0) + 1);
+    return { digest };
+  }
+
+  release({ digest }: Pick<WorkerImage, 'digest'>): void {
     const left = (this.#users.get(digest) ?? 1) - 1;
     if (left > 0) {
       this.#users.set(digest, left);

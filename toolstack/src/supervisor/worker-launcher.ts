@@ -3,10 +3,14 @@ import type { Logger, Paths } from 'vtpm-common';
 import type { VmImages } from '../vm/vm-images.js';
 import type { Confinement, Confinements } from './confinement.js';
 import type { Entry } from './entry.js';
+import type { InheritedDescriptors } from './handover/descriptors.js';
+import type { WorkerHandOver } from './handover/state.js';
 import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
+import { killAndWait } from './processes.js';
+import { adoptBody, makeBody } from './worker-body.js';
 import type { WorkerImages } from './worker-images.js';
-import { type WorkerOwner, WorkerProcess } from './worker-process.js';
+import { type WorkerOptions, type WorkerOwner, WorkerProcess } from './worker-process.js';
 
 export interface WorkerLauncherOptions {
   readonly images: WorkerImages;
@@ -34,21 +38,12 @@ export class WorkerLauncher {
    * is closed here in any case. @throws ToolstackError `layer-missing` | `missing-package` | `internal`
    */
   launch(isolation: Entry['isolation'], link: Socket, owner: WorkerOwner): WorkerProcess {
-    const images = isolation === 'vm' ? this.#options.vmImages : this.#options.images;
+    const images = this.#imagesOf(isolation);
     try {
       const image = images.acquire();
       try {
-        const worker = new WorkerProcess({
-          confinement: this.#confinement(image, isolation, owner.log),
-          image,
-          isolation,
-          link,
-          ledger: this.#options.ledger,
-          workerSocket: this.#options.paths.manager.workerSocket,
-          owner,
-        });
-        void worker.ended.then(() => images.release(image));
-        return worker;
+        const confinement = this.#confinement(image, isolation, owner.log);
+        return this.#watch({ body: makeBody(confinement, link), confinement, image, isolation, owner });
       } catch (error) {
         images.release(image);
         throw error;
@@ -56,6 +51,43 @@ export class WorkerLauncher {
     } finally {
       link.destroy();
     }
+  }
+
+  /** A worker that the program before this one made. @throws ToolstackError `corrupt` | `internal` */
+  adopt(
+    isolation: Entry['isolation'],
+    before: WorkerHandOver,
+    inherited: InheritedDescriptors,
+    owner: WorkerOwner,
+  ): WorkerProcess {
+    const { confinements } = this.#options;
+    const images = this.#imagesOf(isolation);
+    const image = images.adopt(before.imageDigest);
+    const confinement = confinements.adopt(before.confinement);
+    let worker: WorkerProcess | undefined;
+    try {
+      const body = adoptBody(before, inherited);
+      worker = this.#watch({ body, confinement, image, isolation, owner, before });
+      return worker;
+    } finally {
+      if (!worker) {
+        void killAndWait(before.processes).then(
+          () => Promise.all([confinement.release(), images.release(image)]),
+          () => undefined,
+        );
+      }
+    }
+  }
+
+  #watch(options: Omit<WorkerOptions, 'ledger' | 'workerSocket'>): WorkerProcess {
+    const { ledger, paths } = this.#options;
+    const worker = new WorkerProcess({ ...options, ledger, workerSocket: paths.manager.workerSocket });
+    void worker.ended.then(() => this.#imagesOf(options.isolation).release(options.image));
+    return worker;
+  }
+
+  #imagesOf(isolation: Entry['isolation']): WorkerImages | VmImages {
+    return isolation === 'vm' ? this.#options.vmImages : this.#options.images;
   }
 
   #confinement({ command }: WorkerImage, isolation: Entry['isolation'], log: Logger): Confinement {

@@ -12,19 +12,29 @@ export interface LinkedWorker {
   pass(descriptor: number, message: SupervisorMessage): void;
 }
 
+export type LinkState = 'linked' | 'wanting' | 'passed';
+
 /**
  * New manager links for one worker, after a restart of the manager. The state is the worker's own: the next worker of
  * the same vTPM must not wait for, nor be taken for served by, what was going on for this one.
  */
 export class WorkerLinks {
-  #state: 'linked' | 'wanting' | 'passed' = 'linked';
+  #state: LinkState;
   #passedAt = Number.NEGATIVE_INFINITY;
 
   constructor(
     private readonly worker: LinkedWorker,
     private readonly workerSocket: string,
     private readonly log: () => Logger,
-  ) {}
+    state: LinkState = 'linked',
+  ) {
+    this.#state = state === 'wanting' ? 'linked' : state;
+    if (state === 'wanting') void this.lost();
+  }
+
+  get state(): LinkState {
+    return this.#state;
+  }
 
   get isLinked(): boolean {
     return this.#state === 'linked';

@@ -66,9 +66,9 @@ const MIB = 2 ** 20;
  */
 export class WorkerPool {
   readonly #options: WorkerPoolOptions;
-  readonly #closing = new AbortController();
+  #closing = new AbortController();
   readonly #waiting = new Set<Waiting>();
-  readonly #tick: NodeJS.Timeout;
+  #tick: NodeJS.Timeout | undefined;
   #recent: number[] = [];
   #underWay = 0;
   #quietAt = 0;
@@ -80,8 +80,14 @@ export class WorkerPool {
 
   constructor(options: WorkerPoolOptions) {
     this.#options = options;
-    this.#tick = setInterval(() => this.#adjust(), TICK_MS);
-    this.#tick.unref();
+    this.open();
+  }
+
+  /** From now on it is kept filled; also after a `close`. */
+  open(): void {
+    this.#closing = new AbortController();
+    clearInterval(this.#tick);
+    this.#tick = setInterval(() => this.#adjust(), TICK_MS).unref();
     this.#adjust();
   }
 

@@ -1,10 +1,9 @@
-import { type ChildProcess, spawn } from 'node:child_process';
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
-import { type Logger, sendDescriptor, socketPair } from 'vtpm-common';
+import { type Logger, sendDescriptor, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
-import type { Confinement } from './confinement.js';
+import type { HeldConfinement } from './confinement.js';
 import {
   LineReader,
   parseWorkerMessage,
@@ -12,9 +11,12 @@ import {
   type WorkerMessage,
 } from './control-protocol.js';
 import type { Entry } from './entry.js';
+import type { KeptDescriptors } from './handover/descriptors.js';
+import type { WorkerHandOver } from './handover/state.js';
 import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
+import type { WorkerBody, WorkerChild } from './worker-body.js';
 import { checkUntouched } from './worker-images.js';
 import { WorkerLinks } from './worker-links.js';
 import { keepLog } from './worker-log.js';
@@ -29,16 +31,17 @@ export interface WorkerOwner {
 }
 
 export interface WorkerOptions {
-  readonly confinement: Confinement;
-  /** What it executes. */
-  readonly image: WorkerImage;
+  readonly body: WorkerBody;
+  readonly confinement: HeldConfinement;
+  /** What it executes. Of one that was taken over, only its digest is known. */
+  readonly image: WorkerImage | Pick<WorkerImage, 'digest'>;
   readonly isolation: Entry['isolation'];
-  /** Connected to the manager's worker socket and never read from here. It is closed here once the worker has it. */
-  readonly link: Socket;
   readonly ledger: WorkerLedger;
   /** Where further links come from. */
   readonly workerSocket: string;
   readonly owner: WorkerOwner;
+  /** What the program before this one knew of it. */
+  readonly before?: WorkerHandOver;
 }
 
 export interface WorkerEnd {
@@ -60,73 +63,50 @@ type Waiter = { type: WorkerMessage['type']; resolve(message: WorkerMessage): vo
 
 /** One worker and what is around it: its sandbox, its control channel and its descriptor channel. */
 export class WorkerProcess {
-  readonly startedAt = new Date();
+  readonly startedAt: Date;
   /** Resolves, and never rejects, when nothing of the worker can run any more. */
   readonly ended: Promise<WorkerEnd>;
-  readonly #child: ChildProcess;
+  readonly #child: WorkerChild;
   readonly #control: Socket;
+  readonly #output: Socket | undefined;
   readonly #options: WorkerOptions;
   readonly #waiters = new Set<Waiter>();
   readonly #links: WorkerLinks;
+  readonly #lines: LineReader;
   #owner: WorkerOwner;
   #descriptors: number;
-  #processes: ProcessId[] = [];
+  #processes: ProcessId[];
   #failure: WorkerEnd['failure'];
-  #saidStopped = false;
-  #spawnError: Error | undefined;
+  #saidStopped: boolean;
   #hasEnded = false;
   #overTime: number | undefined;
   #recentMessages = 0;
 
-  /** @throws ToolstackError `internal` where no process can be made */
+  /** @throws ToolstackError `internal` where it cannot be watched; it is killed then */
   constructor(options: WorkerOptions) {
+    const { body, before } = options;
     this.#options = options;
     this.#owner = options.owner;
-    this.#links = new WorkerLinks(this, options.workerSocket, () => this.#owner.log);
-    const [ours, theirs] = descriptorChannel(options.confinement);
-    this.#descriptors = ours;
-    try {
-      // Its own session: an interrupt typed at the supervisor's terminal is for the supervisor, which stops its
-      // workers in order.
-      const { file, args, env, descriptors } = options.confinement.command;
-      this.#child = spawn(file, args, {
-        stdio: ['ignore', 'ignore', 'pipe', options.link, 'pipe', theirs, ...descriptors],
-        env: { ...env },
-        detached: true,
-      });
-    } catch (cause) {
-      closeSync(ours);
-      void options.confinement.release();
-      throw new ToolstackError('internal', `the worker cannot be started: ${(cause as Error).message}`, {
-        cause,
-      });
-    } finally {
-      options.confinement.started();
-      closeSync(theirs);
-      options.link.destroy();
-    }
-    this.#child.on('error', (error) => {
-      this.#spawnError = error;
-    });
-    // Absent, whatever the types say, where the process ran out of descriptors.
-    const control = (this.#child.stdio as ChildProcess['stdio'] | undefined)?.[4];
-    if (!control) {
-      closeSync(ours);
-      void options.confinement.release();
-      throw new ToolstackError(
-        'internal',
-        'the worker cannot be started: too many open files; raise the limit',
-      );
-    }
-    this.#control = control as Socket;
-    if (this.#child.stderr) keepLog(this.#child.stderr, () => this.#owner.logPath);
+    this.#child = body.child;
+    this.#control = body.control;
+    this.#output = body.output;
+    this.#descriptors = body.descriptors;
+    this.startedAt = before ? new Date(before.startedAt) : new Date();
+    this.#processes = before?.processes ?? [];
+    this.#failure = before?.failure ?? undefined;
+    this.#saidStopped = before?.saidStopped ?? false;
+    this.#lines = new LineReader(Buffer.from(before?.pending ?? '', 'base64'));
+    const link = before?.link ?? 'linked';
+    this.#links = new WorkerLinks(this, options.workerSocket, () => this.#owner.log, link);
+    if (body.output) keepLog(body.output, () => this.#owner.logPath);
     this.#listen();
     this.ended = this.#waitForEnd();
     try {
+      if (before) options.ledger.add(before.processes);
       this.#noteProcesses();
     } catch (cause) {
       // A worker that the ledger does not name must not live; it has no ticket yet.
-      this.#child.kill('SIGKILL');
+      this.#child.kill();
       throw new ToolstackError('internal', `the worker cannot be watched: ${(cause as Error).message}`, {
         cause,
       });
@@ -138,7 +118,7 @@ export class WorkerProcess {
     return this.#processes.at(-1)?.pid;
   }
 
-  get image(): WorkerImage {
+  get image(): WorkerOptions['image'] {
     return this.#options.image;
   }
 
@@ -149,6 +129,8 @@ export class WorkerProcess {
   checkImage(): void {
     const { image, isolation } = this.#options;
     if (this.pid === undefined) throw new ToolstackError('worker-failed', 'the worker has ended');
+    if (!('stamps' in image))
+      throw new ToolstackError('internal', 'a worker that serves is not measured again');
     checkUntouched(image, isolation === 'none' ? undefined : `/proc/${this.pid}/root`);
   }
 
@@ -238,17 +220,48 @@ export class WorkerProcess {
       this.#noteProcesses();
     } catch {
       // Those that are known, and the one that holds the others.
-      this.#child.kill('SIGKILL');
+      this.#child.kill();
     }
     await killAndWait(this.#processes).catch(() => undefined);
     return this.ended;
   }
 
+  /** Resolves when nothing is on its way to it any more, it has ended, or `limitMs` have passed. */
+  async whenHeard(limitMs: number): Promise<void> {
+    const timeout = new AbortController();
+    const heard = new Promise<void>((resolve) => this.#control.write('', () => resolve()));
+    const late = delay(limitMs, undefined, { signal: timeout.signal }).catch(() => undefined);
+    await Promise.race([heard, this.ended, late]);
+    timeout.abort();
+  }
+
+  /**
+   * What the next program needs to know of it. Where it does not listen any more, the control channel is left out: the
+   * next program will end it.
+   */
+  handOver(kept: KeptDescriptors): WorkerHandOver {
+    // Where it had to wait, what was read and not looked at yet is only in this process.
+    while (this.#control.read() !== null);
+    const canBeHeard = !this.#control.destroyed && !this.#control.readableEnded;
+    return {
+      processes: this.#processes.map(({ pid, startTime }) => ({ pid, startTime })),
+      startedAt: this.startedAt.toISOString(),
+      imageDigest: this.image.digest,
+      confinement: this.#options.confinement.handOver(),
+      control: canBeHeard && this.#control.writableLength === 0 ? kept.keep(socketFd(this.#control)) : null,
+      descriptors: kept.keep(this.#descriptors),
+      output: this.#output && !this.#output.destroyed ? kept.keep(socketFd(this.#output)) : null,
+      pending: this.#lines.pending.toString('base64'),
+      link: this.#links.state,
+      failure: this.#failure ? { reason: this.#failure.reason, message: this.#failure.message } : null,
+      saidStopped: this.#saidStopped,
+    };
+  }
+
   #listen(): void {
-    const reader = new LineReader();
     this.#control.on('data', (chunk: Buffer) => {
       try {
-        const lines = reader.push(chunk);
+        const lines = this.#lines.push(chunk);
         for (const line of lines) this.#take(parseWorkerMessage(line));
         this.#slowDown(lines.length);
       } catch (error) {
@@ -292,7 +305,7 @@ export class WorkerProcess {
 
   #noteProcesses(): void {
     const { pid } = this.#child;
-    const own = pid === undefined || this.#child.exitCode !== null ? undefined : processId(pid);
+    const own = pid === undefined || this.#child.hasExited ? undefined : processId(pid);
     if (!own) return;
     const known = new Set(this.#processes.map((process) => process.pid));
     const found = [own, ...descendants(own.pid)].filter((process) => !known.has(process.pid));
@@ -303,12 +316,7 @@ export class WorkerProcess {
 
   async #waitForEnd(): Promise<WorkerEnd> {
     const closed = new Promise<void>((resolve) => this.#control.once('close', () => resolve()));
-    const status = await new Promise<string>((resolve) => {
-      this.#child.once('error', (error) => resolve(`it could not be started: ${error.message}`));
-      this.#child.once('exit', (code, signal) =>
-        resolve(signal ? `killed by ${signal}` : `exit status ${code}`),
-      );
-    });
+    const status = await this.#child.exited;
     let lingering: readonly ProcessId[] = [];
     await killAndWait(this.#processes).catch(() => {
       lingering = this.#processes;
@@ -333,18 +341,8 @@ export class WorkerProcess {
 
   #reasonOf(status: string): string {
     if (this.#failure) return sayFailure(this.#failure);
-    if (this.#spawnError) return `the worker could not be started: ${this.#spawnError.message}`;
     if (this.#overTime !== undefined) return `it did not stop within ${this.#overTime} ms and was killed`;
     return `the worker ended by itself (${status})`;
-  }
-}
-
-function descriptorChannel(confinement: Confinement): [number, number] {
-  try {
-    return socketPair();
-  } catch (error) {
-    void confinement.release();
-    throw error;
   }
 }
 

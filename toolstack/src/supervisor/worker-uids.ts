@@ -24,6 +24,14 @@ export function parseUidRange(text: string): UidRange {
   return { first, last };
 }
 
+export interface WorkerUidFiles {
+  readonly passwd?: string;
+  readonly subuid?: string;
+  readonly lock?: string;
+  /** Open lock file with the locks of the program before this one, for `adopt`. */
+  readonly held?: number | undefined;
+}
+
 /**
  * Host uids for workers, each with one live worker at most: on this host, not only of this supervisor. A lock of the
  * kernel says so, which ends with the supervisor, as its workers do.
@@ -35,10 +43,10 @@ export class WorkerUids {
   #next: number;
 
   /** @throws ToolstackError `usage` where somebody has a uid of the range; an error of the file system */
-  constructor(range: UidRange, files: { passwd?: string; subuid?: string; lock?: string } = {}) {
+  constructor(range: UidRange, files: WorkerUidFiles = {}) {
     this.#range = range;
     expectNobodys(range, files.passwd ?? '/etc/passwd', files.subuid ?? '/etc/subuid');
-    this.#lock = openSync(files.lock ?? LOCK_FILE, 'a', 0o600);
+    this.#lock = files.held ?? openSync(files.lock ?? LOCK_FILE, 'a', 0o600);
     // Anywhere: what an ended worker still left is then most likely not met.
     this.#next = randomInt(range.first, range.last + 1);
   }
@@ -57,6 +65,16 @@ export class WorkerUids {
       'layer-missing',
       `all uids from ${first} to ${last} are used by workers; make the range worker-uids longer`,
     );
+  }
+
+  /** One that is locked already. */
+  adopt(uid: number): void {
+    this.#used.add(uid);
+  }
+
+  /** Of the lock file: its locks last as long as it is open anywhere. */
+  get descriptor(): number {
+    return this.#lock;
   }
 
   /** Only when no process of that uid is left. */

@@ -22,6 +22,8 @@ export class VmImages {
   readonly #options: VmImagesOptions;
   #images: WorkerImages | undefined;
   #builtAt: string | undefined;
+  /** Digests of what workers of the program before this one run from, as long as nothing else is known of images. */
+  #adopted: string[] = [];
 
   constructor(options: VmImagesOptions) {
     this.#options = options;
@@ -32,7 +34,13 @@ export class VmImages {
     const { built, directory, log } = this.#options;
     const builtAt = stampOf(join(built, 'vm.json'));
     if (!this.#images) {
-      this.#images = new WorkerImages({ sources: () => collectVmSources(built), directory, log });
+      this.#images = new WorkerImages({
+        sources: () => collectVmSources(built),
+        directory,
+        log,
+        inUse: this.#adopted,
+      });
+      for (const digest of this.#adopted.splice(0)) this.#images.adopt(digest);
       this.#warnOfAge();
     } else if (builtAt !== this.#builtAt) {
       this.#images.refresh();
@@ -42,8 +50,16 @@ export class VmImages {
     return this.#images.acquire();
   }
 
-  release(image: WorkerImage): void {
-    this.#images?.release(image);
+  /** The image that a worker runs from already; `release` it likewise. */
+  adopt(digest: string): Pick<WorkerImage, 'digest'> {
+    if (this.#images) return this.#images.adopt(digest);
+    this.#adopted.push(digest);
+    return { digest };
+  }
+
+  release(image: Pick<WorkerImage, 'digest'>): void {
+    if (this.#images) this.#images.release(image);
+    else this.#adopted.splice(this.#adopted.indexOf(image.digest), 1);
   }
 
   /** @throws ToolstackError `missing-package` */

@@ -1,4 +1,4 @@
-import { closeSync, fstatSync } from 'node:fs';
+import { closeSync, fstatSync, statSync } from 'node:fs';
 import { setCloseOnExec } from 'vtpm-common/exec';
 import { ToolstackError } from '../../error.js';
 
@@ -25,16 +25,9 @@ export class KeptDescriptors {
 export class InheritedDescriptors {
   readonly #waiting: Set<number>;
 
-  /** @throws ToolstackError `corrupt` where one of them is not open */
+  /** Those that are not open are missed by whoever takes them. */
   constructor(descriptors: readonly number[]) {
-    this.#waiting = new Set(descriptors);
-    for (const fd of this.#waiting) {
-      try {
-        fstatSync(fd);
-      } catch {
-        throw new ToolstackError('corrupt', `the hand-over names descriptor ${fd}, which is not open`);
-      }
-    }
+    this.#waiting = new Set(descriptors.filter(isOpen));
     for (const fd of this.#waiting) setCloseOnExec(fd, true);
   }
 
@@ -43,19 +36,35 @@ export class InheritedDescriptors {
     if (this.#waiting.delete(fd)) return fd;
     throw new ToolstackError(
       'corrupt',
-      `the hand-over uses descriptor ${fd}, which it does not name or uses twice`,
+      `the hand-over uses descriptor ${fd}, which is not open, not named in it or used twice`,
     );
+  }
+
+  /** One that is the file at `path`. @throws ToolstackError `corrupt` */
+  takeFile(fd: number, path: string): number {
+    const there = statSync(path, { bigint: true, throwIfNoEntry: false });
+    const { dev, ino } = fstatSync(this.take(fd), { bigint: true });
+    if (there?.dev === dev && there.ino === ino) return fd;
+    throw new ToolstackError('corrupt', `descriptor ${fd} of the hand-over does not hold the lock ${path}`);
   }
 
   /** @throws ToolstackError `corrupt` also where it is no socket */
   takeSocket(fd: number): number {
     if (fstatSync(this.take(fd)).isSocket()) return fd;
-    closeSync(fd);
     throw new ToolstackError('corrupt', `the hand-over uses descriptor ${fd} as a socket, which it is not`);
   }
 
   closeRest(): void {
     for (const fd of this.#waiting) closeSync(fd);
     this.#waiting.clear();
+  }
+}
+
+function isOpen(fd: number): boolean {
+  try {
+    fstatSync(fd);
+    return true;
+  } catch {
+    return false;
   }
 }

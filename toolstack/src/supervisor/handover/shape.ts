@@ -8,10 +8,10 @@ export class ShapeError extends Error {
   override readonly name = 'ShapeError';
 }
 
-export function count(most: number = Number.MAX_SAFE_INTEGER): Shape<number> {
+export function count(most: number = Number.MAX_SAFE_INTEGER, least = 0): Shape<number> {
   return (value, place) => {
-    if (Number.isSafeInteger(value) && Number(value) >= 0 && Number(value) <= most) return Number(value);
-    throw new ShapeError(`${place} is not a whole number from 0 to ${most}`);
+    if (Number.isSafeInteger(value) && Number(value) >= least && Number(value) <= most) return Number(value);
+    throw new ShapeError(`${place} is not a whole number from ${least} to ${most}`);
   };
 }
 

@@ -6,18 +6,28 @@ export const HANDOVER_FORMAT = 1;
 
 const UUID = text(/^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/, 36);
 const SENTENCE = text(/^/, 65_536);
-const DESCRIPTOR = count(0x7fff_ffff);
+/** The first three are the standard streams, which are nobody's but the program's. */
+const DESCRIPTOR = count(0x7fff_ffff, 3);
 const MOST_CONNECTIONS = 1024;
 const MOST_VTPMS = 100_000;
 const MOST_PROCESSES = 4096;
 
-const PROCESS = object({ pid: count(0x7fff_ffff), startTime: text(/^\d+$/, 20) });
+const MOST_PID = 0x7fff_ffff;
+const PROCESS = object({ pid: count(MOST_PID), startTime: text(/^\d+$/, 20) });
+
+const CONFINEMENT = object({
+  /** Of the host, the worker's alone. */
+  uid: orNull(count(0xffff_fffe)),
+  /** Directories of the worker's groups. */
+  groups: list(text(/^\//, 4096), 16),
+});
 
 const WORKER = object({
   /** The one that the supervisor made, then its descendants; the last one is node. */
   processes: list(PROCESS, MOST_PROCESSES),
   startedAt: text(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/, 24),
   imageDigest: text(/^[0-9a-f]{64}$/, 64),
+  confinement: CONFINEMENT,
   /** Null where it is closed: then the worker is at its end. */
   control: orNull(DESCRIPTOR),
   descriptors: DESCRIPTOR,
@@ -33,18 +43,39 @@ const WORKER = object({
 const DOORS = object({
   nextId: count(),
   servers: object({ tpm: DESCRIPTOR, tcti: DESCRIPTOR, 'tcti-ctrl': DESCRIPTOR }),
-  connections: list(object({ id: count(), fd: DESCRIPTOR }), MOST_CONNECTIONS),
+  connections: list(
+    object({
+      id: count(),
+      door: oneOf('tpm', 'tcti', 'tcti-ctrl'),
+      peer: orNull(count(MOST_PID)),
+      fd: DESCRIPTOR,
+    }),
+    MOST_CONNECTIONS,
+  ),
   /** Processes behind connections, former ones too. */
   clients: list(PROCESS, MOST_PROCESSES),
 });
 
+const RUN = object({
+  /** Of the memory with the checkpoints, and of the pipe that answers go through. */
+  memory: DESCRIPTOR,
+  pipe: object({ read: DESCRIPTOR, write: DESCRIPTOR }),
+  /** Sequence of the newest checkpoint that was seen. */
+  newest: count(),
+  /** Workers in a row that ended without an answer, and the count of answers then. */
+  futile: count(),
+  answers: count(),
+  clientsGone: list(count(MOST_PID), MOST_PROCESSES),
+  lost: orNull(SENTENCE),
+});
+
 const VTPM = object({
   id: UUID,
-  state: oneOf('stopped', 'running', 'crashed'),
+  state: oneOf('stopped', 'running', 'restarting', 'lost', 'crashed'),
   reason: orNull(SENTENCE),
   /** What a kill could not end. */
   lingering: list(PROCESS, MOST_PROCESSES),
-  served: orNull(object({ worker: WORKER, doors: DOORS })),
+  served: orNull(object({ run: RUN, doors: DOORS, worker: orNull(WORKER) })),
 });
 
 const API = object({
@@ -66,6 +97,12 @@ const HANDOVER = object({
   /** Every descriptor that is named below. */
   descriptors: list(DESCRIPTOR, MOST_VTPMS),
   locks: list(DESCRIPTOR, 2),
+  confinements: object({
+    /** Holds the locks of the uids that workers have. */
+    uidLock: orNull(DESCRIPTOR),
+    /** Groups that were made so far. */
+    groups: count(),
+  }),
   api: API,
   /** Ids of the vTPMs that are still to be started. */
   autostart: list(UUID, MOST_VTPMS),
@@ -74,7 +111,9 @@ const HANDOVER = object({
 
 export type HandOverState = Shaped<typeof HANDOVER>;
 export type VtpmHandOver = Shaped<typeof VTPM>;
+export type RunHandOver = Shaped<typeof RUN>;
 export type WorkerHandOver = Shaped<typeof WORKER>;
+export type ConfinementHandOver = Shaped<typeof CONFINEMENT>;
 export type DoorsHandOver = Shaped<typeof DOORS>;
 export type ApiHandOver = Shaped<typeof API>;
 
@@ -108,10 +147,12 @@ function consistent(state: HandOverState): HandOverState {
   const ids = state.vtpms.map(({ id }) => id);
   if (new Set(ids).size !== ids.length) throw new ShapeError('the hand-over names a vTPM twice');
   for (const { id, state: kind, served } of state.vtpms) {
-    if ((kind === 'running') !== (served !== null)) {
+    const isServed = kind !== 'stopped' && kind !== 'crashed';
+    const hasWorker = kind === 'running' || kind === 'lost';
+    if (isServed !== (served !== null) || hasWorker !== Boolean(served?.worker)) {
       throw new ShapeError(`vTPM ${id} is ${kind} and that does not go with its worker`);
     }
-    if (served?.worker.processes.length === 0)
+    if (served?.worker?.processes.length === 0)
       throw new ShapeError(`the worker of vTPM ${id} has no process`);
   }
   return state;

@@ -3,11 +3,7 @@ import { once } from 'node:events';
 import { fstatSync, readSync } from 'node:fs';
 import { replaceProcess } from 'vtpm-common/exec';
 import { ToolstackError } from '../../error.js';
-
-/** Tells a supervisor which descriptor holds what the program before it hands over. */
-export const HANDOVER_FLAG = '--handover';
-/** The same, of one that only says whether it would take it. */
-export const CHECK_FLAG = '--check-handover';
+import { CHECK_FLAG, HANDOVER_FLAG } from './names.js';
 
 const CHECK_LIMIT_MS = 60_000;
 const CHECK_DESCRIPTOR = 3;
