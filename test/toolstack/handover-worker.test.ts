@@ -1,0 +1,81 @@
+import assert from 'node:assert/strict';
+import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { Socket } from 'node:net';
+import { join } from 'node:path';
+import { createLogger, socketPair } from 'vtpm-common';
+import { InheritedDescriptors, KeptDescriptors } from 'vtpm-toolstack/supervisor/handover/descriptors';
+import { WorkerLedger } from 'vtpm-toolstack/supervisor/leftovers';
+import { isAlive } from 'vtpm-toolstack/supervisor/processes';
+import { adoptBody } from 'vtpm-toolstack/supervisor/worker-body';
+import { WorkerProcess } from 'vtpm-toolstack/supervisor/worker-process';
+import { reapAtExit } from '../support/reap.js';
+import { removeDirectory, temporaryDirectory } from './supervisor-fixture.js';
+
+describe('a worker that does not read what its supervisor says', () => {
+  let directory: string;
+  let child: ChildProcess;
+  let worker: WorkerProcess;
+  let theirs: number;
+
+  beforeEach(() => {
+    directory = temporaryDirectory();
+    child = reapAtExit(spawn('/bin/sleep', ['1000'], { stdio: 'ignore' }));
+    const [ours, other] = socketPair();
+    theirs = other;
+    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+    worker = new WorkerProcess({
+      body: {
+        child: {
+          pid: child.pid,
+          hasExited: false,
+          exited: new Promise(() => {}),
+          kill: () => child.kill('SIGKILL'),
+        },
+        control: new Socket({ fd: ours }),
+        descriptors: socketPair()[0],
+        output: undefined,
+      },
+      confinement: {
+        check: () => undefined,
+        release: async () => undefined,
+        handOver: () => ({ uid: null, groups: [] }),
+      },
+      image: { digest: '0'.repeat(64) },
+      isolation: 'none',
+      ledger: new WorkerLedger(join(directory, 'workers.json'), log),
+      workerSocket: join(directory, 'none'),
+      owner: { logPath: join(directory, 'log'), log, onMessage: () => undefined },
+    });
+    // More than the kernel holds for it.
+    for (let peer = 0; peer < 20_000; peer++) worker.send({ type: 'peer-gone', peer });
+  });
+  afterEach(() => {
+    child.kill('SIGKILL');
+    removeDirectory(directory);
+  });
+
+  it('is handed over where it reads after all: nothing that was said is lost', async () => {
+    let heard = '';
+    const reader = new Socket({ fd: theirs }).setEncoding('utf8');
+    reader.on('data', (text: string) => {
+      heard += text;
+    });
+    await worker.whenHeard(60_000);
+    assert.notEqual(worker.handOver(new KeptDescriptors()).control, null);
+    while (!heard.includes('19999')) await once(reader, 'data');
+    assert.equal(heard.trim().split('\n').length, 20_000);
+    reader.destroy();
+  });
+
+  it('is waited for so long and no longer, and then ended by the next program', async () => {
+    await worker.whenHeard(50);
+    const kept = new KeptDescriptors();
+    const facts = worker.handOver(kept);
+    assert.equal(facts.control, null);
+    const body = adoptBody(facts, new InheritedDescriptors(kept.all));
+    // Who reaps it, libuv or the adopted one, is left to chance here.
+    await body.child.exited;
+    assert.ok(facts.processes.length > 0 && !facts.processes.some(isAlive));
+  });
+});
