@@ -47,7 +47,7 @@ describe('the layers around a worker', function () {
 
   async function begin(flags: string[] = [], from = manifest, wrapper: string[] = []): Promise<void> {
     const all = ['--log-format', 'json', ...flags];
-    supervisor = await new SupervisorProcess(home, from, all, wrapper).ready();
+    supervisor = await new SupervisorProcess(home, from, all, { wrapper }).ready();
     manager = new StubManager(supervisor.paths);
     await manager.start();
   }
