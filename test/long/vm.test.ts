@@ -65,6 +65,21 @@ describe('a worker in a VM of its own (test:long)', function () {
     assert.equal((await installation.ctlJson('show', 'web1')).note ?? null, null, 'stopped in order');
   });
 
+  it('goes on through an upgrade of the supervisor, with its guest', async () => {
+    const guest = await connectGuest(await installation.vtpm('up1', '--isolation', 'vm'));
+    await guest.defineCounter();
+    await guest.extend(16, 'measured');
+    const before = [await guest.pcr(16), await guest.counter(), await installation.workerPid('up1')];
+    await installation.ctlJson('supervisor', 'upgrade');
+    assert.deepEqual(
+      [await guest.pcr(16), await guest.counter(), await installation.workerPid('up1')],
+      before,
+    );
+    await guest.close();
+    const stopped = (await installation.supervisord('POST', '/vtpms/up1/stop')).body;
+    assert.deepEqual([stopped.state, stopped.reason], ['stopped', null]);
+  });
+
   it('gets no state where a part of it was changed', async () => {
     const root = join(installation.paths.supervisor.vm, 'root');
     chmodSync(root, 0o600);
