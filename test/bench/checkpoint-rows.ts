@@ -35,7 +35,8 @@ export const checkpointSuite: Suite = {
     const on = await Installation.create();
     const off = await Installation.create();
     try {
-      await on.start();
+      await on.startManager();
+      await on.startSupervisor({ args: ['--pool-min', '2', '--pool-max', '4'] });
       await off.startManager();
       await off.startSupervisor({ args: ['--checkpoint', 'off'] });
       for (const measured of MEASURED) {
@@ -95,9 +96,10 @@ async function kills(context: RowContext, installation: Installation): Promise<v
     process.kill(pid, 'SIGKILL');
     client.succeed(bytes);
     times.push(performance.now() - start);
-    await until('the vTPM runs', async () => {
+    await until('the vTPM runs, and a worker waits for the next kill', async () => {
       const { body } = await installation.supervisord('GET', '/vtpms/bench-kill');
-      return body.state === 'running';
+      const { pool } = (await installation.supervisord('GET', '/health')).body;
+      return body.state === 'running' && (pool as { idle: number }).idle > 0;
     });
   }
   client.close();

@@ -24,7 +24,7 @@ export interface Checkpoint {
 export function openLeft(descriptors: CheckpointDescriptors | undefined): Left | undefined {
   if (!descriptors) return undefined;
   const { memory: fd, read, write, keeps, resumes } = descriptors;
-  const memory = new CheckpointMemory(fd);
+  const memory = CheckpointMemory.map(fd);
   closeSync(fd);
   return { memory, pipe: new AnswerPipe(memory, { read, write }), keeps, resumes };
 }

@@ -37,11 +37,20 @@ export class CheckpointMemory {
   readonly #halves: Uint32Array;
 
   /** Maps `fd`, which may be closed then. @throws VtpmdError `internal` */
-  constructor(fd: number) {
+  static map(fd: number): CheckpointMemory {
     const address = BigInt(mmap(null, LAYOUT.bytes, PROT_READ_WRITE, MAP_SHARED, fd, 0) as bigint | number);
     if (address === MAP_FAILED) throw new VtpmdError('internal', 'the checkpoint memory cannot be mapped');
-    this.#bytes = viewOf(address, LAYOUT.bytes);
-    const { buffer, byteOffset } = this.#bytes;
+    return new CheckpointMemory(viewOf(address, LAYOUT.bytes));
+  }
+
+  /** Of this process alone, for a rehearsal. */
+  static ofOwn(): CheckpointMemory {
+    return new CheckpointMemory(Buffer.from(new ArrayBuffer(LAYOUT.bytes)));
+  }
+
+  private constructor(bytes: Buffer) {
+    this.#bytes = bytes;
+    const { buffer, byteOffset } = bytes;
     this.#words = new BigUint64Array(buffer, byteOffset, LAYOUT.bytes / 8);
     this.#halves = new Uint32Array(buffer, byteOffset, LAYOUT.bytes / 4);
   }

@@ -1,24 +1,36 @@
 import { randomBytes } from 'node:crypto';
+import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { duplexPair } from 'node:stream';
 import { boxKeyPair, encode } from 'vtpm-proto';
 import { Doors } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
+import { AnswerPipe } from '../checkpoint/answer-pipe.js';
+import { CheckpointKeeper } from '../checkpoint/keeper.js';
+import { CheckpointMemory } from '../checkpoint/memory.js';
+import { UnitSealer } from '../checkpoint/unit.js';
 import { getRandom, startupClear } from '../engine/command.js';
 import { startEngine } from '../engine/engine.js';
 import { loadVtpm, readIdentity } from '../manager-link/load.js';
 import { openManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
 import { CommandQueue } from './command-queue.js';
+import { HOLD_MS, OutagePolicy } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
 import { playManager } from './rehearsal-manager.js';
+
+/** What can be made before a worker is locked down only. It is closed by whoever has it last. */
+export interface RehearsalStage {
+  /** Two connected sockets, for a guest and for its door. */
+  readonly door: readonly [number, number];
+  readonly pipe: { readonly read: number; readonly write: number };
+}
 
 /**
  * Does everything once that a start does, with a manager made up in this process and a TPM that is thrown away: what is
  * compiled, bound and paged in now, the start does not wait for. Nothing of it is left but that.
- * @param door two connected sockets, for a guest and for its door; they are closed
  */
-export async function rehearse(libtpmsVersion: string, door: readonly [number, number]): Promise<void> {
+export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): Promise<void> {
   const [here, there] = duplexPair();
   const managerKeys = boxKeyPair();
   const keys = boxKeyPair();
@@ -39,18 +51,31 @@ export async function rehearse(libtpmsVersion: string, door: readonly [number, n
       freeze: () => {},
       thaw: () => {},
     });
+    const owners = new HandleOwners();
+    const memory = CheckpointMemory.ofOwn();
+    const keeper = new CheckpointKeeper({
+      memory,
+      sealer: new UnitSealer(randomBytes(32), identity, grant.epoch),
+      ...{ engine, owners, policy: new OutagePolicy(HOLD_MS, false) },
+      granted: { generation: 0n, permanentDigest: new Uint8Array(32) },
+      last: { sequence: 0, unit: 0, slot: 0 },
+    });
     const queue = new CommandQueue({
       engine,
       persist: (permanent) => session.save(permanent),
+      keep: (source, response, stored) => keeper.keep(source, response, stored),
       onFailure: () => {},
     });
     queue.hold('link');
     session.attach(link);
     await runOwnCommand(queue, startupClear());
-    await useDoor(new Doors(engine, queue, new HandleOwners()), door);
+    const pipe = new AnswerPipe(memory, stage.pipe);
+    await useDoor(new Doors(engine, queue, owners, { kept: { keeper, pipe } }), stage.door);
     session.close();
   } finally {
     engine.terminate();
+    closeSync(stage.pipe.read);
+    closeSync(stage.pipe.write);
   }
 }
 

@@ -2,7 +2,7 @@ import { hash } from 'node:crypto';
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
-import { forbidCoreDumps, socketPair } from 'vtpm-common/libc';
+import { forbidCoreDumps, pipePair, socketPair } from 'vtpm-common/libc';
 import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
 import { Doors, isDoorKind, type Visitor } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
@@ -32,7 +32,7 @@ import type { Log } from './log.js';
 import { LostTpm } from './lost-tpm.js';
 import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
-import { rehearse } from './rehearsal.js';
+import { type RehearsalStage, rehearse } from './rehearsal.js';
 import { expectStirred, freshStir } from './trial.js';
 
 /** What a worker is connected to its surroundings by, when it starts. It opens nothing itself. */
@@ -72,8 +72,8 @@ class Worker {
   readonly #control: ControlChannel;
   #serving: Serving | undefined;
   #rehearsal: Promise<void> | undefined;
-  /** Two connected sockets for the guest of a rehearsal: after the start none can be made. */
-  #rehearsalDoor: [number, number] | undefined;
+  /** After the start none can be made. */
+  #stage: RehearsalStage | undefined;
   #lost: LostTpm | undefined;
   /** Connections that the worker before this one had. */
   #inherited: Inherited | undefined;
@@ -95,7 +95,7 @@ class Worker {
   start(isLocked: boolean): void {
     // Ready means that nothing but the identity is missing.
     const { version } = loadLibtpms();
-    this.#rehearsalDoor = socketPair();
+    this.#stage = { door: socketPair(), pipe: pipePair() };
     if (isLocked) lockDown();
     const publicKey = Buffer.from(this.#keys?.publicKey ?? []).toString('hex');
     this.#control.send({ type: 'ready', publicKey, libtpms: version });
@@ -106,7 +106,8 @@ class Worker {
     const keys = this.#keys;
     if (!keys) throw new VtpmdError('protocol', 'a second identity');
     this.#keys = undefined;
-    for (const fd of this.#takeRehearsalDoor() ?? []) closeSync(fd);
+    const stage = this.#takeStage();
+    if (stage) for (const fd of [...stage.door, stage.pipe.read, stage.pipe.write]) closeSync(fd);
     return keys;
   }
 
@@ -145,18 +146,18 @@ class Worker {
   }
 
   #rehearse(): void {
-    const door = this.#takeRehearsalDoor();
-    if (!door) throw new VtpmdError('protocol', 'a second rehearsal, or one after the identity');
-    this.#rehearsal = rehearse(loadLibtpms().version, door).then(
+    const stage = this.#takeStage();
+    if (!stage) throw new VtpmdError('protocol', 'a second rehearsal, or one after the identity');
+    this.#rehearsal = rehearse(loadLibtpms().version, stage).then(
       () => this.#control.send({ type: 'rehearsed' }),
       (error: unknown) => this.#fail(error),
     );
   }
 
-  #takeRehearsalDoor(): [number, number] | undefined {
-    const door = this.#rehearsalDoor;
-    this.#rehearsalDoor = undefined;
-    return door;
+  #takeStage(): RehearsalStage | undefined {
+    const stage = this.#stage;
+    this.#stage = undefined;
+    return stage;
   }
 
   /** A link on which there is nothing to do yet. It may be lost, and another take its place, any number of times. */
