@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { socketFd } from 'vtpm-common/libc';
+import { DoorClients } from 'vtpm-toolstack/supervisor/door-clients';
 import { MiniManager } from '../support/mini-manager.js';
 import { WorkerProcess } from '../support/worker-process.js';
 
@@ -16,6 +17,7 @@ describe('worker: tpm2-tools through the tcti door', () => {
   let manager: MiniManager;
   let worker: WorkerProcess;
   let servers: Server[];
+  const clients = new DoorClients();
 
   before(async () => {
     directory = mkdtempSync(join(tmpdir(), 'tools-'));
@@ -23,7 +25,9 @@ describe('worker: tpm2-tools through the tcti door', () => {
     worker = await new WorkerProcess(manager).serve();
     servers = (['tcti', 'tcti-ctrl'] as const).map((door) =>
       createServer({ pauseOnConnect: true }, (socket) => {
-        worker.passCopy(door, socketFd(socket));
+        // As the supervisor does: the worker cannot see who its clients are.
+        for (const peer of clients.takeGone()) worker.send({ type: 'peer-gone', peer });
+        worker.passCopy(door, socketFd(socket), clients.add(socket));
         socket.destroy();
       }).listen(join(directory, door === 'tcti' ? 'tcti.sock' : 'tcti.sock.ctrl')),
     );

@@ -1,5 +1,4 @@
 import { closeSync } from 'node:fs';
-import { peerCredentials } from 'vtpm-common/libc';
 import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { flushContext } from '../engine/command.js';
@@ -17,6 +16,9 @@ export type DoorKind = 'tpm' | 'tcti' | 'tcti-ctrl';
 export function isDoorKind(text: string): text is DoorKind {
   return text === 'tpm' || text === 'tcti' || text === 'tcti-ctrl';
 }
+
+/** The client of connections whose process the supervisor could not see. */
+const NOBODY_KNOWS = 0;
 
 /** Which connections have no answer yet, where the supervisor can see it. */
 class TakenNotes {
@@ -70,8 +72,6 @@ export class Doors {
   readonly #engine: TpmEngine;
   readonly #queue: CommandQueue;
   readonly #owners: HandleOwners;
-  /** Clients that the supervisor watches; the others are processes that this one can see. */
-  readonly #watched = new Set<number>();
   /** Of a worker before this one, until they are opened here. */
   readonly #adopted = new Set<number>();
   readonly #kept: Kept | undefined;
@@ -100,10 +100,10 @@ export class Doors {
           else this.#openTaking(fd, id, onClosed);
           return;
         case 'tcti':
-          this.#openTcti(fd, { client: this.#clientOf(fd, peer), connection: id }, onClosed);
+          this.#openTcti(fd, { client: peer ?? NOBODY_KNOWS, connection: id }, onClosed);
           return;
         case 'tcti-ctrl': {
-          const client = this.#clientOf(fd, peer);
+          const client = peer ?? NOBODY_KNOWS;
           const cancel = (): void => {
             if (this.#queue.current?.owner?.client === client) this.#engine.cancel();
           };
@@ -129,7 +129,6 @@ export class Doors {
 
   /** The process ended: what it left loaded is flushed. */
   peerGone(client: number): void {
-    this.#watched.delete(client);
     this.#flush((owner) => owner.client === client);
   }
 
@@ -165,14 +164,11 @@ export class Doors {
 
   #openTcti(fd: number, owner: HandleOwner, done: () => void): void {
     const { client, connection } = owner;
-    for (const other of this.#owners.clients()) {
-      if (other !== 0 && !this.#watched.has(other) && !isAlive(other)) this.peerGone(other);
-    }
     const isAdopted = this.#adopted.delete(connection);
     const onClosed = ({ commands }: { readonly commands: number }): void => {
       if (commands > 1) this.#endOf(connection);
       // Nobody knows this client, but it is new: so the ones before it are taken to be gone.
-      else if (commands === 0 && client === 0 && !isAdopted) this.peerGone(0);
+      else if (commands === 0 && client === NOBODY_KNOWS && !isAdopted) this.peerGone(client);
       done();
     };
     if (!this.#kept) {
@@ -189,16 +185,6 @@ export class Doors {
     });
   }
 
-  #clientOf(fd: number, peer: number | undefined): number {
-    if (peer === undefined) {
-      const { pid } = peerCredentials(fd);
-      // A pair made here stands for a client beyond the port of a VM.
-      return pid === process.pid ? 0 : pid;
-    }
-    this.#watched.add(peer);
-    return peer;
-  }
-
   #flush(matches: (owner: HandleOwner) => boolean): void {
     for (const handle of this.#owners.release(matches)) {
       this.#queue.submitFirst({
@@ -209,13 +195,5 @@ export class Doors {
         dropped: () => {},
       });
     }
-  }
-}
-
-function isAlive(pid: number): boolean {
-  try {
-    return process.kill(pid, 0);
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code !== 'ESRCH';
   }
 }

@@ -72,11 +72,6 @@ export class HandleOwners {
     else this.#busy.delete(connection);
   }
 
-  /** Clients that have something loaded. */
-  clients(): Set<number> {
-    return new Set(Array.from(this.#owners.values(), ({ client }) => client));
-  }
-
   /** The handles of all owners that match; they are forgotten here. */
   release(matches: (owner: HandleOwner) => boolean): number[] {
     const handles: number[] = [];
