@@ -1,5 +1,6 @@
 // `npm test`: lint, then mocha over every test. `--long` runs what takes longer (test/dist/long) instead. Other arguments go to mocha.
 import { spawnSync } from 'node:child_process';
+import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -31,6 +32,9 @@ if (!isLong) run('node_modules/@biomejs/biome/bin/biome', ['check', '--error-on-
 run('node_modules/mocha/bin/mocha.js', [
   '--reporter',
   'scripts/mocha-reporter.cjs',
-  ...(isLong ? ['--no-config', '--timeout', '3600000', '--spec', 'test/dist/long/**/*.test.js'] : []),
+  ...(isLong
+    ? ['--no-config', '--timeout', '3600000', '--spec', 'test/dist/long/**/*.test.js']
+    : // Files side by side: each has installations, sockets and directories of its own, and most of its time it waits.
+      ['--parallel', '--jobs', String(Math.min(Math.max(availableParallelism(), 2), 8))]),
   ...args.filter((arg) => arg !== '--long'),
 ]);
