@@ -30,7 +30,7 @@ describe(`on Node.js ${CURRENT}`, () => {
     // The programs start each other with the interpreter that they run on; the worker's image is made of it too.
     const tests = await run(node, [
       'node_modules/mocha/bin/mocha.js',
-      ...['--reporter', 'dot'],
+      ...['--reporter', 'dot', '--parallel', '--jobs', '2'],
       // It builds a copy of everything, which says nothing about the interpreter.
       ...['--ignore', 'test/dist/repository/**'],
     ]);
