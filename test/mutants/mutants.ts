@@ -508,7 +508,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'the random generator is stirred before a worker goes on',
-    file: 'vtpmd/src/worker/worker.ts',
+    file: 'vtpmd/src/worker/power.ts',
     guard: 'expectStirred(await runOwnCommand(queue, freshStir()));',
     without: 'if (!queue) expectStirred(await runOwnCommand(queue, freshStir()));',
     test: { file: 'attack/checkpoint', name: 'the same one twice gives other random numbers' },

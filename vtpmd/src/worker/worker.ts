@@ -1,39 +1,23 @@
-import { hash } from 'node:crypto';
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { forbidCoreDumps, pipePair, socketPair } from 'vtpm-common/libc';
-import { type BoxKeyPair, boxKeyPair, type LoadGrant } from 'vtpm-proto';
-import { Doors, isDoorKind, type Visitor } from '../channels/doors.js';
-import { HandleOwners } from '../channels/handle-owners.js';
-import { type ChosenUnit, chooseUnit } from '../checkpoint/choose.js';
-import { CheckpointKeeper } from '../checkpoint/keeper.js';
-import { type Checkpoint, Inherited, type Left, lastOf, openLeft } from '../checkpoint/left.js';
-import { endWhatWasGoingOn } from '../checkpoint/resume.js';
-import { UnitSealer } from '../checkpoint/unit.js';
-import {
-  CAP_AUDIT_COMMANDS,
-  getCapability,
-  responseCode,
-  shutdownClear,
-  startupClear,
-  TPM_RC_SUCCESS,
-} from '../engine/command.js';
-import { startEngine, type TpmEngine } from '../engine/engine.js';
+import { type BoxKeyPair, boxKeyPair } from 'vtpm-proto';
+import { isDoorKind, type Visitor } from '../channels/doors.js';
+import { Inherited, type Left, openLeft } from '../checkpoint/left.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
-import { type Identity, loadVtpm, readIdentity } from '../manager-link/load.js';
+import { readIdentity } from '../manager-link/load.js';
 import { type ManagerLink, openManagerLink } from '../manager-link/manager-link.js';
-import { SaveSession } from '../manager-link/save-session.js';
-import { CommandQueue } from './command-queue.js';
 import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
+import { IdleLink } from './idle-link.js';
 import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
 import { LostTpm } from './lost-tpm.js';
-import { type HoldTimes, OutagePolicy, readHoldTimes } from './outage-policy.js';
-import { runOwnCommand } from './own-command.js';
+import { readHoldTimes } from './outage-policy.js';
+import { goOn, powerOff, powerOn } from './power.js';
 import { type RehearsalStage, rehearse } from './rehearsal.js';
-import { expectStirred, freshStir } from './trial.js';
+import { type LoadParts, loadTpm, type ServedTpm } from './served-tpm.js';
 
 /** What a worker is connected to its surroundings by, when it starts. It opens nothing itself. */
 export interface WorkerEnds {
@@ -68,9 +52,9 @@ class Worker {
   readonly #end: (status: number) => void;
   /** Until there is an identity: the only one that they are used for. */
   #keys: BoxKeyPair | undefined = boxKeyPair();
-  #link: ManagerLink;
+  readonly #link: IdleLink;
   readonly #control: ControlChannel;
-  #serving: Serving | undefined;
+  #tpm: ServedTpm | undefined;
   #rehearsal: Promise<void> | undefined;
   /** After the start none can be made. */
   #stage: RehearsalStage | undefined;
@@ -84,7 +68,10 @@ class Worker {
   constructor(ends: WorkerEnds, log: Log, end: (status: number) => void) {
     this.#log = log;
     this.#end = end;
-    this.#link = this.#openIdleLink(ends.manager);
+    this.#link = new IdleLink(ends.manager, {
+      lost: () => this.#control.send({ type: 'link-lost', message: 'the link to the manager broke' }),
+      up: () => this.#control.send({ type: 'link-up' }),
+    });
     this.#control = openControlChannel(ends, {
       onMessage: (message) => this.#onMessage(message),
       onError: (error) => this.#fail(error),
@@ -113,9 +100,9 @@ class Worker {
 
   #beginServing(fields: Record<string, unknown>, left: Left | undefined): void {
     const keys = this.#takeKeys();
-    this.#serve(readIdentity(fields), readHoldTimes(fields.outage), keys, left).catch((error: unknown) =>
-      this.#fail(error),
-    );
+    const link = this.#link.take();
+    const parts = { identity: readIdentity(fields), holdTimes: readHoldTimes(fields.outage), left };
+    this.#serve(parts, keys, link).catch((error: unknown) => this.#fail(error));
   }
 
   #onMessage(message: SupervisorMessage): void {
@@ -125,6 +112,7 @@ class Worker {
         return;
       case 'lost':
         this.#takeKeys().secretKey.fill(0);
+        this.#link.take();
         this.#beLost(openLeft(message.checkpoint)).catch((error: unknown) => this.#fail(error));
         return;
       case 'rehearse':
@@ -137,7 +125,7 @@ class Worker {
         this.#openDoor(message);
         return;
       case 'peer-gone':
-        this.#serving?.doors.peerGone(message.peer);
+        this.#tpm?.doors.peerGone(message.peer);
         return;
       case 'stop':
         this.#stop().catch((error: unknown) => this.#fail(error));
@@ -160,40 +148,17 @@ class Worker {
     return stage;
   }
 
-  /** A link on which there is nothing to do yet. It may be lost, and another take its place, any number of times. */
-  #openIdleLink(fd: number): ManagerLink {
-    const link = openManagerLink(new Socket({ fd }));
-    void link.closed.then(() => {
-      // Who waits for an answer on it sees the loss himself.
-      if (link === this.#link && this.#keys) {
-        this.#control.send({ type: 'link-lost', message: 'the link to the manager broke' });
-      }
-    });
-    return link;
-  }
-
   #useLink(fd: number): void {
-    if (this.#serving) {
-      this.#serving.session.attach(openManagerLink(new Socket({ fd })));
-    } else if (!this.#keys) {
-      // The Load on the link before fails by itself, and the worker with it.
-      closeSync(fd);
-    } else {
-      const link = this.#openIdleLink(fd);
-      this.#link.close();
-      this.#link = link;
-      void link.greeted.then(() => {
-        if (link === this.#link && this.#keys) this.#control.send({ type: 'link-up' });
-      });
-    }
+    if (this.#tpm) this.#tpm.session.attach(openManagerLink(new Socket({ fd })));
+    else this.#link.replace(fd);
   }
 
   #openDoor({ door, id, peer, fd }: SupervisorMessage & { type: 'connection' }): void {
-    const target = this.#isOpen ? (this.#lost ?? this.#serving?.doors) : this.#inherited;
+    const target = this.#isOpen ? (this.#lost ?? this.#tpm?.doors) : this.#inherited;
     if (!target || !isDoorKind(door)) {
       closeSync(fd);
       this.#log('warn', 'a connection was refused', { door, id });
-      this.#control.send({ type: 'connection-closed', id });
+      this.#closed(id);
       return;
     }
     target.open({ kind: door, id, fd, peer }, () => this.#closed(id));
@@ -221,195 +186,43 @@ class Worker {
     this.#control.send({ type: 'lost' });
   }
 
-  async #serve(
-    identity: Identity,
-    holdTimes: HoldTimes,
-    keys: BoxKeyPair,
-    left: Left | undefined,
-  ): Promise<void> {
+  async #serve(parts: LoadParts, keys: BoxKeyPair, link: ManagerLink): Promise<void> {
+    const { identity, left } = parts;
     const inherited = left?.resumes && this.#inherit(left);
     // A process has one TPM at a time.
     await this.#rehearsal;
-    const grant = await loadVtpm(this.#link, identity, keys, loadLibtpms().version);
-    keys.secretKey.fill(0);
-    const granted = {
-      generation: grant.generation,
-      permanentDigest: hash('sha256', grant.permanent, 'buffer'),
-    };
-    const chosen =
-      left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
-    const engine = startEngine({
-      permanent: grant.manufacture ? undefined : grant.permanent,
-      volatile: chosen?.unit.volatile,
-      manufacture: grant.manufacture,
-    });
-    if (chosen && engine.storedAtStart && !engine.storedAtStart.equals(grant.permanent)) {
-      throw new VtpmdError('no-checkpoint', 'libtpms changed the permanent state that it was given back');
-    }
-    const serving = this.#compose(grant, identity, holdTimes, engine, left && { left, chosen, granted });
-    grant.permanent.fill(0);
-    grant.sessionKey.fill(0);
-    grant.checkpointKey.fill(0);
-    serving.session.attach(this.#link);
-    if (chosen && inherited && left) await this.#goOn(serving, chosen, await inherited, left);
-    else await this.#powerOn(serving, identity.startup);
-    this.#isOpen = true;
-    const { epoch } = grant;
-    const { generation } = serving.session;
-    this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
-    this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
-  }
-
-  #compose(
-    grant: LoadGrant,
-    identity: Identity,
-    holdTimes: HoldTimes,
-    engine: TpmEngine,
-    checkpoint: Checkpoint | undefined,
-  ): Serving {
-    const owners = new HandleOwners();
-    const policy = new OutagePolicy(holdTimes, identity.startup === 'none');
-    const keeper = checkpoint?.left.keeps
-      ? new CheckpointKeeper({
-          memory: checkpoint.left.memory,
-          sealer: new UnitSealer(grant.checkpointKey, identity, grant.epoch),
-          ...{ engine, owners, policy, granted: checkpoint.granted },
-          last: lastOf(checkpoint),
-        })
-      : undefined;
-    if (checkpoint?.chosen) {
-      owners.restore(checkpoint.chosen.unit.owners);
-      policy.restore(checkpoint.chosen.unit.isFirmware);
-    }
-    let isLost = false;
-    const session = new SaveSession(grant, identity.vtpmUuid, engine.libtpmsVersion, {
-      up: () => {
-        if (isLost) this.#control.send({ type: 'link-up' });
-        isLost = false;
-        queue.outageOver();
-        queue.release('link');
-      },
-      lost: (error) => {
-        queue.outage();
-        isLost = true;
+    const { tpm, epoch, chosen } = await loadTpm(link, keys, parts, {
+      linkUp: () => this.#control.send({ type: 'link-up' }),
+      linkLost: (error) => {
         this.#log('warn', 'the manager is away: nothing can be saved', { reason: error.reason });
         this.#control.send({ type: 'link-lost', message: error.message });
       },
-      over: (error) => this.#fail(error),
-      freeze: () => {
-        queue.hold('freeze');
-        queue.whenIdle().then(
-          () => session.frozen(),
-          () => {},
-        );
-      },
-      thaw: () => queue.release('freeze'),
+      failed: (error) => this.#fail(error),
     });
-    const queue = new CommandQueue({
-      engine,
-      persist: (permanent) => session.save(permanent),
-      observe: (source, command, response) => {
-        owners.observe(source.owner, command, response);
-        policy.ran(command, response);
-      },
-      ...(keeper && {
-        keep: (source, response, stored) => {
-          keeper.keep(source, response, stored);
-          if (keeper.noEffect.takeMustAsk()) this.#askForAudits(queue, keeper);
-        },
-      }),
-      policy,
-      onFailure: (error) => this.#fail(error),
-    });
-    // Until the first link is up.
-    queue.hold('link');
-    const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe };
-    const taken = kept ? undefined : checkpoint?.left.memory.taken;
-    this.#serving = {
-      engine,
-      queue,
-      session,
-      keeper,
-      doors: new Doors(engine, queue, owners, { kept, taken }),
-    };
-    return this.#serving;
-  }
-
-  /** Which commands are audited, as soon as the one that runs is done. */
-  #askForAudits(queue: CommandQueue, keeper: CheckpointKeeper): void {
-    queueMicrotask(() => {
-      runOwnCommand(queue, getCapability(CAP_AUDIT_COMMANDS, 0, 256)).then(
-        (response) => keeper.noEffect.answered(response),
-        (error: unknown) => this.#fail(error),
-      );
-    });
-  }
-
-  /** From behind the last command of the worker before this one. */
-  async #goOn(
-    { queue, doors, keeper }: Serving,
-    { unit }: ChosenUnit,
-    visitors: readonly Visitor[],
-    left: Left,
-  ): Promise<void> {
-    endWhatWasGoingOn(unit, visitors, left);
-    unit.volatile.fill(0);
-    // The generator stands where it stood at the checkpoint: no random number may come twice.
-    expectStirred(await runOwnCommand(queue, freshStir()));
-    keeper?.keepNow();
-    doors.adopt(visitors, (id) => this.#closed(id));
-  }
-
-  /** Resolves when what powering on stored is durable: no guest sees an identity that can vanish. */
-  async #powerOn({ engine, queue, session, keeper }: Serving, startup: Identity['startup']): Promise<void> {
-    const { generation } = session;
-    if (startup === 'clear') {
-      const answer = await runOwnCommand(queue, startupClear());
-      if (responseCode(answer) !== TPM_RC_SUCCESS) {
-        throw new VtpmdError(
-          'startup-failed',
-          `the TPM answered Startup with 0x${responseCode(answer).toString(16)}`,
-        );
-      }
-    }
-    // What Startup stored holds it already.
-    if (engine.storedAtStart && session.generation === generation) {
-      await session.save(engine.storedAtStart);
-      keeper?.saved(engine.storedAtStart, session.generation);
-    }
-    keeper?.keepNow();
+    this.#tpm = tpm;
+    tpm.session.attach(link);
+    if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, (id) => this.#closed(id));
+    else await powerOn(tpm, identity.startup);
+    this.#isOpen = true;
+    const { generation } = tpm.session;
+    this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
+    this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
   }
 
   async #stop(): Promise<void> {
     if (this.#isEnding) return;
     this.#isEnding = true;
-    if (this.#serving) {
-      const { queue, session } = this.#serving;
-      // What clients sent meanwhile must not run after the Shutdown, or that would not have been the last command.
-      const answer = await runOwnCommand(queue, shutdownClear(), 'stop');
-      const code = responseCode(answer);
-      // Nothing is lost by it: state is durable. But the TPM may then count its next start as a wrong authorisation.
-      if (code !== TPM_RC_SUCCESS) this.#log('warn', `the TPM answered Shutdown with 0x${code.toString(16)}`);
-      session.close();
-    }
+    if (this.#tpm) await powerOff(this.#tpm, this.#log);
     this.#log('info', 'stopped');
     this.#control.send({ type: 'stopped' }, () => this.#end(0));
   }
 
   #fail(unknown: unknown): void {
-    this.#serving?.queue.kill();
+    this.#tpm?.queue.kill();
     if (this.#hasFailed) return;
     this.#hasFailed = true;
     const error = VtpmdError.from(unknown);
     this.#log('error', error.message, { reason: error.reason });
     this.#control.send({ type: 'failed', reason: error.reason, message: error.message }, () => this.#end(1));
   }
-}
-
-interface Serving {
-  readonly engine: TpmEngine;
-  readonly queue: CommandQueue;
-  readonly session: SaveSession;
-  readonly keeper: CheckpointKeeper | undefined;
-  readonly doors: Doors;
 }

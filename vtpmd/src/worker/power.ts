@@ -1,0 +1,60 @@
+import type { Visitor } from '../channels/doors.js';
+import type { ChosenUnit } from '../checkpoint/choose.js';
+import type { Left } from '../checkpoint/left.js';
+import { endWhatWasGoingOn } from '../checkpoint/resume.js';
+import { responseCode, shutdownClear, startupClear, TPM_RC_SUCCESS } from '../engine/command.js';
+import { VtpmdError } from '../error.js';
+import type { Identity } from '../manager-link/load.js';
+import type { Log } from './log.js';
+import { runOwnCommand } from './own-command.js';
+import type { ServedTpm } from './served-tpm.js';
+import { expectStirred, freshStir } from './trial.js';
+
+/** Resolves when what powering on stored is durable: no guest sees an identity that can vanish. @throws VtpmdError */
+export async function powerOn(
+  { engine, queue, session, keeper }: ServedTpm,
+  startup: Identity['startup'],
+): Promise<void> {
+  const { generation } = session;
+  if (startup === 'clear') {
+    const answer = await runOwnCommand(queue, startupClear());
+    if (responseCode(answer) !== TPM_RC_SUCCESS) {
+      throw new VtpmdError(
+        'startup-failed',
+        `the TPM answered Startup with 0x${responseCode(answer).toString(16)}`,
+      );
+    }
+  }
+  // What Startup stored holds it already.
+  if (engine.storedAtStart && session.generation === generation) {
+    await session.save(engine.storedAtStart);
+    keeper?.saved(engine.storedAtStart, session.generation);
+  }
+  keeper?.keepNow();
+}
+
+/** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */
+export async function goOn(
+  { queue, doors, keeper }: ServedTpm,
+  { unit }: ChosenUnit,
+  visitors: readonly Visitor[],
+  left: Left,
+  onClosed: (id: number) => void,
+): Promise<void> {
+  endWhatWasGoingOn(unit, visitors, left);
+  unit.volatile.fill(0);
+  // The generator stands where it stood at the checkpoint: no random number may come twice.
+  expectStirred(await runOwnCommand(queue, freshStir()));
+  keeper?.keepNow();
+  doors.adopt(visitors, onClosed);
+}
+
+/** Resolves when no other command runs any more. */
+export async function powerOff({ queue, session }: ServedTpm, log: Log): Promise<void> {
+  // What clients sent meanwhile must not run after the Shutdown, or that would not have been the last command.
+  const answer = await runOwnCommand(queue, shutdownClear(), 'stop');
+  const code = responseCode(answer);
+  // Nothing is lost by it: state is durable. But the TPM may then count its next start as a wrong authorisation.
+  if (code !== TPM_RC_SUCCESS) log('warn', `the TPM answered Shutdown with 0x${code.toString(16)}`);
+  session.close();
+}

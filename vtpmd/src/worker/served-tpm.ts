@@ -1,0 +1,163 @@
+import { hash } from 'node:crypto';
+import type { BoxKeyPair, LoadGrant } from 'vtpm-proto';
+import { Doors } from '../channels/doors.js';
+import { HandleOwners } from '../channels/handle-owners.js';
+import { type ChosenUnit, chooseUnit } from '../checkpoint/choose.js';
+import { CheckpointKeeper } from '../checkpoint/keeper.js';
+import { type Checkpoint, type Left, lastOf } from '../checkpoint/left.js';
+import { UnitSealer } from '../checkpoint/unit.js';
+import { CAP_AUDIT_COMMANDS, getCapability } from '../engine/command.js';
+import { startEngine, type TpmEngine } from '../engine/engine.js';
+import { loadLibtpms } from '../engine/libtpms.js';
+import { VtpmdError } from '../error.js';
+import { type Identity, loadVtpm } from '../manager-link/load.js';
+import type { ManagerLink } from '../manager-link/manager-link.js';
+import { SaveSession } from '../manager-link/save-session.js';
+import { CommandQueue } from './command-queue.js';
+import { type HoldTimes, OutagePolicy } from './outage-policy.js';
+import { runOwnCommand } from './own-command.js';
+
+/** A TPM, and what its commands and their effects go through. */
+export interface ServedTpm {
+  readonly engine: TpmEngine;
+  readonly queue: CommandQueue;
+  readonly session: SaveSession;
+  readonly keeper: CheckpointKeeper | undefined;
+  readonly doors: Doors;
+}
+
+export interface ServedTpmEvents {
+  /** The manager is there again. */
+  linkUp(): void;
+  /** Nothing can be saved. */
+  linkLost(error: VtpmdError): void;
+  /** It must not go on. */
+  failed(error: unknown): void;
+}
+
+/** What a TPM is loaded for. */
+export interface LoadParts {
+  readonly identity: Identity;
+  readonly holdTimes: HoldTimes;
+  /** Of the VM run, where the supervisor gave that. */
+  readonly left: Left | undefined;
+}
+
+export interface LoadedTpm {
+  readonly tpm: ServedTpm;
+  readonly epoch: bigint;
+  /** What it goes on from; undefined at a power-on. */
+  readonly chosen: ChosenUnit | undefined;
+}
+
+/**
+ * Starts libtpms with the state that the manager gives out, and with the volatile state of a checkpoint where the TPM is to
+ * go on. No command runs before its session has a link. Wipes the secret key and the keys of the grant.
+ * @throws VtpmdError
+ */
+export async function loadTpm(
+  link: ManagerLink,
+  keys: BoxKeyPair,
+  parts: LoadParts,
+  events: ServedTpmEvents,
+): Promise<LoadedTpm> {
+  const { identity, left } = parts;
+  const grant = await loadVtpm(link, identity, keys, loadLibtpms().version);
+  keys.secretKey.fill(0);
+  const granted = {
+    generation: grant.generation,
+    permanentDigest: hash('sha256', grant.permanent, 'buffer'),
+  };
+  const chosen =
+    left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
+  const engine = startEngine({
+    permanent: grant.manufacture ? undefined : grant.permanent,
+    volatile: chosen?.unit.volatile,
+    manufacture: grant.manufacture,
+  });
+  if (chosen && engine.storedAtStart && !engine.storedAtStart.equals(grant.permanent)) {
+    throw new VtpmdError('no-checkpoint', 'libtpms changed the permanent state that it was given back');
+  }
+  const tpm = compose(grant, parts, engine, left && { left, chosen, granted }, events);
+  grant.permanent.fill(0);
+  grant.sessionKey.fill(0);
+  grant.checkpointKey.fill(0);
+  return { tpm, epoch: grant.epoch, chosen };
+}
+
+function compose(
+  grant: LoadGrant,
+  { identity, holdTimes }: LoadParts,
+  engine: TpmEngine,
+  checkpoint: Checkpoint | undefined,
+  events: ServedTpmEvents,
+): ServedTpm {
+  const owners = new HandleOwners();
+  const policy = new OutagePolicy(holdTimes, identity.startup === 'none');
+  const keeper = checkpoint?.left.keeps
+    ? new CheckpointKeeper({
+        memory: checkpoint.left.memory,
+        sealer: new UnitSealer(grant.checkpointKey, identity, grant.epoch),
+        ...{ engine, owners, policy, granted: checkpoint.granted },
+        last: lastOf(checkpoint),
+      })
+    : undefined;
+  if (checkpoint?.chosen) {
+    owners.restore(checkpoint.chosen.unit.owners);
+    policy.restore(checkpoint.chosen.unit.isFirmware);
+  }
+  let isLost = false;
+  const session = new SaveSession(grant, identity.vtpmUuid, engine.libtpmsVersion, {
+    up: () => {
+      if (isLost) events.linkUp();
+      isLost = false;
+      queue.outageOver();
+      queue.release('link');
+    },
+    lost: (error) => {
+      queue.outage();
+      isLost = true;
+      events.linkLost(error);
+    },
+    over: (error) => events.failed(error),
+    freeze: () => {
+      queue.hold('freeze');
+      queue.whenIdle().then(
+        () => session.frozen(),
+        () => {},
+      );
+    },
+    thaw: () => queue.release('freeze'),
+  });
+  const queue = new CommandQueue({
+    engine,
+    persist: (permanent) => session.save(permanent),
+    observe: (source, command, response) => {
+      owners.observe(source.owner, command, response);
+      policy.ran(command, response);
+    },
+    ...(keeper && {
+      keep: (source, response, stored) => {
+        keeper.keep(source, response, stored);
+        if (keeper.noEffect.takeMustAsk()) askForAudits(queue, keeper, events);
+      },
+    }),
+    policy,
+    onFailure: (error) => events.failed(error),
+  });
+  // Until the first link is up.
+  queue.hold('link');
+  const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe };
+  const taken = kept ? undefined : checkpoint?.left.memory.taken;
+  return { engine, queue, session, keeper, doors: new Doors(engine, queue, owners, { kept, taken }) };
+}
+
+/** Which commands are audited, as soon as the one that runs is done. */
+function askForAudits(queue: CommandQueue, keeper: CheckpointKeeper, events: ServedTpmEvents): void {
+  queueMicrotask(() => {
+    runOwnCommand(queue, getCapability(CAP_AUDIT_COMMANDS, 0, 256)).then(
+      (response) => keeper.noEffect.answered(response),
+      (error: unknown) => events.failed(error),
+    );
+  });
+}
