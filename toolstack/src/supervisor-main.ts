@@ -13,7 +13,7 @@ import { takeSignals } from './supervisor/handover/early-signals.js';
 import { checkInheritance, takeInheritance } from './supervisor/handover/inheritance.js';
 import { CHECK_FLAG, HANDOVER_FLAG } from './supervisor/handover/names.js';
 import { defaultManifest } from './supervisor/image-sources.js';
-import { Supervisor } from './supervisor/supervisor.js';
+import { openSupervisor } from './supervisor/open-supervisor.js';
 
 // It holds the key that signs tickets: no core dump, and no debugger, which Node opens at this signal.
 forbidCoreDumps();
@@ -93,7 +93,7 @@ async function run(flags: Flags): Promise<void> {
   if (flags.checkHandover !== undefined)
     return checkInheritance(flags.checkHandover, { paths, settings, manifest });
   const before = flags.handover === undefined ? undefined : takeInheritance(flags.handover);
-  const supervisor = await Supervisor.open({ paths, settings, manifest, log, ...(before && { before }) });
+  const supervisor = await openSupervisor({ paths, settings, manifest, log, ...(before && { before }) });
   const api = await serveApi(supervisor, paths.supervisor.socket, log, before);
   before?.descriptors.closeRest();
   log.info(

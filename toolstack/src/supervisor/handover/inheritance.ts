@@ -1,16 +1,23 @@
 import { closeSync, existsSync, readdirSync } from 'node:fs';
-import { bootId } from 'vtpm-common';
+import { bootId, type Paths, type Settings } from 'vtpm-common';
 import { setCloseOnExec } from 'vtpm-common/exec';
 import { ToolstackError } from '../../error.js';
 import { Confinements } from '../confinement.js';
 import { readDelegateKey } from '../delegate-key.js';
 import { prepareImage } from '../image.js';
 import { collectSources } from '../image-sources.js';
-import type { SupervisorOptions } from '../supervisor.js';
 import { VtpmList } from '../vtpm-list.js';
 import { InheritedDescriptors } from './descriptors.js';
 import { type HandOverState, parseHandOver } from './state.js';
 import { readState } from './successor.js';
+
+/** What a program of the supervisor is started with, the first one and each that takes over. */
+export interface SupervisorProgram {
+  readonly paths: Paths;
+  readonly settings: Settings;
+  /** Of the worker's build; see image-sources.ts. */
+  readonly manifest: string;
+}
 
 /** What the program before this one hands over. */
 export interface Inheritance {
@@ -41,7 +48,7 @@ export function takeInheritance(flag: string): Inheritance {
  */
 export async function checkInheritance(
   flag: string,
-  { paths, settings, manifest }: Pick<SupervisorOptions, 'paths' | 'settings' | 'manifest'>,
+  { paths, settings, manifest }: SupervisorProgram,
 ): Promise<void> {
   const state = parseHandOver(readState(descriptorOf(flag)));
   readDelegateKey(paths.supervisor.delegateKey);

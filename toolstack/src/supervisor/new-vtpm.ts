@@ -1,0 +1,46 @@
+import { join } from 'node:path';
+import { checkSocketPath, type Paths, type SpaceShortage, shortageText, spaceShortage } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
+import { collectVmSources } from '../vm/sources.js';
+import { checkAccess } from './door-access.js';
+import { doorPaths } from './doors.js';
+import { type Entry, newEntry, parseNewEntry } from './entry.js';
+import type { VtpmContext } from './vtpm-state.js';
+
+/**
+ * The entry of a vTPM that is asked for, when nothing that is known already is in the way of its first start.
+ * @param body as POST /vtpms has it
+ * @throws ToolstackError `bad-request` | `store-full` | …
+ */
+export function checkedNewEntry(
+  body: unknown,
+  { office, paths, settings }: Pick<VtpmContext, 'office' | 'paths' | 'settings'>,
+): Entry {
+  const given = parseNewEntry(body);
+  office.checkDelegation(given);
+  try {
+    checkSocketPath(`${doorPaths(join(paths.supervisor.doors, given.name)).tcti}.ctrl`);
+  } catch (error) {
+    throw new ToolstackError('bad-request', (error as Error).message);
+  }
+  checkAccess(given, paths);
+  if (given.isolation === 'vm') collectVmSources(paths.supervisor.vm);
+  checkRoom(paths, settings['store-reserve']);
+  return newEntry(given);
+}
+
+/**
+ * The manager would refuse the first start: then the name is refused already. Where the store is on another disk than the
+ * list of vTPMs, both must have room.
+ */
+function checkRoom(paths: Paths, reserveMiB: number): void {
+  for (const path of [paths.supervisor.directory, paths.manager.store]) {
+    let shortage: SpaceShortage | undefined;
+    try {
+      shortage = spaceShortage(path, reserveMiB);
+    } catch {
+      // Another user's manager: it decides alone.
+    }
+    if (shortage) throw new ToolstackError('store-full', `no new vTPM is made: ${shortageText(shortage)}`);
+  }
+}
