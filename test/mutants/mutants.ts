@@ -449,7 +449,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-3 a start that the manager refuses is not tried again with another worker',
-    file: 'toolstack/src/supervisor/vtpm.ts',
+    file: 'toolstack/src/supervisor/vtpm-workers.ts',
     guard: 'const isWorkersFault = hasEnded ? wasLost(end) : isOutdated(error);',
     without: 'const isWorkersFault = hasEnded || wasLost(end) || isOutdated(error);',
     test: {

@@ -1,8 +1,6 @@
 import type { Logger, Paths, Settings } from 'vtpm-common';
-import type { VmLayer } from '../vm/layers.js';
 import type { Confinements } from './confinement.js';
-import type { DoorPaths, Doors } from './doors.js';
-import type { Layer, Profile } from './layers.js';
+import type { Doors } from './doors.js';
 import type { TicketOffice } from './ticket-office.js';
 import type { VtpmList } from './vtpm-list.js';
 import type { WorkerLauncher } from './worker-launcher.js';
@@ -40,32 +38,3 @@ export type VtpmState =
   | { readonly kind: 'lost'; readonly reason: string; readonly worker: WorkerProcess; readonly doors: Doors }
   | { readonly kind: 'stopping'; readonly worker: WorkerProcess; readonly doors: Doors }
   | { readonly kind: 'crashed'; readonly reason: string };
-
-/** S of the supervisor's API. */
-export interface VtpmView {
-  readonly id: string;
-  readonly name: string;
-  readonly vmUuid: string;
-  readonly isolation: string;
-  readonly autostart: boolean;
-  readonly startup: string;
-  readonly socketOwner: string | null;
-  readonly socketMode: string;
-  readonly state: VtpmState['kind'];
-  /** Why it crashed, or why the last start or stop did not go as asked. */
-  readonly reason: string | null;
-  readonly vmRunId: string | null;
-  /** The newest epoch that a worker serves, served or is about to. */
-  readonly epoch: number | null;
-  readonly worker: {
-    readonly pid: number;
-    readonly isolation: string;
-    readonly profile: Profile;
-    /** In force, by /proc. */
-    readonly layers: readonly (Layer | VmLayer)[];
-    /** What the sandbox should have and was told not to insist on. */
-    readonly waived: readonly Layer[];
-    readonly startedAt: string;
-  } | null;
-  readonly sockets: DoorPaths & { readonly control: null; readonly ring: null };
-}

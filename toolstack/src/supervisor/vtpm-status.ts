@@ -1,0 +1,53 @@
+import { join } from 'node:path';
+import type { Logger } from 'vtpm-common';
+import type { Entry } from './entry.js';
+import type { ProcessId } from './processes.js';
+import type { VtpmList } from './vtpm-list.js';
+import type { VtpmContext, VtpmState } from './vtpm-state.js';
+
+/** What is known of one vTPM: its entry in the list, and what it is at the moment. */
+export class VtpmStatus {
+  readonly log: Logger;
+  state: VtpmState;
+  /** What a kill could not end. No start while it is there. */
+  lingering: readonly ProcessId[] = [];
+  readonly #list: VtpmList;
+  readonly #doors: string;
+  #entry: Entry;
+
+  constructor({ list, paths, log }: Pick<VtpmContext, 'list' | 'paths' | 'log'>, entry: Entry) {
+    this.log = log.child({ vtpm: entry.name });
+    this.#list = list;
+    this.#doors = paths.supervisor.doors;
+    this.#entry = entry;
+    this.state =
+      entry.crashed === null ? { kind: 'stopped', reason: null } : { kind: 'crashed', reason: entry.crashed };
+  }
+
+  get entry(): Entry {
+    return this.#entry;
+  }
+
+  get doorsDirectory(): string {
+    return join(this.#doors, this.#entry.name);
+  }
+
+  /** No worker can be kept alive. */
+  crashed(reason: string): void {
+    this.state = { kind: 'crashed', reason };
+    this.tryUpdate({ crashed: reason });
+  }
+
+  update(change: Parameters<VtpmList['update']>[1]): void {
+    this.#entry = this.#list.update(this.#entry.id, change);
+  }
+
+  /** For events that nobody waits for. What is not written is found again: `runningInBoot` still stands in the list. */
+  tryUpdate(change: Parameters<VtpmList['update']>[1]): void {
+    try {
+      this.update(change);
+    } catch (error) {
+      this.log.error({ reason: (error as Error).message }, 'the list of vTPMs cannot be written');
+    }
+  }
+}

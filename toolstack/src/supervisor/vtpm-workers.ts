@@ -1,0 +1,291 @@
+import { randomUUID } from 'node:crypto';
+import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import { bootId } from 'vtpm-common';
+import { ToolstackError } from '../error.js';
+import type { WorkerMessage } from './control-protocol.js';
+import { accessOf } from './door-access.js';
+import { doorEvents, passVisit } from './door-events.js';
+import { Doors } from './doors.js';
+import type { InheritedDescriptors } from './handover/descriptors.js';
+import type { VtpmHandOver } from './handover/state.js';
+import { killAndWait } from './processes.js';
+import { isFinal, isHopeless, isOutdated, isPassing, PASSING_RETRY_MS, wasLost } from './restart-policy.js';
+import { VmRun } from './vm-run.js';
+import type { VtpmContext, VtpmState } from './vtpm-state.js';
+import type { VtpmStatus } from './vtpm-status.js';
+import type { ClaimedWorker } from './worker-pool.js';
+import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js';
+import { giveIdentity, giveLoss, type StartParts } from './worker-start.js';
+
+const UNKEPT = 'and nothing is check-pointed';
+
+/** The workers that serve one vTPM, one after another, and the connections that outlive them. */
+export class VtpmWorkers {
+  readonly #context: VtpmContext;
+  readonly #status: VtpmStatus;
+  readonly #gate: { readonly isHeld: boolean };
+  /** While there is a worker, or there is to be one. */
+  #run: VmRun | undefined;
+  #restart: Promise<void> = Promise.resolve();
+  #isShuttingDown = false;
+
+  /** @param gate no restart begins while it is held */
+  constructor(context: VtpmContext, status: VtpmStatus, gate: { readonly isHeld: boolean }) {
+    this.#context = context;
+    this.#status = status;
+    this.#gate = gate;
+  }
+
+  /**
+   * Those that the program before this one looked after. A worker that cannot be taken over is killed, and another one goes on
+   * when nothing of it is left (I-3). All at once: neither the worker nor a guest can say anything before both are in place.
+   */
+  async adopt(
+    { state, reason, lingering }: VtpmHandOver,
+    before: NonNullable<VtpmHandOver['served']>,
+    inherited: InheritedDescriptors,
+  ): Promise<void> {
+    const { launcher } = this.#context;
+    const processes = before.worker?.processes ?? [];
+    try {
+      const run = VmRun.adopt(before.run, inherited);
+      this.#run = run;
+      const { entry, doorsDirectory } = this.#status;
+      const events = doorEvents(this.#status, run);
+      const doors = Doors.adopt(doorsDirectory, accessOf(entry), events, before.doors, inherited);
+      const goOn = (why: string): void => {
+        this.#restart = this.#goOn(run, doors, why);
+      };
+      if (!before.worker) return goOn(reason ?? 'the worker ended');
+      try {
+        const worker = launcher.adopt(entry.isolation, before.worker, inherited, this.#owner());
+        if (state === 'lost') this.#status.state = { kind: 'lost', reason: reason ?? '', worker, doors };
+        else this.#status.state = { kind: 'running', worker, doors };
+        this.#watch(worker);
+      } catch (error) {
+        this.#status.lingering = [...lingering, ...processes];
+        this.#status.log.error({ reason: (error as Error).message }, 'the worker cannot be taken over');
+        if (this.#context.settings.checkpoint === 'off')
+          run.lost ??= `its worker could not be taken over, ${UNKEPT}`;
+        goOn(`its worker could not be taken over (${(error as Error).message})`);
+      }
+    } catch (error) {
+      this.#status.lingering = [...lingering, ...processes];
+      await killAndWait(processes).catch(() => undefined);
+      this.#run?.end();
+      const why = `it could not be taken over (${(error as Error).message})`;
+      this.#status.log.error({ reason: why }, 'the vTPM crashed; start it again with a new run of its VM');
+      this.#status.crashed(why);
+    }
+  }
+
+  get run(): VmRun | undefined {
+    return this.#run;
+  }
+
+  /** When no restart is under way. */
+  get settled(): Promise<void> {
+    return this.#restart;
+  }
+
+  /** A new VM run, and its first worker. Resolves when the doors are open. @throws ToolstackError */
+  async powerOn(): Promise<void> {
+    await killAndWait(this.#status.lingering);
+    this.#status.lingering = [];
+    const { pool } = this.#context;
+    const { isolation } = this.#status.entry;
+    // Before anything is changed: no VM powers on while the manager is away.
+    const claimed = await pool.take(isolation, this.#owner());
+    this.#run = new VmRun();
+    await this.#startWorker(claimed, this.#run, randomUUID());
+  }
+
+  /** For the end of the supervisor: a start under way fails, and no fresh worker takes the place of its lost one. */
+  async breakOffStart(): Promise<void> {
+    this.#isShuttingDown = true;
+    if (this.#status.state.kind === 'starting') await this.#status.state.worker?.kill();
+  }
+
+  /** A run without a TPM that works: there is nothing to save. */
+  async breakOff(state: VtpmState & { kind: 'lost' | 'restarting' }): Promise<void> {
+    this.#run?.end();
+    const before = state.worker;
+    this.#status.state = { kind: 'stopped', reason: null };
+    await before?.kill();
+    await this.#restart;
+    state.doors.close();
+  }
+
+  /** The gate is open again. */
+  released(): void {
+    // After a restart that was under way and is not broken off by holding.
+    this.#restart = this.#restart.then(async () => {
+      const { state } = this.#status;
+      if (state.kind !== 'restarting' || state.worker || !this.#run) return;
+      await this.#goOn(this.#run, state.doors, state.reason);
+    });
+  }
+
+  #owner(): WorkerOwner {
+    return {
+      logPath: join(this.#context.paths.log, `vtpm-${this.#status.entry.name}.log`),
+      log: this.#status.log,
+      onMessage: (message) => this.#take(message),
+    };
+  }
+
+  #parts(run: VmRun): StartParts {
+    const { office, settings } = this.#context;
+    return { office, settings, run, entry: this.#status.entry };
+  }
+
+  async #startWorker(claimed: ClaimedWorker, run: VmRun, vmRunId: string): Promise<void> {
+    const { worker, isFresh } = claimed;
+    this.#status.state = { kind: 'starting', worker };
+    try {
+      const { epoch, generation } = await giveIdentity(claimed, {
+        ...this.#parts(run),
+        entry: { ...this.#status.entry, vmRunId },
+        // Before a guest can get in, and while the worker and the manager are busy with the Load.
+        onIssued: (issued) => {
+          const runningInBoot = bootId().toString('hex');
+          const manufactured = this.#status.entry.manufactured || issued.generation > 0;
+          const { epoch } = issued;
+          this.#status.update({ vmRunId, runningInBoot, crashed: null, epoch, manufactured });
+        },
+      });
+      if (!this.#status.entry.manufactured || this.#status.entry.epoch !== epoch) {
+        this.#status.update({ manufactured: true, epoch });
+      }
+      const access = accessOf(this.#status.entry);
+      const doors = await Doors.open(this.#status.doorsDirectory, access, doorEvents(this.#status, run));
+      this.#status.state = { kind: 'running', worker, doors };
+      this.#watch(worker);
+      this.#status.log.info({ epoch, generation, pid: worker.pid }, 'running');
+    } catch (error) {
+      const hasEnded = worker.hasEnded;
+      const end = await worker.kill();
+      this.#status.lingering = end.lingering;
+      const isWorkersFault = hasEnded ? wasLost(end) : isOutdated(error);
+      if (isFresh || this.#isShuttingDown || !isWorkersFault) throw error;
+      this.#status.log.warn(
+        { reason: end.reason },
+        'the worker from the pool was lost; a fresh one takes its place',
+      );
+      const fresh = await this.#context.pool.fresh(this.#status.entry.isolation, this.#owner());
+      await this.#startWorker(fresh, run, vmRunId);
+    }
+  }
+
+  #watch(worker: WorkerProcess): void {
+    void worker.ended.then((end) => this.#ended(worker, end));
+  }
+
+  #take(message: WorkerMessage): void {
+    if (message.type === 'connection-closed' && 'doors' in this.#status.state) {
+      this.#status.state.doors.forget(message.id);
+    }
+  }
+
+  /** The worker ended. Where a stop is waiting for that, it deals with it. */
+  #ended(worker: WorkerProcess, end: WorkerEnd): void {
+    const state = this.#status.state;
+    const run = this.#run;
+    if ((state.kind !== 'running' && state.kind !== 'lost') || state.worker !== worker || !run) return;
+    const { doors } = state;
+    this.#status.lingering = end.lingering;
+    if (end.clean) {
+      doors.close();
+      run.end();
+      this.#status.state = { kind: 'stopped', reason: null };
+      this.#status.tryUpdate({ runningInBoot: null });
+      return;
+    }
+    if (isFinal(this.#status.entry.isolation, end) || !run.mayRestart()) {
+      this.#crashed(run, doors, end.reason);
+      return;
+    }
+    this.#status.log.warn({ reason: end.reason }, 'the worker ended; another one goes on');
+    if (this.#context.settings.checkpoint === 'off') {
+      run.lost ??= `${end.reason}, ${UNKEPT}`;
+    }
+    this.#restart = this.#goOn(run, doors, end.reason);
+  }
+
+  #crashed(run: VmRun, doors: Doors, reason: string): void {
+    doors.close();
+    run.end();
+    this.#status.log.error({ reason }, 'the worker crashed; start the vTPM again with a new run of its VM');
+    this.#status.crashed(reason);
+  }
+
+  /** Never rejects. Ends early where the run is broken off. */
+  async #goOn(run: VmRun, doors: Doors, ended: string): Promise<void> {
+    let reason = ended;
+    this.#status.state = { kind: 'restarting', reason, doors, worker: undefined };
+    while (!run.isOver && !this.#gate.isHeld) {
+      await run.pause();
+      if (this.#gate.isHeld) return;
+      try {
+        // The dead one cannot run any more (I-3).
+        await killAndWait(this.#status.lingering);
+        this.#status.lingering = [];
+        await this.#context.pool.duringStart(() => this.#tryToGoOn(run, doors, reason));
+        return;
+      } catch (error) {
+        if (run.isOver) return;
+        const failure = ToolstackError.from(error, 'no worker goes on');
+        reason = failure.message;
+        this.#status.log.warn({ code: failure.code, reason }, 'the vTPM does not go on yet');
+        // The next program, or this one when it is released, goes on.
+        if (this.#gate.isHeld) return;
+        if (isPassing(failure)) await delay(PASSING_RETRY_MS);
+        else if (!run.mayRestart()) this.#crashed(run, doors, reason);
+        else if (isHopeless(failure)) run.lost ??= `${ended}; ${reason}`;
+      }
+    }
+  }
+
+  async #tryToGoOn(run: VmRun, doors: Doors, reason: string): Promise<void> {
+    const claimed = await this.#context.pool.take(this.#status.entry.isolation, this.#owner());
+    const { worker } = claimed;
+    if (run.isOver) {
+      await worker.kill();
+      return;
+    }
+    const state: VtpmState = { kind: 'restarting', reason, doors, worker };
+    this.#status.state = state;
+    try {
+      doors.lookForGone();
+      // Those that come from here on wait until the worker is there.
+      const visits = doors.visits();
+      if (run.lost !== undefined) {
+        await giveLoss(claimed, run, visits);
+      } else {
+        const { epoch, generation } = await giveIdentity(claimed, this.#parts(run), visits);
+        this.#status.tryUpdate({ epoch });
+        this.#status.log.info({ epoch, generation, pid: worker.pid }, 'the vTPM goes on');
+      }
+      if (run.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
+      this.#status.state =
+        run.lost === undefined
+          ? { kind: 'running', worker, doors }
+          : { kind: 'lost', reason: run.lost, worker, doors };
+      if (run.lost !== undefined) {
+        this.#status.log.error(
+          { reason: run.lost },
+          'the TPM fails until the VM is reset: start the vTPM again then',
+        );
+      }
+      const known = new Set(visits.map(({ id }) => id));
+      for (const visit of doors.visits()) if (!known.has(visit.id)) passVisit(this.#status, run, visit);
+      this.#watch(worker);
+    } catch (error) {
+      state.worker = undefined;
+      const end = await worker.kill();
+      this.#status.lingering = end.lingering;
+      throw error;
+    }
+  }
+}
