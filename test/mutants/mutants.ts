@@ -40,14 +40,14 @@ export const MUTANTS: readonly Mutant[] = [
     file: 'common/src/files.ts',
     guard: "barrier('file.written');\n    fsyncSync(fd);",
     without: "barrier('file.written');",
-    test: { file: 'fault/power-loss', name: 'whatever the disk kept of what was not synced' },
+    test: { file: 'fault/sync-order', name: 'is on the disk before it does' },
   },
   {
     name: 'I-4 the next enrolment is in force for good before the old key is erased',
     file: 'manager/src/enrolment.ts',
     guard: 'renameSync(from, to);\n  syncDirectory(dirname(to));',
     without: "renameSync(from, to);\n  if (from === '') syncDirectory(dirname(to));",
-    test: { file: 'fault/power-loss', name: 'whatever the disk kept of what was not synced' },
+    test: { file: 'fault/sync-order', name: 'is an enrolment whose name is on the disk' },
   },
   {
     name: 'I-4 everything is under the next key before that is the only one',

@@ -47,11 +47,6 @@ export class LossyDisk {
     }
   }
 
-  /** Something may be lost if the power went now. */
-  get isDirty(): boolean {
-    return this.#changes.length > 0 || [...this.#live.values()].some(({ pending }) => pending.length > 0);
-  }
-
   apply({ call, isBegin }: Moment): void {
     if (call.kind === 'sync') {
       if (isBegin) this.#beginSync(call);
