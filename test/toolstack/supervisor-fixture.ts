@@ -112,7 +112,9 @@ export class StubManager {
       const refusal =
         this.status === 'locked'
           ? { code: 'locked', message: 'the platform changed' }
-          : { code: 'unknown-vtpm', message: 'none' };
+          : this.status === 'shutting-down'
+            ? { code: 'shutting-down', message: 'the manager is shutting down' }
+            : { code: 'unknown-vtpm', message: 'none' };
       const body =
         call.url === '/health'
           ? { status: this.status, managerId: MANAGER_ID, message: 'the platform changed' }

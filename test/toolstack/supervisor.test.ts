@@ -133,6 +133,50 @@ describe('vtpm-supervisord', function () {
     assert.equal((await supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
   });
 
+  it('waits where the image of the next worker is not allowed, and goes on when it is', async () => {
+    await supervisor.create('web1');
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
+    const id = await exchange(guest, 'who');
+    const message =
+      'image-not-allowed: the worker image is not allowed; check it, then run: vtpmctl image allow';
+    manager.refuse = { reason: 'image-not-allowed', message };
+    guest.write('crash');
+    const view = async () => (await supervisor.call('GET', '/vtpms/web1')).body;
+    const isToldWhy = async () => /vtpmctl image allow/.test((await view()).reason);
+    await until(isToldWhy);
+    assert.equal((await view()).state, 'restarting');
+    manager.refuse = undefined;
+    await until(async () => (await view()).state === 'running');
+    assert.equal((await view()).epoch, 2);
+    assert.equal(await exchange(guest, 'who'), id);
+    // An upgrade and a stop do not wait until the next try.
+    manager.refuse = { reason: 'image-not-allowed', message };
+    guest.write('crash');
+    await until(isToldWhy);
+    assert.equal((await supervisor.call('POST', '/upgrade')).status, 200);
+    assert.equal((await view()).state, 'restarting');
+    assert.equal((await supervisor.call('POST', '/vtpms/web1/stop')).body.state, 'stopped');
+    assert.deepEqual(workers(), []);
+  });
+
+  it('goes on after as many refusals as there are, where it is not the vTPM that is refused', async () => {
+    await supervisor.create('web1');
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
+    const id = await exchange(guest, 'who');
+    manager.status = 'shutting-down';
+    guest.write('crash');
+    await until(() => supervisor.stderr.includes('the manager is shutting down'));
+    manager.refuse = { reason: 'rate-limited', message: 'rate-limited: too many Loads at once' };
+    manager.status = 'ready';
+    // One more than a worker gets that fails by itself.
+    await until(() => manager.tickets.length === 8);
+    manager.refuse = undefined;
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.state === 'running');
+    assert.equal(await exchange(guest, 'who'), id);
+  });
+
   it('gives a worker up that dies whatever is tried, and closes its doors', async () => {
     await supervisor.create('web1');
     const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;

@@ -81,8 +81,9 @@ export class AdminClient {
     if (response.statusCode === 200) return value;
     const { code, message } = (value as { error?: { code?: unknown; message?: unknown } })?.error ?? {};
     if (response.statusCode === 404 && code === 'unknown-vtpm') return undefined;
+    const isLeaving = code === 'shutting-down';
     throw new ToolstackError(
-      isToolstackErrorCode(code) ? code : 'manager-refused',
+      isLeaving ? 'manager-unreachable' : isToolstackErrorCode(code) ? code : 'manager-refused',
       `the manager refuses GET ${path}: ${String(message ?? `HTTP status ${response.statusCode}`)}`,
     );
   }

@@ -5,7 +5,7 @@ export class Operations {
   readonly #vtpm: string;
   #current: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #isRemoved = false;
-  #isHeld = false;
+  #holding = new AbortController();
 
   /** @param vtpm its name */
   constructor(vtpm: string) {
@@ -23,16 +23,21 @@ export class Operations {
   }
 
   get isHeld(): boolean {
-    return this.#isHeld;
+    return this.#holding.signal.aborted;
+  }
+
+  /** Aborted while it is held; another one after each `release`. */
+  get held(): AbortSignal {
+    return this.#holding.signal;
   }
 
   /** Nothing begins until `release`. */
   hold(): void {
-    this.#isHeld = true;
+    this.#holding.abort();
   }
 
   release(): void {
-    this.#isHeld = false;
+    this.#holding = new AbortController();
   }
 
   /** Nothing begins any more: another vTPM may have its id by now, and with it the right to run the only worker (I-3). */
@@ -47,7 +52,7 @@ export class Operations {
       throw new ToolstackError('busy', `vTPM ${this.#vtpm} is being ${other}; try again later`);
     }
     if (this.#isRemoved) throw new ToolstackError('unknown-vtpm', `vTPM ${this.#vtpm} was removed`);
-    if (this.#isHeld) {
+    if (this.isHeld) {
       throw new ToolstackError('busy', 'the supervisor is being upgraded; try again in a moment');
     }
     const running = run();

@@ -1,27 +1,36 @@
-import { ToolstackError, type ToolstackErrorCode } from '../error.js';
+import { ToolstackError } from '../error.js';
 import type { Entry } from './entry.js';
 import type { WorkerEnd } from './worker-process.js';
 
 /** What a worker says when it ends because it may not go on, or because nobody could in its place. */
 const FINAL: ReadonlySet<string> = new Set(['fenced', 'refused']);
 
-/** Failures of a restart that pass. */
-const PASSING: ReadonlySet<ToolstackErrorCode> = new Set(['manager-unreachable', 'locked']);
-export const PASSING_RETRY_MS = 200;
+/** Milliseconds until the next try after what costs nothing to find out, after what cost a worker, and where an operator is asked. */
+const RETRY_MS = 200;
+const WORKER_RETRY_MS = 1_000;
+const OPERATOR_RETRY_MS = 5_000;
+
+/** What the manager, or the link to it, says where it is not the vTPM that is refused: as the worker passes it on. */
+const PASSING = /^(rate-limited|busy|deadline|shutting-down|locked|store-full|link-lost): /;
 
 /** No other worker goes on. What a worker in a VM of its own had cannot be passed on. */
 export function isFinal(isolation: Entry['isolation'], { failure }: WorkerEnd): boolean {
   return isolation === 'vm' || FINAL.has(failure?.reason ?? '');
 }
 
-/** Tried again without end, and without counting. */
-export function isPassing({ code }: ToolstackError): boolean {
-  return PASSING.has(code);
+/**
+ * A failure of a restart that passes is tried again without end, and without counting.
+ * @returns milliseconds until then, undefined where it does not pass
+ */
+export function passingRetryMs({ code, message }: ToolstackError): number | undefined {
+  if (code === 'manager-unreachable' || code === 'locked' || code === 'busy') return RETRY_MS;
+  if (code === 'image-not-allowed') return OPERATOR_RETRY_MS;
+  return code === 'worker-failed' && PASSING.test(message) ? WORKER_RETRY_MS : undefined;
 }
 
 /** Another try gives the same: what the manager or the delegation refuses, and a state that cannot go on. */
 export function isHopeless({ code, message }: ToolstackError): boolean {
-  const isRefused = code === 'bad-request' || code === 'manager-refused' || code === 'image-not-allowed';
+  const isRefused = code === 'bad-request' || code === 'manager-refused';
   return isRefused || /^(no-checkpoint|verb-missing|wrong-vm|retired)\b/.test(message);
 }
 

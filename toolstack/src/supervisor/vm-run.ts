@@ -63,11 +63,16 @@ export class VmRun {
     return this.#futile <= MOST_FUTILE;
   }
 
-  /** Before the next try; longer with each that did nothing. */
-  async pause(): Promise<void> {
-    if (this.#futile <= 1) return;
-    const ms = Math.min(FIRST_PAUSE_MS * 2 ** this.#futile, LONGEST_PAUSE_MS);
-    await delay(ms, undefined, { signal: this.#stopping.signal }).catch(() => undefined);
+  /** Milliseconds until the next try; longer with each that did nothing. */
+  get restartPauseMs(): number {
+    return this.#futile <= 1 ? 0 : Math.min(FIRST_PAUSE_MS * 2 ** this.#futile, LONGEST_PAUSE_MS);
+  }
+
+  /** Resolves after that many milliseconds, or where the run is over or `broken` is aborted. */
+  async pause(ms: number, broken: AbortSignal): Promise<void> {
+    if (ms <= 0) return;
+    const signal = AbortSignal.any([this.#stopping.signal, broken]);
+    await delay(ms, undefined, { signal }).catch(() => undefined);
   }
 
   clientGone(pid: number): void {

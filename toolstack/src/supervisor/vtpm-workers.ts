@@ -1,6 +1,5 @@
 import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
 import { bootId } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { WorkerMessage } from './control-protocol.js';
@@ -10,7 +9,7 @@ import { Doors } from './doors.js';
 import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
 import { killAndWait } from './processes.js';
-import { isFinal, isHopeless, isOutdated, isPassing, PASSING_RETRY_MS, wasLost } from './restart-policy.js';
+import { isFinal, isHopeless, isOutdated, passingRetryMs, wasLost } from './restart-policy.js';
 import { VmRun } from './vm-run.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
@@ -20,18 +19,24 @@ import { giveIdentity, giveLoss, type StartParts } from './worker-start.js';
 
 const UNKEPT = 'and nothing is check-pointed';
 
+interface Gate {
+  readonly isHeld: boolean;
+  /** Aborted while it is held. */
+  readonly held: AbortSignal;
+}
+
 /** The workers that serve one vTPM, one after another, and the connections that outlive them. */
 export class VtpmWorkers {
   readonly #context: VtpmContext;
   readonly #status: VtpmStatus;
-  readonly #gate: { readonly isHeld: boolean };
+  readonly #gate: Gate;
   /** While there is a worker, or there is to be one. */
   #run: VmRun | undefined;
   #restart: Promise<void> = Promise.resolve();
   #isShuttingDown = false;
 
   /** @param gate no restart begins while it is held */
-  constructor(context: VtpmContext, status: VtpmStatus, gate: { readonly isHeld: boolean }) {
+  constructor(context: VtpmContext, status: VtpmStatus, gate: Gate) {
     this.#context = context;
     this.#status = status;
     this.#gate = gate;
@@ -222,11 +227,14 @@ export class VtpmWorkers {
 
   /** Never rejects. Ends early where the run is broken off. */
   async #goOn(run: VmRun, doors: Doors, ended: string): Promise<void> {
+    const { held } = this.#gate;
     let reason = ended;
-    this.#status.state = { kind: 'restarting', reason, doors, worker: undefined };
-    while (!run.isOver && !this.#gate.isHeld) {
-      await run.pause();
-      if (this.#gate.isHeld) return;
+    let pauseMs = run.restartPauseMs;
+    for (;;) {
+      this.#status.state = { kind: 'restarting', reason, doors, worker: undefined };
+      await run.pause(pauseMs, held);
+      // The next program, or this one when it is released, goes on.
+      if (run.isOver || held.aborted) return;
       try {
         // The dead one cannot run any more (I-3).
         await killAndWait(this.#status.lingering);
@@ -238,11 +246,12 @@ export class VtpmWorkers {
         const failure = ToolstackError.from(error, 'no worker goes on');
         reason = failure.message;
         this.#status.log.warn({ code: failure.code, reason }, 'the vTPM does not go on yet');
-        // The next program, or this one when it is released, goes on.
-        if (this.#gate.isHeld) return;
-        if (isPassing(failure)) await delay(PASSING_RETRY_MS);
-        else if (!run.mayRestart()) this.#crashed(run, doors, reason);
-        else if (isHopeless(failure)) run.lost ??= `${ended}; ${reason}`;
+        const passingMs = held.aborted ? 0 : passingRetryMs(failure);
+        if (passingMs === undefined) {
+          if (!run.mayRestart()) return this.#crashed(run, doors, reason);
+          if (isHopeless(failure)) run.lost ??= `${ended}; ${reason}`;
+        }
+        pauseMs = passingMs ?? run.restartPauseMs;
       }
     }
   }

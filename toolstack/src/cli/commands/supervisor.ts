@@ -20,7 +20,7 @@ export async function upgradeSupervisor({ supervisor, manager, output }: Context
   const images = await manager.images().catch(() => undefined);
   if (images && !images.some(({ digest }) => digest === after.imageDigest)) {
     output.note(
-      `no vTPM starts from the image ${after.imageDigest} before it is allowed: vtpmctl image allow; those that run go on`,
+      `no vTPM starts from the image ${after.imageDigest} before it is allowed: vtpmctl image allow; those that run go on, and where a worker ends its guest waits until then`,
     );
   }
 }
