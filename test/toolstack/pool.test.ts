@@ -171,6 +171,26 @@ describe('the pool of workers', function () {
     assert.equal(manager.tickets.length, 2, 'what the manager refuses is not asked for again');
   });
 
+  it('gives the fresh worker of such a start a memory of its own: what the lost one left is not its', async () => {
+    await begin(1, 1);
+    await idle(1);
+    await supervisor.create('web1');
+    manager.refuse = { reason: 'link-lost', message: 'the link to the manager broke' };
+    manager.beforeGreeting = async () => {
+      await until(() => manager.tickets.length > 0);
+      manager.refuse = undefined;
+    };
+    const { body } = await start('web1');
+    assert.equal(body.state, 'running', JSON.stringify(body));
+    const [lost, fresh] = manager.memories;
+    assert.ok(lost && fresh && lost !== fresh, `${manager.memories}`);
+    const guest = await connectDoor(body.sockets.tpm);
+    guest.write('crash');
+    await until(async () => (await supervisor.call('GET', '/vtpms/web1')).body.epoch === 2);
+    assert.equal(manager.memories.at(-1), fresh, 'the run goes on with it');
+    guest.destroy();
+  });
+
   it('outlives a restart of the manager', async () => {
     await begin(2, 2);
     await idle(2);

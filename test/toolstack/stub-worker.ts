@@ -1,7 +1,7 @@
 // A worker without a TPM: it speaks the control protocol and echoes what guests send. Over its manager link it talks
 // lines of JSON with the stub manager of supervisor-fixture.ts. Runs inside of the real sandbox, as a worker image.
 import { randomBytes } from 'node:crypto';
-import { closeSync } from 'node:fs';
+import { closeSync, fstatSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { receiveDescriptor } from 'vtpm-common/libc';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
@@ -9,6 +9,8 @@ import { installFilter } from 'vtpm-common/seccomp/install';
 
 const control = new Socket({ fd: 4 });
 let link: Socket;
+/** Tells one checkpoint memory from another. */
+let memory: number | undefined;
 let isHanging = false;
 
 function say(message: object): void {
@@ -42,6 +44,14 @@ function useLink(fd: number, isFirst: boolean): void {
   });
 }
 
+/** The memory and both ends of a pipe. */
+function takeCheckpoint(): void {
+  const [fd = -1, ...pipe] = [1, 2, 3].map(() => receiveDescriptor(5));
+  for (const end of pipe) closeSync(end ?? -1);
+  memory = fstatSync(fd).ino;
+  closeSync(fd);
+}
+
 function serve(id: number, fd: number): void {
   const guest = new Socket({ fd });
   guest.on('error', () => {});
@@ -62,10 +72,9 @@ function serve(id: number, fd: number): void {
 }
 
 lines(control, (message) => {
-  // The memory and both ends of a pipe.
-  if (message.checkpoint) for (let left = 3; left > 0; left--) closeSync(receiveDescriptor(5) ?? -1);
+  if (message.checkpoint) takeCheckpoint();
   if (message.type === 'lost') say({ type: 'lost' });
-  if (message.type === 'identity') link.write(`${JSON.stringify(message)}\n`);
+  if (message.type === 'identity') link.write(`${JSON.stringify({ ...message, memory })}\n`);
   if (message.type === 'rehearse') say({ type: 'rehearsed' });
   if (message.type === 'link') useLink(receiveDescriptor(5) ?? -1, false);
   if (message.type === 'connection') serve(Number(message.id), receiveDescriptor(5) ?? -1);

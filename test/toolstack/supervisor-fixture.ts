@@ -86,6 +86,8 @@ export interface StubRecord {
 export class StubManager {
   readonly records = new Map<string, StubRecord>();
   readonly tickets: Ticket[] = [];
+  /** Of each Load, the memory for checkpoints that the worker has. */
+  readonly memories: (number | undefined)[] = [];
   status = 'ready';
   /** The next Load is answered with this refusal. */
   refuse: { reason: string; message: string } | undefined;
@@ -154,9 +156,18 @@ export class StubManager {
     link.write(`${JSON.stringify({ type: 'greeting' })}\n`);
   }
 
-  #load({ ticket: text, managerKey }: { ticket: string; managerKey: string }): object {
+  #load({
+    ticket: text,
+    managerKey,
+    memory,
+  }: {
+    ticket: string;
+    managerKey: string;
+    memory?: number;
+  }): object {
     const { ticket, vtpmUuid } = verifyTicketChain(decode('SignedTicket', Buffer.from(text, 'base64')));
     this.tickets.push(ticket);
+    this.memories.push(memory);
     if (managerKey !== MANAGER_ID) return { type: 'failed', reason: 'wrong-manager', message: managerKey };
     if (this.refuse) return { type: 'failed', ...this.refuse };
     const record = this.records.get(vtpmUuid) ?? { vmUuid: '', kind: 'live', epoch: 0, generation: 0 };

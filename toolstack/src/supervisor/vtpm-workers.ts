@@ -179,7 +179,10 @@ export class VtpmWorkers {
         'the worker from the pool was lost; a fresh one takes its place',
       );
       const fresh = await this.#context.pool.fresh(this.#status.entry.isolation, this.#owner());
-      await this.#startWorker(fresh, run, vmRunId);
+      // What the lost one may have left is of a key that the next Load replaces, and its numbers would be taken for newer.
+      run.end();
+      this.#run = new VmRun();
+      await this.#startWorker(fresh, this.#run, vmRunId);
     }
   }
 
