@@ -4,8 +4,12 @@
  *
  * The first page says what is going on with the pipe that answers go through: `begun` is the number of the answer that
  * is about to be written into it, for which connection and how many bytes of command; `piped` that of the newest one that
- * is wholly in it. Two slots follow, written in turn: u64 sequence, u32 length, then the sealed unit. The sequence of a
- * slot is 0 while it is written.
+ * is wholly in it. Three slots follow: u64 sequence, u32 length, then the sealed unit. The sequence of a slot is 0 while it
+ * is written.
+ *
+ * Why three: a successor needs the newest whole unit, by whose number it knows that it missed nothing, and the one before
+ * it, from which it goes on where the save of the newest was not committed. Until a newer unit is whole, neither may be
+ * opened.
  */
 export const CHECKPOINT_LAYOUT = {
   bytes: 256 * 1024,
@@ -19,8 +23,9 @@ export const CHECKPOINT_LAYOUT = {
    */
   taken: 1024,
   takenCount: 256,
-  slots: [4096, 4096 + 126 * 1024],
-  slotBytes: 126 * 1024,
+  /** The first two lie where versions with two slots of twice the size have theirs: each reads what the other's workers left. */
+  slots: [4096, 4096 + 126 * 1024, 4096 + 63 * 1024],
+  slotBytes: 63 * 1024,
   /** Of a slot, before the unit: sequence (8), length (4), nothing (4). */
   slotHeader: 16,
 } as const;

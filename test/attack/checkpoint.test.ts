@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
 import { CHECKPOINT_LAYOUT } from 'vtpm-common/checkpoint-layout';
+import { killAt } from '../support/faulty-worker.js';
 import { MiniManager } from '../support/mini-manager.js';
 import {
   getRandom,
@@ -27,8 +28,8 @@ describe('what a worker leaves for the next one', () => {
   let worker: WorkerProcess;
   let guest: KeptGuest;
   const workers: WorkerProcess[] = [];
-  const spawn = (): WorkerProcess => {
-    worker = new WorkerProcess(manager);
+  const spawn = (...nodeArguments: string[]): WorkerProcess => {
+    worker = new WorkerProcess(manager, { nodeArguments });
     workers.push(worker);
     return worker;
   };
@@ -112,6 +113,36 @@ describe('what a worker leaves for the next one', () => {
       '0000000000000002',
       'once, not twice',
     );
+    assert.equal(await succeed(PCR_READ), extended);
+  });
+
+  it('nor is it lost where the next worker dies while it writes its own first one, again and again', async () => {
+    await succeed(extend());
+    const extended = await succeed(PCR_READ);
+    manager.holdSaves = true;
+    let saving = manager.next('SAVE');
+    guest.client.send(nvIncrement(COUNTER));
+    const answered = guest.client.response();
+    const dies = `data:text/javascript,${encodeURIComponent(killAt('half-checkpoint', 1))}`;
+    // As the supervisor has it: never lower than before.
+    let newest = 0;
+    for (let time = 0; time < 4; time++) {
+      await saving;
+      manager.cut();
+      await worker.kill();
+      for (let death = 0; death < 2; death++) {
+        newest = Math.max(newest, run.newest());
+        void spawn('--import', dies).goOn(run, [guest], newest);
+        assert.ok((await worker.exited).signal, worker.log);
+        await worker.kill();
+      }
+      saving = manager.next('SAVE');
+      manager.holdSaves = time < 3;
+      newest = Math.max(newest, run.newest());
+      assert.equal((await spawn().goOn(run, [guest], newest)).type, 'serving');
+    }
+    assert.equal((await answered).toString('hex').slice(12, 20), '00000000');
+    assert.equal((await succeed(nvReadCounter(COUNTER))).slice(32, 48), '0000000000000002', 'once');
     assert.equal(await succeed(PCR_READ), extended);
   });
 

@@ -488,8 +488,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'a checkpoint is taken with its own permanent state alone',
     file: 'vtpmd/src/checkpoint/choose.ts',
-    guard: 'if (isOf(unit, granted)) return { unit, slot: first.slot };',
-    without: 'if (isOf(unit, granted) || first) return { unit, slot: first.slot };',
+    guard: 'if (isOf(unit, granted)) return { unit, inUse: [first.slot] };',
+    without: 'if (isOf(unit, granted) || first) return { unit, inUse: [first.slot] };',
     test: { file: 'attack/checkpoint', name: 'one that another permanent state belongs to is refused' },
   },
   {
@@ -498,6 +498,13 @@ export const MUTANTS: readonly Mutant[] = [
     guard: 'if (unit.stored && second',
     without: 'if (!unit.stored && second',
     test: { file: 'attack/checkpoint', name: 'the one before the newest is taken only where' },
+  },
+  {
+    name: 'a checkpoint is not written over the newest one while the one before it is needed',
+    file: 'vtpmd/src/checkpoint/choose.ts',
+    guard: 'inUse: [second.slot, first.slot]',
+    without: 'inUse: [second.slot]',
+    test: { file: 'attack/checkpoint', name: 'nor is it lost where the next worker dies' },
   },
   {
     name: 'a checkpoint is authentic',

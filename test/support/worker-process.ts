@@ -52,8 +52,11 @@ export class KeptRun {
   /** Offset of the slot with the newest checkpoint. */
   newestSlot(): number {
     const image = this.image();
-    const sequences = CHECKPOINT_LAYOUT.slots.map((offset) => image.readBigUInt64LE(offset));
-    return CHECKPOINT_LAYOUT.slots[sequences[0]! > sequences[1]! ? 0 : 1];
+    const sequence = (offset: number): bigint => image.readBigUInt64LE(offset);
+    return CHECKPOINT_LAYOUT.slots.reduce<number>(
+      (newest, offset) => (sequence(offset) > sequence(newest) ? offset : newest),
+      CHECKPOINT_LAYOUT.slots[0],
+    );
   }
 
   newest(): number {

@@ -1,6 +1,6 @@
 import { bytesEqual } from 'vtpm-proto';
 import { VtpmdError } from '../error.js';
-import type { CheckpointMemory } from './memory.js';
+import { type CheckpointMemory, SLOTS, type Slot } from './memory.js';
 import { openUnit, type Unit, type UnitNames } from './unit.js';
 
 /** The permanent state that the manager gave out. */
@@ -13,8 +13,8 @@ export interface GrantedState {
 /** The unit that a worker goes on from. */
 export interface ChosenUnit {
   readonly unit: Unit;
-  /** Where it lies; the next one goes into the other slot. */
-  readonly slot: number;
+  /** Where it lies, and then where the newest one lies, if that is another. The next one goes into none of these. */
+  readonly inUse: readonly Slot[];
 }
 
 /**
@@ -31,23 +31,22 @@ export function chooseUnit(
   granted: GrantedState,
 ): ChosenUnit {
   if (checkpointKey.length !== 32) throw refused('the manager keeps no checkpoint key of this VM run');
-  const found = [0, 1]
-    .flatMap((slot) => {
-      const content = memory.read(slot);
-      return content ? [{ slot, ...content }] : [];
-    })
-    .sort((a, b) => b.sequence - a.sequence);
-  const [first, second] = found;
+  const found = SLOTS.flatMap((slot) => {
+    const content = memory.read(slot);
+    return content ? [{ slot, ...content }] : [];
+  }).sort((a, b) => b.sequence - a.sequence);
+  const [first] = found;
   if (!first) throw refused('there is no checkpoint');
   if (first.sequence !== newest) {
     throw refused(`the newest checkpoint has the number ${first.sequence}, and ${newest} was seen before`);
   }
   const unit = openUnit(checkpointKey, names, first.sequence, first.sealed);
   if (!unit) throw refused('the newest checkpoint was changed, or is of another vTPM or VM run');
-  if (isOf(unit, granted)) return { unit, slot: first.slot };
-  if (unit.stored && second && second.sequence === unit.previous) {
+  if (isOf(unit, granted)) return { unit, inUse: [first.slot] };
+  const second = found.find(({ sequence }) => sequence === unit.previous);
+  if (unit.stored && second) {
     const before = openUnit(checkpointKey, names, second.sequence, second.sealed);
-    if (before && isOf(before, granted)) return { unit: before, slot: second.slot };
+    if (before && isOf(before, granted)) return { unit: before, inUse: [second.slot, first.slot] };
   }
   throw refused(
     `the newest checkpoint belongs to generation ${unit.generation} of the permanent state, and the manager has ${granted.generation}`,

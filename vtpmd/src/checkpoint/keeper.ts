@@ -2,10 +2,11 @@ import { createHash, hash } from 'node:crypto';
 import { barrier } from 'vtpm-common/barrier';
 import type { HandleOwners } from '../channels/handle-owners.js';
 import type { TpmEngine } from '../engine/engine.js';
+import { VtpmdError } from '../error.js';
 import type { CommandSource } from '../worker/command-queue.js';
 import type { OutagePolicy } from '../worker/outage-policy.js';
 import type { GrantedState } from './choose.js';
-import type { CheckpointMemory } from './memory.js';
+import { type CheckpointMemory, SLOTS, type Slot } from './memory.js';
 import { NoEffect } from './no-effect.js';
 import type { Unit, UnitSealer } from './unit.js';
 
@@ -17,8 +18,8 @@ export interface KeeperParts {
   readonly policy: OutagePolicy;
   /** The permanent state that the TPM started from. */
   readonly granted: GrantedState;
-  /** Where a worker before this one came to, 0 for none: of its units and answers, and the slot that is in use. */
-  readonly last: { readonly sequence: number; readonly unit: number; readonly slot: number };
+  /** Where a worker before this one came to, 0 for none: of its units and answers; `inUse` as in ChosenUnit. */
+  readonly last: { readonly sequence: number; readonly unit: number; readonly inUse: readonly Slot[] };
 }
 
 /** Leaves, behind each command that changed something, what the next worker needs to go on from there. */
@@ -29,7 +30,8 @@ export class CheckpointKeeper {
   #permanentDigest: Buffer;
   #sequence: number;
   #previous: number;
-  #slot: number;
+  /** The slot of the unit that the next one follows, and the one that a successor needs beside it: two at most. */
+  #inUse: readonly Slot[];
   /** Number of the unit that holds the answer that is about to be given. */
   #answer: number | undefined;
 
@@ -39,7 +41,7 @@ export class CheckpointKeeper {
     this.#permanentDigest = Buffer.from(parts.granted.permanentDigest);
     this.#sequence = parts.last.sequence;
     this.#previous = parts.last.unit;
-    this.#slot = parts.last.slot;
+    this.#inUse = parts.last.inUse;
   }
 
   /** A save without a command: the permanent state, and what it became. */
@@ -83,9 +85,19 @@ export class CheckpointKeeper {
     return number;
   }
 
+  /**
+   * A worker may end at any moment here, also after one that ended here, and its successor must find the newest whole unit
+   * and, where the save of that one may not be committed, the one before it.
+   *
+   * Let N be the newest whole unit and P the one that it follows. `#inUse` covers both wherever both are needed: after this
+   * worker wrote N it is theirs; when it went on from P, because N was not committed, it is theirs too; when it went on from
+   * N, that was committed, and P is not needed. The slot that is opened is none of these, so until `close` a successor finds
+   * what this worker found. With `close` the new unit is the newest and follows the first of `#inUse`, which stays.
+   */
   #write(answered: Unit['answered'], stored: boolean): void {
     const { memory, sealer, engine, owners, policy } = this.#parts;
-    const slot = 1 - this.#slot;
+    const slot = SLOTS.find((one) => !this.#inUse.includes(one));
+    if (slot === undefined) throw new VtpmdError('internal', 'no slot is free for a checkpoint');
     const sequence = ++this.#sequence;
     const room = memory.open(slot);
     const length = engine.useVolatileState((volatile) =>
@@ -106,7 +118,7 @@ export class CheckpointKeeper {
     );
     barrier('half-checkpoint');
     memory.close(slot, sequence, length);
-    this.#slot = slot;
+    this.#inUse = [slot, ...this.#inUse.slice(0, 1)];
     this.#previous = sequence;
   }
 }

@@ -3,6 +3,7 @@ import type { Visitor } from '../channels/doors.js';
 import type { CheckpointDescriptors } from '../worker/control-channel.js';
 import { AnswerPipe } from './answer-pipe.js';
 import type { ChosenUnit, GrantedState } from './choose.js';
+import type { KeeperParts } from './keeper.js';
 import { CheckpointMemory } from './memory.js';
 
 /** What a VM run has beside its workers. */
@@ -30,9 +31,9 @@ export function openLeft(descriptors: CheckpointDescriptors | undefined): Left |
 }
 
 /** Numbers go on behind everything that was numbered, whether it is used or not. */
-export function lastOf({ left, chosen }: Checkpoint): { sequence: number; unit: number; slot: number } {
+export function lastOf({ left, chosen }: Checkpoint): KeeperParts['last'] {
   const sequence = Math.max(left.resumes?.newest ?? 0, left.memory.mark().begun);
-  return { sequence, unit: chosen?.unit.sequence ?? 0, slot: chosen?.slot ?? 0 };
+  return { sequence, unit: chosen?.unit.sequence ?? 0, inUse: chosen?.inUse ?? [] };
 }
 
 /** Gathers connections until all are there. */

@@ -12,6 +12,10 @@ const PROT_READ_WRITE = 1 | 2;
 const MAP_SHARED = 1;
 const MAP_FAILED = 0xffffffffffffffffn;
 
+/** Index of a slot in CHECKPOINT_LAYOUT. */
+export type Slot = 0 | 1 | 2;
+export const SLOTS: readonly Slot[] = [0, 1, 2];
+
 /** A unit as it lies in its slot; `sealed` is a copy. */
 export interface SlotContent {
   readonly sequence: number;
@@ -81,22 +85,22 @@ export class CheckpointMemory {
     return this.#halves.subarray(LAYOUT.taken / 4, LAYOUT.taken / 4 + LAYOUT.takenCount);
   }
 
-  /** Room for a unit in slot 0 or 1. From now on the slot holds nothing. */
-  open(slot: number): Buffer {
+  /** Room for a unit in that slot. From now on the slot holds nothing. */
+  open(slot: Slot): Buffer {
     const offset = offsetOf(slot);
     this.#setWord(offset, 0);
     return this.#bytes.subarray(offset + LAYOUT.slotHeader, offset + LAYOUT.slotBytes);
   }
 
   /** The unit in the room is whole. The length first: with its sequence the slot is valid. */
-  close(slot: number, sequence: number, length: number): void {
+  close(slot: Slot, sequence: number, length: number): void {
     const offset = offsetOf(slot);
     Atomics.store(this.#halves, (offset + 8) / 4, length);
     this.#setWord(offset, sequence);
   }
 
   /** @returns undefined where nothing, or nothing possible, is in the slot */
-  read(slot: number): SlotContent | undefined {
+  read(slot: Slot): SlotContent | undefined {
     const offset = offsetOf(slot);
     const sequence = this.#word(offset);
     const length = Atomics.load(this.#halves, (offset + 8) / 4);
@@ -115,6 +119,6 @@ export class CheckpointMemory {
   }
 }
 
-function offsetOf(slot: number): number {
-  return LAYOUT.slots[slot === 0 ? 0 : 1];
+function offsetOf(slot: Slot): number {
+  return LAYOUT.slots[slot];
 }

@@ -58,7 +58,7 @@ export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): P
       sealer: new UnitSealer(randomBytes(32), identity, grant.epoch),
       ...{ engine, owners, policy: new OutagePolicy(HOLD_MS, false) },
       granted: { generation: 0n, permanentDigest: new Uint8Array(32) },
-      last: { sequence: 0, unit: 0, slot: 0 },
+      last: { sequence: 0, unit: 0, inUse: [] },
     });
     const queue = new CommandQueue({
       engine,
