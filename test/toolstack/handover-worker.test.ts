@@ -17,19 +17,24 @@ describe('a worker that does not read what its supervisor says', () => {
   let child: ChildProcess;
   let worker: WorkerProcess;
   let theirs: number;
+  let exit: () => void;
+  let release: () => Promise<void>;
 
   beforeEach(() => {
     directory = temporaryDirectory();
     child = reapAtExit(spawn('/bin/sleep', ['1000'], { stdio: 'ignore' }));
     const [ours, other] = socketPair();
     theirs = other;
+    release = async () => undefined;
     const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
     worker = new WorkerProcess({
       body: {
         child: {
           pid: child.pid,
           hasExited: false,
-          exited: new Promise(() => {}),
+          exited: new Promise((resolve) => {
+            exit = () => resolve('exit status 0');
+          }),
           kill: () => child.kill('SIGKILL'),
         },
         control: new Socket({ fd: ours }),
@@ -38,7 +43,7 @@ describe('a worker that does not read what its supervisor says', () => {
       },
       confinement: {
         check: () => undefined,
-        release: async () => undefined,
+        release: () => release(),
         handOver: () => ({ uid: null, groups: [] }),
       },
       image: { digest: '0'.repeat(64) },
@@ -66,6 +71,26 @@ describe('a worker that does not read what its supervisor says', () => {
     while (!heard.includes('19999')) await once(reader, 'data');
     assert.equal(heard.trim().split('\n').length, 20_000);
     reader.destroy();
+  });
+
+  it('is handed over whole while what confined it is still being removed', async () => {
+    let goOn: () => void = () => undefined;
+    const isReleasing = new Promise<void>((releasing) => {
+      release = () => {
+        releasing();
+        return new Promise((resolve) => {
+          goOn = resolve;
+        });
+      };
+    });
+    child.kill('SIGKILL');
+    exit();
+    await isReleasing;
+    const kept = new KeptDescriptors();
+    const facts = worker.handOver(kept);
+    assert.doesNotThrow(() => new InheritedDescriptors(kept.all).takeSocket(facts.descriptors));
+    goOn();
+    await worker.ended;
   });
 
   it('is waited for so long and no longer, and then ended by the next program', async () => {

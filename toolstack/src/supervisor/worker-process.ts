@@ -325,12 +325,13 @@ export class WorkerProcess {
     await Promise.race([closed, delay(1000, undefined, { ref: false })]);
     this.#hasEnded = true;
     this.#control.destroy();
-    closeSync(this.#descriptors);
-    this.#descriptors = -1;
     if (lingering.length === 0) {
       this.#options.ledger.remove(this.#processes);
       await this.#options.confinement.release();
     }
+    // Last: until the end is told, this worker may be handed over, and every descriptor that is named must be open.
+    closeSync(this.#descriptors);
+    this.#descriptors = -1;
     return {
       reason: this.#reasonOf(status),
       failure: this.#failure,
