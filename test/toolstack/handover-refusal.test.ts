@@ -137,6 +137,29 @@ describe('a running vtpm-supervisord whose program is another one now', function
     await isRefused(/execve .*No such file/);
   });
 
+  it('is asked to stop just before: the upgrade is refused, and the workers are stopped in order', async () => {
+    await supervisor.end('SIGKILL');
+    guest.destroy();
+    const module = new URL('../../../toolstack/dist/supervisor/supervisor.js', import.meta.url);
+    writeFileSync(
+      program,
+      `const { Supervisor } = await import(${JSON.stringify(module.href)});
+      const { rest } = Supervisor.prototype;
+      Supervisor.prototype.rest = async function () {
+        await rest.call(this);
+        process.kill(process.pid, 'SIGTERM');
+      };
+      ${REAL}`,
+    );
+    supervisor = await start();
+    await supervisor.create('web3');
+    assert.equal((await supervisor.call('POST', '/vtpms/web3/start')).body.state, 'running');
+    const { status, body } = await supervisor.call('POST', '/upgrade');
+    assert.deepEqual([status, body.error?.code], [409, 'busy'], JSON.stringify(body));
+    assert.equal(await supervisor.end(), 0, supervisor.stderr);
+    assert.deepEqual(workersOf(supervisor.paths), []);
+  });
+
   it('is asked to stop while it loads: it takes over first, so that the workers are stopped in order', async () => {
     const early = new URL('../dist/supervisor/handover/early-signals.js', pathToFileURL(SUPERVISOR));
     writeFileSync(

@@ -1,5 +1,6 @@
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
+import { setImmediate as turn } from 'node:timers/promises';
 import { bootId, type Logger, sealedMemory, VERSION } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import type { ApiServer } from '../api-server.js';
@@ -33,6 +34,10 @@ export async function upgrade({ supervisor, server, log }: Upgraded, caller: Soc
       { version: VERSION, upgrades: supervisor.upgrades },
       'goes on as the program that is installed now',
     );
+    // A signal that came is handled when the event loop polls, which it surely does between two of its turns. One that stops
+    // all ends the upgrade: the next program would not hear of it.
+    await turn();
+    await turn();
     // Guests have come and gone since. From here to the end nothing else runs in this process.
     const state = describe();
     return await withMemory(state, (memory) => becomeSuccessor(memory, state.descriptors));
