@@ -228,6 +228,26 @@ describe('the upgrade of a running vtpm-supervisord', function () {
     assert.equal((await supervisor.create('web2')).status, 201);
   });
 
+  it('is not held up by who does not read its answers, and neither is the stop', async () => {
+    await running('web1');
+    const deaf = async (): Promise<Socket> => {
+      const socket = (await connectApi()).pause();
+      socket.on('error', () => undefined);
+      // More than the kernel holds of the answers.
+      socket.write('GET /vtpms HTTP/1.1\r\nHost: x\r\n\r\n'.repeat(4000));
+      return socket;
+    };
+    const first = await deaf();
+    await upgrade();
+    assert.equal((await supervisor.call('GET', '/health')).body.upgrades, 1);
+    const second = await deaf();
+    assert.equal((await view('web1')).state, 'running');
+    assert.equal(await supervisor.end('SIGTERM'), 0, supervisor.stderr);
+    assert.deepEqual(workersOf(supervisor.paths), []);
+    first.destroy();
+    second.destroy();
+  });
+
   function connectApi(): Promise<Socket> {
     return connectDoor(supervisor.paths.supervisor.socket);
   }

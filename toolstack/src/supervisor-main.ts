@@ -114,9 +114,7 @@ async function run(flags: Flags): Promise<void> {
     isStopping = true;
     log.info({ signal }, 'stopping all workers');
     service.stopping();
-    const isQuiet = api.close();
-    await supervisor.close();
-    await isQuiet;
+    await api.close(supervisor.close());
     log.info('stopped');
     process.exit(0);
   };

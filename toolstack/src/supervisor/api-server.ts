@@ -20,8 +20,8 @@ export interface ApiInheritance {
 }
 
 const MAX_CONNECTIONS = 256;
-/** Calls that take longer to arrive are cut off by a hand-over. */
-const ARRIVAL_LIMIT_MS = 5_000;
+/** Calls that take longer to arrive, and answers that take longer to be read, are cut off by a hand-over and at the end. */
+const CALL_LIMIT_MS = 5_000;
 const POLL_MS = 5;
 
 /**
@@ -72,23 +72,35 @@ export class ApiServer {
     return server;
   }
 
-  /** No new connections; resolves when those that are there have ended. */
-  close(): Promise<void> {
-    return new Promise((resolve) => {
-      this.#entrance.close(() => resolve());
-      rmSync(this.#options.path, { force: true });
-      this.#http.closeIdleConnections();
-      for (const socket of this.#waiting) socket.destroy();
-    });
+  /**
+   * No new connections. Resolves when those that are there have ended, or are cut off. @param done when what calls wait for
+   * has been done
+   */
+  async close(done: Promise<void>): Promise<void> {
+    const closed = new Promise<void>((resolve) => this.#entrance.close(() => resolve()));
+    rmSync(this.#options.path, { force: true });
+    this.#http.closeIdleConnections();
+    for (const socket of this.#waiting) socket.destroy();
+    await done;
+    const timeout = new AbortController();
+    const isLate = delay(CALL_LIMIT_MS, undefined, { signal: timeout.signal }).catch(() => undefined);
+    await Promise.race([closed, isLate]);
+    timeout.abort();
+    for (const socket of this.#read.keys()) socket.destroy();
+    await closed;
   }
 
-  /** From now on new connections wait. Resolves when all calls but `caller`'s are answered. */
+  /**
+   * From now on new connections wait. Resolves when all calls but `caller`'s are answered, or cut off because nobody reads
+   * the answer. The operations that they asked for have settled.
+   */
   async hold(caller: Socket): Promise<void> {
     this.#isHeld = true;
-    const until = performance.now() + ARRIVAL_LIMIT_MS;
-    while (this.#isAnswering(caller) || (this.#isArriving(caller) && performance.now() < until)) {
+    const until = performance.now() + CALL_LIMIT_MS;
+    while ((this.#isAnswering(caller) || this.#isArriving(caller)) && performance.now() < until) {
       await delay(POLL_MS);
     }
+    for (const { req } of this.#unanswered) if (req.socket !== caller) req.socket.destroy();
   }
 
   release(): void {
@@ -109,7 +121,7 @@ export class ApiServer {
   }
 
   #isAnswering(caller: Socket): boolean {
-    return [...this.#unanswered].some(({ socket }) => socket !== caller);
+    return [...this.#unanswered].some(({ req }) => req.socket !== caller);
   }
 
   #isArriving(caller: Socket): boolean {
@@ -156,7 +168,13 @@ export class ApiServer {
 
   #serve(socket: Socket): void {
     this.#read.set(socket, 0);
-    socket.once('close', () => this.#read.delete(socket));
+    socket.once('close', () => {
+      this.#read.delete(socket);
+      // Those behind one that was not read to its end are never closed themselves.
+      for (const response of this.#unanswered) {
+        if (response.req.socket === socket) this.#unanswered.delete(response);
+      }
+    });
     this.#http.emit('connection', socket);
     socket.resume();
   }

@@ -9,8 +9,8 @@ import { isolationProfile } from './layers.js';
 import type { Supervisor } from './supervisor.js';
 
 export interface SupervisorApi {
-  /** No new calls; those under way are answered. */
-  close(): Promise<void>;
+  /** No new calls; those under way are answered. @param done when what they wait for has been done */
+  close(done: Promise<void>): Promise<void>;
 }
 
 const MAX_BODY_BYTES = 64 * 1024;
@@ -45,9 +45,9 @@ export async function serveApi(
   const caller = before?.state.api.caller ?? null;
   if (before && caller !== null) answerUpgraded(before.descriptors.takeSocket(caller), healthOf(supervisor));
   return {
-    close: () => {
+    close: (done) => {
       isClosing = true;
-      return server.close();
+      return server.close(done);
     },
   };
 }
