@@ -1,4 +1,5 @@
 import { constants } from 'node:os';
+import { setTimeout as delay } from 'node:timers/promises';
 import { type Settings, SystemCallError, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { CheckpointFields } from './control-protocol.js';
@@ -11,6 +12,9 @@ import type { WorkerProcess } from './worker-process.js';
 
 /** A worker under load on a small machine takes seconds; one that takes longer hangs. */
 const SERVING_LIMIT_MS = 60_000;
+/** The kernel holds some 200 descriptors for a worker; it takes them as soon as it runs. */
+const CHANNEL_LIMIT_MS = 10_000;
+const CHANNEL_POLL_MS = 10;
 
 export interface StartParts {
   readonly office: TicketOffice;
@@ -41,7 +45,7 @@ export async function giveIdentity(
   const issued = await office.issue(entry, key, worker.image.digest, visits ? 'goes-on' : 'is-on');
   const hold = settings['outage-hold'];
   const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
-  const serving = await afterPassing(isServing, () => {
+  const serving = await afterPassing(isServing, async () => {
     // A VM of a worker's own takes no descriptors.
     const outlives = entry.isolation !== 'vm';
     worker.passAll(outlives ? run.checkpoint.descriptors : [], {
@@ -52,7 +56,7 @@ export async function giveIdentity(
       outage: { holdMs: { tpm: hold, tcti: hold } },
       checkpoint: outlives ? checkpointFields(run, settings.checkpoint, visits) : null,
     });
-    if (visits) passVisits(worker, visits);
+    if (visits) await passVisits(worker, visits);
     onIssued?.(issued);
   });
   if (serving.generation < 1) {
@@ -70,24 +74,22 @@ export async function giveLoss(
 ): Promise<void> {
   await ready;
   const isLost = worker.waitFor('lost', SERVING_LIMIT_MS);
-  await afterPassing(isLost, () => {
+  await afterPassing(isLost, async () => {
     worker.passAll(run.checkpoint.descriptors, {
       type: 'lost',
       checkpoint: checkpointFields(run, 'off', visits),
     });
-    passVisits(worker, visits);
+    await passVisits(worker, visits);
   });
 }
 
 /** What the worker says to what it is passed. Where it ended meanwhile its end says more than the failure to pass. */
-async function afterPassing<T>(said: Promise<T>, pass: () => void): Promise<T> {
+async function afterPassing<T>(said: Promise<T>, pass: () => Promise<void>): Promise<T> {
+  said.catch(() => undefined);
   try {
-    pass();
+    await pass();
   } catch (error) {
-    if (!isOfTheDead(error)) {
-      said.catch(() => undefined);
-      throw error;
-    }
+    if (!isOfTheDead(error)) throw error;
   }
   return await said;
 }
@@ -111,8 +113,25 @@ function checkpointFields(
   };
 }
 
-function passVisits(worker: WorkerProcess, visits: readonly Visit[]): void {
+/** Waits where the descriptor channel is full. @throws as `WorkerProcess.pass` */
+export async function passVisits(
+  worker: Pick<WorkerProcess, 'pass'>,
+  visits: readonly Visit[],
+): Promise<void> {
+  const until = performance.now() + CHANNEL_LIMIT_MS;
   for (const { door, id, peer, socket } of visits) {
-    worker.pass(socketFd(socket), { type: 'connection', door, id, peer });
+    for (;;) {
+      try {
+        worker.pass(socketFd(socket), { type: 'connection', door, id, peer });
+        break;
+      } catch (error) {
+        if (!isFull(error) || performance.now() >= until) throw error;
+        await delay(CHANNEL_POLL_MS);
+      }
+    }
   }
+}
+
+function isFull(error: unknown): boolean {
+  return error instanceof SystemCallError && error.errno === constants.errno.EAGAIN;
 }
