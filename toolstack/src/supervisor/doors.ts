@@ -191,12 +191,16 @@ export class Doors {
     const server = createServer({ pauseOnConnect: true, allowHalfOpen: true }, (socket) =>
       this.#accept(door, socket),
     );
-    server.maxConnections = MAX_CONNECTIONS;
     this.#servers.set(door, server);
     return server;
   }
 
   #accept(door: DoorName, socket: Socket): void {
+    // Counted here: a server counts only what it accepted itself, and some came to the program before this one.
+    if (this.visits().filter((visit) => visit.door === door).length >= MAX_CONNECTIONS) {
+      socket.destroy();
+      return;
+    }
     const id = this.#nextId++;
     try {
       this.lookForGone();
