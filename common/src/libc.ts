@@ -14,6 +14,7 @@ const getsockopt = libc.func(
 const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int32_t *pair)');
 const sendmsg = libc.func('long sendmsg(int fd, void *header, int flags)');
 const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
+const shutdown = libc.func('int shutdown(int fd, int how)');
 const flock = libc.func('int flock(int fd, int operation)');
 const pipe2 = libc.func('int pipe2(_Out_ int32_t *pair, int flags)');
 const prctl = libc.func(
@@ -34,9 +35,11 @@ const SCM_RIGHTS = 1;
 const MSG_NOSIGNAL = 0x4000;
 const MSG_DONTWAIT = 0x40;
 const MSG_CMSG_CLOEXEC = 0x40000000;
+const SHUT_RDWR = 2;
 const LOCK_EX_NB = 2 | 4;
 const PR_SET_DUMPABLE = 4;
 const EAGAIN = 11;
+const ENOTCONN = 107;
 const F_OFD_SETLK = 37;
 const F_WRLCK = 1;
 const F_UNLCK = 2;
@@ -87,6 +90,11 @@ export function socketPair(): [number, number] {
   const pair = [0, 0];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) !== 0) fail('socketpair');
   return [pair[0] ?? -1, pair[1] ?? -1];
+}
+
+/** Ends a connection for everybody who has a descriptor of it (shutdown(2), both directions). */
+export function shutDownSocket(fd: number): void {
+  if (shutdown(fd, SHUT_RDWR) !== 0 && koffi.errno() !== ENOTCONN) fail('shutdown');
 }
 
 /** A pipe that never blocks, close-on-exec. The caller closes both ends. */

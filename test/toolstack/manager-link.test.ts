@@ -1,8 +1,9 @@
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
-import { createConnection, createServer, type Server } from 'node:net';
+import { closeSync, writeSync } from 'node:fs';
+import { createConnection, createServer, type Server, type Socket } from 'node:net';
 import { join } from 'node:path';
-import { createLogger } from 'vtpm-common';
+import { createLogger, receiveDescriptor, sendDescriptor, socketPair } from 'vtpm-common';
 import type { ToolstackError } from 'vtpm-toolstack/error';
 import { connectWorkerLink, connectWorkerLinkAgain } from 'vtpm-toolstack/supervisor/manager-link';
 import { WorkerLinks } from 'vtpm-toolstack/supervisor/worker-links';
@@ -46,6 +47,40 @@ describe('a manager link', () => {
     assert.equal(await connectWorkerLinkAgain(path, () => false), undefined);
   });
 
+  it('is the only one that a worker gets this way, however often it says that it has none', async () => {
+    const open = new Set<Socket>();
+    server = createServer((socket) => {
+      open.add(socket);
+      socket.on('error', () => {});
+      socket.once('close', () => open.delete(socket));
+      // Ends are only noticed by who reads.
+      socket.resume();
+    });
+    await once(server.listen(path), 'listening');
+    const [ours, theirs] = socketPair();
+    const kept: number[] = [];
+    const worker = {
+      hasEnded: false,
+      pass(descriptor: number) {
+        sendDescriptor(ours, descriptor);
+        kept.push(receiveDescriptor(theirs) ?? -1);
+      },
+    };
+    const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+    const links = new WorkerLinks(worker, path, () => log);
+    for (let round = 1; round <= 3; round++) {
+      await links.lost();
+      links.up();
+      assert.equal(kept.length, round);
+      await until(() => open.size === 1);
+      assert.equal(isConnected(kept[round - 1] ?? -1), true, 'the newest one works');
+    }
+    assert.deepEqual(kept.map(isConnected), [false, false, true]);
+    links.end();
+    await until(() => open.size === 0);
+    for (const fd of [ours, theirs, ...kept]) closeSync(fd);
+  });
+
   it('of one worker is no matter of the next worker of the same vTPM', async () => {
     const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
     const worker = () => ({
@@ -70,5 +105,15 @@ describe('a manager link', () => {
     links.up();
     await links.lost();
     assert.equal(second.passed, 2, 'it can be lost again');
+    links.end();
   });
 });
+
+/** Whether this copy of a link can still be written to. */
+function isConnected(fd: number): boolean {
+  try {
+    return writeSync(fd, 'x') === 1;
+  } catch {
+    return false;
+  }
+}

@@ -1,5 +1,6 @@
+import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
-import { type Logger, socketFd } from 'vtpm-common';
+import { type Logger, shutDownSocket, socketFd } from 'vtpm-common';
 import type { SupervisorMessage } from './control-protocol.js';
 import { connectWorkerLinkAgain } from './manager-link.js';
 
@@ -16,10 +17,14 @@ export type LinkState = 'linked' | 'wanting' | 'passed';
 
 /**
  * New manager links for one worker, after a restart of the manager. The state is the worker's own: the next worker of
- * the same vTPM must not wait for, nor be taken for served by, what was going on for this one.
+ * the same vTPM must not wait for, nor be taken for served by, what was going on for this one. A worker has one such link
+ * at a time, whatever it says: links are what all workers of a supervisor share at the manager. The first one of a worker, and
+ * one that it had before an upgrade of the supervisor, may stay open beside it.
  */
 export class WorkerLinks {
   #state: LinkState;
+  /** Of the link that the worker got last: what it has a copy of can be ended from here. */
+  #passed: Socket | undefined;
   #passedAt = Number.NEGATIVE_INFINITY;
 
   constructor(
@@ -44,6 +49,7 @@ export class WorkerLinks {
   async lost(): Promise<void> {
     if (this.#state === 'wanting') return;
     this.#state = 'wanting';
+    this.end();
     this.log().warn('the manager is away: the worker holds what must be saved');
     if (performance.now() - this.#passedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
     while (this.#state === 'wanting') {
@@ -51,16 +57,23 @@ export class WorkerLinks {
       if (!link) return;
       try {
         this.worker.pass(socketFd(link), { type: 'link' });
+        this.#passed = link;
         this.#passedAt = performance.now();
         this.#state = 'passed';
       } catch (error) {
+        link.destroy();
         if (this.worker.hasEnded) return;
         this.log().debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
         await delay(PASS_RETRY_MS);
-      } finally {
-        link.destroy();
       }
     }
+  }
+
+  /** Ends the link that was passed last, where there is one: the worker has ended, or says that it has no link. */
+  end(): void {
+    if (this.#passed && !this.#passed.destroyed) shutDownSocket(socketFd(this.#passed));
+    this.#passed?.destroy();
+    this.#passed = undefined;
   }
 
   /** The worker says that the link works. */

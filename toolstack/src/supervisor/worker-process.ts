@@ -321,6 +321,7 @@ export class WorkerProcess {
     await killAndWait(this.#processes).catch(() => {
       lingering = this.#processes;
     });
+    this.#links.end();
     // The last lines may still be on their way; nobody is left who could add to them.
     await Promise.race([closed, delay(1000, undefined, { ref: false })]);
     this.#hasEnded = true;
