@@ -8,6 +8,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { createLogger } from 'vtpm-common';
+import { ManagerError } from 'vtpm-manager';
 import { DEFAULT_LIMITS, type Limits } from 'vtpm-manager/grpc/limits';
 import { type GrpcListener, serveWorkers, type WorkerService } from 'vtpm-manager/grpc/server';
 import { encode, frameMessage, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
@@ -247,6 +248,28 @@ describe('I-10 what the manager takes of a connection', () => {
       return isIn;
     });
     for (const client of loaded) client.close();
+  });
+
+  it('I-10 a Load that nobody signed who may costs its connection, another refusal does not', async () => {
+    let code: 'ticket-forged' | 'stale-epoch' = 'stale-epoch';
+    await serve({ load: () => Promise.reject(new ManagerError(code, 'no')) });
+    const socket = await connected();
+    const session = http2On(socket);
+    const load = async (): Promise<unknown> => {
+      const type = { 'content-type': 'application/grpc', te: 'trailers' };
+      const call = session.request({ ':method': 'POST', ':path': LOAD_PATH, ...type });
+      call.end(frameMessage(encode('LoadRequest', { nonce: Buffer.alloc(24), box: Buffer.alloc(32) })));
+      call.resume();
+      const [headers] = (await Promise.race([once(call, 'trailers'), once(call, 'response')])) as [
+        Record<string, unknown>,
+      ];
+      return headers['vtpm-reason'] ?? ((await once(call, 'trailers')) as [typeof headers])[0]['vtpm-reason'];
+    };
+    assert.equal(await load(), 'stale-epoch');
+    code = 'ticket-forged';
+    const closed = once(socket, 'close');
+    assert.equal(await load(), 'ticket-forged', 'it is told first, on the same connection');
+    await closed;
   });
 
   it('I-10 connections that are open at once are bounded: those that are there stay', async () => {

@@ -9,6 +9,7 @@ import { status } from '@grpc/grpc-js';
 import fc from 'fast-check';
 import { createLogger } from 'vtpm-common';
 import { ManagerError } from 'vtpm-manager';
+import { DEFAULT_LIMITS } from 'vtpm-manager/grpc/limits';
 import {
   type GrpcListener,
   serveToolstack,
@@ -166,7 +167,7 @@ describe('gRPC for workers', () => {
 
   it('I-2 takes from a worker that waits for a vTPM nothing but one Load, with its ticket', async () => {
     const hasReason = (reason: string) => (error: RefusedError) => error.reason === reason;
-    const { vtpm, grant, session } = await loaded();
+    const { worker, vtpm, grant, session } = await loaded();
     const idle = client();
     const other = testVtpm();
     // What it may have seen of others: their ticket, which is not for its key, and their frames.
@@ -185,7 +186,7 @@ describe('gRPC for workers', () => {
     const own = await idle.load(toolstack.ticket(managerId, other, idle.keys.publicKey));
     assert.equal(own.manufacture, true, 'none of that costs it its own vTPM');
     await assert.rejects(
-      idle.load(toolstack.ticket(managerId, testVtpm(), idle.keys.publicKey)),
+      worker.load(toolstack.ticket(managerId, testVtpm(), worker.keys.publicKey)),
       hasReason('bad-request'),
     );
     assert.equal((await session.save({ permanent: Buffer.from('P') })).generation, 1n);
@@ -215,7 +216,11 @@ describe('gRPC for workers', () => {
     current = () => {
       throw new ManagerError('locked', 'the platform policy refuses');
     };
-    await assert.rejects(ticket({}), refused(status.UNAVAILABLE, 'locked'));
+    const next = client();
+    await assert.rejects(
+      next.load(toolstack.ticket(managerId, vtpm, next.keys.publicKey)),
+      refused(status.UNAVAILABLE, 'locked'),
+    );
     const stream = worker.openStream();
     stream.sendBytes(encode('WorkerFrame', frame()));
     assert.ok(refused(status.UNAVAILABLE, 'locked')((await stream.ended)!));
@@ -272,6 +277,28 @@ describe('gRPC for workers', () => {
       refused(status.RESOURCE_EXHAUSTED),
     );
     await session.connect(worker.openStream());
+  });
+
+  it('I-8 Loads without a good ticket take nothing from what all workers share', async () => {
+    await listener.close();
+    const rate = { burst: 1, perSecond: 0.001 };
+    listener = await serveWorkers(path, () => current(), log, { ...DEFAULT_LIMITS, loadsPerUid: rate });
+    const stranger = new TestToolstack();
+    for (let count = 0; count < 3; count++) {
+      const hostile = client();
+      const good = toolstack.ticket(managerId, testVtpm(), hostile.keys.publicKey);
+      const forged = { ...good, signature: randomBytes(64) };
+      await assert.rejects(hostile.load(forged), refused(status.PERMISSION_DENIED, 'ticket-forged'));
+      const other = client();
+      const unknown = stranger.ticket(managerId, testVtpm(), other.keys.publicKey);
+      await assert.rejects(other.load(unknown), refused(status.PERMISSION_DENIED, 'unknown-toolstack-key'));
+      await assert.rejects(
+        client().call(LOAD_PATH, randomBytes(100)),
+        refused(status.INVALID_ARGUMENT, 'bad-request'),
+      );
+    }
+    await loaded();
+    await assert.rejects(loaded(), refused(status.RESOURCE_EXHAUSTED, 'rate-limited'));
   });
 
   it('I-2 binds a connection to the session it loaded', async () => {

@@ -40,6 +40,7 @@ describe('the budget of a connection', () => {
     uid: 0,
     worker: {},
     calls: 0,
+    loads: 0,
     open: 0,
     messageBytes: 0,
     saves: limits.newBucket(),

@@ -465,6 +465,21 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'toolstack/pool', name: 'leaves the host the memory' },
   },
   {
+    name: 'I-8 a Load that nobody signed who may takes nothing from the others',
+    file: 'manager/src/ownership/ticket-check.ts',
+    guard: 'if (!environment.trust.isToolstackKeyTrusted(delegation.toolstackKey, ticket.vtpmUuid)) {',
+    without:
+      'admit();\n  if (!environment.trust.isToolstackKeyTrusted(delegation.toolstackKey, ticket.vtpmUuid)) {',
+    test: { file: 'manager/grpc', name: 'take nothing from what all workers share' },
+  },
+  {
+    name: 'I-8 a worker has one of the links that it is given',
+    file: 'toolstack/src/supervisor/worker-links.ts',
+    guard: 'shutDownSocket(socketFd(this.#passed));',
+    without: 'socketFd(this.#passed);',
+    test: { file: 'toolstack/manager-link', name: 'is the only one' },
+  },
+  {
     name: 'I-10 links that wait for a vTPM are bounded',
     file: 'manager/src/grpc/limits.ts',
     guard: 'return waiting.length < waitingPerUid;',

@@ -16,7 +16,12 @@ export interface Limits {
    * above twice as many the connection is closed.
    */
   readonly callsPerConnection: number;
-  /** Loads of a uid. Their signatures and boxes are what costs the manager most. */
+  /** An honest worker needs one. A second one finds out what became of the first, and more are refused. */
+  readonly loadsPerConnection: number;
+  /**
+   * Loads of a uid whose ticket is signed by who may. Their boxes and records are what costs the manager most, and no worker
+   * can use up what is meant for all of them: a ticket comes from the supervisor.
+   */
   readonly loadsPerUid: Rate;
   /** Connections of a uid: all its workers come back at once after a restart of the manager. */
   readonly connectionsPerUid: Rate;
@@ -54,6 +59,7 @@ export const DEFAULT_LIMITS: Limits = {
   transportBytes: 576 * 1024,
   streams: 4,
   callsPerConnection: 16,
+  loadsPerConnection: 2,
   loadsPerUid: { burst: 512, perSecond: 64 },
   connectionsPerUid: { burst: 4096, perSecond: 256 },
   openConnections: 8192,
@@ -69,6 +75,7 @@ export interface AdmittedConnection {
   readonly uid: number;
   readonly worker: WorkerConnection;
   calls: number;
+  loads: number;
   /** Calls under way. */
   open: number;
   /** Bytes of its messages, with what HTTP/2 puts around them. */
@@ -150,6 +157,18 @@ export class CallLimits {
   /** @throws ManagerError `rate-limited` */
   admitLoad(connection: AdmittedConnection): void {
     this.admitCall(connection);
+    const { loadsPerConnection } = this.limits;
+    connection.loads += 1;
+    if (connection.loads > loadsPerConnection) {
+      throw new ManagerError(
+        'rate-limited',
+        `this connection has made ${loadsPerConnection} Loads; connect again`,
+      );
+    }
+  }
+
+  /** A Load of which it is known that its ticket is signed by who may. @throws ManagerError `rate-limited` */
+  admitSigned(connection: AdmittedConnection): void {
     if (!this.#loads.take(connection.uid)) {
       throw new ManagerError('rate-limited', 'too many Loads at once from this user; try again in a moment');
     }

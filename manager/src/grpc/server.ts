@@ -10,6 +10,7 @@ import {
 } from '@grpc/grpc-js';
 import type { Logger } from 'vtpm-common';
 import { encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
+import type { ManagerErrorCode } from '../error.js';
 import { type LocalListener, listenLocally } from '../local-socket.js';
 import { metrics } from '../metrics.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
@@ -24,6 +25,15 @@ import {
 import { readMessage } from './messages.js';
 import { serveSaveStream } from './save-stream.js';
 import { refusal, statusOf } from './status.js';
+
+/** A Load that is none, or that nobody signed who may, costs its connection. A worker that has its vTPM keeps it. */
+const BOGUS: ReadonlySet<ManagerErrorCode> = new Set<ManagerErrorCode>([
+  'bad-request',
+  'too-large',
+  'newer-format',
+  'ticket-forged',
+  'unknown-toolstack-key',
+]);
 
 /** Milliseconds between two looks at what the connections send. */
 const WATCH_MS = 250;
@@ -71,7 +81,9 @@ export async function serveWorkers(
       const request = readMessage('LoadRequest', call.request);
       return encode(
         'LoadResponse',
-        await within(limits.loadDeadlineMs, () => service().load(request, connection.worker)),
+        await within(limits.loadDeadlineMs, () =>
+          service().load(request, connection.worker, () => callLimits.admitSigned(connection)),
+        ),
       );
     };
     const answered = run().then(
@@ -88,6 +100,10 @@ export async function serveWorkers(
         );
         await delay(limits.refusalPauseMs);
         callback(statusOf(reason));
+        if (!BOGUS.has(reason.code) || connection.worker.session) return;
+        // The answer is on its way by then.
+        await delay(limits.refusalPauseMs);
+        connection.close();
       },
     );
     void answered.finally(() => {
@@ -141,6 +157,7 @@ function admitted(uid: number, limits: CallLimits, socket: Socket): AdmittedConn
   return {
     uid,
     calls: 0,
+    loads: 0,
     open: 0,
     messageBytes: 0,
     saves: limits.newBucket(),

@@ -111,8 +111,15 @@ export class VtpmRegistry {
     this.#environment = { identity: options.keys.identity, trust: options.trust, ...clock };
   }
 
-  /** Gives the vTPM on the ticket to the worker on the ticket. The answer is durable before it is returned. */
-  async load(request: LoadRequest, connection: WorkerConnection): Promise<LoadResponse> {
+  /**
+   * Gives the vTPM on the ticket to the worker on the ticket. The answer is durable before it is returned.
+   * @param admit called once, when the ticket is known to be signed by who may; what it throws refuses the Load
+   */
+  async load(
+    request: LoadRequest,
+    connection: WorkerConnection,
+    admit: () => void = () => undefined,
+  ): Promise<LoadResponse> {
     this.#checkOpen();
     if (connection.session || connection.isLoading) {
       throw new ManagerError(
@@ -120,7 +127,7 @@ export class VtpmRegistry {
         'this connection has its session already; one Load per connection',
       );
     }
-    const checked = checkTicket(request, this.#environment);
+    const checked = checkTicket(request, this.#environment, admit);
     connection.isLoading = true;
     try {
       const slot = this.#slot(checked.vtpmUuid);
