@@ -65,6 +65,17 @@ const ended = `for at in /proc/[0-9]*; do
   if tr '\\0' ' ' < $at/cmdline | grep -q "^/usr/bin/node /usr/sbin/$1 "; then kill $(basename $at); while [ -e $at/exe ]; do sleep 0.1; done; fi
 done 2>/dev/null; true`;
 
+/**
+ * Runs a command as ProtectSystem=strict and PrivateTmp=yes do it, with these ReadWritePaths: below /run, /var and all else
+ * nothing more can be written. Not what /dev, /proc and /sys hold.
+ */
+const strict = `for path in $1; do
+  case $path in -*) path=\${path#-}; [ -e "$path" ] || continue;; esac
+  mount --bind "$path" "$path" || exit
+done
+mount -t tmpfs tmpfs /tmp && mount -o remount,bind,ro / && mount -o remount,bind,ro /run || exit
+shift; exec "$@"`;
+
 describe('the Debian package', function () {
   this.timeout(180_000);
   let directory: string;
@@ -199,10 +210,18 @@ describe('the Debian package', function () {
       ?.toLowerCase()
       .split(' ');
     const ofRoot = `--bounding-set=-all,${kept?.map((name) => `+${name.slice('cap_'.length)}`).join()}`;
-    const daemons = [
-      host.start('setpriv', '--no-new-privs', ...asVtpm, ...command(manager)),
-      host.start('setpriv', '--no-new-privs', ofRoot, ...command(unit('vtpm-supervisord'))),
-    ];
+    const supervisor = unit('vtpm-supervisord');
+    const start = (text: string, privileges: string[]) => {
+      assert.match(text, /^ProtectSystem=strict$/m);
+      const writable = /^ReadWritePaths=(.*)$/m.exec(text)?.[1] ?? '';
+      const confined = ['--mount', 'sh', '-c', strict, 'sh', writable];
+      return host.start('unshare', ...confined, 'setpriv', '--no-new-privs', ...privileges, ...command(text));
+    };
+    // Of those that ran before: the host may just have been started, and its file systems in memory be empty.
+    await host.succeed('rm', '-f', '/run/vtpm-worker-uids.lock');
+    for (const [, line = ''] of supervisor.matchAll(/^ExecStartPre=\+(.*)$/gm))
+      await host.succeed('sh', '-c', line);
+    const daemons = [start(manager, asVtpm), start(supervisor, [ofRoot])];
     await until('both serve', async () => {
       const { code, stdout } = await host.run('vtpmctl', '--json', 'doctor');
       return code === 0 && stdout.includes('the supervisor runs');

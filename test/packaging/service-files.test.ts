@@ -21,7 +21,12 @@ describe('the service files', () => {
     for (const name of ['sysinit', 'basic', 'sockets', 'shutdown', 'multi-user', 'network-pre']) {
       writeFileSync(join(directory, `${name}.target`), '[Unit]\nDescription=test\n');
     }
-    for (const path of ['usr/sbin/vtpm-managerd', 'usr/sbin/vtpm-supervisord', 'usr/bin/vtpmctl']) {
+    for (const path of [
+      'usr/sbin/vtpm-managerd',
+      'usr/sbin/vtpm-supervisord',
+      'usr/bin/vtpmctl',
+      'usr/bin/systemd-tmpfiles',
+    ]) {
       mkdirSync(join(root, path, '..'), { recursive: true });
       writeFileSync(join(root, path), '', { mode: 0o755 });
     }
