@@ -31,11 +31,11 @@ function build(directory: string, umask = '022'): string {
   return execFileSync('sh', ['-c', command, 'sh', ...program], { env, encoding: 'utf8' }).trim();
 }
 
-/** libtpms0 as it is installed here, in a higher version and with a library that is another file. */
-function newerLibtpms(directory: string): string {
+/** libtpms0 as it is installed here, in a higher version and with a library that is another file, each time. */
+function newerLibtpms(directory: string, time: number): string {
   const field = (name: string): string =>
     execFileSync('dpkg-query', ['--show', `--showformat=\${${name}}`, 'libtpms0'], { encoding: 'utf8' });
-  const stage = join(directory, 'libtpms0');
+  const stage = join(directory, `libtpms0-${time}`);
   const link = execFileSync('dpkg-query', ['--listfiles', 'libtpms0'], { encoding: 'utf8' })
     .split('\n')
     .find((path) => path.endsWith('/libtpms.so.0')) as string;
@@ -44,7 +44,7 @@ function newerLibtpms(directory: string): string {
   mkdirSync(join(stage, 'DEBIAN'));
   copyFileSync(library, join(stage, library));
   // Behind all that the loader reads.
-  appendFileSync(join(stage, library), 'upgraded');
+  appendFileSync(join(stage, library), `upgraded ${time}`);
   chmodSync(join(stage, library), 0o644);
   if (!existsSync(join(stage, link))) symlinkSync(library, join(stage, link));
   const sum = createHash('md5')
@@ -53,9 +53,9 @@ function newerLibtpms(directory: string): string {
   writeFileSync(join(stage, 'DEBIAN/md5sums'), `${sum}  ${library.slice(1)}\n`);
   writeFileSync(
     join(stage, 'DEBIAN/control'),
-    `Package: libtpms0\nVersion: ${field('Version')}+test1\nArchitecture: ${field('Architecture')}\nMulti-Arch: same\nMaintainer: test <root@localhost>\nDescription: test\n`,
+    `Package: libtpms0\nVersion: ${field('Version')}+test${time}\nArchitecture: ${field('Architecture')}\nMulti-Arch: same\nMaintainer: test <root@localhost>\nDescription: test\n`,
   );
-  const file = join(directory, 'libtpms0.deb');
+  const file = `${stage}.deb`;
   execFileSync('dpkg-deb', ['--root-owner-group', '-Zgzip', '--build', stage, file], { stdio: 'ignore' });
   return file;
 }
@@ -168,7 +168,7 @@ describe('the Debian package', function () {
   it('follows an upgrade of libtpms: the new image is allowed, the old one not, and guests stay', async () => {
     const before = (await json('image', 'list')).current;
     const { worker } = await json('show', 'web1');
-    const said = await host.install(newerLibtpms(directory));
+    const said = await host.install(newerLibtpms(directory, 1));
     assert.doesNotMatch(said, /vTPMs start from the worker image before/);
     const { images, current } = await json('image', 'list');
     assert.notEqual(current, before);
@@ -275,6 +275,49 @@ describe('the Debian package', function () {
     await host.succeed('rm', dirname(manifest));
     await host.succeed('mv', '/root/bundle', dirname(manifest));
     assert.equal((await json('image', 'allow', '--installed')).isNew, false, 'positive control');
+  });
+
+  it('leaves the supervisor as it is while its next worker image is not allowed, and says so', async () => {
+    const settings = '/etc/default/vtpm-manager';
+    const reload = /^ExecReload=(.*)$/m.exec(
+      readFileSync(host.path('/lib/systemd/system/vtpm-supervisord.service'), 'utf8'),
+    )?.[1];
+    // What the maintainer scripts tell systemd, of which there is none here.
+    const systemctl = `#!/bin/sh\necho "$*" >> /root/told\n[ "$1" != reload ] || exec ${reload}\n`;
+    const put = (path: string, text: string) =>
+      host.succeed('sh', '-c', 'printf %s "$2" > "$1" && chmod 755 "$1"', 'sh', path, text);
+    const told = async () => /^reload vtpm-supervisord/m.test(await host.succeed('cat', '/root/told'));
+    const survivesItsWorker = async (): Promise<void> => {
+      const { worker } = await json('show', 'web1');
+      await host.succeed('kill', '-9', String(worker.pid));
+      await random('web1');
+      assert.notEqual((await json('show', 'web1')).worker.pid, worker.pid);
+    };
+    await host.succeed('mkdir', '-p', '/run/systemd/system');
+    await host.succeed('sh', '-c', 'cp -a "$(command -v systemctl)" /root/systemctl 2>/dev/null; true');
+    await put('/usr/bin/systemctl', systemctl);
+    await host.succeed('cp', '-a', settings, '/root/settings');
+    await put(settings, 'VTPM_ALLOW_INSTALLED=no\n');
+
+    const before = (await json('image', 'list')).images;
+    assert.match(await host.install(newerLibtpms(directory, 2)), /until somebody has looked at it/);
+    const said = await host.install(file);
+    assert.match(said, /vtpmctl image allow --installed && systemctl reload vtpm-supervisord/);
+    assert.equal(await told(), false);
+    assert.deepEqual((await json('image', 'list')).images, before);
+    await survivesItsWorker();
+
+    await ctl('image', 'allow', '--installed', '--replace');
+    await host.succeed('systemctl', 'reload', 'vtpm-supervisord');
+    await survivesItsWorker();
+
+    await host.succeed('mv', '/root/settings', settings);
+    await host.succeed('rm', '/root/told');
+    assert.doesNotMatch(await host.install(file), /vtpmctl image allow/);
+    assert.equal(await told(), true, 'positive control');
+    await survivesItsWorker();
+    await host.succeed('rm', '-r', '/run/systemd');
+    await host.succeed('sh', '-c', 'mv /root/systemctl /usr/bin/systemctl || rm /usr/bin/systemctl');
   });
 
   it('is installed over itself while guests run, and is removed without their keys', async () => {
