@@ -3,6 +3,7 @@ import { spawnSync } from 'node:child_process';
 import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { KVM } from 'vtpm-toolstack/vm/kvm';
 import { REPOSITORY } from '../support/installation.js';
 
 const SOURCE = join(REPOSITORY, 'packaging/systemd');
@@ -70,5 +71,11 @@ describe('the service files', () => {
     assert.match(supervisor, /^After=vtpm-managerd\.socket vtpm-managerd\.service$/m);
     assert.match(supervisor, /^Delegate=yes$/m);
     assert.match(readFileSync(join(SOURCE, 'vtpm-managerd.service'), 'utf8'), /^WatchdogSec=/m);
+  });
+
+  it('let the supervisor open what workers in VMs need: else QEMU interprets, and says nothing', () => {
+    const supervisor = readFileSync(join(SOURCE, 'vtpm-supervisord.service'), 'utf8');
+    assert.match(supervisor, /^DevicePolicy=closed$/m);
+    assert.match(supervisor, new RegExp(`^DeviceAllow=${KVM} rw$`, 'm'));
   });
 });

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { gunzipSync } from 'node:zlib';
 import fc from 'fast-check';
 import type { ToolstackError } from 'vtpm-toolstack/error';
-import { runsVms } from 'vtpm-toolstack/vm/accelerator';
+import { chooseAccelerator, runsVms } from 'vtpm-toolstack/vm/accelerator';
 import { type ArchiveEntry, cpioArchive } from 'vtpm-toolstack/vm/cpio';
 import { buildInitramfs } from 'vtpm-toolstack/vm/initramfs';
 import { QEMU_TEMPLATE, withAccelerator } from 'vtpm-toolstack/vm/qemu';
@@ -124,6 +124,17 @@ describe('the image for workers in VMs', () => {
       if (content !== undefined) writeFileSync(join(directory, 'vm.json'), content);
       assert.throws(() => readVmManifest(directory), { code, message: /: vtpmctl image build-vm$/ });
     }
+  });
+
+  it('says why there is no KVM where it was asked for, and what may be in the way', () => {
+    const message = new RegExp(
+      `^vm-accelerator is kvm, and .*ENOENT.*'${directory}/kvm'; .*KVM module.*DeviceAllow=.*tcg$`,
+    );
+    assert.throws(() => chooseAccelerator('kvm', join(directory, 'kvm')), {
+      code: 'missing-package',
+      message,
+    });
+    assert.equal(chooseAccelerator('auto', join(directory, 'kvm')), 'tcg');
   });
 
   it('gives the VM a read-only disk, one port, random numbers, and nothing else', () => {

@@ -8,16 +8,17 @@ import type { Accelerator } from './qemu.js';
  * are hosts that have the device alone, and on those no VM gets far.
  * @throws ToolstackError `missing-package` where KVM was asked for and is not there
  */
-export function chooseAccelerator(setting: 'auto' | Accelerator): Accelerator {
+export function chooseAccelerator(setting: 'auto' | Accelerator, device = KVM): Accelerator {
   if (setting === 'tcg') return 'tcg';
-  const canOpen = isAccessible();
-  if (setting === 'kvm' && !canOpen) {
+  const refusal = whyNotOpened(device);
+  if (setting === 'kvm' && refusal) {
     throw new ToolstackError(
       'missing-package',
-      `vm-accelerator is kvm, and ${KVM} cannot be opened; load the kernel's KVM module, or set vm-accelerator to tcg`,
+      // EPERM is the device policy of a cgroup: root has no other.
+      `vm-accelerator is kvm, and the device cannot be opened: ${refusal}; load the kernel's KVM module, have the service of the supervisor say DeviceAllow=${device} rw where it has a DevicePolicy (EPERM), or set vm-accelerator to tcg`,
     );
   }
-  return setting === 'kvm' || (canOpen && runsVms(cpuInfo())) ? 'kvm' : 'tcg';
+  return setting === 'kvm' || (!refusal && runsVms(cpuInfo())) ? 'kvm' : 'tcg';
 }
 
 /** @param cpuInfo text of /proc/cpuinfo */
@@ -33,11 +34,11 @@ function cpuInfo(): string {
   }
 }
 
-function isAccessible(): boolean {
+function whyNotOpened(device: string): string | undefined {
   try {
-    accessSync(KVM, constants.R_OK | constants.W_OK);
-    return true;
-  } catch {
-    return false;
+    accessSync(device, constants.R_OK | constants.W_OK);
+    return undefined;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).message;
   }
 }
