@@ -18,6 +18,8 @@ export interface Settings {
   'ticket-lifetime': number;
   /** Milliseconds that a worker has to stop cleanly before it is killed. */
   'worker-stop-timeout': number;
+  /** Restarts of a vTPM's worker in one run of its VM that may come at once. */
+  'restart-burst': number;
   /** Milliseconds that a command is held, while the manager is away, before it is tried. */
   'outage-hold': number;
   /** Workers that wait for a start, at least. */
@@ -78,6 +80,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'milliseconds a worker has to stop cleanly before it is killed',
     fallback: 5000,
     range: [100, 60000],
+  },
+  'restart-burst': {
+    help: "restarts of a vTPM's worker that may come at once; above it one each ten seconds",
+    fallback: 10,
+    range: [1, 1000000],
   },
   'outage-hold': {
     help: 'milliseconds a command is held, while the manager is away, before it is tried',

@@ -36,7 +36,9 @@ export const checkpointSuite: Suite = {
     const off = await Installation.create();
     try {
       await on.startManager();
-      await on.startSupervisor({ args: ['--pool-min', '2', '--pool-max', '4'] });
+      await on.startSupervisor({
+        args: ['--pool-min', '2', '--pool-max', '4', '--restart-burst', '1000000'],
+      });
       await off.startManager();
       await off.startSupervisor({ args: ['--checkpoint', 'off'] });
       for (const measured of MEASURED) {

@@ -61,7 +61,8 @@ export class CheckpointRig {
       barriers.length === 0
         ? []
         : ['--worker-manifest', await buildFaultyWorker(directory, endsAnywhere(barriers, longest))];
-    await installation.startSupervisor({ args });
+    // Here a worker ends as often as a test likes.
+    await installation.startSupervisor({ args: ['--restart-burst', '1000000', ...args] });
     // A life may end before it serves for the first time: that start failed, as it must.
     await installation.ctlJson('create', 'web1');
     await until('the vTPM runs', async () => (await installation.ctl('start', 'web1')).code === 0);

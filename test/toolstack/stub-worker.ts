@@ -6,11 +6,11 @@ import { Socket } from 'node:net';
 import { receiveDescriptor } from 'vtpm-common/libc';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { installFilter } from 'vtpm-common/seccomp/install';
+import { CheckpointMemory } from 'vtpmd/checkpoint/memory';
 
 const control = new Socket({ fd: 4 });
 let link: Socket;
-/** Tells one checkpoint memory from another. */
-let memory: number | undefined;
+let memory: { readonly map: CheckpointMemory; readonly inode: number } | undefined;
 let isHanging = false;
 
 function say(message: object): void {
@@ -48,8 +48,13 @@ function useLink(fd: number, isFirst: boolean): void {
 function takeCheckpoint(): void {
   const [fd = -1, ...pipe] = [1, 2, 3].map(() => receiveDescriptor(5));
   for (const end of pipe) closeSync(end ?? -1);
-  memory = fstatSync(fd).ino;
+  memory = { map: CheckpointMemory.map(fd), inode: fstatSync(fd).ino };
   closeSync(fd);
+}
+
+/** The supervisor reads how often; whoever writes it may lie. */
+function saysThatItAnswered(): void {
+  memory?.map.piped(Date.now());
 }
 
 function serve(id: number, fd: number): void {
@@ -59,6 +64,7 @@ function serve(id: number, fd: number): void {
   guest.on('data', (data) => {
     const text = data.toString();
     if (text === 'crash') process.exit(7);
+    if (text === 'rise') saysThatItAnswered();
     if (text === 'babble') control.write('{"type":"connection-closed"}\n');
     if (text === 'half') control.write('{"type":"link');
     if (text === 'rest') control.write('-up"}\n');
@@ -74,7 +80,7 @@ function serve(id: number, fd: number): void {
 lines(control, (message) => {
   if (message.checkpoint) takeCheckpoint();
   if (message.type === 'lost') say({ type: 'lost' });
-  if (message.type === 'identity') link.write(`${JSON.stringify({ ...message, memory })}\n`);
+  if (message.type === 'identity') link.write(`${JSON.stringify({ ...message, memory: memory?.inode })}\n`);
   if (message.type === 'rehearse') say({ type: 'rehearsed' });
   if (message.type === 'link') useLink(receiveDescriptor(5) ?? -1, false);
   if (message.type === 'connection') serve(Number(message.id), receiveDescriptor(5) ?? -1);

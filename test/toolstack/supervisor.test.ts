@@ -177,6 +177,28 @@ describe('vtpm-supervisord', function () {
     assert.equal(await exchange(guest, 'who'), id);
   });
 
+  it('bounds how often a worker may die in a row, whatever it says that it did before', async () => {
+    await supervisor.create('web1');
+    const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const guest = await connectDoor(sockets.tpm);
+    const id = await exchange(guest, 'who');
+    const view = async () => (await supervisor.call('GET', '/vtpms/web1')).body;
+    const isDelayed = async () => /restarted too often/.test((await view()).reason);
+    for (let epoch = 1; !(await isDelayed()); epoch++) {
+      assert.ok(epoch <= 40, 'it goes on and on');
+      await exchange(guest, 'rise');
+      guest.write('crash');
+      await until(async () => {
+        const now = await view();
+        return (now.state === 'running' && now.epoch > epoch) || (await isDelayed());
+      });
+    }
+    assert.ok(manager.tickets.length > 10, 'the first worker, and ten at once');
+    assert.equal((await view()).state, 'restarting');
+    await until(async () => (await view()).state === 'running');
+    assert.equal(await exchange(guest, 'who'), id);
+  });
+
   it('gives a worker up that dies whatever is tried, and closes its doors', async () => {
     await supervisor.create('web1');
     const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;

@@ -26,6 +26,7 @@ interface Flags {
   readonly logFormat?: string;
   readonly ticketLifetime?: string;
   readonly workerStopTimeout?: string;
+  readonly restartBurst?: string;
   readonly outageHold?: string;
   readonly poolMin?: string;
   readonly poolMax?: string;
@@ -52,6 +53,7 @@ const program = new Command('vtpm-supervisord')
   .option('--ticket-lifetime <seconds>', 'until an unused ticket is void')
   .option('--worker-stop-timeout <ms>', 'that a worker has to stop cleanly before it is killed')
   .option('--vm-accelerator <kind>', 'what runs the VMs of workers: auto, kvm or tcg')
+  .option('--restart-burst <count>', "restarts of a vTPM's worker that may come at once")
   .option('--outage-hold <ms>', 'that a command is held, while the manager is away, before it is tried')
   .option('--pool-min <count>', 'workers that wait for a start, at least')
   .option('--pool-max <count>', 'workers that wait for a start, at most')
@@ -77,6 +79,7 @@ async function run(flags: Flags): Promise<void> {
     'log-format': flags.logFormat,
     'ticket-lifetime': flags.ticketLifetime,
     'worker-stop-timeout': flags.workerStopTimeout,
+    'restart-burst': flags.restartBurst,
     'outage-hold': flags.outageHold,
     'pool-min': flags.poolMin,
     'pool-max': flags.poolMax,

@@ -2,6 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { CheckpointStore } from './checkpoint-store.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { RunHandOver } from './handover/state.js';
+import { RestartBudget } from './restart-budget.js';
 
 /** Workers in a row that end without having given an answer, each within a minute of the one before. */
 const MOST_FUTILE = 5;
@@ -16,6 +17,7 @@ export class VmRun {
   readonly checkpoint: CheckpointStore;
   /** Processes of clients that have ended. What they left in the TPM goes with the next worker at the latest. */
   readonly #gone: Set<number>;
+  readonly #budget: RestartBudget;
   readonly #stopping = new AbortController();
   #futile: number;
   #answers: number;
@@ -24,7 +26,9 @@ export class VmRun {
   /** Why its state is lost, where it is: every command is answered with TPM_RC_FAILURE until the next run. */
   lost: string | undefined;
 
-  constructor(checkpoint = new CheckpointStore(), before?: RunHandOver) {
+  /** @param burst restarts that may come at once */
+  constructor(burst: number, checkpoint = new CheckpointStore(), before?: RunHandOver) {
+    this.#budget = new RestartBudget(burst);
     this.checkpoint = checkpoint;
     this.#gone = new Set(before?.clientsGone);
     this.#futile = before?.futile ?? 0;
@@ -32,9 +36,9 @@ export class VmRun {
     this.lost = before?.lost ?? undefined;
   }
 
-  /** One of the program before this one. @throws ToolstackError `corrupt` */
-  static adopt(before: RunHandOver, inherited: InheritedDescriptors): VmRun {
-    return new VmRun(CheckpointStore.adopt(before, inherited), before);
+  /** One of the program before this one, with a budget that is full again. @throws ToolstackError `corrupt` */
+  static adopt(burst: number, before: RunHandOver, inherited: InheritedDescriptors): VmRun {
+    return new VmRun(burst, CheckpointStore.adopt(before, inherited), before);
   }
 
   /** What the next program needs to know of it. */
@@ -54,6 +58,7 @@ export class VmRun {
 
   /** A worker ended unasked. @returns false where it is the last of too many that did nothing */
   mayRestart(): boolean {
+    this.#budget.spend();
     const answers = this.checkpoint.answers();
     const now = performance.now();
     const isOther = answers > this.#answers || now - this.#endedAt > FUTILE_WINDOW_MS;
@@ -63,9 +68,14 @@ export class VmRun {
     return this.#futile <= MOST_FUTILE;
   }
 
-  /** Milliseconds until the next try; longer with each that did nothing. */
+  /** Milliseconds until the next try: longer with each that did nothing, and where there were too many, whatever they did. */
   get restartPauseMs(): number {
-    return this.#futile <= 1 ? 0 : Math.min(FIRST_PAUSE_MS * 2 ** this.#futile, LONGEST_PAUSE_MS);
+    const futileMs = this.#futile <= 1 ? 0 : Math.min(FIRST_PAUSE_MS * 2 ** this.#futile, LONGEST_PAUSE_MS);
+    return Math.max(futileMs, this.#budget.waitMs);
+  }
+
+  get isRestartedTooOften(): boolean {
+    return this.#budget.waitMs > 0;
   }
 
   /** Resolves after that many milliseconds, or where the run is over or `broken` is aborted. */

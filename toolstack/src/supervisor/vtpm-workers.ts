@@ -18,6 +18,7 @@ import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js'
 import { giveIdentity, giveLoss, type StartParts } from './worker-start.js';
 
 const UNKEPT = 'and nothing is check-pointed';
+const TOO_OFTEN = 'it was restarted too often, the next worker comes within ten seconds';
 
 interface Gate {
   readonly isHeld: boolean;
@@ -54,7 +55,7 @@ export class VtpmWorkers {
     const { launcher } = this.#context;
     const processes = before.worker?.processes ?? [];
     try {
-      const run = VmRun.adopt(before.run, inherited);
+      const run = VmRun.adopt(this.#context.settings['restart-burst'], before.run, inherited);
       this.#run = run;
       const { entry, doorsDirectory } = this.#status;
       const events = doorEvents(this.#status, run);
@@ -102,7 +103,7 @@ export class VtpmWorkers {
     const { isolation } = this.#status.entry;
     // Before anything is changed: no VM powers on while the manager is away.
     const claimed = await pool.take(isolation, this.#owner());
-    this.#run = new VmRun();
+    this.#run = this.#newRun();
     await this.#startWorker(claimed, this.#run, randomUUID());
   }
 
@@ -130,6 +131,10 @@ export class VtpmWorkers {
       if (state.kind !== 'restarting' || state.worker || !this.#run) return;
       await this.#goOn(this.#run, state.doors, state.reason);
     });
+  }
+
+  #newRun(): VmRun {
+    return new VmRun(this.#context.settings['restart-burst']);
   }
 
   #owner(): WorkerOwner {
@@ -181,7 +186,7 @@ export class VtpmWorkers {
       const fresh = await this.#context.pool.fresh(this.#status.entry.isolation, this.#owner());
       // What the lost one may have left is of a key that the next Load replaces, and its numbers would be taken for newer.
       run.end();
-      this.#run = new VmRun();
+      this.#run = this.#newRun();
       await this.#startWorker(fresh, this.#run, vmRunId);
     }
   }
@@ -234,7 +239,8 @@ export class VtpmWorkers {
     let reason = ended;
     let pauseMs = run.restartPauseMs;
     for (;;) {
-      this.#status.state = { kind: 'restarting', reason, doors, worker: undefined };
+      const why = run.isRestartedTooOften ? `${reason}; ${TOO_OFTEN}` : reason;
+      this.#status.state = { kind: 'restarting', reason: why, doors, worker: undefined };
       await run.pause(pauseMs, held);
       // The next program, or this one when it is released, goes on.
       if (run.isOver || held.aborted) return;
