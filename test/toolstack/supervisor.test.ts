@@ -219,6 +219,41 @@ describe('vtpm-supervisord', function () {
     assert.equal(again.body.state, 'running', JSON.stringify(again.body));
   });
 
+  it('makes a few workers at a time where many died at once, and each of them in the end', async () => {
+    const names = Array.from({ length: 24 }, (_, index) => `web${index}`);
+    const started = await Promise.all(
+      names.map(async (name) => {
+        await supervisor.create(name);
+        return (await supervisor.call('POST', `/vtpms/${name}/start`)).body;
+      }),
+    );
+    let comingUp = 0;
+    let most = 0;
+    let greetAll: () => void = () => undefined;
+    const isFull = new Promise<void>((resolve) => (greetAll = resolve));
+    manager.beforeGreeting = async () => {
+      most = Math.max(most, ++comingUp);
+      if (comingUp === 4) greetAll();
+      await isFull;
+      // Time for those who do not wait for their turn.
+      await supervisor.call('GET', '/health');
+      comingUp--;
+    };
+    const view = async (name: string) => (await supervisor.call('GET', `/vtpms/${name}`)).body;
+    for (const { worker } of started) process.kill(worker.pid, 'SIGKILL');
+    await until(async () => {
+      const all = (await supervisor.call('GET', '/vtpms')).body.vtpms;
+      // biome-ignore lint/suspicious/noExplicitAny: as the answers are.
+      return all.every(({ state, epoch }: any) => state === 'running' && epoch === 2);
+    });
+    assert.equal(most, 4);
+    // Those that wait for their turn are stopped at once.
+    manager.beforeGreeting = () => new Promise(() => undefined);
+    for (const name of names) process.kill((await view(name)).worker.pid, 'SIGKILL');
+    await until(async () => (await view('web23')).state === 'restarting');
+    assert.equal((await supervisor.call('POST', '/vtpms/web23/stop')).body.state, 'stopped');
+  });
+
   it('stops a vTPM while no worker is there', async () => {
     await supervisor.create('web1');
     const { sockets } = (await supervisor.call('POST', '/vtpms/web1/start')).body;

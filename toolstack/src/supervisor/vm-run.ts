@@ -56,6 +56,11 @@ export class VmRun {
     return this.#stopping.signal.aborted;
   }
 
+  /** Aborted where the run is over, or `broken` is aborted. */
+  endOr(broken: AbortSignal): AbortSignal {
+    return AbortSignal.any([this.#stopping.signal, broken]);
+  }
+
   /** A worker ended unasked. @returns false where it is the last of too many that did nothing */
   mayRestart(): boolean {
     this.#budget.spend();
@@ -81,8 +86,7 @@ export class VmRun {
   /** Resolves after that many milliseconds, or where the run is over or `broken` is aborted. */
   async pause(ms: number, broken: AbortSignal): Promise<void> {
     if (ms <= 0) return;
-    const signal = AbortSignal.any([this.#stopping.signal, broken]);
-    await delay(ms, undefined, { signal }).catch(() => undefined);
+    await delay(ms, undefined, { signal: this.endOr(broken) }).catch(() => undefined);
   }
 
   clientGone(pid: number): void {

@@ -266,7 +266,8 @@ export class VtpmWorkers {
   }
 
   async #tryToGoOn(run: VmRun, doors: Doors, reason: string): Promise<void> {
-    const claimed = await this.#context.pool.take(this.#status.entry.isolation, this.#owner());
+    const broken = run.endOr(this.#gate.held);
+    const claimed = await this.#context.pool.take(this.#status.entry.isolation, this.#owner(), broken);
     const { worker } = claimed;
     if (run.isOver) {
       await worker.kill();

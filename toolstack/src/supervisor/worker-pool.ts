@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger, Paths, Settings } from 'vtpm-common';
 import type { WorkerMessage } from './control-protocol.js';
 import type { Entry } from './entry.js';
+import { Lanes } from './lanes.js';
 import { connectWorkerLink, connectWorkerLinkAgain } from './manager-link.js';
 import type { WorkerLauncher } from './worker-launcher.js';
 import type { WorkerOwner, WorkerProcess } from './worker-process.js';
@@ -44,6 +45,8 @@ interface Waiting {
 const READY_LIMIT_MS = 30_000;
 /** A VM boots first, and perhaps without the processor's help. */
 const VM_READY_LIMIT_MS = 180_000;
+/** Making a worker costs processor time: more side by side would only share it, until none is ready in time. */
+const PARALLEL_LAUNCHES = 4;
 /** Starts of this time are expected to come again. */
 const RECENT_MS = 60_000;
 /** Starts come in groups, and making a worker keeps the supervisor from its guests for some milliseconds: it waits. */
@@ -66,6 +69,7 @@ const MIB = 2 ** 20;
  */
 export class WorkerPool {
   readonly #options: WorkerPoolOptions;
+  readonly #lanes = new Lanes(PARALLEL_LAUNCHES);
   #closing = new AbortController();
   readonly #waiting = new Set<Waiting>();
   #tick: NodeJS.Timeout | undefined;
@@ -110,21 +114,39 @@ export class WorkerPool {
   }
 
   /** A worker that waits, or a fresh one. @throws as `fresh` */
-  async take(isolation: Entry['isolation'], owner: WorkerOwner): Promise<ClaimedWorker> {
+  async take(
+    isolation: Entry['isolation'],
+    owner: WorkerOwner,
+    broken?: AbortSignal,
+  ): Promise<ClaimedWorker> {
     const found = isolation === 'sandbox' ? this.#nextWaiting() : undefined;
-    if (!found) return await this.fresh(isolation, owner);
+    if (!found) return await this.fresh(isolation, owner, broken);
     this.#waiting.delete(found);
     found.worker.giveTo(owner);
     return { worker: found.worker, ready: found.ready, isFresh: false };
   }
 
-  /** @throws ToolstackError `manager-unreachable` | `missing-package` | `internal` */
-  async fresh(isolation: Entry['isolation'], owner: WorkerOwner): Promise<ClaimedWorker> {
-    const { launcher, paths } = this.#options;
-    const link = await connectWorkerLink(paths.manager.workerSocket);
-    const worker = launcher.launch(isolation, link, owner);
-    const limit = isolation === 'vm' ? VM_READY_LIMIT_MS : READY_LIMIT_MS;
-    return { worker, ready: readiness(worker, limit), isFresh: true };
+  /**
+   * One that is made now, or where too many are coming up when it is its turn. A VM waits for nobody, and nobody for it.
+   * @param broken given up while it waits
+   * @throws ToolstackError `manager-unreachable` | `missing-package` | `busy` | `internal`
+   */
+  async fresh(
+    isolation: Entry['isolation'],
+    owner: WorkerOwner,
+    broken?: AbortSignal,
+  ): Promise<ClaimedWorker> {
+    if (isolation === 'vm') return await this.#launch(isolation, owner, VM_READY_LIMIT_MS);
+    const { signal } = this.#closing;
+    const leave = await this.#lanes.enter(broken ? AbortSignal.any([signal, broken]) : signal);
+    try {
+      const claimed = await this.#launch(isolation, owner, READY_LIMIT_MS);
+      claimed.ready.then(leave, leave);
+      return claimed;
+    } catch (error) {
+      leave();
+      throw error;
+    }
   }
 
   /** After a change of the image: what waits is of the one before. */
@@ -139,6 +161,17 @@ export class WorkerPool {
     await this.#endWorkers([...this.#waiting]);
     await this.#filled;
     await this.#endWorkers([...this.#waiting]);
+  }
+
+  async #launch(
+    isolation: Entry['isolation'],
+    owner: WorkerOwner,
+    readyLimitMs: number,
+  ): Promise<ClaimedWorker> {
+    const { launcher, paths } = this.#options;
+    const link = await connectWorkerLink(paths.manager.workerSocket);
+    const worker = launcher.launch(isolation, link, owner);
+    return { worker, ready: readiness(worker, readyLimitMs), isFresh: true };
   }
 
   /** One that is coming up is sooner there than one that is still to be made. */
