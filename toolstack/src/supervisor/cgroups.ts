@@ -1,4 +1,12 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmdirSync,
+  writeFileSync,
+} from 'node:fs';
 import { basename, dirname, join, relative } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { LIMITS } from './limits.js';
@@ -43,8 +51,11 @@ export interface WorkerGroup {
 const REMOVE_ATTEMPTS = 100;
 const REMOVE_PAUSE_MS = 20;
 
-/** Of the groups of a supervisor, with its process id: those of a dead one are anybody's to remove. */
-const NAME = /^vtpm-(\d+)-\d+$/;
+/**
+ * Of the groups of a supervisor, with its process id and the namespace in which it is that: those of a dead one are
+ * anybody's to remove who can see that it is dead. In another namespace, a container's for example, nobody else can.
+ */
+const NAME = /^vtpm-(\d+)-(\d+)-\d+$/;
 
 /**
  * One group of the kernel for each worker, below the one that the supervisor runs in: the limits of whoever started the
@@ -71,9 +82,9 @@ export class WorkerGroups {
       }
       try {
         const parent = parentOf(hierarchy, controller);
+        removeLeft(parent, made > 0);
         tryOut(parent, controller, hierarchy.version);
         parents.set(parent, [...(parents.get(parent) ?? []), [controller, hierarchy.version]]);
-        removeLeft(parent);
       } catch (error) {
         missing.set(controller, (error as Error).message);
       }
@@ -97,7 +108,7 @@ export class WorkerGroups {
 
   /** With its limits set. @throws an error of the file system */
   create(wanted: readonly Controller[]): WorkerGroup {
-    const name = `vtpm-${process.pid}-${++this.#count}`;
+    const name = nameOf(++this.#count);
     const made: string[] = [];
     const remove = async (): Promise<void> => {
       for (const path of made) await removeGroup(path);
@@ -211,7 +222,7 @@ function isAlone(group: string): boolean {
 }
 
 function tryOut(parent: string, controller: Controller, version: 1 | 2): void {
-  const path = join(parent, `vtpm-${process.pid}-0`);
+  const path = join(parent, nameOf(0));
   mkdirSync(path, { mode: 0o755 });
   try {
     setLimits(path, controller, version);
@@ -224,10 +235,22 @@ function setLimits(path: string, controller: Controller, version: 1 | 2): void {
   for (const [file, value] of FILES[version][controller]) writeFileSync(join(path, file), value);
 }
 
-function removeLeft(parent: string): void {
+function nameOf(count: number): string {
+  return `vtpm-${process.pid}-${pidNamespace()}-${count}`;
+}
+
+/** Its inode. */
+function pidNamespace(): string {
+  return /\d+/.exec(readlinkSync('/proc/self/ns/pid'))?.[0] ?? '0';
+}
+
+/** @param isSuccessor what has this process's id is its own; otherwise it is of one that had it before */
+function removeLeft(parent: string, isSuccessor: boolean): void {
   for (const name of readdirSync(parent)) {
-    const pid = NAME.exec(name)?.[1];
-    if (pid === undefined || Number(pid) === process.pid || existsSync(`/proc/${pid}`)) continue;
+    const [, pid, namespace] = NAME.exec(name) ?? [];
+    if (pid === undefined || namespace !== pidNamespace()) continue;
+    const isOurs = Number(pid) === process.pid;
+    if (isOurs ? isSuccessor : existsSync(`/proc/${pid}`)) continue;
     try {
       rmdirSync(join(parent, name));
     } catch {
