@@ -4,9 +4,11 @@ import { once } from 'node:events';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
 import { createLogger, socketPair } from 'vtpm-common';
+import type { ToolstackError } from 'vtpm-toolstack/error';
 import { InheritedDescriptors, KeptDescriptors } from 'vtpm-toolstack/supervisor/handover/descriptors';
 import { WorkerLedger } from 'vtpm-toolstack/supervisor/leftovers';
 import { isAlive } from 'vtpm-toolstack/supervisor/processes';
+import { passingRetryMs } from 'vtpm-toolstack/supervisor/restart-policy';
 import { adoptBody } from 'vtpm-toolstack/supervisor/worker-body';
 import { WorkerProcess } from 'vtpm-toolstack/supervisor/worker-process';
 import { reapAtExit } from '../support/reap.js';
@@ -58,6 +60,14 @@ describe('a worker that does not read what its supervisor says', () => {
   afterEach(() => {
     child.kill('SIGKILL');
     removeDirectory(directory);
+  });
+
+  it('counts as late and not as failed where it is not ready in time, and only then', async () => {
+    const failure = (type: 'ready' | 'serving') => worker.waitFor(type, 1).catch((error: unknown) => error);
+    const late = (await failure('ready')) as ToolstackError;
+    assert.equal(late.code, 'worker-late');
+    assert.ok(passingRetryMs(late), 'a restart does not count it');
+    assert.equal(passingRetryMs((await failure('serving')) as ToolstackError), undefined);
   });
 
   it('is handed over where it reads after all: nothing that was said is lost', async () => {

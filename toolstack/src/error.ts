@@ -26,6 +26,7 @@ export type ToolstackErrorCode =
   | 'home-unwritable'
   // Workers and the manager
   | 'worker-failed'
+  | 'worker-late'
   | 'image-not-allowed'
   | 'image-changed'
   | 'upgrade-refused'
@@ -54,6 +55,7 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'store-full',
   'home-unwritable',
   'worker-failed',
+  'worker-late',
   'image-not-allowed',
   'image-changed',
   'upgrade-refused',

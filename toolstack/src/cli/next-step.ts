@@ -9,6 +9,7 @@ const STEPS: Partial<Record<ToolstackErrorCode, string>> = {
   busy: 'try again in a moment',
   'image-not-allowed': 'vtpmctl image allow allows the image that the supervisor runs',
   'worker-failed': 'vtpmctl logs NAME shows what the worker said',
+  'worker-late': 'vtpmctl logs NAME shows what the worker said',
   'manager-unreachable':
     'vtpmctl up starts the manager where it does not run; vtpmctl logs shows what it says',
   locked:

@@ -64,6 +64,7 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   busy: 409,
   'manager-refused': 502,
   'worker-failed': 502,
+  'worker-late': 502,
   'manager-unreachable': 503,
   locked: 503,
   'layer-missing': 503,

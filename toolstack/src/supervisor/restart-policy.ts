@@ -25,6 +25,8 @@ export function isFinal(isolation: Entry['isolation'], { failure }: WorkerEnd): 
 export function passingRetryMs({ code, message }: ToolstackError): number | undefined {
   if (code === 'manager-unreachable' || code === 'locked' || code === 'busy') return RETRY_MS;
   if (code === 'image-not-allowed') return OPERATOR_RETRY_MS;
+  // The machine has too much to do: no vTPM can be the cause.
+  if (code === 'worker-late') return WORKER_RETRY_MS;
   return code === 'worker-failed' && PASSING.test(message) ? WORKER_RETRY_MS : undefined;
 }
 

@@ -18,7 +18,7 @@ export interface WorkerPoolOptions {
 /** A worker for one vTPM; it has no identity yet. */
 export interface ClaimedWorker {
   readonly worker: WorkerProcess;
-  /** With its key. @throws ToolstackError `worker-failed` */
+  /** With its key. @throws ToolstackError `worker-failed` | `worker-late` */
   readonly ready: Promise<Ready>;
   /** It was made for this vTPM, so nothing that happened to it before can be the cause of a failure. */
   readonly isFresh: boolean;

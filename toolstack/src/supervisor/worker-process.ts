@@ -148,7 +148,10 @@ export class WorkerProcess {
     this.#owner = owner;
   }
 
-  /** @throws ToolstackError `worker-failed` where the worker ends before or does not say it in time, `layer-missing` */
+  /**
+   * @throws ToolstackError `worker-failed` where the worker ends before or does not say it in time, `worker-late` where that
+   * is `ready`, before it has anything of a vTPM; `layer-missing`
+   */
   async waitFor<T extends WorkerMessage['type']>(
     type: T,
     limitMs: number,
@@ -164,7 +167,7 @@ export class WorkerProcess {
       const first = await Promise.race([said, this.ended, isLate]);
       if (first === 'late') {
         throw new ToolstackError(
-          'worker-failed',
+          type === 'ready' ? 'worker-late' : 'worker-failed',
           `the worker did not become ${type} within ${limitMs} ms; look into ${this.#owner.logPath}`,
         );
       }
