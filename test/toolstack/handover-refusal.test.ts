@@ -49,7 +49,9 @@ describe('a running vtpm-supervisord whose program is another one now', function
     manager = new StubManager(supervisor.paths);
     await manager.start();
     await supervisor.create('web1');
-    const { sockets, worker } = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    const started = (await supervisor.call('POST', '/vtpms/web1/start')).body;
+    assert.equal(started.state, 'running', JSON.stringify(started));
+    const { sockets, worker } = started;
     pid = worker.pid;
     guest = await connectDoor(sockets.tpm);
     guest.on('error', () => undefined);
