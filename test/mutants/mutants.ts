@@ -436,7 +436,7 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-2 a worker without a layer gets no identity',
     file: 'toolstack/src/supervisor/worker-process.ts',
-    guard: '        this.#options.confinement.check(this.pid ?? -1);',
+    guard: '      this.#options.confinement.check(this.pid ?? -1);',
     without: '',
     test: { file: 'toolstack/confinement', name: 'is not locked down when it says that it is ready' },
   },

@@ -174,8 +174,13 @@ export const SYSCALLS: readonly SyscallRule[] = [
   row('getcwd', 79, 17, 'yes', 'no', 'looks for files'),
   row('lseek', 8, 62, 'yes', 'no', 'files'),
   row('set_tid_address', 218, 96, 'yes', 'no', 'threads that begin'),
-  row('set_robust_list', 273, 99, 'yes', 'no', 'threads that begin'),
-  row('rseq', 334, 293, 'yes', 'no', 'threads that begin'),
+  // No thread can be made any more, but one that was made just before may not have begun, and glibc ends the process
+  // where it may not register itself.
+  row('set_robust_list', 273, 99, 'yes', 'yes', 'threads that begin'),
+  row('rseq', 334, 293, 'yes', 'yes', 'threads that begin'),
+  // The locks of the V8 of Node.js 24 ask how their thread is scheduled.
+  row('sched_getparam', 143, 121, 'yes', 'yes', 'threads'),
+  row('sched_getscheduler', 145, 120, 'yes', 'yes', 'threads'),
   row('arch_prctl', 158, null, 'yes', 'no', 'threads that begin'),
   row('prlimit64', 302, 261, 'yes', 'no', 'reads its limits; raising one takes a capability'),
   row('pkey_alloc', 330, 289, 'yes', 'no', 'V8 asks whether there are protection keys'),

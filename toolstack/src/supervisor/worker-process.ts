@@ -55,6 +55,8 @@ export interface WorkerEnd {
   readonly lingering: readonly ProcessId[];
 }
 
+/** How long a worker whose process is gone already may take to be known as ended. */
+const ENDING_MS = 1000;
 /** In all for a burst, and per pause after it: 2,000 messages a second. */
 const MAX_MESSAGES_AT_ONCE = 200;
 const PAUSE_MS = 100;
@@ -175,12 +177,22 @@ export class WorkerProcess {
       if (type === 'ready') {
         // The sandbox has executed node by the time of the first message, so now all processes are there.
         this.#noteProcesses();
-        this.#options.confinement.check(this.pid ?? -1);
+        await this.#checkConfinement();
       }
       return first as Extract<WorkerMessage, { type: T }>;
     } finally {
       timeout.abort();
       if (waiter) this.#waiters.delete(waiter);
+    }
+  }
+
+  /** @throws ToolstackError `layer-missing`; `worker-failed` where it has ended, so that nothing is known of its layers */
+  async #checkConfinement(): Promise<void> {
+    try {
+      this.#options.confinement.check(this.pid ?? -1);
+    } catch (error) {
+      const end = await Promise.race([this.ended, delay(ENDING_MS, undefined, { ref: false })]);
+      throw end ? failureOf(end, this.#owner.logPath) : error;
     }
   }
 
