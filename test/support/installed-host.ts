@@ -6,6 +6,9 @@ import { basename, join } from 'node:path';
 import { cleanEnvironment, type Finished, run } from './installation.js';
 import { reapAtExit } from './reap.js';
 
+/** As a shell of root has it: the caller's may lead to the commands of a checkout that this host sees as well. */
+const environment = cleanEnvironment({ PATH: '/usr/sbin:/usr/bin:/sbin:/bin', HOME: '/root' });
+
 /**
  * This machine over again, to install packages in: its file system with a layer above it that takes all writes, its own
  * processes, /proc and /run. Mounting takes root, and a test that cannot mount fails and says so. Nothing is left of it.
@@ -61,9 +64,9 @@ export class InstalledHost {
     return new InstalledHost(directory, init, pid);
   }
 
-  /** Runs a program in it, with nothing of the caller's environment. */
+  /** Runs a program in it, in an environment of its own. */
   run(program: string, ...args: string[]): Promise<Finished> {
-    return run('nsenter', [...this.#enter(), program, ...args]);
+    return run('nsenter', [...this.#enter(), program, ...args], environment);
   }
 
   /** @throws Error with both streams where it does not end with 0 @returns its standard output */
@@ -91,7 +94,7 @@ export class InstalledHost {
     return reapAtExit(
       spawn('nsenter', [...this.#enter(), program, ...args], {
         stdio: ['ignore', 'ignore', 'pipe'],
-        env: cleanEnvironment(),
+        env: environment,
       }),
     );
   }
