@@ -15,7 +15,7 @@ if [ "$purpose" != build ]; then
   packages+=(libtpms0 bubblewrap)
 fi
 if [ "$purpose" = test ] || [ "$purpose" = long ]; then
-  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl)
+  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl systemd)
 fi
 if [ "$purpose" = long ]; then
   packages+=(qemu-system-x86 e2fsprogs)
@@ -34,6 +34,7 @@ present() {
     qemu-system-x86) command -v qemu-system-x86_64 >/dev/null ;;
     e2fsprogs) PATH=$PATH:/sbin:/usr/sbin command -v mkfs.ext4 >/dev/null ;;
     openssl) command -v openssl >/dev/null ;;
+    systemd) command -v systemd-analyze >/dev/null ;;
     swtpm) command -v swtpm >/dev/null ;;
     swtpm-tools) command -v swtpm_setup >/dev/null ;;
     tpm2-tools) command -v tpm2_getrandom >/dev/null ;;

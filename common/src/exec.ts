@@ -1,12 +1,11 @@
 import { readdirSync } from 'node:fs';
 import { constants } from 'node:os';
 import { isMainThread } from 'node:worker_threads';
-import { koffi, SystemCallError } from './libc.js';
+import { fcntl, koffi, SystemCallError } from './libc.js';
 
 // One process that goes on as another program (execve(2)), and what libuv cannot do for the one that it becomes.
 const libc = koffi.load('libc.so.6');
 const execve = libc.func('int execve(const char *path, const char **arguments, const char **environment)');
-const fcntl = libc.func('int fcntl(int fd, int command, long argument)');
 const waitpid = libc.func('int waitpid(int pid, _Out_ int32_t *status, int options)');
 
 const F_GETFD = 1;

@@ -17,12 +17,13 @@ const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
 const shutdown = libc.func('int shutdown(int fd, int how)');
 const flock = libc.func('int flock(int fd, int operation)');
 const pipe2 = libc.func('int pipe2(_Out_ int32_t *pair, int flags)');
-const prctl = libc.func(
+/** prctl(2). */
+export const prctl = libc.func(
   'int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)',
 );
 const memfdCreate = libc.func('int memfd_create(const char *name, unsigned int flags)');
-// Variadic; every argument is passed as the kernel takes it.
-const fcntl = libc.func('int fcntl(int fd, int command, long argument)');
+/** fcntl(2). Variadic; every argument is passed as the kernel takes it. */
+export const fcntl = libc.func('int fcntl(int fd, int command, long argument)');
 const fcntlLock = libc.func('int fcntl(int fd, int command, void *lock)');
 const strerror = libc.func('const char *strerror(int number)');
 
@@ -30,6 +31,7 @@ const SOL_SOCKET = 1;
 const SO_PEERCRED = 17;
 const AF_UNIX = 1;
 const SOCK_STREAM = 1;
+/** The same bit as O_CLOEXEC. */
 const SOCK_CLOEXEC = 0o2000000;
 const SCM_RIGHTS = 1;
 const MSG_NOSIGNAL = 0x4000;
@@ -49,7 +51,6 @@ const F_ADD_SEALS = 1033;
 /** F_SEAL_SEAL, SHRINK, GROW and WRITE. */
 const SEAL_ALL = 0xf;
 const O_NONBLOCK = 0o4000;
-const O_CLOEXEC = 0o2000000;
 /** F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW (fcntl(2)). */
 const SEALS_OF_SIZE = 0x1 | 0x2 | 0x4;
 
@@ -100,7 +101,7 @@ export function shutDownSocket(fd: number): void {
 /** A pipe that never blocks, close-on-exec. The caller closes both ends. */
 export function pipePair(): { readonly read: number; readonly write: number } {
   const pair = [0, 0];
-  if (pipe2(pair, O_NONBLOCK | O_CLOEXEC) !== 0) fail('pipe2');
+  if (pipe2(pair, O_NONBLOCK | SOCK_CLOEXEC) !== 0) fail('pipe2');
   return { read: pair[0] ?? -1, write: pair[1] ?? -1 };
 }
 
@@ -109,16 +110,7 @@ export function pipePair(): { readonly read: number; readonly write: number } {
  * mapped is safe from the others. The caller closes it.
  */
 export function sharedMemory(name: string, bytes: number): number {
-  const fd = Number(memfdCreate(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (fd < 0) fail('memfd_create');
-  try {
-    ftruncateSync(fd, bytes);
-    if (fcntl(fd, F_ADD_SEALS, SEALS_OF_SIZE) !== 0) fail('fcntl(F_ADD_SEALS)');
-    return fd;
-  } catch (error) {
-    closeSync(fd);
-    throw error;
-  }
+  return memoryFile(name, SEALS_OF_SIZE, (fd) => ftruncateSync(fd, bytes));
 }
 
 /** Sends one byte with a copy of descriptor `passed` (unix(7), SCM_RIGHTS). */
@@ -149,11 +141,17 @@ export function receiveDescriptor(fd: number): number | undefined {
 
 /** A file in memory that nobody can change any more (memfd_create(2), sealed), close-on-exec. The caller closes it. */
 export function sealedMemory(name: string, content: Uint8Array): number {
+  return memoryFile(name, SEAL_ALL, (fd) => {
+    for (let at = 0; at < content.length; ) at += writeSync(fd, content, at);
+  });
+}
+
+function memoryFile(name: string, seals: number, fill: (fd: number) => void): number {
   const fd = Number(memfdCreate(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (fd < 0) fail('memfd_create');
   try {
-    for (let at = 0; at < content.length; ) at += writeSync(fd, content, at);
-    if (fcntl(fd, F_ADD_SEALS, SEAL_ALL) !== 0) fail('fcntl(F_ADD_SEALS)');
+    fill(fd);
+    if (fcntl(fd, F_ADD_SEALS, seals) !== 0) fail('fcntl(F_ADD_SEALS)');
     return fd;
   } catch (error) {
     closeSync(fd);

@@ -296,15 +296,15 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a retirement is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#write(vtpmUuid, held, record, 'now');\n      barrier('retire.written');",
-    without: 'await this.#write(vtpmUuid, held, record);',
+    guard: "await this.#records.write(vtpmUuid, held, record, 'now');\n      barrier('retire.written');",
+    without: 'await this.#records.write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'a retired vTPM: the disk from right before' },
   },
   {
     name: 'I-5 a restore is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#write(vtpmUuid, held, record, 'now');\n      barrier('restore.written');",
-    without: 'await this.#write(vtpmUuid, held, record);',
+    guard: "await this.#records.write(vtpmUuid, held, record, 'now');\n      barrier('restore.written');",
+    without: 'await this.#records.write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'the disk from right before a restore' },
   },
   {
@@ -579,8 +579,8 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'a line of a worker that was half read is read on by the next program',
-    file: 'toolstack/src/supervisor/worker-process.ts',
-    guard: "new LineReader(Buffer.from(before?.pending ?? '', 'base64'))",
+    file: 'toolstack/src/supervisor/worker-messages.ts',
+    guard: "new LineReader(Buffer.from(pending ?? '', 'base64'))",
     without: 'new LineReader()',
     test: { file: 'toolstack/handover', name: 'half said before' },
   },

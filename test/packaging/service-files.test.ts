@@ -12,8 +12,7 @@ const units = readdirSync(SOURCE).filter((name) => /\.(service|socket)$/.test(na
 describe('the service files', () => {
   let root: string;
 
-  before(function () {
-    if (spawnSync('systemd-analyze', ['--version']).status !== 0) this.skip();
+  before(() => {
     root = mkdtempSync(join(tmpdir(), 'vtpm-units-'));
     const directory = join(root, 'usr/lib/systemd/system');
     mkdirSync(directory, { recursive: true });

@@ -3,6 +3,7 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { createConnection } from 'node:net';
 import { join } from 'node:path';
 import { setTimeout as delay, setImmediate } from 'node:timers/promises';
+import { inParallel } from 'vtpm-toolstack/supervisor/in-parallel';
 import { OwnStarts } from '../bench/own-starts.js';
 import { family, pageTableMiB, privateMiB } from '../bench/process-figures.js';
 import type { Installation } from './installation.js';
@@ -37,7 +38,7 @@ export async function liveInACrowd(installation: Installation, count: number): P
     await setImmediate();
   }
   const begin = performance.now();
-  await inLanes(LANES, names, async (name) => {
+  await inParallel(LANES, names, async (name) => {
     const { status, body } = await installation.supervisord('POST', `/vtpms/${name}/start`);
     assert.equal(status, 200, JSON.stringify(body));
     await use(installation, name);
@@ -48,12 +49,12 @@ export async function liveInACrowd(installation: Installation, count: number): P
   assert.equal(listed.filter(({ state }) => state === 'running').length, count);
   assert.equal(new Set(listed.map(({ worker }) => worker.pid)).size, count);
   // All of them still do, when all are there.
-  await inLanes(STOP_LANES, names, (name) => use(installation, name));
+  await inParallel(STOP_LANES, names, (name) => use(installation, name));
   const all = family(supervisor).slice(1);
   assert.ok(cgroupsOf(supervisor).length === 0 || cgroupsOf(supervisor).length >= count);
   const own = (pid: number): number => privateMiB(pid) + pageTableMiB(pid);
   const totalMiB = all.reduce((sum, pid) => sum + own(pid), 0);
-  await inLanes(STOP_LANES, names, async (name) => {
+  await inParallel(STOP_LANES, names, async (name) => {
     const { body: stopped } = await installation.supervisord('POST', `/vtpms/${name}/stop`);
     assert.deepEqual([stopped.state, stopped.reason], ['stopped', null]);
   });
@@ -89,16 +90,4 @@ function cgroupsOf(supervisor: number, directory = CGROUPS): string[] {
 
 function mountsOf(pid: number): number {
   return readFileSync(`/proc/${pid}/mountinfo`, 'utf8').split('\n').length;
-}
-
-async function inLanes(
-  lanes: number,
-  items: readonly string[],
-  run: (item: string) => Promise<void>,
-): Promise<void> {
-  const queue = [...items];
-  const lane = async (): Promise<void> => {
-    for (let item = queue.shift(); item !== undefined; item = queue.shift()) await run(item);
-  };
-  await Promise.all(Array.from({ length: lanes }, lane));
 }

@@ -1,9 +1,6 @@
-import { koffi, SystemCallError } from '../libc.js';
+import { koffi, prctl, SystemCallError } from '../libc.js';
 
 const libc = koffi.load('libc.so.6');
-const prctl = libc.func(
-  'int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)',
-);
 const syscall = libc.func('long syscall(long number, long operation, long flags, void *argument)');
 
 const PR_SET_NO_NEW_PRIVS = 38;

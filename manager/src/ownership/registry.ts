@@ -7,9 +7,7 @@ import {
   type ManagerFrame,
   type RecordHeader,
   type Session,
-  sealBox,
   sessionCipher,
-  uuidToBytes,
   uuidToText,
   type WorkerFrame,
 } from 'vtpm-proto';
@@ -25,11 +23,8 @@ import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import {
   applyLoad,
-  decodeRecord,
-  encodeRecord,
   type LoadFacts,
   newRecord,
-  openState,
   rekey,
   retire,
   savedBytes,
@@ -37,14 +32,16 @@ import {
   vtpmKey,
   vtpmOfKey,
 } from '../records/index.js';
-import type { AnchoredStore, Counting } from '../store/anchored-store.js';
+import type { AnchoredStore } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import type { Census } from './census.js';
 import { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
-import { type HeldRecord, LiveSession } from './live-session.js';
+import { LiveSession } from './live-session.js';
+import { sealGrant } from './load-grant.js';
 import { Slot } from './slot.js';
 import { type CheckedLoad, checkAgainstRecord, checkTicket, type TicketEnvironment } from './ticket-check.js';
+import { VtpmRecords } from './vtpm-records.js';
 import { WorkGate } from './work-gate.js';
 
 /** One connection of a worker. It carries one session: a second vTPM on it is refused. */
@@ -102,11 +99,13 @@ export class VtpmRegistry {
   readonly #slots = new Map<string, Slot>();
   readonly #environment: TicketEnvironment;
   readonly #refusals: Refusals;
+  readonly #records: VtpmRecords;
   #connected = 0;
   #isClosing = false;
 
   constructor(private readonly options: RegistryOptions) {
     this.#refusals = new Refusals(options.audit);
+    this.#records = new VtpmRecords(options);
     const clock = options.clock ?? { bootId, monotonicMs };
     this.#environment = { identity: options.keys.identity, trust: options.trust, ...clock };
   }
@@ -191,7 +190,7 @@ export class VtpmRegistry {
       if (slot.live) {
         throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
       }
-      const held = await this.#read(vtpmUuid);
+      const held = await this.#records.read(vtpmUuid);
       if (!held) throw unknownVtpm(vtpmUuid);
       if (held.record.header.kind === 'RETIRED') {
         // Whether the first one came to say so is not known: a crash may have been between.
@@ -205,7 +204,7 @@ export class VtpmRegistry {
       await this.options.erasure.note(this.options.keys.current.keyId, now);
       barrier('retire.noted');
       // Counted first: a disk from before does not bring it back.
-      await this.#write(vtpmUuid, held, record, 'now');
+      await this.#records.write(vtpmUuid, held, record, 'now');
       barrier('retire.written');
       await this.#audit(actor, 'retire', 'done', record.header);
       this.#emit('retired', record.header);
@@ -231,13 +230,13 @@ export class VtpmRegistry {
       if (slot.live) {
         throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
       }
-      const held = await this.#read(vtpmUuid);
+      const held = await this.#records.read(vtpmUuid);
       const record = change(held?.record.header, this.options.store.stated.counter + 1n);
       if (!record) return;
       if (!held) this.options.checkRoom?.();
       await this.#audit(actor, 'restore', 'intended', record.header, facts);
       barrier('restore.announced');
-      await this.#write(vtpmUuid, held, record, 'now');
+      await this.#records.write(vtpmUuid, held, record, 'now');
       barrier('restore.written');
       await this.#audit(actor, 'restore', 'done', record.header, facts);
     });
@@ -250,9 +249,9 @@ export class VtpmRegistry {
     const slot = this.#slot(vtpmUuid);
     await slot.inOrder(async () => {
       if (slot.live?.isOver === false) return await slot.live.rekey();
-      const held = await this.#read(vtpmUuid);
+      const held = await this.#records.read(vtpmUuid);
       if (!held || held.record.header.keyId === this.options.keys.current.keyId) return;
-      await this.#write(vtpmUuid, held, rekey(this.options.keys, held.record));
+      await this.#records.write(vtpmUuid, held, rekey(this.options.keys, held.record));
     });
     // All vTPMs come by here: those that do nothing must not cost memory for ever.
     if (slot.isDispensable) this.#slots.delete(vtpmUuid);
@@ -273,7 +272,7 @@ export class VtpmRegistry {
 
   /** As it is durable now, whether or not a worker is connected. */
   async record(vtpmUuid: string): Promise<VtpmRecord | undefined> {
-    return this.#slots.get(vtpmUuid)?.live?.record ?? (await this.#read(vtpmUuid))?.record;
+    return this.#slots.get(vtpmUuid)?.live?.record ?? (await this.#records.read(vtpmUuid))?.record;
   }
 
   /** UUIDs in order, behind `after`. */
@@ -312,7 +311,7 @@ export class VtpmRegistry {
     const { keys } = this.options;
     const { ticket, claim, vtpmUuid } = checked;
     const actor = { worker: Buffer.from(ticket.workerPublicKey).toString('hex').slice(0, 16) };
-    const held = await this.#read(vtpmUuid);
+    const held = await this.#records.read(vtpmUuid);
     const mode = await this.#checkLoad(checked, held?.record.header, actor);
     if (mode === 'manufacture') this.options.checkRoom?.();
     const session: Session = {
@@ -334,10 +333,10 @@ export class VtpmRegistry {
       ? applyLoad(keys, held.record, facts)
       : newRecord(keys, ticket, facts, BigInt(Date.now()));
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
-    const response = this.#grant(checked, record, mode === 'manufacture');
+    const response = sealGrant(keys, checked, record, mode === 'manufacture');
     await this.#audit(actor, 'load', 'done', record.header, { mode, isolation: ticket.isolation });
     barrier('load.audited');
-    await this.#write(vtpmUuid, held, record);
+    await this.#records.write(vtpmUuid, held, record);
     barrier('load.written');
     connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
     const { live } = slot;
@@ -386,37 +385,6 @@ export class VtpmRegistry {
     });
   }
 
-  #grant({ ticket, claim }: CheckedLoad, record: VtpmRecord, manufacture: boolean): LoadResponse {
-    const { keys } = this.options;
-    const { header } = record;
-    const session = sessionOf(header);
-    const sessionKey = keys.sessionKey({ ...session, vtpmUuid: header.vtpmUuid, epoch: header.epoch });
-    const { permanent, volatile, checkpointKey } = openState(keys, record);
-    try {
-      if (header.generation > 0n && !permanent) {
-        throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
-      }
-      return sealBox(
-        'LoadGrant',
-        {
-          loadId: claim.loadId,
-          sessionId: session.sessionId,
-          sessionKey,
-          epoch: header.epoch,
-          generation: header.generation,
-          permanent: permanent ?? new Uint8Array(0),
-          volatile: volatile ?? new Uint8Array(0),
-          manufacture,
-          checkpointKey: checkpointKey ?? new Uint8Array(0),
-        },
-        ticket.workerPublicKey,
-        keys.identity,
-      );
-    } finally {
-      wipe(sessionKey, permanent, volatile, checkpointKey);
-    }
-  }
-
   async #attachTo(
     slot: Slot,
     first: WorkerFrame,
@@ -425,7 +393,7 @@ export class VtpmRegistry {
   ): Promise<LiveSession> {
     this.#checkOpen();
     const { keys, store } = this.options;
-    const held = await this.#read(slot.vtpmUuid);
+    const held = await this.#records.read(slot.vtpmUuid);
     const header = held?.record.header;
     if (!held || !header?.session || !bytesEqual(header.session.sessionId, first.sessionId)) {
       throw new ManagerError('fenced', 'this session is over');
@@ -459,31 +427,9 @@ export class VtpmRegistry {
     return live;
   }
 
-  async #read(vtpmUuid: string): Promise<HeldRecord | undefined> {
-    const entry = await this.options.store.read(vtpmKey(vtpmUuid));
-    return (
-      entry && {
-        version: entry.version,
-        record: decodeRecord(this.options.keys, uuidToBytes(vtpmUuid), entry.value),
-      }
-    );
-  }
-
-  /** @param held what it replaces */
-  async #write(
-    vtpmUuid: string,
-    held: HeldRecord | undefined,
-    record: VtpmRecord,
-    counting?: Counting,
-  ): Promise<void> {
-    const bytes = encodeRecord(this.options.keys, record);
-    await this.options.store.write(vtpmKey(vtpmUuid), held?.version ?? 0, bytes, counting);
-    this.options.census.note(held?.record.header.kind, record.header.kind);
-  }
-
   /** A slot stays for ever: who proved nothing must not make one for each uuid that he thinks of. */
   async #checkKnown(vtpmUuid: string, refusal: ManagerError): Promise<void> {
-    if (!this.#slots.has(vtpmUuid) && !(await this.#read(vtpmUuid))) throw refusal;
+    if (!this.#slots.has(vtpmUuid) && !(await this.#records.read(vtpmUuid))) throw refusal;
   }
 
   #slot(vtpmUuid: string): Slot {
@@ -511,11 +457,6 @@ export class VtpmRegistry {
     const { epoch, generation } = header;
     this.events.emit({ type, id: uuidToText(header.vtpmUuid), epoch, generation });
   }
-}
-
-function sessionOf(header: RecordHeader): Session {
-  if (!header.session) throw new ManagerError('internal', 'a loaded record has no session');
-  return header.session;
 }
 
 function unknownVtpm(vtpmUuid: string): ManagerError {

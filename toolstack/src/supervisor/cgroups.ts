@@ -9,6 +9,7 @@ import {
 } from 'node:fs';
 import { basename, dirname, join, relative } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
+import { readKernelFile } from './kernel-file.js';
 import { LIMITS } from './limits.js';
 
 export const CONTROLLERS = ['memory', 'pids', 'cpu'] as const;
@@ -153,7 +154,7 @@ let hierarchies: ReadonlyMap<Controller, Hierarchy> | undefined;
 
 /** By /proc/self/mountinfo and /proc/self/cgroup. A controller is in one hierarchy: that of version 1 it is bound to, or version 2's. */
 export function findHierarchies(
-  mountinfo = readText('/proc/self/mountinfo'),
+  mountinfo = readKernelFile('/proc/self/mountinfo'),
   own = groupsOf('self'),
 ): ReadonlyMap<Controller, Hierarchy> {
   const found = new Map<Controller, Hierarchy>();
@@ -164,7 +165,9 @@ export function findHierarchies(
     if (type !== 'cgroup' && type !== 'cgroup2') continue;
     const version = type === 'cgroup' ? 1 : 2;
     const names =
-      version === 1 ? options.split(',') : readText(join(mount, 'cgroup.controllers')).trim().split(' ');
+      version === 1
+        ? options.split(',')
+        : readKernelFile(join(mount, 'cgroup.controllers')).trim().split(' ');
     for (const controller of CONTROLLERS) {
       const group = own.get(version === 2 ? '' : controller);
       if (!names.includes(controller) || group === undefined || found.has(controller)) continue;
@@ -180,7 +183,7 @@ export function findHierarchies(
 /** proc(5), /proc/pid/cgroup: the path in each hierarchy by controller; version 2's by ''. */
 function groupsOf(pid: number | 'self'): Map<string, string> {
   const groups = new Map<string, string>();
-  for (const line of readText(`/proc/${pid}/cgroup`).split('\n')) {
+  for (const line of readKernelFile(`/proc/${pid}/cgroup`).split('\n')) {
     const [, names, ...path] = line.split(':');
     if (names === undefined) continue;
     for (const name of names.split(',')) groups.set(name, path.join(':'));
@@ -201,7 +204,7 @@ function parentOf({ version, mount, own }: Hierarchy, controller: Controller): s
     mkdirSync(join(at, ASIDE), { recursive: true, mode: 0o755 });
     writeFileSync(join(at, ASIDE, 'cgroup.procs'), String(process.pid));
   }
-  while (at !== mount && readText(join(at, 'cgroup.procs')) !== '') at = dirname(at);
+  while (at !== mount && readKernelFile(join(at, 'cgroup.procs')) !== '') at = dirname(at);
   // Each group on the way hands it on to the next.
   const way = [at];
   for (let outer = at; outer !== mount; ) {
@@ -210,7 +213,7 @@ function parentOf({ version, mount, own }: Hierarchy, controller: Controller): s
   }
   for (const group of way) {
     const file = join(group, 'cgroup.subtree_control');
-    if (!readText(file).split(/\s/).includes(controller)) writeFileSync(file, `+${controller}`);
+    if (!readKernelFile(file).split(/\s/).includes(controller)) writeFileSync(file, `+${controller}`);
   }
   return at;
 }
@@ -218,7 +221,7 @@ function parentOf({ version, mount, own }: Hierarchy, controller: Controller): s
 const ASIDE = 'vtpm-supervisor';
 
 function isAlone(group: string): boolean {
-  return readText(join(group, 'cgroup.procs')).trim() === String(process.pid);
+  return readKernelFile(join(group, 'cgroup.procs')).trim() === String(process.pid);
 }
 
 function tryOut(parent: string, controller: Controller, version: 1 | 2): void {
@@ -246,9 +249,10 @@ function pidNamespace(): string {
 
 /** @param isSuccessor what has this process's id is its own; otherwise it is of one that had it before */
 function removeLeft(parent: string, isSuccessor: boolean): void {
+  const own = pidNamespace();
   for (const name of readdirSync(parent)) {
     const [, pid, namespace] = NAME.exec(name) ?? [];
-    if (pid === undefined || namespace !== pidNamespace()) continue;
+    if (pid === undefined || namespace !== own) continue;
     const isOurs = Number(pid) === process.pid;
     if (isOurs ? isSuccessor : existsSync(`/proc/${pid}`)) continue;
     try {
@@ -269,13 +273,5 @@ export async function removeGroup(path: string): Promise<void> {
       if ((error as NodeJS.ErrnoException).code === 'ENOENT') return;
       await delay(REMOVE_PAUSE_MS);
     }
-  }
-}
-
-function readText(path: string): string {
-  try {
-    return readFileSync(path, 'utf8');
-  } catch {
-    return '';
   }
 }

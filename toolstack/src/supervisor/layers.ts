@@ -1,6 +1,7 @@
-import { readFileSync, readlinkSync } from 'node:fs';
+import { readlinkSync } from 'node:fs';
 import { ToolstackError } from '../error.js';
 import { limitedBy } from './cgroups.js';
+import { readKernelFile } from './kernel-file.js';
 import { LIMITS } from './limits.js';
 
 const NAMESPACES = ['user', 'mnt', 'pid', 'net', 'ipc', 'uts', 'cgroup'] as const;
@@ -63,12 +64,13 @@ export function parseWaived(text: string): ReadonlySet<WaivableLayer> {
  * @param waived says which of the two filters a single one is: the kernel gives their number, not their content
  */
 export function confinementOf(pid: number, waived: ReadonlySet<WaivableLayer> = new Set()): Layer[] {
+  own ??= ownConfinement();
   const layers: Layer[] = [];
   for (const kind of NAMESPACES) {
     const theirs = namespaceOf(pid, kind);
-    if (theirs !== '' && theirs !== namespaceOf('self', kind)) layers.push(`namespace:${kind}`);
+    if (theirs !== '' && theirs !== own.namespaces[kind]) layers.push(`namespace:${kind}`);
   }
-  const root = readText(`/proc/${pid}/mountinfo`)
+  const root = readKernelFile(`/proc/${pid}/mountinfo`)
     .split('\n')
     .map((line) => line.split(' '))
     .find((fields) => fields[4] === '/');
@@ -80,7 +82,7 @@ export function confinementOf(pid: number, waived: ReadonlySet<WaivableLayer> = 
   if (noCapabilities) layers.push('no-capabilities');
   if (status.get('NoNewPrivs') === '1') layers.push('no-new-privileges');
   // A container's filter is on the supervisor, too.
-  const filters = filtersOf(status) - filtersOf(statusOf('self'));
+  const filters = filtersOf(status) - own.filters;
   layers.push(
     ...(['seccomp:start', 'seccomp:serve'] as const).filter((name) => !waived.has(name)).slice(0, filters),
   );
@@ -93,6 +95,15 @@ export function confinementOf(pid: number, waived: ReadonlySet<WaivableLayer> = 
   return layers;
 }
 
+/** Of the supervisor itself. Asked once: what it is in, it stays in. */
+let own: ReturnType<typeof ownConfinement> | undefined;
+
+function ownConfinement() {
+  const namespaces: Partial<Record<(typeof NAMESPACES)[number], string>> = {};
+  for (const kind of NAMESPACES) namespaces[kind] = namespaceOf('self', kind);
+  return { namespaces, filters: filtersOf(statusOf('self')) };
+}
+
 /** proc(5), /proc/pid/status: `Seccomp_filters`, since Linux 5.9; before, `Seccomp` is 2 with one filter and with several. */
 function filtersOf(status: ReadonlyMap<string, string>): number {
   const count = Number(status.get('Seccomp_filters') ?? Number.NaN);
@@ -101,7 +112,7 @@ function filtersOf(status: ReadonlyMap<string, string>): number {
 
 function hasLimits(pid: number): boolean {
   const hard = new Map(
-    readText(`/proc/${pid}/limits`)
+    readKernelFile(`/proc/${pid}/limits`)
       .split('\n')
       .map((line) => line.split(/ {2,}/))
       .map(([row = '', , value = '']) => [row, value]),
@@ -111,7 +122,7 @@ function hasLimits(pid: number): boolean {
 
 function statusOf(pid: number | 'self'): ReadonlyMap<string, string> {
   return new Map(
-    readText(`/proc/${pid}/status`)
+    readKernelFile(`/proc/${pid}/status`)
       .split('\n')
       .map((line) => line.split(/:\t(.*)/s) as [string, string]),
   );
@@ -120,14 +131,6 @@ function statusOf(pid: number | 'self'): ReadonlyMap<string, string> {
 function namespaceOf(pid: number | 'self', kind: string): string {
   try {
     return readlinkSync(`/proc/${pid}/ns/${kind}`);
-  } catch {
-    return '';
-  }
-}
-
-function readText(path: string): string {
-  try {
-    return readFileSync(path, 'utf8');
   } catch {
     return '';
   }

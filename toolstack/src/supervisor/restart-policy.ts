@@ -1,6 +1,6 @@
 import { ToolstackError } from '../error.js';
 import type { Entry } from './entry.js';
-import type { WorkerEnd } from './worker-process.js';
+import type { WorkerEnd } from './worker-end.js';
 
 /** What a worker says when it ends because it may not go on, or because nobody could in its place. */
 const FINAL: ReadonlySet<string> = new Set(['fenced', 'refused']);

@@ -13,8 +13,9 @@ import { isFinal, isHopeless, isOutdated, passingRetryMs, wasLost } from './rest
 import { VmRun } from './vm-run.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
+import type { WorkerEnd } from './worker-end.js';
 import type { ClaimedWorker } from './worker-pool.js';
-import type { WorkerEnd, WorkerOwner, WorkerProcess } from './worker-process.js';
+import type { WorkerOwner, WorkerProcess } from './worker-process.js';
 import { giveIdentity, giveLoss, type StartParts } from './worker-start.js';
 
 const UNKEPT = 'and nothing is check-pointed';

@@ -4,12 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { type Logger, sendDescriptor, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { HeldConfinement } from './confinement.js';
-import {
-  LineReader,
-  parseWorkerMessage,
-  type SupervisorMessage,
-  type WorkerMessage,
-} from './control-protocol.js';
+import type { SupervisorMessage, WorkerMessage } from './control-protocol.js';
 import type { Entry } from './entry.js';
 import type { KeptDescriptors } from './handover/descriptors.js';
 import type { WorkerHandOver } from './handover/state.js';
@@ -17,9 +12,11 @@ import type { WorkerImage } from './image.js';
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
 import type { WorkerBody, WorkerChild } from './worker-body.js';
+import { failureOf, reasonOf, type WorkerEnd } from './worker-end.js';
 import { checkUntouched } from './worker-images.js';
 import { WorkerLinks } from './worker-links.js';
 import { keepLog } from './worker-log.js';
+import { WorkerMessages } from './worker-messages.js';
 
 /** Whose worker it is at the moment. */
 export interface WorkerOwner {
@@ -44,23 +41,8 @@ export interface WorkerOptions {
   readonly before?: WorkerHandOver;
 }
 
-export interface WorkerEnd {
-  /** A sentence without a final period. */
-  readonly reason: string;
-  /** `failed` as the worker said it. */
-  readonly failure: { readonly reason: string; readonly message: string } | undefined;
-  /** It said `stopped` and ended with status 0. */
-  readonly clean: boolean;
-  /** What was killed and is still there; empty in all but the worst case. */
-  readonly lingering: readonly ProcessId[];
-}
-
 /** How long a worker whose process is gone already may take to be known as ended. */
 const ENDING_MS = 1000;
-/** In all for a burst, and per pause after it: 2,000 messages a second. */
-const MAX_MESSAGES_AT_ONCE = 200;
-const PAUSE_MS = 100;
-
 type Waiter = { type: WorkerMessage['type']; resolve(message: WorkerMessage): void };
 
 /** One worker and what is around it: its sandbox, its control channel and its descriptor channel. */
@@ -74,7 +56,7 @@ export class WorkerProcess {
   readonly #options: WorkerOptions;
   readonly #waiters = new Set<Waiter>();
   readonly #links: WorkerLinks;
-  readonly #lines: LineReader;
+  readonly #messages: WorkerMessages;
   #owner: WorkerOwner;
   #descriptors: number;
   #processes: ProcessId[];
@@ -82,7 +64,6 @@ export class WorkerProcess {
   #saidStopped: boolean;
   #hasEnded = false;
   #overTime: number | undefined;
-  #recentMessages = 0;
 
   /** @throws ToolstackError `internal` where it cannot be watched; it is killed then */
   constructor(options: WorkerOptions) {
@@ -97,11 +78,16 @@ export class WorkerProcess {
     this.#processes = before?.processes ?? [];
     this.#failure = before?.failure ?? undefined;
     this.#saidStopped = before?.saidStopped ?? false;
-    this.#lines = new LineReader(Buffer.from(before?.pending ?? '', 'base64'));
     const link = before?.link ?? 'linked';
     this.#links = new WorkerLinks(this, options.workerSocket, () => this.#owner.log, link);
     if (body.output) keepLog(body.output, () => this.#owner.logPath);
-    this.#listen();
+    this.#messages = new WorkerMessages(body.control, before?.pending, {
+      take: (message) => this.#take(message),
+      broken: (message) => {
+        this.#failure ??= { reason: 'protocol', message };
+        void this.kill();
+      },
+    });
     this.ended = this.#waitForEnd();
     try {
       if (before) options.ledger.add(before.processes);
@@ -266,41 +252,11 @@ export class WorkerProcess {
       control: canBeHeard && this.#control.writableLength === 0 ? kept.keep(socketFd(this.#control)) : null,
       descriptors: kept.keep(this.#descriptors),
       output: this.#output && !this.#output.destroyed ? kept.keep(socketFd(this.#output)) : null,
-      pending: this.#lines.pending.toString('base64'),
+      pending: this.#messages.pending,
       link: this.#links.state,
       failure: this.#failure ? { reason: this.#failure.reason, message: this.#failure.message } : null,
       saidStopped: this.#saidStopped,
     };
-  }
-
-  #listen(): void {
-    this.#control.on('data', (chunk: Buffer) => {
-      try {
-        const lines = this.#lines.push(chunk);
-        for (const line of lines) this.#take(parseWorkerMessage(line));
-        this.#slowDown(lines.length);
-      } catch (error) {
-        this.#failure ??= {
-          reason: 'protocol',
-          message: `the worker broke the protocol: ${(error as Error).message}`,
-        };
-        this.#control.destroy();
-        void this.kill();
-      }
-    });
-    // A worker that ends closes it; what that means `ended` says.
-    this.#control.on('error', () => undefined);
-  }
-
-  /** A worker that talks without end waits; the supervisor has others. */
-  #slowDown(messages: number): void {
-    this.#recentMessages += messages;
-    if (this.#recentMessages < MAX_MESSAGES_AT_ONCE || this.#control.isPaused()) return;
-    this.#control.pause();
-    setTimeout(() => {
-      this.#recentMessages = 0;
-      this.#control.resume();
-    }, PAUSE_MS).unref();
   }
 
   #take(message: WorkerMessage): void {
@@ -349,34 +305,10 @@ export class WorkerProcess {
     closeSync(this.#descriptors);
     this.#descriptors = -1;
     return {
-      reason: this.#reasonOf(status),
+      reason: reasonOf(status, this.#failure, this.#overTime),
       failure: this.#failure,
       clean: this.#saidStopped && status === 'exit status 0',
       lingering,
     };
   }
-
-  #reasonOf(status: string): string {
-    if (this.#failure) return sayFailure(this.#failure);
-    if (this.#overTime !== undefined) return `it did not stop within ${this.#overTime} ms and was killed`;
-    return `the worker ended by itself (${status})`;
-  }
-}
-
-function failureOf(end: WorkerEnd, logPath: string): ToolstackError {
-  const code = end.failure?.reason === 'image-not-allowed' ? 'image-not-allowed' : 'worker-failed';
-  if (end.failure && code === 'image-not-allowed') return new ToolstackError(code, sentenceOf(end.failure));
-  const hint = end.failure ? '' : `; look into ${logPath}`;
-  return new ToolstackError(code, `${end.reason}${hint}`);
-}
-
-type Failure = Omit<Extract<WorkerMessage, { type: 'failed' }>, 'type'>;
-
-function sayFailure(failure: Failure): string {
-  return `${failure.reason}: ${sentenceOf(failure)}`;
-}
-
-/** What the manager refuses comes as `reason: sentence` already. */
-function sentenceOf({ reason, message }: Failure): string {
-  return message.startsWith(`${reason}: `) ? message.slice(reason.length + 2) : message;
 }

@@ -1,0 +1,40 @@
+import { uuidToBytes } from 'vtpm-proto';
+import type { KeyHierarchy } from '../keys/index.js';
+import { decodeRecord, encodeRecord, type VtpmRecord, vtpmKey } from '../records/index.js';
+import type { AnchoredStore, Counting } from '../store/anchored-store.js';
+import type { Census } from './census.js';
+import type { HeldRecord } from './live-session.js';
+
+/** The vTPMs' records in the store, verified as they are read. */
+export class VtpmRecords {
+  constructor(
+    private readonly parts: {
+      readonly keys: KeyHierarchy;
+      readonly store: AnchoredStore;
+      readonly census: Census;
+    },
+  ) {}
+
+  /** @throws ManagerError `newer-format`, `store-corrupt` */
+  async read(vtpmUuid: string): Promise<HeldRecord | undefined> {
+    const entry = await this.parts.store.read(vtpmKey(vtpmUuid));
+    return (
+      entry && {
+        version: entry.version,
+        record: decodeRecord(this.parts.keys, uuidToBytes(vtpmUuid), entry.value),
+      }
+    );
+  }
+
+  /** @param held what it replaces */
+  async write(
+    vtpmUuid: string,
+    held: HeldRecord | undefined,
+    record: VtpmRecord,
+    counting?: Counting,
+  ): Promise<void> {
+    const bytes = encodeRecord(this.parts.keys, record);
+    await this.parts.store.write(vtpmKey(vtpmUuid), held?.version ?? 0, bytes, counting);
+    this.parts.census.note(held?.record.header.kind, record.header.kind);
+  }
+}
