@@ -3,7 +3,8 @@ import { isToolstackErrorCode, ToolstackError } from '../error.js';
 
 /** What the supervisor needs of the manager's GET /health. */
 export interface ManagerHealth {
-  readonly status: 'ready' | 'locked' | 'starting';
+  /** `ready`, `locked`, or why neither: another version may have more of them. */
+  readonly status: string;
   /** NaCl box public key, 32 bytes in hex. */
   readonly managerId: string;
   readonly message?: string;
@@ -27,8 +28,7 @@ export class AdminClient {
   /** @throws ToolstackError `manager-unreachable` | `manager-refused` */
   async health(): Promise<ManagerHealth> {
     const value = (await this.#get('/health')) as Partial<ManagerHealth> | undefined;
-    const isKnown = value?.status === 'ready' || value?.status === 'locked' || value?.status === 'starting';
-    if (!value || !isKnown || typeof (value.managerId ?? '') !== 'string') {
+    if (typeof value?.status !== 'string' || typeof (value.managerId ?? '') !== 'string') {
       throw new ToolstackError(
         'manager-refused',
         'the manager answers GET /health in a form this version does not know',

@@ -124,7 +124,11 @@ class TicketOfficeImpl implements TicketOffice {
       throw new ToolstackError('locked', `the manager is locked: ${health.message ?? 'see vtpmctl status'}`);
     }
     if (health.status !== 'ready') {
-      throw new ToolstackError('manager-unreachable', 'the manager is still starting; try again in a moment');
+      // Not for good: a guest must not lose its TPM because of a manager that comes or goes.
+      throw new ToolstackError(
+        'manager-unreachable',
+        `the manager is not ready (${health.status}); try again in a moment`,
+      );
     }
     const { managerId } = health;
     // Where the events were lost meanwhile, it may be another manager's.
