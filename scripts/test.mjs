@@ -28,13 +28,16 @@ function run(script, scriptArgs) {
   if (result.status !== 0) process.exit(result.status ?? 1);
 }
 
+// The longest first, so that none of them is left over at the end.
+const LONGEST = ['mutants', 'manager-crash', 'current-node', 'power-loss'];
+const longFiles = LONGEST.map((name) => `test/dist/long/${name}.test.js`);
+
 if (!isLong) run('node_modules/@biomejs/biome/bin/biome', ['check', '--error-on-warnings', '.']);
 run('node_modules/mocha/bin/mocha.js', [
   '--reporter',
   'scripts/mocha-reporter.cjs',
-  ...(isLong
-    ? ['--no-config', '--timeout', '3600000', '--spec', 'test/dist/long/**/*.test.js']
-    : // Files side by side: each has installations, sockets and directories of its own, and most of its time it waits.
-      ['--parallel', '--jobs', String(Math.min(Math.max(availableParallelism(), 2), 8))]),
+  ...(isLong ? ['--no-config', '--timeout', '3600000', ...longFiles, 'test/dist/long/**/*.test.js'] : []),
+  // Files side by side: each has installations, sockets and directories of its own, and most of its time it waits.
+  ...['--parallel', '--jobs', String(Math.min(Math.max(availableParallelism(), 2), 8))],
   ...args.filter((arg) => arg !== '--long'),
 ]);
