@@ -212,6 +212,25 @@ describe('vtpmctl', () => {
       assert.deepEqual(Buffer.from(delegation.toolstackKey), signingKeyFromSeed(seed).publicKey);
     });
 
+    it('says which doors it has, where that is asked for; set changes them', async () => {
+      withKey();
+      const supervisor = await desk.supervisor({
+        ...answers,
+        'PATCH /vtpms/web1': ({ body }) => ({
+          body: { ...supervisorVtpm(ID(1), 'web1'), ...(body as object) },
+        }),
+      });
+      assert.equal((await desk.ctl(['create', 'web1', '--doors', 'tpm,ring'])).code, 0);
+      assert.deepEqual((supervisor.calls.at(-1)!.body as { doors: string[] }).doors, ['tpm', 'ring']);
+      const { code, stdout } = await desk.ctl(['set', 'web1', '--doors', 'tcti']);
+      assert.equal(code, 0);
+      assert.match(stdout, /changed +web1\ndoors +tcti/);
+      assert.deepEqual(supervisor.calls.at(-1)?.body, { doors: ['tcti'] });
+      const nothing = await desk.ctl(['set', 'web1']);
+      assert.equal(nothing.code, 2);
+      assert.match(nothing.stderr, /nothing to change; for example: vtpmctl set web1 --doors tpm,tcti/);
+    });
+
     it('refuses a toolstack key that others may read, one that is cut, and none', async () => {
       await desk.supervisor(answers);
       const missing = await desk.ctl(['create', 'web1']);

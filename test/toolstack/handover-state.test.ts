@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import fc from 'fast-check';
 import { ToolstackError } from 'vtpm-toolstack/error';
+import { DOOR_NAMES } from 'vtpm-toolstack/supervisor/control-protocol';
 import { HANDOVER_FORMAT, type HandOverState, parseHandOver } from 'vtpm-toolstack/supervisor/handover/state';
 
 const fd = fc.integer({ min: 3, max: 100_000 });
@@ -19,6 +20,7 @@ const run = fc.record({
   clientsGone: fc.array(fc.nat()),
   lost: fc.option(fc.string()),
 });
+const door = fc.constantFrom(...DOOR_NAMES);
 const served = fc.record({
   run,
   worker: fc.record({
@@ -44,11 +46,11 @@ const served = fc.record({
   }),
   doors: fc.record({
     nextId: fc.nat(),
-    servers: fc.record({ tpm: fd, tcti: fd, 'tcti-ctrl': fd }),
+    servers: fc.dictionary(door, fd),
     connections: fc.array(
       fc.record({
         id: fc.nat(),
-        door: fc.constantFrom('tpm', 'tcti', 'tcti-ctrl'),
+        door,
         peer: fc.option(fc.nat()),
         fd,
       }),
@@ -93,6 +95,7 @@ const state = fc.record({
   vtpms: fc.uniqueArray(vtpm, { selector: ({ id }) => id, maxLength: 5 }),
 }) as fc.Arbitrary<HandOverState>;
 
+const ID = '00000000-0000-4000-8000-000000000001';
 const bytes = (value: unknown): Buffer => Buffer.from(JSON.stringify(value));
 const isRefusal = (error: unknown): boolean =>
   error instanceof ToolstackError && (error.code === 'corrupt' || error.code === 'newer-format');
@@ -117,6 +120,17 @@ describe('what one supervisor hands over to the next', () => {
         assert.deepEqual(parseHandOver(bytes(given)), JSON.parse(JSON.stringify(given)));
       }),
     );
+  });
+
+  it('is read where it is of the format before, in which every vTPM had three doors', () => {
+    const [given] = fc.sample(state, 1) as [HandOverState];
+    const worker = fc.sample(served, 1)[0]!;
+    const doors = { ...worker.doors, servers: { tpm: 10, tcti: 11, 'tcti-ctrl': 12 }, connections: [] };
+    const vtpms = [
+      { id: ID, state: 'running', reason: null, lingering: [], served: { ...worker, doors } },
+    ] as unknown as HandOverState['vtpms'];
+    const old = { ...given, format: 1, vtpms };
+    assert.deepEqual(parseHandOver(bytes(old)), JSON.parse(JSON.stringify(old)));
   });
 
   it('is refused by name where it is of a newer format', () => {

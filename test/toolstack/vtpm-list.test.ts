@@ -4,6 +4,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import type { ToolstackError } from 'vtpm-toolstack/error';
+import { DOOR_KINDS } from 'vtpm-toolstack/supervisor/door-kinds';
 import { type Entry, parseEntry } from 'vtpm-toolstack/supervisor/entry';
 import { LIST_FORMAT, VtpmList } from 'vtpm-toolstack/supervisor/vtpm-list';
 import { removeDirectory, temporaryDirectory } from './supervisor-fixture.js';
@@ -17,6 +18,7 @@ const entry: fc.Arbitrary<Entry> = fc.record({
   isolation: fc.constantFrom('sandbox' as const, 'none' as const),
   autostart: fc.boolean(),
   startup: fc.constantFrom('clear' as const, 'none' as const),
+  doors: fc.uniqueArray(fc.constantFrom(...DOOR_KINDS), { minLength: 1 }),
   socketOwner: fc.option(fc.tuple(fc.nat(), fc.nat()).map(([uid, gid]) => `${uid}:${gid}`)),
   socketMode: fc.constantFrom('0600', '0660'),
   delegation: base64,
@@ -89,20 +91,32 @@ describe('the list of vTPMs', () => {
     );
   });
 
-  it('reads the lists of format 1, whose doors belong to the supervisor alone, and no others without a format', () => {
+  it('reads the lists of older formats, whose vTPMs have the doors that there were, and no others without a format', () => {
     const [item] = fc.sample(entry, 1) as [Entry];
-    const { socketOwner: _owner, socketMode: _mode, ...old } = item;
+    const { doors: _doors, ...second } = item;
+    const { socketOwner: _owner, socketMode: _mode, ...old } = second;
+    const doors = ['tpm', 'tcti'];
     const save = (format: number, vtpms: object[]) => {
       const sha256 = createHash('sha256').update(JSON.stringify(vtpms)).digest('hex');
       writeFileSync(path, JSON.stringify({ format, sha256, vtpms }));
     };
     save(1, [old]);
-    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...old, socketOwner: null, socketMode: '0600' }]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...old, doors, socketOwner: null, socketMode: '0600' }]);
+    save(2, [second]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...second, doors }]);
     // A field that a format does not have, and one that it must have.
     save(1, [item]);
     assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
-    save(2, [old]);
-    assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
+    for (const [format, vtpm] of [
+      [2, item],
+      [2, old],
+      [3, second],
+      [0, old],
+      [1.5, old],
+    ] as const) {
+      save(format, [vtpm]);
+      assert.throws(() => VtpmList.open(path), hasCode('corrupt'), String(format));
+    }
   });
 
   it('refuses a newer format by name, and is undefined only where there is no file', () => {

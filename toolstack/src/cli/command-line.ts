@@ -1,5 +1,6 @@
 import { Command, CommanderError, Option } from 'commander';
 import { CONFIG_KEYS, defaultHome, libtpmsVersion, VERSION } from 'vtpm-common';
+import { DEFAULT_DOORS, DOOR_KINDS } from '../supervisor/door-kinds.js';
 import { addBackupCommands } from './backup-commands.js';
 import { auditCommands } from './commands/audit.js';
 import { showConfig } from './commands/config.js';
@@ -13,6 +14,7 @@ import { type InitFlags, init } from './commands/init.js';
 import { remove, start, stop } from './commands/lifecycle.js';
 import { list, show } from './commands/list.js';
 import { type LogsFlags, logs } from './commands/logs.js';
+import { type SetFlags, set } from './commands/set.js';
 import { upgradeSupervisor } from './commands/supervisor.js';
 import { type UninstallFlags, uninstall } from './commands/uninstall.js';
 import { up } from './commands/up.js';
@@ -175,10 +177,20 @@ ${EXIT_STATUSES}`,
         .choices(['clear', 'none'])
         .default('clear'),
     )
+    .addOption(doorsOption())
     .option('--socket-owner <user:group>', "whom its sockets belong to (default: the supervisor's user)")
     .option('--socket-mode <mode>', '0600 or 0660 (default: 0660 with a group in --socket-owner, else 0600)');
   createCommand.action((name: string, flags: CreateFlags) =>
     run(createCommand, (context) => create(name, flags, context)),
+  );
+
+  const setCommand = add(program, 'set', 'changes a vTPM that is stopped', [
+    'vtpmctl set web1 --doors tpm,tcti',
+  ])
+    .argument('<name>', 'name or id')
+    .addOption(doorsOption());
+  setCommand.action((name: string, flags: SetFlags) =>
+    run(setCommand, (context) => set(name, flags, context)),
   );
 
   const startCommand = add(program, 'start', 'starts a vTPM and waits until its doors are open', [
@@ -306,6 +318,13 @@ ${EXIT_STATUSES}`,
   ]);
   configShow.action(() => run(configShow, showConfig));
   return program;
+}
+
+function doorsOption(): Option {
+  return new Option(
+    '--doors <kinds>',
+    `which doors it has, with commas between: ${DOOR_KINDS.join(', ')} (default: ${DEFAULT_DOORS.join(',')})`,
+  ).argParser((text: string) => text.split(','));
 }
 
 /** A command that only has commands. */

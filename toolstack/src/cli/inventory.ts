@@ -23,6 +23,7 @@ export interface Entry {
   readonly isolation: string | null;
   readonly autostart: boolean | null;
   readonly startup: string | null;
+  readonly doors: readonly string[] | null;
   /** `uid:gid` in numbers; null: the supervisor's user. */
   readonly socketOwner: string | null;
   readonly socketMode: string | null;
@@ -132,6 +133,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     isolation: vtpm.isolation,
     autostart: vtpm.autostart,
     startup: vtpm.startup,
+    doors: vtpm.doors ?? null,
     socketOwner: vtpm.socketOwner ?? null,
     socketMode: vtpm.socketMode ?? null,
     worker: vtpm.worker,
@@ -160,6 +162,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     isolation: null,
     autostart: null,
     startup: null,
+    doors: null,
     socketOwner: null,
     socketMode: null,
     worker: null,

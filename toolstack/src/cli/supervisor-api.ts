@@ -35,6 +35,8 @@ interface VtpmSettings {
   readonly isolation: string;
   readonly autostart: boolean;
   readonly startup: string;
+  /** Absent: tpm and tcti. */
+  readonly doors?: readonly string[];
   /** `uid:gid` in numbers; absent or null: the supervisor's user. */
   readonly socketOwner?: string | null;
   readonly socketMode?: string;
@@ -103,6 +105,11 @@ export class SupervisorApi {
 
   async vtpm(nameOrId: string): Promise<SupervisorVtpm> {
     return await this.#client.call('GET', `/vtpms/${encodeURIComponent(nameOrId)}`);
+  }
+
+  /** While it is stopped. */
+  async change(nameOrId: string, change: { readonly doors: readonly string[] }): Promise<SupervisorVtpm> {
+    return await this.#client.call('PATCH', `/vtpms/${encodeURIComponent(nameOrId)}`, { body: change });
   }
 
   async start(nameOrId: string): Promise<SupervisorVtpm> {

@@ -3,6 +3,7 @@ import { Socket } from 'node:net';
 import { type Logger, VERSION } from 'vtpm-common';
 import { ToolstackError, type ToolstackErrorCode } from '../error.js';
 import { ApiServer } from './api-server.js';
+import { parseEntryChange } from './entry.js';
 import type { Inheritance } from './handover/inheritance.js';
 import { upgrade } from './handover/upgrade.js';
 import { isolationProfile } from './layers.js';
@@ -123,6 +124,11 @@ async function dispatch(
       return { status: 201, body: supervisor.create(await readBody(request)).view() };
     case 'GET /vtpms/:vtpm':
       return { status: 200, body: supervisor.find(decoded(name)).view() };
+    case 'PATCH /vtpms/:vtpm': {
+      const vtpm = supervisor.find(decoded(name));
+      await vtpm.change(parseEntryChange(await readBody(request)));
+      return { status: 200, body: vtpm.view() };
+    }
     case 'DELETE /vtpms/:vtpm': {
       const vtpm = supervisor.find(decoded(name));
       await supervisor.remove(vtpm);

@@ -28,6 +28,8 @@ export type SupervisorMessage =
       readonly ticket: string;
       readonly managerKey: string;
       readonly startup: 'clear' | 'none';
+      /** `vmm`: the TPM stays off until the VMM powers it on. */
+      readonly power: 'on' | 'vmm';
       readonly outage: { readonly holdMs: Readonly<Record<'tpm' | 'tcti', number>> };
       readonly checkpoint: CheckpointFields | null;
     }
@@ -57,7 +59,20 @@ export interface CheckpointFields {
   readonly resumes: { readonly newest: number; readonly connections: number } | null;
 }
 
-export type DoorName = 'tpm' | 'tcti' | 'tcti-ctrl';
+/**
+ * What a connection came through. `vmm-data`: what a VMM gave its commands by SET_DATAFD; it is no entrance.
+ */
+export const DOOR_NAMES = [
+  'tpm',
+  'tcti',
+  'tcti-ctrl',
+  'control',
+  'vmm-data',
+  'mssim',
+  'mssim-platform',
+  'ring',
+] as const;
+export type DoorName = (typeof DOOR_NAMES)[number];
 
 /** A worker is not trusted with the supervisor's memory: no line is longer. */
 const MAX_LINE_BYTES = 16 * 1024;

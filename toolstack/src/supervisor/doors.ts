@@ -1,21 +1,13 @@
 import { chmodSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
-import { join } from 'node:path';
 import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
 import { applyAccess, type DoorAccess, directoryMode } from './door-access.js';
 import { DoorClients } from './door-clients.js';
+import { type DoorKind, doorFile, doorFiles, entrancesOf } from './door-kinds.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { DoorsHandOver } from './handover/state.js';
-
-const FILES: Readonly<Record<DoorName, string>> = {
-  tpm: 'tpm.sock',
-  tcti: 'tcti.sock',
-  'tcti-ctrl': 'tcti.sock.ctrl',
-};
-
-const DOORS: readonly DoorName[] = ['tpm', 'tcti', 'tcti-ctrl'];
 
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
 const MAX_CONNECTIONS = 64;
@@ -37,13 +29,11 @@ export interface DoorEvents {
   peerGone(peer: number): void;
 }
 
-export interface DoorPaths {
-  readonly tpm: string;
-  readonly tcti: string;
-}
-
-export function doorPaths(directory: string): DoorPaths {
-  return { tpm: join(directory, FILES.tpm), tcti: join(directory, FILES.tcti) };
+/** Where the doors of a vTPM are, which ones, and for whom. */
+export interface DoorPlan {
+  readonly directory: string;
+  readonly access: DoorAccess;
+  readonly kinds: readonly DoorKind[];
 }
 
 /**
@@ -53,31 +43,29 @@ export function doorPaths(directory: string): DoorPaths {
 export class Doors {
   readonly #servers = new Map<DoorName, Server>();
   readonly #connections = new Map<number, Visit>();
-  readonly #directory: string;
   readonly #clients: DoorClients;
-  readonly #access: DoorAccess;
+  readonly #plan: DoorPlan;
   readonly #events: DoorEvents;
   #nextId: number;
 
   private constructor(
-    directory: string,
-    access: DoorAccess,
+    plan: DoorPlan,
     events: DoorEvents,
     before?: Pick<DoorsHandOver, 'nextId' | 'clients'>,
   ) {
     this.#clients = new DoorClients(before?.clients);
     this.#nextId = before?.nextId ?? 1;
-    this.#directory = directory;
-    this.#access = access;
+    this.#plan = plan;
     this.#events = events;
   }
 
   /** @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made */
-  static async open(directory: string, access: DoorAccess, events: DoorEvents): Promise<Doors> {
-    const doors = new Doors(directory, access, events);
+  static async open(plan: DoorPlan, events: DoorEvents): Promise<Doors> {
+    const doors = new Doors(plan, events);
+    const { directory, access, kinds } = plan;
     try {
       chmodSync(passingDirectory(directory), directoryMode(access));
-      await Promise.all(DOORS.map((door) => doors.#listen(door)));
+      await Promise.all(entrancesOf(kinds).map((door) => doors.#listen(door)));
       return doors;
     } catch (error) {
       doors.close();
@@ -92,19 +80,22 @@ export class Doors {
 
   /** The doors of the program before this one, with those who stand in them. @throws ToolstackError `corrupt` */
   static adopt(
-    directory: string,
-    access: DoorAccess,
+    plan: DoorPlan,
     events: DoorEvents,
     before: DoorsHandOver,
     inherited: InheritedDescriptors,
   ): Doors {
-    const doors = new Doors(directory, access, events, before);
+    const doors = new Doors(plan, events, before);
     try {
       // The connections first: whoever comes in next gets another id.
       for (const { id, door, peer, fd } of before.connections) {
         doors.#keep({ id, door, peer: peer ?? undefined, socket: holdOpen(inherited.takeSocket(fd)) });
       }
-      for (const door of DOORS) doors.#listenOn(door, inherited.takeSocket(before.servers[door]));
+      for (const door of entrancesOf(plan.kinds)) {
+        const fd = before.servers[door];
+        if (fd === undefined) throw new ToolstackError('corrupt', `the hand-over has no door "${door}"`);
+        doors.#listenOn(door, inherited.takeSocket(fd));
+      }
       return doors;
     } catch (error) {
       doors.close();
@@ -141,13 +132,13 @@ export class Doors {
     for (const server of this.#servers.values()) server.close();
     this.#servers.clear();
     // A closed server removes the socket that it made itself, and no other.
-    for (const file of Object.values(FILES)) rmSync(join(this.#directory, file), { force: true });
+    for (const path of doorFiles(this.#plan.directory)) rmSync(path, { force: true });
   }
 
   close(): void {
     this.closeEntrances();
     for (const id of [...this.#connections.keys()]) this.forget(id);
-    rmSync(this.#directory, { recursive: true, force: true });
+    rmSync(this.#plan.directory, { recursive: true, force: true });
   }
 
   /** The dead first: what they left makes room for the new one. */
@@ -156,7 +147,7 @@ export class Doors {
   }
 
   #listen(door: DoorName): Promise<void> {
-    const path = checkSocketPath(join(this.#directory, FILES[door]));
+    const path = checkSocketPath(this.#file(door));
     // This supervisor holds the lock, so what is there was left by one that is gone.
     rmSync(path, { force: true });
     const server = this.#entrance(door);
@@ -166,7 +157,7 @@ export class Doors {
         server.removeListener('error', reject);
         server.on('error', () => undefined);
         try {
-          applyAccess(path, this.#access);
+          applyAccess(path, this.#plan.access);
           resolve();
         } catch (error) {
           reject(error);
@@ -182,9 +173,15 @@ export class Doors {
     if (!server.listening) {
       throw new ToolstackError(
         'corrupt',
-        `descriptor ${fd} of the hand-over does not listen at ${FILES[door]}`,
+        `descriptor ${fd} of the hand-over does not listen at the door "${door}"`,
       );
     }
+  }
+
+  #file(door: DoorName): string {
+    const path = doorFile(this.#plan.directory, door);
+    if (path === undefined) throw new ToolstackError('internal', `the door "${door}" is no unix socket`);
+    return path;
   }
 
   #entrance(door: DoorName): Server {

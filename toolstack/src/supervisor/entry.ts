@@ -1,4 +1,5 @@
 import { ToolstackError } from '../error.js';
+import { DEFAULT_DOORS, DOOR_KINDS, type DoorKind, parseDoors } from './door-kinds.js';
 
 export type Isolation = 'sandbox' | 'vm' | 'none';
 /** What the worker does before its doors open: TPM2_Startup(CLEAR), or nothing because the firmware sends it. */
@@ -15,6 +16,8 @@ export interface Entry {
   /** Started with the supervisor. */
   readonly autostart: boolean;
   readonly startup: Startup;
+  /** Which doors it has, at least one. */
+  readonly doors: readonly DoorKind[];
   /** Whom its doors belong to, `uid:gid` in numbers; null: to the supervisor's user. */
   readonly socketOwner: string | null;
   /** Permission bits of its doors, `0600` or `0660`. */
@@ -46,14 +49,24 @@ export type NewEntry = Pick<
   | 'isolation'
   | 'autostart'
   | 'startup'
+  | 'doors'
   | 'socketOwner'
   | 'socketMode'
   | 'delegation'
   | 'delegationSignature'
 >;
 
-/** What a caller or a list that knows nothing of it means: the doors are for the supervisor's user alone. */
+/** Of format 1: the doors are for the supervisor's user alone. */
 const PRIVATE_DOORS = { socketOwner: null, socketMode: '0600' };
+/** What each format of the list added, and what a list that does not know it means. */
+const ADDED: Readonly<Record<number, Partial<Entry>>> = {
+  2: PRIVATE_DOORS,
+  3: { doors: DEFAULT_DOORS },
+};
+/** Format number of a list of entries. */
+export const ENTRY_FORMAT = 3;
+/** What a caller who does not say it means. */
+const DEFAULTS: Partial<Entry> = { ...PRIVATE_DOORS, doors: DEFAULT_DOORS };
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 /** A file name in any directory, never `.` or `..`, and never taken for an option. */
@@ -84,6 +97,10 @@ const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
   isolation: oneOf('sandbox', 'vm', 'none'),
   autostart: flag,
   startup: oneOf('clear', 'none'),
+  doors: [
+    (value) => parseDoors(value) !== undefined,
+    `a list of at least one of ${DOOR_KINDS.join(', ')}, none twice`,
+  ],
   socketOwner: orNull(text(OWNER, 'uid:gid in numbers')),
   socketMode: oneOf('0600', '0660'),
   delegation: text(BASE64, 'base64'),
@@ -102,18 +119,31 @@ const ENTRY: Readonly<Record<keyof Entry, Check>> = {
 
 /** @throws ToolstackError `bad-request` that names the field */
 export function parseNewEntry(value: unknown): NewEntry {
-  const given = typeof value === 'object' && !Array.isArray(value) ? { ...PRIVATE_DOORS, ...value } : value;
+  const given = typeof value === 'object' && !Array.isArray(value) ? { ...DEFAULTS, ...value } : value;
   return check(given, NEW_ENTRY) as unknown as NewEntry;
 }
 
+/** What can be changed while it is stopped. */
+export type EntryChange = Partial<Pick<Entry, 'doors'>>;
+
+/** @throws ToolstackError `bad-request` that names the field, or where nothing would change */
+export function parseEntryChange(value: unknown): EntryChange {
+  const given = Object.keys(typeof value === 'object' && value !== null ? value : {});
+  const fields = Object.entries({ doors: ENTRY.doors }).filter(([name]) => given.includes(name));
+  const change = check(value, Object.fromEntries(fields)) as EntryChange;
+  if (fields.length === 0) throw new ToolstackError('bad-request', 'nothing is named that is to be changed');
+  return change;
+}
+
 /**
- * @param format of the list that it stands in; one of format 1 knows no owner of doors
+ * @param format of the list that it stands in
  * @throws ToolstackError `bad-request` that names the field
  */
-export function parseEntry(value: unknown, format = 2): Entry {
-  if (format > 1) return check(value, ENTRY) as unknown as Entry;
-  const { socketOwner: _owner, socketMode: _mode, ...fields } = ENTRY;
-  return { ...check(value, fields), ...PRIVATE_DOORS } as unknown as Entry;
+export function parseEntry(value: unknown, format = ENTRY_FORMAT): Entry {
+  const later = Object.entries(ADDED).filter(([added]) => Number(added) > format);
+  const defaults = Object.assign({}, ...later.map(([, fields]) => fields)) as Partial<Entry>;
+  const known = Object.entries(ENTRY).filter(([name]) => !Object.hasOwn(defaults, name));
+  return { ...check(value, Object.fromEntries(known)), ...defaults } as unknown as Entry;
 }
 
 export function newEntry(given: NewEntry): Entry {

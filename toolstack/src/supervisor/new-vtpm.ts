@@ -3,7 +3,7 @@ import { checkSocketPath, type Paths, type SpaceShortage, shortageText, spaceSho
 import { ToolstackError } from '../error.js';
 import { collectVmSources } from '../vm/sources.js';
 import { checkAccess } from './door-access.js';
-import { doorPaths } from './doors.js';
+import { checkDoors, doorFiles } from './door-kinds.js';
 import { type Entry, newEntry, parseNewEntry } from './entry.js';
 import type { VtpmContext } from './vtpm-state.js';
 
@@ -19,10 +19,11 @@ export function checkedNewEntry(
   const given = parseNewEntry(body);
   office.checkDelegation(given);
   try {
-    checkSocketPath(`${doorPaths(join(paths.supervisor.doors, given.name)).tcti}.ctrl`);
+    for (const path of doorFiles(join(paths.supervisor.doors, given.name))) checkSocketPath(path);
   } catch (error) {
     throw new ToolstackError('bad-request', (error as Error).message);
   }
+  checkDoors(given.doors, given.isolation);
   checkAccess(given, paths);
   if (given.isolation === 'vm') collectVmSources(paths.supervisor.vm);
   checkRoom(paths, settings['store-reserve']);

@@ -2,10 +2,10 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { writeFileDurably } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
-import { type Entry, parseEntry } from './entry.js';
+import { ENTRY_FORMAT, type Entry, parseEntry } from './entry.js';
 
-/** Format number of the file; a newer one is refused by name. 1 has no owner and mode of doors, and is still read. */
-export const LIST_FORMAT = 2;
+/** Format number of the file; a newer one is refused by name, those before it are still read. */
+export const LIST_FORMAT = ENTRY_FORMAT;
 
 /**
  * The vTPMs of this host as the supervisor knows them. Every change is durable when the method returns. A file that
@@ -118,11 +118,11 @@ function parseList(path: string, text: string): Entry[] {
       `${path} has format ${format}, this version knows ${LIST_FORMAT}; use the newer vtpm-supervisord`,
     );
   }
-  if (format !== 1 && format !== LIST_FORMAT) throw corrupt('no known format number');
+  if (!Number.isInteger(format) || Number(format) < 1) throw corrupt('no known format number');
   if (!Array.isArray(vtpms) || sha256 !== digestOf(vtpms)) throw corrupt('its digest does not match');
   const entries = vtpms.map((item, index) => {
     try {
-      return parseEntry(item, format);
+      return parseEntry(item, Number(format));
     } catch (error) {
       throw corrupt(`entry ${index}: ${(error as Error).message}`);
     }

@@ -1,6 +1,6 @@
 import { type VmLayer, vmLayers } from '../vm/layers.js';
 import type { Confinements } from './confinement.js';
-import { type DoorPaths, doorPaths } from './doors.js';
+import { type DoorKind, doorFile } from './door-kinds.js';
 import type { Entry } from './entry.js';
 import { confinementOf, type Layer, type Profile } from './layers.js';
 import type { VtpmState } from './vtpm-state.js';
@@ -14,6 +14,7 @@ export interface VtpmView {
   readonly isolation: string;
   readonly autostart: boolean;
   readonly startup: string;
+  readonly doors: readonly DoorKind[];
   readonly socketOwner: string | null;
   readonly socketMode: string;
   readonly state: VtpmState['kind'];
@@ -32,17 +33,19 @@ export interface VtpmView {
     readonly waived: readonly Layer[];
     readonly startedAt: string;
   } | null;
-  readonly sockets: DoorPaths & { readonly control: null; readonly ring: null };
+  /** Null for doors that it does not have. */
+  readonly sockets: Readonly<Record<'tpm' | 'tcti' | 'control' | 'ring', string | null>>;
 }
 
 export function viewOf({ entry, state, doorsDirectory }: VtpmStatus, confinements: Confinements): VtpmView {
-  const { id, name, vmUuid, isolation, autostart, startup, socketOwner, socketMode, vmRunId, epoch } = entry;
+  const { id, name, vmUuid, isolation, autostart, startup, doors, socketOwner, socketMode } = entry;
   const worker = 'worker' in state ? state.worker : undefined;
   return {
-    ...{ id, name, vmUuid, isolation, autostart, startup, socketOwner, socketMode },
+    ...{ id, name, vmUuid, isolation, autostart, startup, doors, socketOwner, socketMode },
     state: state.kind,
     reason: 'reason' in state ? state.reason : null,
-    ...{ vmRunId, epoch },
+    vmRunId: entry.vmRunId,
+    epoch: entry.epoch,
     worker:
       worker?.pid === undefined
         ? null
@@ -52,8 +55,14 @@ export function viewOf({ entry, state, doorsDirectory }: VtpmStatus, confinement
             ...layersOf(worker.pid, isolation, confinements),
             startedAt: worker.startedAt.toISOString(),
           },
-    sockets: { ...doorPaths(doorsDirectory), control: null, ring: null },
+    sockets: socketsOf(doors, doorsDirectory),
   };
+}
+
+function socketsOf(doors: readonly DoorKind[], directory: string): VtpmView['sockets'] {
+  const path = (kind: 'tpm' | 'tcti' | 'control' | 'ring'): string | null =>
+    (doors.includes(kind) ? doorFile(directory, kind) : undefined) ?? null;
+  return { tpm: path('tpm'), tcti: path('tcti'), control: path('control'), ring: path('ring') };
 }
 
 function layersOf(

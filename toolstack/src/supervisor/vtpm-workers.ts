@@ -5,7 +5,7 @@ import { ToolstackError } from '../error.js';
 import type { WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
 import { doorEvents, passVisit } from './door-events.js';
-import { Doors } from './doors.js';
+import { type DoorPlan, Doors } from './doors.js';
 import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
 import { killAndWait } from './processes.js';
@@ -58,15 +58,14 @@ export class VtpmWorkers {
     try {
       const run = VmRun.adopt(this.#context.settings['restart-burst'], before.run, inherited);
       this.#run = run;
-      const { entry, doorsDirectory } = this.#status;
       const events = doorEvents(this.#status, run);
-      const doors = Doors.adopt(doorsDirectory, accessOf(entry), events, before.doors, inherited);
+      const doors = Doors.adopt(this.#doorPlan(), events, before.doors, inherited);
       const goOn = (why: string): void => {
         this.#restart = this.#goOn(run, doors, why);
       };
       if (!before.worker) return goOn(reason ?? 'the worker ended');
       try {
-        const worker = launcher.adopt(entry.isolation, before.worker, inherited, this.#owner());
+        const worker = launcher.adopt(this.#status.entry.isolation, before.worker, inherited, this.#owner());
         if (state === 'lost') this.#status.state = { kind: 'lost', reason: reason ?? '', worker, doors };
         else this.#status.state = { kind: 'running', worker, doors };
         this.#watch(worker);
@@ -146,6 +145,11 @@ export class VtpmWorkers {
     };
   }
 
+  #doorPlan(): DoorPlan {
+    const { entry, doorsDirectory: directory } = this.#status;
+    return { directory, access: accessOf(entry), kinds: entry.doors };
+  }
+
   #parts(run: VmRun): StartParts {
     const { office, settings } = this.#context;
     return { office, settings, run, entry: this.#status.entry };
@@ -169,8 +173,7 @@ export class VtpmWorkers {
       if (!this.#status.entry.manufactured || this.#status.entry.epoch !== epoch) {
         this.#status.update({ manufactured: true, epoch });
       }
-      const access = accessOf(this.#status.entry);
-      const doors = await Doors.open(this.#status.doorsDirectory, access, doorEvents(this.#status, run));
+      const doors = await Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
       this.#status.state = { kind: 'running', worker, doors };
       this.#watch(worker);
       this.#status.log.info({ epoch, generation, pid: worker.pid }, 'running');

@@ -1,5 +1,6 @@
 import { ToolstackError } from '../error.js';
-import type { Entry } from './entry.js';
+import { checkDoors } from './door-kinds.js';
+import type { Entry, EntryChange } from './entry.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
 import { Operations } from './operations.js';
@@ -93,18 +94,28 @@ export class Vtpm {
     });
   }
 
+  /** The next start is with it. @throws ToolstackError `not-stopped` | `busy` | `bad-request` */
+  change(change: EntryChange): Promise<void> {
+    return this.#operations.exclusively('changed', async () => {
+      this.#expectStopped();
+      if (change.doors) checkDoors(change.doors, this.entry.isolation);
+      this.#status.update(change);
+    });
+  }
+
   /** Runs `forget` while nothing else can happen to the vTPM. @throws ToolstackError `not-stopped` | `busy` */
   remove(forget: () => void): Promise<void> {
     return this.#operations.exclusively('removed', async () => {
-      if (this.#status.state.kind !== 'stopped' && this.#status.state.kind !== 'crashed') {
-        throw new ToolstackError(
-          'not-stopped',
-          `vTPM ${this.#status.entry.name} is ${this.#status.state.kind}; stop it first`,
-        );
-      }
+      this.#expectStopped();
       forget();
       this.#operations.removed();
     });
+  }
+
+  #expectStopped(): void {
+    const { kind } = this.#status.state;
+    if (kind === 'stopped' || kind === 'crashed') return;
+    throw new ToolstackError('not-stopped', `vTPM ${this.entry.name} is ${kind}; stop it first`);
   }
 
   /** For the end of the supervisor: a start under way is broken off, a worker that serves is stopped. */

@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { type Settings, SystemCallError, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { CheckpointFields } from './control-protocol.js';
+import { powerOf } from './door-kinds.js';
 import type { Visit } from './doors.js';
 import type { Entry } from './entry.js';
 import { type IssuedTicket, type TicketOffice, ticketText } from './ticket-office.js';
@@ -53,6 +54,7 @@ export async function giveIdentity(
       ticket: ticketText(issued.ticket),
       managerKey: issued.managerKey,
       startup: entry.startup,
+      power: powerOf(entry.doors),
       outage: { holdMs: { tpm: hold, tcti: hold } },
       checkpoint: outlives ? checkpointFields(run, settings.checkpoint, visits) : null,
     });

@@ -3,6 +3,7 @@ import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { flushContext } from '../engine/command.js';
 import type { TpmEngine } from '../engine/engine.js';
+import { VtpmdError } from '../error.js';
 import type { CommandQueue } from '../worker/command-queue.js';
 import type { ClientKind } from '../worker/outage-policy.js';
 import type { HandleOwner, HandleOwners } from './handle-owners.js';
@@ -10,11 +11,25 @@ import { KeptConnection, type KeptConnectionOptions } from './kept-connection.js
 import { serveTctiControl } from './tcti-control.js';
 import { TpmConnection } from './tpm-connection.js';
 
-/** The ways in. `tpm`: raw TPM stream. `tcti` and `tcti-ctrl`: what tpm2-tss's swtpm TCTI expects. */
-export type DoorKind = 'tpm' | 'tcti' | 'tcti-ctrl';
+/**
+ * The ways in. `tpm`: raw TPM stream. `tcti` and `tcti-ctrl`: what tpm2-tss's swtpm TCTI expects. `control`: swtpm's control
+ * protocol, for a VMM, and `vmm-data` the stream that it gives its commands. `mssim` and `mssim-platform`: the TCG
+ * simulator's two ports. `ring`: pages shared with a frontend.
+ */
+const DOOR_KINDS = [
+  'tpm',
+  'tcti',
+  'tcti-ctrl',
+  'control',
+  'vmm-data',
+  'mssim',
+  'mssim-platform',
+  'ring',
+] as const;
+export type DoorKind = (typeof DOOR_KINDS)[number];
 
 export function isDoorKind(text: string): text is DoorKind {
-  return text === 'tpm' || text === 'tcti' || text === 'tcti-ctrl';
+  return DOOR_KINDS.some((kind) => kind === text);
 }
 
 /** The client of connections whose process the supervisor could not see. */
@@ -110,9 +125,11 @@ export class Doors {
           serveTctiControl(fd, { established: this.#engine.established, cancel }, onClosed);
           return;
         }
+        default:
+          throw new VtpmdError('protocol', `nobody serves the door "${kind}"`);
       }
     } catch {
-      // The peer is gone already and the descriptor is of no use.
+      // The peer is gone already, or nobody serves it: the descriptor is of no use.
       closeSync(fd);
       onClosed();
     }

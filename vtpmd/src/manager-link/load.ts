@@ -21,21 +21,27 @@ export interface Identity {
   /** The manager's box public key, 32 bytes. */
   readonly managerKey: Uint8Array;
   readonly startup: 'clear' | 'none';
+  /** `vmm`: the TPM stays off until the VMM powers it on. */
+  readonly power: 'on' | 'vmm';
 }
 
 /** Reads the supervisor's `identity` message. @throws VtpmdError `protocol` */
 export function readIdentity(message: Record<string, unknown>): Identity {
-  const { ticket, managerKey, startup } = message;
+  const { ticket, managerKey, startup, power = 'on' } = message;
   if (typeof ticket !== 'string' || typeof managerKey !== 'string' || !/^[0-9a-f]{64}$/i.test(managerKey)) {
     throw new VtpmdError('protocol', 'the identity has no ticket or manager key');
   }
   if (startup !== 'clear' && startup !== 'none') {
     throw new VtpmdError('protocol', 'the identity names no startup that is known');
   }
+  if (power !== 'on' && power !== 'vmm') {
+    throw new VtpmdError('protocol', 'the identity does not say who powers the TPM on');
+  }
   try {
     const signed = decode('SignedTicket', Buffer.from(ticket, 'base64'));
     const { vtpmUuid, vmRunId } = decode('Ticket', signed.ticket);
-    return { ticket: signed, vtpmUuid, vmRunId, managerKey: Buffer.from(managerKey, 'hex'), startup };
+    const key = Buffer.from(managerKey, 'hex');
+    return { ticket: signed, vtpmUuid, vmRunId, managerKey: key, startup, power };
   } catch (cause) {
     throw new VtpmdError('protocol', 'the identity holds no readable ticket', { cause });
   }

@@ -6,6 +6,7 @@ import { TpmConnection } from '../channels/tpm-connection.js';
 import { type AnswerPipe, takeMarked } from '../checkpoint/answer-pipe.js';
 import type { CheckpointMemory } from '../checkpoint/memory.js';
 import { errorResponse, TPM_RC_FAILURE } from '../engine/command.js';
+import { VtpmdError } from '../error.js';
 import type { CommandSource } from './command-queue.js';
 
 /**
@@ -33,8 +34,18 @@ export class LostTpm {
 
   open({ kind, fd }: Visitor, onClosed: () => void): void {
     try {
-      if (kind === 'tcti-ctrl') serveTctiControl(fd, { established: false, cancel: () => {} }, onClosed);
-      else new TpmConnection(fd, this.#queue, onClosed);
+      switch (kind) {
+        case 'tpm':
+        case 'tcti':
+        case 'vmm-data':
+          new TpmConnection(fd, this.#queue, onClosed);
+          return;
+        case 'tcti-ctrl':
+          serveTctiControl(fd, { established: false, cancel: () => {} }, onClosed);
+          return;
+        default:
+          throw new VtpmdError('protocol', `nobody serves the door "${kind}"`);
+      }
     } catch {
       closeSync(fd);
       onClosed();

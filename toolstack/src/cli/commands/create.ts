@@ -15,6 +15,7 @@ export interface CreateFlags {
   readonly isolation?: string;
   readonly autostart?: boolean;
   readonly startup: string;
+  readonly doors?: readonly string[];
   readonly socketOwner?: string;
   readonly socketMode?: string;
 }
@@ -50,6 +51,7 @@ export async function create(name: string, flags: CreateFlags, context: Context)
     isolation: flags.isolation ?? configuration.settings.isolation,
     autostart: flags.autostart === true,
     startup: flags.startup,
+    ...(flags.doors && { doors: flags.doors }),
     ...access,
     ...delegate(key, { id, vmUuid, delegateKey }),
   });

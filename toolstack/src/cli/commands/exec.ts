@@ -23,12 +23,18 @@ export async function exec(
     );
   }
   const vtpm = await supervisor.vtpm(nameOrId);
-  if (vtpm.state !== 'running' || vtpm.sockets.tcti === null) {
+  if (vtpm.state !== 'running') {
     throw new ToolstackError(
       'not-running',
       vtpm.state === 'crashed' || vtpm.state === 'lost'
         ? `${vtpm.name} has ${vtpm.state === 'lost' ? 'lost its state' : 'crashed'}; power its VM off, then: vtpmctl start ${vtpm.name}`
         : `${vtpm.name} is ${vtpm.state}; start it: vtpmctl start ${vtpm.name}`,
+    );
+  }
+  if (vtpm.sockets.tcti === null) {
+    throw new ToolstackError(
+      'bad-request',
+      `${vtpm.name} has no door "tcti", which programs use; stop it, then: vtpmctl set ${vtpm.name} --doors ${[...(vtpm.doors ?? []), 'tcti'].join(',')}`,
     );
   }
   const tcti = `swtpm:path=${vtpm.sockets.tcti}`;

@@ -65,6 +65,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['isolation', entry.isolation],
       ['autostart', entry.autostart === null ? null : entry.autostart ? 'yes' : 'no'],
       ['startup', entry.startup],
+      ['doors', entry.doors?.join(', ')],
       ['sockets', entry.socketOwner && `for ${entry.socketOwner}, mode ${entry.socketMode}`],
       ['worker', entry.worker ? `process ${entry.worker.pid}` : null],
       ['profile', entry.worker?.profile],

@@ -48,6 +48,19 @@ export function list<T>(shape: Shape<T>, most: number): Shape<T[]> {
   };
 }
 
+/** Some of these fields, each of the same shape. */
+export function partial<const N extends string, T>(
+  names: readonly N[],
+  shape: Shape<T>,
+): Shape<Partial<Record<N, T>>> {
+  return (value, place) => {
+    const given = typeof value === 'object' && value !== null ? Object.keys(value) : [];
+    const found = names.filter((name) => given.includes(name));
+    const fields = object(Object.fromEntries(found.map((name) => [name, shape])))(value, place);
+    return fields as Partial<Record<N, T>>;
+  };
+}
+
 /** Exactly these fields: one that is not known may be the one that matters. */
 export function object<S extends Readonly<Record<string, Shape<unknown>>>>(
   fields: S,

@@ -1,8 +1,12 @@
 import { ToolstackError } from '../../error.js';
-import { count, flag, list, object, oneOf, orNull, type Shaped, ShapeError, text } from './shape.js';
+import { DOOR_NAMES } from '../control-protocol.js';
+import { count, flag, list, object, oneOf, orNull, partial, type Shaped, ShapeError, text } from './shape.js';
 
-/** Of what one program tells the next; a newer one is refused by name. Any other field or meaning makes a new format. */
-export const HANDOVER_FORMAT = 1;
+/**
+ * Of what one program tells the next; a newer one is refused by name. Any other field or meaning makes a new format. Format 1
+ * knows three doors, which every vTPM has, and is still read.
+ */
+export const HANDOVER_FORMAT = 2;
 
 const UUID = text(/^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/, 36);
 const SENTENCE = text(/^/, 65_536);
@@ -42,11 +46,12 @@ const WORKER = object({
 
 const DOORS = object({
   nextId: count(),
-  servers: object({ tpm: DESCRIPTOR, tcti: DESCRIPTOR, 'tcti-ctrl': DESCRIPTOR }),
+  /** The entrances that there are. */
+  servers: partial(DOOR_NAMES, DESCRIPTOR),
   connections: list(
     object({
       id: count(),
-      door: oneOf('tpm', 'tcti', 'tcti-ctrl'),
+      door: oneOf(...DOOR_NAMES),
       peer: orNull(count(MOST_PID)),
       fd: DESCRIPTOR,
     }),
@@ -143,7 +148,7 @@ export function parseHandOver(content: Uint8Array): HandOverState {
 
 /** What no single field shows. */
 function consistent(state: HandOverState): HandOverState {
-  if (state.format !== HANDOVER_FORMAT) throw new ShapeError('the hand-over has no known format number');
+  if (state.format < 1) throw new ShapeError('the hand-over has no known format number');
   const ids = state.vtpms.map(({ id }) => id);
   if (new Set(ids).size !== ids.length) throw new ShapeError('the hand-over names a vTPM twice');
   for (const { id, state: kind, served } of state.vtpms) {
