@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { shutdownClear, startEngine, startupClear, type TpmEngine } from 'vtpmd';
+import { type Locality, shutdownClear, startEngine, startupClear, type TpmEngine } from 'vtpmd';
 import {
   counterOf,
   createPrimaryRsa,
@@ -14,6 +14,8 @@ import {
 } from '../support/tpm-commands.js';
 
 const INDEX = 0x01500001;
+/** Part 2, section 6.6.3. */
+const TPM_RC_LOCALITY = 0x907;
 
 describe('vtpmd engine', () => {
   let engine: TpmEngine | undefined;
@@ -49,11 +51,30 @@ describe('vtpmd engine', () => {
     assert.ok(response.length > 40, 'a digest is in the answer');
   });
 
-  it('runs commands at locality 0', () => {
+  it('runs each command at its own locality, which is 0 where none is said', async () => {
     const tpm = startNew();
-    // Part 3, section 22.8. PCR 16 may be reset from anywhere, PCR 20 from localities 2 to 4 alone: TPM_RC_LOCALITY.
-    assert.equal(responseCode(tpm.process(pcrReset(16)).response), 0);
-    assert.equal(responseCode(tpm.process(pcrReset(20)).response), 0x907);
+    const codeOf = (command: Buffer, locality?: Locality): number =>
+      responseCode(tpm.process(command, locality).response);
+    const digest = Buffer.alloc(32, 1);
+    // In turn, so that each one follows every other. Anything may extend PCR 16, nobody but localities 2 to 4 PCR 17, and
+    // locality 2 alone resets PCR 20 (PC client platform profile 1.05, table of PCR attributes).
+    for (const locality of [4, undefined, 2, 0, 3, 1, 4, 0, 2, undefined] as const) {
+      assert.equal(codeOf(pcrExtend(16, digest), locality), 0);
+      const at = locality ?? 0;
+      assert.equal(codeOf(pcrExtend(17, digest), locality), at >= 2 ? 0 : TPM_RC_LOCALITY, `extend at ${at}`);
+      assert.equal(codeOf(pcrReset(20), locality), at === 2 ? 0 : TPM_RC_LOCALITY, `reset at ${at}`);
+    }
+    // The same on the thread of slow commands, whose question comes from there.
+    const { response } = await tpm.processAsync(pcrReset(20), 2);
+    assert.equal(responseCode(response), 0);
+    assert.equal(responseCode((await tpm.processAsync(pcrReset(20))).response), TPM_RC_LOCALITY);
+  });
+
+  it('keeps a locality apart from the next power-on', () => {
+    const first = startNew();
+    assert.equal(responseCode(first.process(pcrReset(20), 2).response), 0);
+    first.terminate();
+    assert.equal(responseCode(startNew().process(pcrReset(20)).response), TPM_RC_LOCALITY);
   });
 
   it('tells which commands stored permanent state', () => {

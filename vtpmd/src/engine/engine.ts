@@ -23,6 +23,13 @@ export interface EngineState {
   readonly manufacture: boolean;
 }
 
+/** Where a command comes from, as the platform says (part 1, section 33); 4 is the dynamic root of trust's. */
+export type Locality = 0 | 1 | 2 | 3 | 4;
+
+export function isLocality(value: number): value is Locality {
+  return Number.isInteger(value) && value >= 0 && value <= 4;
+}
+
 export interface Processed {
   /** A view that is valid until the next command. */
   readonly response: Buffer;
@@ -48,10 +55,10 @@ export interface TpmEngine {
   readonly established: boolean;
   /** Permanent state stored while the TPM was powered on, where it was. */
   readonly storedAtStart: Buffer | undefined;
-  /** Runs one command. A badly framed one is answered without libtpms. @throws VtpmdError `engine` */
-  process(command: Uint8Array): Processed;
+  /** Runs one command at a locality. A badly framed one is answered without libtpms. @throws VtpmdError `engine` */
+  process(command: Uint8Array, locality?: Locality): Processed;
   /** The same on another thread. No other call until it resolves, `cancel` excepted. */
-  processAsync(command: Uint8Array): Promise<Processed>;
+  processAsync(command: Uint8Array, locality?: Locality): Promise<Processed>;
   cancel(): void;
   /** A copy of the volatile state. */
   volatileState(): Buffer;
@@ -158,6 +165,9 @@ const nvram = new Nvram();
 let registered = false;
 let running = false;
 
+// libtpms keeps it over its own restarts.
+let locality: Locality = 0;
+
 // Fixed memory for every call: TPMLIB_Process allocates a response buffer for each command that brings none.
 let memory: ReturnType<typeof allocateMemory> | undefined;
 
@@ -198,16 +208,16 @@ class Engine implements TpmEngine {
     this.storedAtStart = storedAtStart;
   }
 
-  process(command: Uint8Array): Processed {
-    const refused = this.#prepare(command);
+  process(command: Uint8Array, at: Locality = 0): Processed {
+    const refused = this.#prepare(command, at);
     if (refused) return refused;
     const m = this.#memory;
     const result = this.#library.process(m.responsePointer, m.size, m.capacity, m.command, command.length);
     return this.#finish(result);
   }
 
-  async processAsync(command: Uint8Array): Promise<Processed> {
-    const refused = this.#prepare(command);
+  async processAsync(command: Uint8Array, at: Locality = 0): Promise<Processed> {
+    const refused = this.#prepare(command, at);
     if (refused) return refused;
     const m = this.#memory;
     this.#isBusy = true;
@@ -272,7 +282,7 @@ class Engine implements TpmEngine {
     if (this.#isBusy) throw new VtpmdError('engine', 'the TPM runs another command');
   }
 
-  #prepare(command: Uint8Array): Processed | undefined {
+  #prepare(command: Uint8Array, at: Locality): Processed | undefined {
     this.#expectIdle();
     const frame = Buffer.isBuffer(command)
       ? command
@@ -281,6 +291,10 @@ class Engine implements TpmEngine {
     if (code !== TPM_RC_SUCCESS) {
       if (code === -1) throw new VtpmdError('engine', 'a command without a header cannot be answered');
       return { response: errorResponse(code), stored: undefined };
+    }
+    if (at !== locality) {
+      this.#library.setLocality(at);
+      locality = at;
     }
     this.#memory.commandView.set(command);
     return undefined;

@@ -31,6 +31,8 @@ export interface Libtpms {
     command: bigint,
     length: number,
   ): Promise<number>;
+  /** Commands that start from now on are at this locality, 0 to 4. 0 before the first call. */
+  setLocality(locality: number): void;
   /** Asks a command that runs on another thread to end early; few commands look. */
   cancelCommand(): void;
   /** TPM_IO_TpmEstablished_Get: whether a dynamic root of trust was measured. */
@@ -130,11 +132,13 @@ function bind(): Libtpms {
       free(address);
     }
   };
+  let table: CallbackTable | undefined;
   return {
     version: `${(number >> 16) & 0xff}.${(number >> 8) & 0xff}.${number & 0xff}`,
     registerCallbacks(callbacks) {
       check('TPMLIB_ChooseTPMVersion', Number(choose(1)));
-      check('TPMLIB_RegisterCallbacks', Number(register(callbackTable(callbacks))));
+      table = callbackTable(callbacks);
+      check('TPMLIB_RegisterCallbacks', Number(register(table.bytes)));
     },
     mainInit: () => Number(mainInit()),
     terminate: () => void terminate(),
@@ -151,6 +155,11 @@ function bind(): Libtpms {
           (error: Error | null, result: number): void => (error ? reject(error) : resolve(Number(result))),
         );
       }),
+    setLocality(locality) {
+      if (!table) throw new VtpmdError('engine', 'a locality without a TPM');
+      table.setLocality(locality);
+      check('TPMLIB_RegisterCallbacks', Number(register(table.bytes)));
+    },
     cancelCommand: () => void cancel(),
     isEstablished() {
       const bit = [0];
@@ -167,18 +176,28 @@ function check(what: string, result: number): void {
   if (result !== TPM_SUCCESS) throw new VtpmdError('engine', `${what} failed with ${result}`);
 }
 
+interface CallbackTable {
+  /** libtpms copies it. */
+  readonly bytes: Buffer;
+  setLocality(locality: number): void;
+}
+
+/** Of the io_getlocality callback, among the callbacks. */
+const GET_LOCALITY = 5;
+
 /**
- * struct libtpms_callbacks on 64-bit Linux: int sizeOfStruct (64 bytes with padding), then seven pointers. The struct
- * is copied by libtpms; the registered functions live as long as the process. The last two stay NULL: without them
- * libtpms takes locality 0 and no physical presence, and does not come here to ask with each command.
+ * struct libtpms_callbacks on 64-bit Linux: int sizeOfStruct (64 bytes with padding), then seven pointers. The registered
+ * functions live as long as the process. io_getlocality is NULL while the locality is 0, which libtpms takes without it, so
+ * that the many commands at locality 0 do not come here to ask. The last pointer stays NULL: no physical presence.
  */
-function callbackTable(callbacks: Callbacks): Buffer {
+function callbackTable(callbacks: Callbacks): CallbackTable {
   const initialise = koffi.proto('uint32_t TpmsInit(void)');
   const load = koffi.proto('uint32_t TpmsLoad(void *data, void *length, uint32_t tpm, const char *name)');
   const store = koffi.proto(
     'uint32_t TpmsStore(void *data, uint32_t length, uint32_t tpm, const char *name)',
   );
   const remove = koffi.proto('uint32_t TpmsDelete(uint32_t tpm, const char *name, uint8_t mustExist)');
+  const getLocality = koffi.proto('uint32_t TpmsGetLocality(void *locality, uint32_t tpm)');
   const address = (callback: (...args: never[]) => number, type: ReturnType<typeof koffi.proto>): bigint =>
     koffi.register(guarded(callback), koffi.pointer(type));
   const table = Buffer.alloc(64);
@@ -199,7 +218,18 @@ function callbackTable(callbacks: Callbacks): Buffer {
   entries.forEach((entry, index) => {
     table.writeBigUInt64LE(entry, 8 + 8 * index);
   });
-  return table;
+  let current = 0;
+  const asked = address((locality: bigint) => {
+    writeU32(locality, current);
+    return TPM_SUCCESS;
+  }, getLocality);
+  return {
+    bytes: table,
+    setLocality(locality) {
+      current = locality;
+      table.writeBigUInt64LE(locality === 0 ? 0n : asked, 8 + 8 * GET_LOCALITY);
+    },
+  };
 }
 
 /** koffi turns an exception into 0, which libtpms takes for success: it must see a failure. */

@@ -1,7 +1,7 @@
 import { barrier } from 'vtpm-common/barrier';
 import type { HandleOwner } from '../channels/handle-owners.js';
 import { commandCode, errorResponse, HEADER_BYTES, isSlow, TPM_RC_RETRY } from '../engine/command.js';
-import type { Processed, TpmEngine } from '../engine/engine.js';
+import type { Locality, Processed, TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
 import type { ClientKind, OutagePolicy } from './outage-policy.js';
 import { expectStirred, freshStir, type Trial, Trials } from './trial.js';
@@ -10,6 +10,8 @@ import { expectStirred, freshStir, type Trial, Trials } from './trial.js';
 export interface CommandSource {
   /** The command, of HEADER_BYTES at least. The queue replaces it by a copy where it has to wait. */
   command: Buffer;
+  /** At which it runs; 0 where absent. */
+  readonly locality?: Locality;
   /** Number of the connection, where workers that come after this one know it by that. */
   readonly connection?: number | undefined;
   /** Of what the command loads into the TPM. */
@@ -158,13 +160,13 @@ export class CommandQueue {
       barrier('before-process');
       if (isSlow(commandCode(source.command))) {
         source.command = Buffer.from(source.command);
-        this.#options.engine.processAsync(source.command).then(
+        this.#options.engine.processAsync(source.command, source.locality).then(
           (processed) => this.#guard(() => this.#processed(source, processed, true)),
           (error: unknown) => this.#fail(error),
         );
         return;
       }
-      this.#processed(source, this.#options.engine.process(source.command), false);
+      this.#processed(source, this.#options.engine.process(source.command, source.locality), false);
     } catch (error) {
       this.#fail(error);
     }
@@ -238,13 +240,13 @@ export class CommandQueue {
       const trial = this.#trials.begin();
       const { engine } = this.#options;
       if (isSlow(commandCode(source.command))) {
-        engine.processAsync(source.command).then(
+        engine.processAsync(source.command, source.locality).then(
           (processed) => this.#guard(() => this.#tried(source, trial, processed, true)),
           (error: unknown) => this.#fail(error),
         );
         return;
       }
-      this.#tried(source, trial, engine.process(source.command), false);
+      this.#tried(source, trial, engine.process(source.command, source.locality), false);
     });
   }
 
@@ -321,6 +323,7 @@ function stayingSource(source: CommandSource): CommandSource {
     connection: source.connection,
     owner: source.owner,
     ...(source.kind !== undefined && { kind: source.kind }),
+    ...(source.locality !== undefined && { locality: source.locality }),
     isGone: false,
     answer: (response) => source.answer(response),
     dropped: () => source.dropped(),
