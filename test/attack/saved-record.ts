@@ -1,6 +1,7 @@
 import { randomBytes } from 'node:crypto';
 import type { KeyHierarchy } from 'vtpm-manager/keys/index';
 import { applySave, encodeRecord, newRecord } from 'vtpm-manager/records/index';
+import type { SaveBody } from 'vtpm-proto';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
 
 /** A vTPM that was saved once, with every kind of part, and the bytes of its record. */
@@ -13,6 +14,7 @@ export function savedRecord(keys: KeyHierarchy): { vtpm: TestVtpm; permanent: Bu
     lastDigest: Buffer.alloc(0),
     imageDigest: randomBytes(32),
     isolation: 'sandbox',
+    verbs: [],
   };
   const load = {
     vmRunId: randomBytes(16),
@@ -23,10 +25,11 @@ export function savedRecord(keys: KeyHierarchy): { vtpm: TestVtpm; permanent: Bu
   };
   const empty = newRecord(keys, { vtpmUuid: vtpm.uuid, vmUuid: vtpm.vmUuid }, load, 1n);
   const permanent = randomBytes(6_000);
-  const body = {
+  const body: SaveBody = {
     libtpmsVersion: '0.9.2',
     permanent,
     volatile: randomBytes(600),
+    use: { action: 'SUSPEND', digest: randomBytes(32) },
     journal: { sequence: 1n, request: randomBytes(100), response: randomBytes(100) },
   };
   const saved = applySave(keys, empty, { body, sequence: 1n, digest: randomBytes(32), now: 2n });

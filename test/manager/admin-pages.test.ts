@@ -54,6 +54,7 @@ describe('pages of 50,000 vTPMs', () => {
       lastDigest: new Uint8Array(0),
       imageDigest: randomBytes(32),
       isolation: 'sandbox',
+      verbs: [],
     };
     const load = {
       vmRunId: randomBytes(16),

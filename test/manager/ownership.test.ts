@@ -1,31 +1,11 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { bootId, monotonicMs } from 'vtpm-common';
-import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
-import { deriveRootKeys, type KeyHierarchy } from 'vtpm-manager/keys/index';
-import { Census } from 'vtpm-manager/ownership/census';
-import type { VtpmEvent } from 'vtpm-manager/ownership/events';
-import {
-  type AttachedStream,
-  type SaveLink,
-  VtpmRegistry,
-  type WorkerConnection,
-} from 'vtpm-manager/ownership/registry';
+import { monotonicMs } from 'vtpm-common';
+import type { ManagerErrorCode } from 'vtpm-manager';
+import { deriveRootKeys } from 'vtpm-manager/keys/index';
 import { decodeRecord } from 'vtpm-manager/records/index';
 import {
-  type AnchoredStore,
-  type AnchorOptions,
-  createAnchoredStore,
-  openAnchoredStore,
-} from 'vtpm-manager/store/index';
-import { createTrustStore, openTrustStore, type TrustStore } from 'vtpm-manager/trust/trust-configuration';
-import {
-  type Ack,
-  type BoxKeyPair,
-  boxKeyPair,
   decode,
-  type LoadGrant,
-  type ManagerFrame,
   openBox,
   sealBox,
   signDelegation,
@@ -35,152 +15,17 @@ import {
   ticketDigest,
   type WorkerFrame,
 } from 'vtpm-proto';
-import { MemoryStore, storeFull } from '../support/memory-store.js';
-import { anchorOptions, testKeys, unwatched } from '../support/test-keys.js';
+import { storeFull } from '../support/memory-store.js';
 import {
   loadRequest,
   saveBytes,
   sha256,
-  TestSession,
   TestToolstack,
   type TestVtpm,
   testVtpm,
 } from '../support/worker-client.js';
 
-const refused =
-  (code: ManagerErrorCode) =>
-  (error: unknown): boolean => {
-    assert.ok(error instanceof ManagerError, String(error));
-    assert.equal(error.code, code, error.message);
-    return true;
-  };
-
-/** A link that keeps what the manager sends. */
-class RecordedLink implements SaveLink {
-  readonly frames: ManagerFrame[] = [];
-  ended: ManagerError | undefined;
-
-  async send(frame: ManagerFrame): Promise<void> {
-    this.frames.push(frame);
-  }
-
-  end(error: ManagerError): void {
-    this.ended ??= error;
-  }
-}
-
-/** A worker that talks to the registry directly. */
-class Worker {
-  readonly keys: BoxKeyPair = boxKeyPair();
-  readonly connection: WorkerConnection = {};
-  link = new RecordedLink();
-  session: TestSession | undefined;
-  stream: AttachedStream | undefined;
-
-  constructor(
-    readonly world: World,
-    readonly vtpm: TestVtpm,
-  ) {}
-
-  ticket(changes: Partial<Ticket> = {}) {
-    return this.world.toolstack.ticket(this.world.managerId, this.vtpm, this.keys.publicKey, changes);
-  }
-
-  async load(changes: Partial<Ticket> = {}): Promise<LoadGrant> {
-    const request = loadRequest(this.world.managerId, this.ticket(changes), this.keys);
-    const answer = await this.world.registry.load(request, this.connection);
-    const grant = openBox('LoadGrant', answer, this.world.managerId, this.keys);
-    this.session = new TestSession(this.vtpm, grant);
-    return grant;
-  }
-
-  /** HELLO, or RESUME on a new connection and link. */
-  async connect(connection: WorkerConnection = this.connection): Promise<Ack> {
-    this.link = new RecordedLink();
-    this.stream = await this.world.registry.attach(this.session!.firstFrame(), this.link, connection);
-    return this.lastAck();
-  }
-
-  async save(permanent: string, sequence?: bigint): Promise<Ack> {
-    const session = this.session!;
-    const number = sequence ?? ++session.sequence;
-    await this.stream!.receive(session.saveFrame(number, { permanent: Buffer.from(permanent) }));
-    return this.lastAck();
-  }
-
-  lastAck(): Ack {
-    const frame = this.link.frames.at(-1)!;
-    assert.equal(frame.type, 'ACK');
-    return decode('Ack', this.session!.cipher.openManager(frame));
-  }
-}
-
-class World {
-  readonly toolstack = new TestToolstack();
-  readonly disk = new MemoryStore();
-  readonly events: VtpmEvent[] = [];
-  now = monotonicMs();
-  boot = bootId();
-
-  private constructor(
-    readonly keys: KeyHierarchy,
-    public store: AnchoredStore,
-    readonly anchor: AnchorOptions,
-  ) {}
-
-  trust!: TrustStore;
-  registry!: VtpmRegistry;
-
-  static async create(): Promise<World> {
-    const keys = testKeys();
-    const disk = new MemoryStore();
-    const anchor = anchorOptions(keys);
-    const store = await createAnchoredStore(disk, anchor);
-    const world = new World(keys, store, anchor);
-    Object.assign(world, { disk });
-    await createTrustStore(keys, store, world.toolstack.key.publicKey, 1n);
-    await world.start();
-    await world.trust.allowImage(world.toolstack.imageDigest, 'test', 1n);
-    return world;
-  }
-
-  async start(): Promise<void> {
-    this.trust = await openTrustStore(this.keys, this.store);
-    this.registry = new VtpmRegistry({
-      keys: this.keys,
-      store: this.store,
-      trust: this.trust,
-      ...unwatched,
-      // Of this world alone.
-      census: new Census(),
-      clock: { bootId: () => this.boot, monotonicMs: () => this.now },
-    });
-    this.registry.events.subscribe((event) => this.events.push(event));
-  }
-
-  /** What a kill -9 and a start of the manager leave: the disk. */
-  async restart(): Promise<void> {
-    this.store = await openAnchoredStore(this.disk, this.anchor);
-    await this.start();
-  }
-
-  get managerId(): Uint8Array {
-    return this.keys.identity.publicKey;
-  }
-
-  worker(vtpm: TestVtpm = testVtpm()): Worker {
-    return new Worker(this, vtpm);
-  }
-
-  /** A worker whose vTPM is manufactured, generation 1. */
-  async manufactured(vtpm: TestVtpm = testVtpm()): Promise<Worker> {
-    const worker = this.worker(vtpm);
-    await worker.load();
-    await worker.connect();
-    await worker.save('P1');
-    return worker;
-  }
-}
+import { RecordedLink, refused, type Worker, World } from './ownership-fixture.js';
 
 describe('Load', () => {
   let world: World;
@@ -210,30 +55,6 @@ describe('Load', () => {
     const again = await world.worker(worker.vtpm).load({ expectedEpoch: 1n });
     assert.equal(again.manufacture, true);
     assert.equal(again.epoch, 2n);
-  });
-
-  it('gives volatile state to resume in the same VM run only', async () => {
-    const save = async (worker: Worker) => {
-      await worker.connect();
-      const frame = worker.session!.saveFrame(++worker.session!.sequence, {
-        permanent: Buffer.from('P'),
-        volatile: Buffer.from('V'),
-      });
-      await worker.stream!.receive(frame);
-    };
-    const verbs: Ticket['verbs'] = ['RESUME'];
-    for (const [changes, volatile] of [
-      [{ verbs }, 'V'],
-      [{ verbs: ['COLD'] as Ticket['verbs'] }, ''],
-      [{ verbs, vmRunId: Buffer.alloc(16, 9) }, ''],
-    ] as const) {
-      const worker = world.worker();
-      await worker.load();
-      await save(worker);
-      const grant = await world.worker(worker.vtpm).load({ expectedEpoch: 1n, ...changes });
-      assert.equal(Buffer.from(grant.volatile).toString(), volatile);
-      assert.equal(Buffer.from(grant.permanent).toString(), 'P');
-    }
   });
 
   const refusals: [string, ManagerErrorCode, Partial<Ticket>][] = [
@@ -511,16 +332,18 @@ describe('Save', () => {
     const session = worker.session!;
     const save = (body: object) => worker.stream!.receive(session.saveFrame(2n, body));
     await assert.rejects(save({ permanent: Buffer.alloc(256 * 1024 + 1) }), refused('too-large'));
-    await assert.rejects(save({ volatile: Buffer.alloc(64 * 1024 + 1) }), refused('too-large'));
+    const use = { action: 'SUSPEND', digest: Buffer.alloc(32) };
+    const large = { permanent: Buffer.from('P'), volatile: Buffer.alloc(64 * 1024 + 1), use };
+    await assert.rejects(save(large), refused('too-large'));
     await assert.rejects(save({ permanent: Buffer.alloc(0) }), refused('bad-request'));
-    await save({ permanent: Buffer.alloc(256 * 1024), volatile: Buffer.alloc(64 * 1024) });
+    await save({ permanent: Buffer.alloc(256 * 1024), volatile: Buffer.alloc(64 * 1024), use });
   });
 
   it('without permanent part is not the first', async () => {
     const fresh = world.worker();
     await fresh.load();
     await fresh.connect();
-    const frame = fresh.session!.saveFrame(1n, { volatile: Buffer.from('V') });
+    const frame = fresh.session!.saveFrame(1n, {});
     await assert.rejects(fresh.stream!.receive(frame), refused('bad-request'));
   });
 

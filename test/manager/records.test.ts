@@ -10,11 +10,12 @@ import {
   type LoadFacts,
   newRecord,
   openState,
+  rekey,
   resume,
   retire,
   type VtpmRecord,
 } from 'vtpm-manager/records/index';
-import { decode, encode, type SaveBody, type StoredRecord } from 'vtpm-proto';
+import { decode, encode, type SaveBody, type StateAction, type StoredRecord } from 'vtpm-proto';
 import { testKeys } from '../support/test-keys.js';
 
 const keys = testKeys();
@@ -38,6 +39,7 @@ function facts(changes: Partial<LoadFacts> = {}): LoadFacts {
       lastDigest: new Uint8Array(0),
       imageDigest: randomBytes(32),
       isolation: 'sandbox',
+      verbs: [],
     },
     libtpmsVersion: '0.9.2',
     keepsVolatile: false,
@@ -58,6 +60,12 @@ function saved(record: VtpmRecord, body: Partial<SaveBody>): VtpmRecord {
 const text = (bytes: Uint8Array | undefined): string | undefined =>
   bytes && Buffer.from(bytes).toString('utf8');
 const first = newRecord(keys, names, facts(), 500n);
+/** What a save brings that suspends the TPM. */
+const suspending = (volatile: Uint8Array, digest = Buffer.alloc(32, 9)) => ({
+  volatile,
+  use: { action: 'SUSPEND' as const, digest },
+});
+const suspended = saved(first, { permanent: Buffer.from('P1'), ...suspending(Buffer.from('V1')) });
 
 describe('records', () => {
   it('begin at epoch 1, generation 0, without state', () => {
@@ -73,7 +81,7 @@ describe('records', () => {
         fc.uint8Array({ minLength: 16, maxLength: 4000 }),
         fc.option(fc.uint8Array({ minLength: 16, maxLength: 1000 }), { nil: undefined }),
         (permanent, volatile) => {
-          const record = saved(first, { permanent, ...(volatile && { volatile }) });
+          const record = saved(first, { permanent, ...(volatile && suspending(volatile)) });
           const bytes = encodeRecord(keys, record);
           assert.ok(!bytes.includes(Buffer.from(permanent)));
           const read = decodeRecord(keys, names.vtpmUuid, bytes);
@@ -89,7 +97,7 @@ describe('records', () => {
   it('are refused with any bit flipped', () => {
     const bytes = encodeRecord(
       keys,
-      saved(first, { permanent: Buffer.from('state'), volatile: Buffer.from('v') }),
+      saved(first, { permanent: Buffer.from('state'), ...suspending(Buffer.from('v')) }),
     );
     fc.assert(
       fc.property(fc.nat(bytes.length * 8 - 1), (bit) => {
@@ -153,19 +161,37 @@ describe('records', () => {
 
 describe('saves', () => {
   it('keep the old permanent part where they bring none', () => {
-    const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
-    const two = saved(one, { volatile: Buffer.from('V2') });
+    const one = saved(first, { permanent: Buffer.from('P1') });
+    const two = saved(one, {});
     assert.equal(two.header.generation, 2n);
-    const state = openState(keys, two);
-    assert.equal(text(state.permanent), 'P1');
-    assert.equal(text(state.volatile), 'V2');
+    assert.equal(text(openState(keys, two).permanent), 'P1');
   });
 
-  it('never pair a new permanent part with an old volatile one', () => {
-    const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
-    const state = openState(keys, saved(one, { permanent: Buffer.from('P2') }));
-    assert.equal(text(state.permanent), 'P2');
-    assert.equal(state.volatile, undefined);
+  it('end a suspension, whatever they bring', () => {
+    for (const body of [{ permanent: Buffer.from('P2') }, {}]) {
+      const next = saved(suspended, body);
+      assert.equal(next.header.suspension, undefined);
+      assert.equal(openState(keys, next).volatile, undefined);
+      assert.equal(next.parts.length, 1);
+    }
+  });
+
+  it('that suspend again replace what was suspended', () => {
+    const digest = Buffer.alloc(32, 8);
+    const next = saved(suspended, { permanent: Buffer.from('P2'), ...suspending(Buffer.from('V2'), digest) });
+    assert.deepEqual(next.header.suspension, { vmRunId: RUN_1, referenceDigest: digest, generation: 2n });
+    assert.equal(text(openState(keys, next).volatile), 'V2');
+  });
+
+  it('mark what is exported and imported for ever, once', () => {
+    const use = (action: StateAction) => ({
+      permanent: Buffer.from('P'),
+      use: { action, digest: Buffer.alloc(32) },
+    });
+    const exported = saved(saved(first, use('EXPORT')), use('EXPORT'));
+    assert.deepEqual(exported.header.marks, ['plain-export']);
+    assert.deepEqual(saved(exported, use('IMPORT')).header.marks, ['plain-export', 'rolled-back']);
+    assert.deepEqual(saved(suspended, use('TAKE_BACK')).header.marks, []);
   });
 
   it('keep a journal for one save', () => {
@@ -185,28 +211,25 @@ describe('saves', () => {
 });
 
 describe('loads', () => {
-  const one = saved(first, { permanent: Buffer.from('P1'), volatile: Buffer.from('V1') });
-
-  it('of the same VM run that resume keep volatile state', () => {
-    const next = applyLoad(keys, one, facts({ keepsVolatile: true }));
-    assert.equal(next.header.epoch, 2n);
-    assert.equal(next.header.generation, 1n);
-    assert.equal(text(openState(keys, next).volatile), 'V1');
-  });
-
-  it('of another VM run drop volatile state, resume or not', () => {
-    for (const keepsVolatile of [true, false]) {
-      const next = applyLoad(keys, one, facts({ vmRunId: RUN_2, keepsVolatile }));
-      assert.equal(openState(keys, next).volatile, undefined);
+  it('that resume keep a suspended TPM, over any number of VM runs and keys', () => {
+    let next = suspended;
+    for (const run of [RUN_1, RUN_2, Buffer.alloc(16, 3)]) {
+      next = rekey(keys, applyLoad(keys, next, facts({ vmRunId: run, keepsVolatile: true })));
+      const { generation, suspension } = next.header;
+      assert.equal(generation, 1n);
+      assert.deepEqual(suspension, suspended.header.suspension);
+      assert.equal(text(openState(keys, next).volatile), 'V1');
       assert.equal(text(openState(keys, next).permanent), 'P1');
-      assert.equal(next.parts.length, 1);
     }
   });
 
-  it('that are cold drop volatile state for good', () => {
-    const cold = applyLoad(keys, one, facts());
+  it('that are cold drop a suspended TPM for good', () => {
+    const cold = applyLoad(keys, suspended, facts());
     assert.equal(openState(keys, cold).volatile, undefined);
-    assert.equal(openState(keys, applyLoad(keys, cold, facts({ keepsVolatile: true }))).volatile, undefined);
+    assert.equal(cold.header.suspension, undefined);
+    const later = applyLoad(keys, cold, facts({ keepsVolatile: true }));
+    assert.equal(openState(keys, later).volatile, undefined);
+    assert.equal(text(openState(keys, later).permanent), 'P1');
   });
 });
 
@@ -238,6 +261,23 @@ describe('the checkpoint key', () => {
   it('goes with what it is for: a tombstone and an old state that is accepted have none', () => {
     assert.equal(retire(one, 5n).header.checkpointKey, undefined);
     assert.equal(resume(one, 'rolled-back', 9n).header.checkpointKey, undefined);
+  });
+});
+
+describe('a suspended TPM', () => {
+  it('is not in a tombstone, and not in an old state that is accepted', () => {
+    for (const next of [retire(suspended, 5n), resume(suspended, 'rolled-back', 9n)]) {
+      assert.equal(next.header.suspension, undefined);
+      assert.ok(next.parts.length <= 1);
+    }
+    assert.equal(openState(keys, resume(suspended, 'rolled-back', 9n)).volatile, undefined);
+  });
+
+  it('is not taken for that of another VM run', () => {
+    const { suspension } = suspended.header;
+    assert.ok(suspension);
+    const header = { ...suspended.header, suspension: { ...suspension, vmRunId: RUN_2 } };
+    assert.throws(() => openState(keys, { ...suspended, header }), refused('store-corrupt'));
   });
 });
 

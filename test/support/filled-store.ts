@@ -86,6 +86,7 @@ function savedRecord(keys: KeyHierarchy, id: string, permanent: Buffer): Buffer 
     lastDigest: new Uint8Array(0),
     imageDigest: randomBytes(32),
     isolation: 'sandbox',
+    verbs: [],
   };
   const names = { vtpmUuid: uuidToBytes(id), vmUuid: randomBytes(16) };
   const libtpmsVersion = '0.9.2';

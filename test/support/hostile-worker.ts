@@ -3,10 +3,9 @@ import { setTimeout as delay, setImmediate as turn } from 'node:timers/promises'
 import { LOAD_PATH } from 'vtpm-proto';
 import type { TestSession, WorkerClient } from './worker-client.js';
 
-/** What a save may have at most: every part at its limit. */
+/** What a save may have at most, where nothing is suspended: each part at its limit. */
 export const LARGEST_SAVE = {
   permanent: randomBytes(256 * 1024),
-  volatile: randomBytes(64 * 1024),
   journal: { sequence: 1n, request: randomBytes(4096), response: randomBytes(60 * 1024) },
 } as const;
 export const SMALLEST_SAVE = { permanent: Buffer.from('P') } as const;

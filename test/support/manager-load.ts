@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { randomBytes, randomInt } from 'node:crypto';
-import type { LoadGrant } from 'vtpm-proto';
+import type { LoadGrant, SaveBody } from 'vtpm-proto';
 import {
   type ManagerLedger,
   readManager,
@@ -187,7 +187,7 @@ export class ManagerLoad {
   }
 
   /** One save is one unit: all of its parts are there, and of the same save. */
-  #checkGrant(history: VtpmHistory, { generation, permanent, volatile }: LoadGrant): void {
+  #checkGrant(history: VtpmHistory, { generation, permanent, suspended }: LoadGrant): void {
     if (generation === 0n) return;
     const content = sha256(permanent).toString('hex');
     assert.equal(
@@ -195,7 +195,8 @@ export class ManagerLoad {
       this.ledger.saveOf(history, generation)?.content,
       `the content of ${history.id}, generation ${generation}`,
     );
-    assert.deepEqual(Buffer.from(volatile), volatileOf(permanent));
+    const { volatile } = suspendedBody(permanent);
+    assert.deepEqual(suspended && Buffer.from(suspended.volatile), volatile);
   }
 
   async #resumeSession(guest: Guest, session: TestSession): Promise<void> {
@@ -220,7 +221,7 @@ export class ManagerLoad {
     const saves = [];
     for (let i = 0; i < count; i++) {
       const permanent = randomBytes(200 + randomInt(8000));
-      const body = { permanent, volatile: volatileOf(permanent) };
+      const body = { permanent, ...suspendedBody(permanent) };
       session.sequence += 1n;
       const digest = sha256(saveBytes(body)).toString('hex');
       saves.push(this.ledger.save(history, digest, sha256(permanent).toString('hex')));
@@ -241,6 +242,10 @@ export class ManagerLoad {
   }
 }
 
-function volatileOf(permanent: Uint8Array): Buffer {
-  return Buffer.concat([Buffer.from('volatile of '), sha256(permanent)]);
+/** Some of the TPMs are suspended when they are saved: as many as the manager takes without a pause. */
+function suspendedBody(permanent: Uint8Array): Pick<SaveBody, 'volatile' | 'use'> {
+  if (permanent[0] !== 0) return {};
+  const digest = sha256(permanent);
+  const volatile = Buffer.concat([Buffer.from('volatile of '), digest]);
+  return { volatile, use: { action: 'SUSPEND', digest } };
 }

@@ -206,7 +206,6 @@ export class MiniManager {
       epoch: this.epoch,
       generation: this.#baseGeneration,
       permanent: this.saves.at(-1)?.permanent ?? Buffer.alloc(0),
-      volatile: Buffer.alloc(0),
       manufacture: this.saves.length === 0,
       checkpointKey: this.checkpointKey,
     };

@@ -76,6 +76,7 @@ function describe({ header, savedBytes, isConnected }: VtpmView, context: AdminC
     createdAt: time(header.createdAt),
     savedBytes,
     marks: header.marks,
+    isSuspended: header.suspension !== undefined,
     libtpmsVersion: header.libtpmsVersion,
     session: session
       ? {

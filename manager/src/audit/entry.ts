@@ -17,6 +17,11 @@ export const AUDIT_ACTIONS = [
   'retire',
   'import',
   'export',
+  // A TPM that is taken out as a reference, and what becomes of it
+  'suspend',
+  'resume',
+  'take-back',
+  'drop',
   // Migration
   'migrate-out',
   'migrate-in',

@@ -85,6 +85,12 @@ export class KeyHierarchy {
     return hkdf(this.#sessionRoot, session.sessionId, sessionInfo(session));
   }
 
+  /** Authenticates the references to a vTPM's suspended state, the same for ever. 32 bytes; the caller wipes it. */
+  referenceKey(vtpmUuid: Uint8Array): Buffer {
+    expectLength('vTPM uuid', vtpmUuid, 16);
+    return hkdf(this.#sessionRoot, vtpmUuid, 'vtpm.v1 state reference');
+  }
+
   /** Begins a rotation: both generations open, writes take `next`, which is taken over. */
   advance(next: RootKeys): void {
     this.#generations.set(next.keyId, next);

@@ -1,4 +1,5 @@
 import { hash } from 'node:crypto';
+import { setTimeout as delay } from 'node:timers/promises';
 import { barrier } from 'vtpm-common';
 import {
   bytesEqual,
@@ -6,10 +7,12 @@ import {
   encode,
   type ManagerFrameType,
   ProtoError,
+  type RecordHeader,
   type SaveBody,
   type SessionCipher,
   type WorkerFrame,
 } from 'vtpm-proto';
+import type { AuditAction } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import { metrics } from '../metrics.js';
@@ -24,6 +27,7 @@ import {
 import type { AnchoredStore } from '../store/anchored-store.js';
 import type { SaveLink } from './registry.js';
 import type { Slot } from './slot.js';
+import { actionOf, auditedUse, checkUse, isCounted } from './state-use.js';
 import type { WorkGate } from './work-gate.js';
 
 const EMPTY = new Uint8Array(0);
@@ -45,6 +49,10 @@ export interface SessionParts {
   readonly link: SaveLink;
   readonly linkNumber: bigint;
   readonly held: HeldRecord;
+  /** Durable when it resolves. @param facts digests of what is gone out or came in */
+  audit(action: AuditAction, header: RecordHeader, facts: Readonly<Record<string, string>>): Promise<void>;
+  /** It asked for what its ticket does not have. Never rejects. */
+  refused(action: AuditAction, header: RecordHeader, reason: ManagerError): Promise<void>;
   onSaved(record: VtpmRecord): void;
   onFenced(record: VtpmRecord): void;
 }
@@ -58,6 +66,7 @@ export class LiveSession {
   #isOver = false;
   /** Only the worker itself can have sent what was new. */
   #isProven = false;
+  #pauseMs = 0;
   #controlFrames = 0n;
   #onFrozen: (() => void) | undefined;
 
@@ -88,6 +97,7 @@ export class LiveSession {
       const ack = await this.#commitFrame(frame);
       // Outside the order and the gate: a worker that does not read holds up nobody but itself.
       await this.#send('ACK', frame.sequence, ack);
+      await this.#pause();
       return;
     }
     openFrame(this.parts.cipher, frame);
@@ -184,21 +194,48 @@ export class LiveSession {
     }
     const body = readBody(payload);
     checkBody(body, this.record);
-    await this.#commit(
-      applySave(this.parts.keys, this.record, { body, sequence, digest, now: BigInt(Date.now()) }),
-    );
+    await this.#checkUse(body);
+    const next = applySave(this.parts.keys, this.record, { body, sequence, digest, now: BigInt(Date.now()) });
+    const audited = auditedUse(body.use, this.record);
+    if (audited) {
+      await this.parts.audit(audited.action, next.header, audited.facts);
+      barrier('state-use.audited');
+      this.#pauseMs = this.parts.slot.uses.spend(1);
+    }
+    await this.#commit(next, isCounted(body.use));
     this.#isProven = true;
     metrics.saveCommitted(payload.length);
     this.parts.onSaved(this.record);
     return this.#ack();
   }
 
-  async #commit(record: VtpmRecord): Promise<void> {
+  /** What the ticket may not have is written down, as at a Load. @throws ManagerError */
+  async #checkUse(body: SaveBody): Promise<void> {
+    try {
+      checkUse(body, this.record);
+    } catch (error) {
+      const reason = ManagerError.from(error);
+      if (body.use && reason.code === 'verb-missing') {
+        await this.parts.refused(actionOf(body.use), this.record.header, reason);
+      }
+      throw error;
+    }
+  }
+
+  /** Nothing more is read from a worker that said too often what its VMM does. */
+  async #pause(): Promise<void> {
+    const pauseMs = this.#pauseMs;
+    this.#pauseMs = 0;
+    if (pauseMs > 0) await delay(pauseMs, undefined, { ref: false });
+  }
+
+  /** @param isCounted it is counted before it resolves */
+  async #commit(record: VtpmRecord, isCounted = false): Promise<void> {
     const bytes = encodeRecord(this.parts.keys, record);
     try {
       barrier('manager-before-commit');
       // The first one is counted at once: on a disk from before it the vTPM would be manufactured again.
-      const counting = record.header.generation === 1n ? 'now' : 'later';
+      const counting = isCounted || record.header.generation === 1n ? 'now' : 'later';
       const version = await this.parts.store.write(this.parts.storeKey, this.#held.version, bytes, counting);
       barrier('manager-after-commit');
       this.#held = { version, record };

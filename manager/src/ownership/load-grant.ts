@@ -18,6 +18,7 @@ export function sealGrant(
   const session = sessionOf(header);
   const sessionKey = keys.sessionKey({ ...session, vtpmUuid: header.vtpmUuid, epoch: header.epoch });
   const { permanent, volatile, checkpointKey } = openState(keys, record);
+  const referenceKey = keys.referenceKey(header.vtpmUuid);
   try {
     if (header.generation > 0n && !permanent) {
       throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
@@ -31,15 +32,16 @@ export function sealGrant(
         epoch: header.epoch,
         generation: header.generation,
         permanent: permanent ?? new Uint8Array(0),
-        volatile: volatile ?? new Uint8Array(0),
         manufacture,
         checkpointKey: checkpointKey ?? new Uint8Array(0),
+        ...(header.suspension && volatile && { suspended: { ...header.suspension, volatile } }),
+        referenceKey,
       },
       ticket.workerPublicKey,
       keys.identity,
     );
   } finally {
-    wipe(sessionKey, permanent, volatile, checkpointKey);
+    wipe(sessionKey, permanent, volatile, checkpointKey, referenceKey);
   }
 }
 

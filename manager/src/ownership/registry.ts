@@ -40,6 +40,7 @@ import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { LiveSession } from './live-session.js';
 import { sealGrant } from './load-grant.js';
 import { Slot } from './slot.js';
+import { verbsOfSaves } from './state-use.js';
 import { type CheckedLoad, checkAgainstRecord, checkTicket, type TicketEnvironment } from './ticket-check.js';
 import { VtpmRecords } from './vtpm-records.js';
 import { WorkGate } from './work-gate.js';
@@ -310,7 +311,7 @@ export class VtpmRegistry {
     this.#checkOpen();
     const { keys } = this.options;
     const { ticket, claim, vtpmUuid } = checked;
-    const actor = { worker: Buffer.from(ticket.workerPublicKey).toString('hex').slice(0, 16) };
+    const actor = actorOf({ workerKey: ticket.workerPublicKey });
     const held = await this.#records.read(vtpmUuid);
     const mode = await this.#checkLoad(checked, held?.record.header, actor);
     if (mode === 'manufacture') this.options.checkRoom?.();
@@ -321,6 +322,7 @@ export class VtpmRegistry {
       lastDigest: new Uint8Array(0),
       imageDigest: Buffer.from(ticket.imageDigest),
       isolation: ticket.isolation,
+      verbs: verbsOfSaves(ticket.verbs),
     };
     const facts: LoadFacts = {
       vmRunId: ticket.vmRunId,
@@ -334,7 +336,12 @@ export class VtpmRegistry {
       : newRecord(keys, ticket, facts, BigInt(Date.now()));
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = sealGrant(keys, checked, record, mode === 'manufacture');
-    await this.#audit(actor, 'load', 'done', record.header, { mode, isolation: ticket.isolation });
+    const isDropped = held?.record.header.suspension && !record.header.suspension;
+    await this.#audit(actor, 'load', 'done', record.header, {
+      mode,
+      isolation: ticket.isolation,
+      ...(isDropped && { suspended: 'dropped' }),
+    });
     barrier('load.audited');
     await this.#records.write(vtpmUuid, held, record);
     barrier('load.written');
@@ -353,18 +360,20 @@ export class VtpmRegistry {
     try {
       return checkAgainstRecord(checked, header);
     } catch (error) {
-      const reason = ManagerError.from(error);
-      await this.#refusals.note({
-        actor,
-        action: 'load',
-        verdict: 'refused',
-        vtpm: checked.vtpmUuid,
-        epoch: header?.epoch ?? 0n,
-        generation: header?.generation ?? 0n,
-        reason,
-      });
+      const record = header ?? { vtpmUuid: checked.ticket.vtpmUuid, epoch: 0n, generation: 0n };
+      await this.#noteRefusal(actor, 'load', record, ManagerError.from(error));
       throw error;
     }
+  }
+
+  #noteRefusal(
+    actor: AuditActor,
+    action: AuditAction,
+    { vtpmUuid, epoch, generation }: Pick<RecordHeader, 'vtpmUuid' | 'epoch' | 'generation'>,
+    reason: ManagerError,
+  ): Promise<void> {
+    const vtpm = uuidToText(vtpmUuid);
+    return this.#refusals.note({ actor, action, verdict: 'refused', vtpm, epoch, generation, reason });
   }
 
   async #audit(
@@ -415,6 +424,8 @@ export class VtpmRegistry {
       link,
       linkNumber: first.sequence,
       held,
+      audit: (action, record, facts) => this.#audit(actorOf(session), action, 'done', record, facts),
+      refused: (action, record, reason) => this.#noteRefusal(actorOf(session), action, record, reason),
       onSaved: (record) => this.#emit('saved', record.header),
       onFenced: (record) => this.#emit('fenced', record.header),
     });
@@ -457,6 +468,10 @@ export class VtpmRegistry {
     const { epoch, generation } = header;
     this.events.emit({ type, id: uuidToText(header.vtpmUuid), epoch, generation });
   }
+}
+
+function actorOf({ workerKey }: Pick<Session, 'workerKey'>): AuditActor {
+  return { worker: Buffer.from(workerKey).toString('hex').slice(0, 16) };
 }
 
 function unknownVtpm(vtpmUuid: string): ManagerError {

@@ -1,5 +1,7 @@
 import { ManagerError } from '../error.js';
+import { Bucket } from '../grpc/limits.js';
 import type { LiveSession } from './live-session.js';
+import { USE_RATE } from './state-use.js';
 
 /** Operations of a vTPM that wait for each other: workers come back again and again while the store does not answer. */
 const MAX_PENDING = 32;
@@ -15,6 +17,7 @@ export class Slot {
   #holder: { readonly operation: string; readonly since: number } | undefined;
   #tail: Promise<unknown> = Promise.resolve();
   #pending = 0;
+  #uses: Bucket | undefined;
 
   /** @param onConnected told of each change of whether a worker is connected */
   constructor(
@@ -30,6 +33,12 @@ export class Slot {
   set live(session: LiveSession | undefined) {
     if ((session === undefined) !== (this.#live === undefined)) this.onConnected(session !== undefined);
     this.#live = session;
+  }
+
+  /** What its workers say of its state. */
+  get uses(): Bucket {
+    this.#uses ??= new Bucket(USE_RATE);
+    return this.#uses;
   }
 
   /** @throws ManagerError `busy` where so many wait already that nothing seems to end */

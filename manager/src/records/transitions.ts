@@ -8,6 +8,7 @@ import {
   type SaveBody,
   type SealedPart,
   type Session,
+  type StateAction,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import {
@@ -33,7 +34,7 @@ export interface LoadFacts {
   readonly bootId: Uint8Array;
   readonly session: Session;
   readonly libtpmsVersion: string;
-  /** False for a power-on: volatile state of the past is dropped for good. */
+  /** False for a power-on: the checkpoint key and a suspended TPM are dropped for good. */
   readonly keepsVolatile: boolean;
 }
 
@@ -75,21 +76,29 @@ export function newRecord(
   return { header: { ...header, checkpointKey }, parts: [] };
 }
 
-/** The next epoch, owned by a new session. A new VM run gets a new checkpoint key: what the last one left is unreadable. */
+/**
+ * The next epoch, owned by a new session. A new VM run gets a new checkpoint key: what the last one left is unreadable. A
+ * suspended TPM waits over VM runs, until one of them uses or ends it.
+ */
 export function applyLoad(keys: KeyHierarchy, record: VtpmRecord, load: LoadFacts): VtpmRecord {
   const goesOn = bytesEqual(record.header.vmRunId, load.vmRunId) && load.keepsVolatile;
+  const kept = load.keepsVolatile ? record : withoutSuspension(record);
   const header: RecordHeader = {
-    ...record.header,
+    ...kept.header,
     vmRunId: load.vmRunId,
     bootId: load.bootId,
     epoch: record.header.epoch + 1n,
     session: load.session,
   };
-  if (goesOn) return { header, parts: record.parts };
+  if (goesOn) return { header, parts: kept.parts };
   const dataKey = openDataKey(keys, header);
   try {
     const checkpointKey = newCheckpointKey(dataKey, header);
-    return { header: { ...header, checkpointKey }, parts: ofKind(record.parts, 'PERMANENT') };
+    const suspended = header.suspension ? ofKind(kept.parts, 'VOLATILE') : [];
+    return {
+      header: { ...header, checkpointKey },
+      parts: [...ofKind(kept.parts, 'PERMANENT'), ...suspended],
+    };
   } finally {
     wipe(dataKey);
   }
@@ -117,12 +126,20 @@ export function applySave(
 ): VtpmRecord {
   const { session } = record.header;
   if (!session) throw new ManagerError('fenced', 'the vTPM has no session');
+  const { use, libtpmsVersion } = save.body;
+  const generation = record.header.generation + 1n;
+  const { vmRunId } = record.header;
   const header: RecordHeader = {
-    ...record.header,
-    generation: record.header.generation + 1n,
+    ...withoutSuspension(record).header,
+    generation,
     session: { ...session, lastSequence: save.sequence, lastDigest: save.digest },
-    libtpmsVersion: save.body.libtpmsVersion,
+    libtpmsVersion,
     savedAt: save.now,
+    ...(use?.action === 'SUSPEND' && {
+      // A copy: the save is wiped.
+      suspension: { vmRunId, referenceDigest: Buffer.from(use.digest), generation },
+    }),
+    marks: marksAfter(record.header.marks, use?.action),
   };
   const dataKey = openDataKey(keys, record.header);
   try {
@@ -130,6 +147,12 @@ export function applySave(
   } finally {
     wipe(dataKey);
   }
+}
+
+/** The TPM is not suspended any more: what was given out of it is worthless. */
+function withoutSuspension(record: VtpmRecord): VtpmRecord {
+  const { suspension: _suspension, ...header } = record.header;
+  return { header, parts: record.parts.filter((part) => kindOf(part) === 'PERMANENT') };
 }
 
 /** The session is over; nobody saves until the next Load. */
@@ -140,13 +163,28 @@ export function withoutSession(record: VtpmRecord): VtpmRecord {
 
 /** The tombstone: data key and state are gone, generation and epoch stay to be compared with. */
 export function retire(record: VtpmRecord, now: bigint): VtpmRecord {
-  const { checkpointKey: _key, ...header } = withoutSession(record).header;
+  const { checkpointKey: _key, ...header } = withoutSuspension(withoutSession(record)).header;
   const retirement = { keyId: header.keyId, at: now };
   return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY, retirement }, parts: [] };
 }
 
 /** What an operator must see of a vTPM for ever. */
-export type Mark = 'rolled-back' | 'recovered' | 'restored';
+export type Mark = 'rolled-back' | 'recovered' | 'restored' | 'plain-export';
+
+/** What is brought in from outside may be any state of the past. */
+const MARK_OF: Readonly<Partial<Record<StateAction, Mark>>> = {
+  EXPORT: 'plain-export',
+  IMPORT: 'rolled-back',
+};
+
+function marksAfter(marks: readonly string[], action: StateAction | undefined): string[] {
+  const mark = action && MARK_OF[action];
+  return mark === undefined ? [...marks] : withMark(marks, mark);
+}
+
+function withMark(marks: readonly string[], mark: Mark): string[] {
+  return marks.includes(mark) ? [...marks] : [...marks, mark];
+}
 
 /**
  * Of an old state nobody knows how many saves came after it. So the upper half of a generation says at which count of the
@@ -159,14 +197,14 @@ export const ACCEPTANCE = 1n << 32n;
  * @param count what the TPM's counter shows once this is accepted
  */
 export function resume(record: VtpmRecord, mark: Mark, count: bigint): VtpmRecord {
-  const { header: withKey, parts } = withoutSession(record);
-  // No worker goes on from a checkpoint of a state that was left behind.
+  const { header: withKey, parts } = withoutSuspension(withoutSession(record));
+  // No worker goes on from a checkpoint of a state that was left behind, and no reference to one is good any more.
   const { checkpointKey: _key, ...header } = withKey;
   const last = header.generation / ACCEPTANCE;
   // On another TPM the count may be lower.
   const accepted = count > last ? count : last + 1n;
   const generation = accepted * ACCEPTANCE + (header.generation % ACCEPTANCE);
-  const marks = header.marks.includes(mark) ? header.marks : [...header.marks, mark];
+  const marks = withMark(header.marks, mark);
   return { header: { ...header, generation, epoch: header.epoch + 1n, marks }, parts };
 }
 
@@ -210,7 +248,7 @@ function reseal(
   }
 }
 
-/** In the clear; the caller wipes it. Volatile state and checkpoint key are of the VM run that the record is at. */
+/** In the clear; the caller wipes it. The checkpoint key is of the VM run that the record is at. */
 export function openState(
   keys: KeyHierarchy,
   record: VtpmRecord,
@@ -243,8 +281,8 @@ export function savedBytes(record: VtpmRecord): number {
 }
 
 /**
- * A part that the save brings replaces the old one. Without a permanent part the old one stays. A volatile part belongs
- * to the permanent part it was saved with: a new permanent part alone makes the old volatile one worthless.
+ * A part that the save brings replaces the old one. Without a permanent part the old one stays. A volatile part is that of
+ * the TPM at this very save: no other save keeps it.
  */
 function partsAfter(
   dataKey: Uint8Array,
@@ -256,10 +294,9 @@ function partsAfter(
     sealPart(dataKey, contextOf(header, kind), plain),
   ];
   const { permanent, volatile, journal } = body;
-  const keptVolatile = permanent ? [] : ofKind(old, 'VOLATILE');
   return [
     ...(permanent ? seal('PERMANENT', permanent) : ofKind(old, 'PERMANENT')),
-    ...(volatile ? seal('VOLATILE', volatile) : keptVolatile),
+    ...(volatile ? seal('VOLATILE', volatile) : []),
     ...(journal ? seal('JOURNAL', encode('Journal', journal)) : []),
   ];
 }
@@ -273,15 +310,24 @@ export function contextOf(header: RecordHeader, kind: PartKind) {
     storeId: header.storeId,
     vtpmUuid: header.vtpmUuid,
     vmUuid: header.vmUuid,
-    vmRunId: kind === 'PERMANENT' ? EMPTY : header.vmRunId,
+    vmRunId: vmRunOf(header, kind),
     generation: header.generation,
     epoch: header.epoch,
     libtpmsVersion: header.libtpmsVersion,
   };
 }
 
+function vmRunOf(header: RecordHeader, kind: PartKind): Uint8Array {
+  if (kind === 'PERMANENT') return EMPTY;
+  return kind === 'VOLATILE' && header.suspension ? header.suspension.vmRunId : header.vmRunId;
+}
+
 function ofKind(parts: readonly SealedPart[], kind: PartKind): SealedPart[] {
-  return parts.filter((part) => decode('PartContext', part.context).kind === kind);
+  return parts.filter((part) => kindOf(part) === kind);
+}
+
+function kindOf(part: SealedPart): PartKind {
+  return decode('PartContext', part.context).kind;
 }
 
 function openDataKey(keys: KeyHierarchy, header: RecordHeader): Buffer {

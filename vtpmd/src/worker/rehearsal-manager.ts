@@ -60,7 +60,6 @@ class RehearsalManager {
       epoch: EPOCH,
       generation: 0n,
       permanent: new Uint8Array(0),
-      volatile: new Uint8Array(0),
       manufacture: true,
       checkpointKey: new Uint8Array(0),
     };
