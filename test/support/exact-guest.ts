@@ -12,7 +12,6 @@ import {
   type NvEntity,
   type ObjectEntity,
   openSession,
-  openSocket,
   PCR_Extend,
   PolicyCommandCode,
   PolicyGetDigest,
@@ -32,6 +31,7 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
+import { openMixed } from './framed.js';
 
 const COUNTER = 0x01500077;
 const PCR = 10;
@@ -40,7 +40,8 @@ const owner = permanent(Rh.OWNER);
 
 /**
  * A guest that knows exactly what its TPM must be at: each of its commands has an effect that shows in the next answer. An
- * effect that is lost, one that comes twice, a session that is not where it was, a TPM that was reset: all are seen at once.
+ * effect that is lost, one that comes twice, a session that is not where it was, a TPM that was reset: all are seen at once. Its commands come in
+ * frames or without, as it happens.
  */
 export class ExactGuest {
   readonly #tpm: Tpm;
@@ -61,7 +62,7 @@ export class ExactGuest {
   slowest = 0;
 
   static async connect(door: string): Promise<ExactGuest> {
-    const tpm = createTpm(await openSocket(door));
+    const tpm = createTpm(await openMixed(door));
     const index = await defineNvIndex(tpm, withPassword(owner), {
       nvIndex: COUNTER,
       attributes: NvAttribute.OWNERWRITE | NvAttribute.OWNERREAD | NvAttribute.COUNTER | NvAttribute.NO_DA,

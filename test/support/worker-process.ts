@@ -144,9 +144,14 @@ export class WorkerProcess {
     return this;
   }
 
-  /** Begins a VM run that outlives this worker. */
-  async begin(run: KeptRun, startup: 'clear' | 'none' = 'clear', outage?: object): Promise<this> {
-    await this.#identify(run, { keeps: true, resumes: null }, startup, outage);
+  /** Begins a VM run that outlives this worker. @param keeps checkpoints */
+  async begin(
+    run: KeptRun,
+    startup: 'clear' | 'none' = 'clear',
+    outage?: object,
+    keeps = true,
+  ): Promise<this> {
+    await this.#identify(run, { keeps, resumes: null }, startup, outage);
     await this.heard('serving');
     return this;
   }

@@ -18,7 +18,7 @@ describe('a connection that closes while its command runs', () => {
     } as unknown as CommandQueue;
     const [client, worker] = socketPair();
     let closed = 0;
-    const connection = new TpmConnection(worker, queue, () => closed++);
+    const connection = new TpmConnection(worker, queue, { onClosed: () => closed++ });
     assert.equal(sendNow(client, GET_RANDOM), GET_RANDOM.length);
     const command = await until('the command came', () => running);
     // The descriptor is closed at once, the event says so a turn of the event loop later.

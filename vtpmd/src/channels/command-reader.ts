@@ -1,14 +1,14 @@
-import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
+import { type Message, readMessage } from './framing.js';
 
 /**
- * Cuts a byte stream into TPM commands by their size field. A size that no command can have ends the framing: the
- * header alone comes out, and nothing after it.
+ * Cuts a byte stream into TPM commands, bare or framed. A length that no command can have ends the framing: what said so
+ * comes out, and nothing after it.
  */
 export class CommandReader {
   #pending: Buffer = EMPTY;
   #isBroken = false;
 
-  /** True once a size field was below HEADER_BYTES or above MAX_COMMAND_BYTES: what follows cannot be told apart. */
+  /** True once a length was one that no command can have. */
   get isBroken(): boolean {
     return this.#isBroken;
   }
@@ -24,20 +24,15 @@ export class CommandReader {
     this.#pending = this.#pending.length === 0 ? Buffer.from(chunk) : Buffer.concat([this.#pending, chunk]);
   }
 
-  /** The next whole command, or the header that broke the framing. The caller may keep it. */
-  next(): Buffer | undefined {
-    if (this.#pending.length < HEADER_BYTES) return undefined;
-    const size = this.#pending.readUInt32BE(2);
-    if (size < HEADER_BYTES || size > MAX_COMMAND_BYTES) {
-      const header = this.#pending.subarray(0, HEADER_BYTES);
-      this.#pending = EMPTY;
-      this.#isBroken = true;
-      return header;
-    }
-    if (this.#pending.length < size) return undefined;
-    const command = this.#pending.subarray(0, size);
-    this.#pending = this.#pending.length === size ? EMPTY : this.#pending.subarray(size);
-    return command;
+  /** The next whole command, or what broke the framing. The caller may keep it. */
+  next(): Message | undefined {
+    const message = readMessage(this.#pending);
+    if (!message) return undefined;
+    this.#isBroken = message.isBroken;
+    const { length } = message;
+    this.#pending =
+      message.isBroken || this.#pending.length === length ? EMPTY : this.#pending.subarray(length);
+    return message;
   }
 }
 

@@ -5,11 +5,10 @@ import { flushContext } from '../engine/command.js';
 import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
 import type { CommandQueue } from '../worker/command-queue.js';
-import type { ClientKind } from '../worker/outage-policy.js';
 import type { HandleOwner, HandleOwners } from './handle-owners.js';
 import { KeptConnection, type KeptConnectionOptions } from './kept-connection.js';
 import { serveTctiControl } from './tcti-control.js';
-import { TpmConnection } from './tpm-connection.js';
+import { TpmConnection, type TpmConnectionOptions } from './tpm-connection.js';
 
 /**
  * The ways in. `tpm`: raw TPM stream. `tcti` and `tcti-ctrl`: what tpm2-tss's swtpm TCTI expects. `control`: swtpm's control
@@ -35,6 +34,11 @@ export function isDoorKind(text: string): text is DoorKind {
 /** The client of connections whose process the supervisor could not see. */
 const NOBODY_KNOWS = 0;
 
+/** How a command came that has no answer yet. */
+type Taken = 'bare' | 'framed' | undefined;
+/** Marks, beside the number of a connection, that its answer goes into a frame. */
+export const TAKEN_FRAMED = 0x8000_0000;
+
 /** Which connections have no answer yet, where the supervisor can see it. */
 class TakenNotes {
   readonly #connections: (number | undefined)[];
@@ -51,8 +55,9 @@ class TakenNotes {
     return word;
   }
 
-  set(word: number, isTaken: boolean): void {
-    this.words[word] = isTaken ? (this.#connections[word] ?? 0) : 0;
+  set(word: number, taken: Taken): void {
+    const connection = this.#connections[word] ?? 0;
+    this.words[word] = taken === undefined ? 0 : taken === 'framed' ? connection | TAKEN_FRAMED : connection;
   }
 
   close(word: number): void {
@@ -112,7 +117,7 @@ export class Doors {
       switch (kind) {
         case 'tpm':
           if (this.#kept) this.#openKept(this.#kept, fd, { id, onClosed });
-          else this.#openTaking(fd, id, onClosed);
+          else this.#openTaking(fd, id, { onClosed });
           return;
         case 'tcti':
           this.#openTcti(fd, { client: peer ?? NOBODY_KNOWS, connection: id }, onClosed);
@@ -158,20 +163,16 @@ export class Doors {
   }
 
   /** Takes each command from its socket as it comes. */
-  #openTaking(
-    fd: number,
-    id: number,
-    onClosed: (connection: TpmConnection) => void,
-    owner?: HandleOwner,
-    kind?: ClientKind,
-  ): void {
+  #openTaking(fd: number, id: number, options: Omit<TpmConnectionOptions, 'note'>): void {
     const word = this.#taken?.open(id);
-    const note = word === undefined ? undefined : (isTaken: boolean) => this.#taken?.set(word, isTaken);
-    const done = (connection: TpmConnection): void => {
-      if (word !== undefined) this.#taken?.close(word);
-      onClosed(connection);
-    };
-    new TpmConnection(fd, this.#queue, done, owner, kind, note);
+    new TpmConnection(fd, this.#queue, {
+      ...options,
+      onClosed: (connection) => {
+        if (word !== undefined) this.#taken?.close(word);
+        options.onClosed(connection);
+      },
+      ...(word !== undefined && { note: (taken: Taken) => this.#taken?.set(word, taken) }),
+    });
   }
 
   #endOf(connection: number): void {
@@ -189,7 +190,7 @@ export class Doors {
       done();
     };
     if (!this.#kept) {
-      this.#openTaking(fd, connection, onClosed, owner, 'tcti');
+      this.#openTaking(fd, connection, { onClosed, owner, kind: 'tcti' });
       return;
     }
     this.#openKept(this.#kept, fd, {

@@ -1,9 +1,18 @@
 import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
-import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
+import type { Locality } from '../engine/engine.js';
 import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
 import type { ClientKind } from '../worker/outage-policy.js';
+import {
+  type Frame,
+  framed,
+  type Localities,
+  localityOf,
+  MAX_FRAMED_BYTES,
+  ONLY_ZERO,
+  readMessage,
+} from './framing.js';
 import type { HandleOwner } from './handle-owners.js';
 import { hasEnded, isWritable, peekNow, receiveNow, setPeekOffset, waitReadable } from './socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
@@ -17,7 +26,7 @@ const LONGEST_RETRY_MS = 100;
 const MAX_LEFT_BYTES = 1024 * 1024;
 
 // Every connection looks at its command in the same memory: it is run or copied before the next look.
-const lookBuffer = Buffer.alloc(MAX_COMMAND_BYTES);
+const lookBuffer = Buffer.alloc(MAX_FRAMED_BYTES);
 
 export interface KeptConnectionOptions {
   /** Names the connection to the workers that come after this one. */
@@ -27,6 +36,7 @@ export interface KeptConnectionOptions {
   readonly pipe: AnswerPipe;
   readonly owner?: HandleOwner | undefined;
   readonly kind?: ClientKind;
+  readonly localities?: Localities;
   /** Commands that came to workers before this one. */
   readonly commands?: number;
   /** Called once: the connection is closed and none of its commands runs. */
@@ -43,6 +53,9 @@ export interface KeptConnectionOptions {
  */
 export class KeptConnection implements CommandSource {
   command: Buffer = lookBuffer;
+  frame: Frame | undefined;
+  locality: Locality = 0;
+  refusal: number | undefined;
   readonly connection: number;
   readonly owner: HandleOwner | undefined;
   readonly kind: ClientKind;
@@ -51,6 +64,8 @@ export class KeptConnection implements CommandSource {
   readonly #socket: Socket;
   readonly #handle: ReadHandle;
   #commands: number;
+  /** Of the command in the socket, with its frame. */
+  #length = 0;
   #answers = ANSWERS_PER_CHECK;
   #isWaiting = false;
   #isClosed = false;
@@ -103,7 +118,8 @@ export class KeptConnection implements CommandSource {
     }
     const { keeper, pipe } = this.#options;
     this.#answers++;
-    if (!pipe.deliver(keeper, this, this.command.length, response) || this.#isBroken) this.close();
+    const answer = this.frame ? framed(response) : response;
+    if (!pipe.deliver(keeper, this, this.#length, answer) || this.#isBroken) this.close();
     else if (!this.#isLooking) this.#watch();
   }
 
@@ -164,10 +180,8 @@ export class KeptConnection implements CommandSource {
       this.close();
       return;
     }
-    const size = there < HEADER_BYTES ? 0 : lookBuffer.readUInt32BE(2);
-    this.#isBroken = there >= HEADER_BYTES && (size < HEADER_BYTES || size > MAX_COMMAND_BYTES);
-    const length = this.#isBroken ? HEADER_BYTES : size;
-    if (length === 0 || there < length) {
+    const message = readMessage(lookBuffer.subarray(0, there));
+    if (!message) {
       setPeekOffset(this.fd, 0);
       if (hasEnded(this.fd)) this.close();
       else this.#lookLater();
@@ -175,8 +189,15 @@ export class KeptConnection implements CommandSource {
     }
     this.#retryMs = FIRST_RETRY_MS;
     // With the answer given, the offset must say whether this command was taken.
+    const { length, command, frame } = message;
     if (there !== length) setPeekOffset(this.fd, length);
-    this.command = lookBuffer.subarray(0, length);
+    const { localities = ONLY_ZERO } = this.#options;
+    this.#isBroken = message.isBroken;
+    this.#length = length;
+    this.command = command;
+    this.frame = frame;
+    this.refusal = frame?.refusal(localities);
+    this.locality = localityOf(frame, localities);
     this.#isWaiting = true;
     this.#commands++;
     if (this.#commands === 2) this.#options.onBusy?.();

@@ -88,8 +88,15 @@ export function pipeHolds(pipe: number): boolean {
   return (pollNow(pipe, POLLIN) & POLLIN) !== 0;
 }
 
-export function drainPipe(pipe: number): void {
-  while (pipeHolds(pipe) && Number(read(pipe, drainBuffer, drainBuffer.length)) > 0);
+/** @returns a copy of the first bytes */
+export function drainPipe(pipe: number): Buffer {
+  let first: Buffer | undefined;
+  while (pipeHolds(pipe)) {
+    const length = Number(read(pipe, drainBuffer, drainBuffer.length));
+    if (length <= 0) break;
+    first ??= Buffer.from(drainBuffer.subarray(0, Math.min(length, 8)));
+  }
+  return first ?? Buffer.alloc(0);
 }
 
 const drainBuffer = Buffer.alloc(4096);

@@ -2,9 +2,11 @@ import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import { barrier } from 'vtpm-common/barrier';
 import { socketFd } from 'vtpm-common/libc';
 import { HEADER_BYTES, MAX_COMMAND_BYTES } from '../engine/command.js';
+import type { Locality } from '../engine/engine.js';
 import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
 import type { ClientKind } from '../worker/outage-policy.js';
 import { CommandReader } from './command-reader.js';
+import { type Frame, framed, type Localities, localityOf, ONLY_ZERO } from './framing.js';
 import type { HandleOwner } from './handle-owners.js';
 import { receiveNow, sendNow, waitReadable } from './socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
@@ -14,6 +16,18 @@ const receiveBuffer = Buffer.alloc(MAX_COMMAND_BYTES);
 
 // Only a fault test pays for splitting an answer.
 const isHooked = Symbol.for('vtpm.barrier') in globalThis;
+
+export interface TpmConnectionOptions {
+  /** Called once: the connection is closed and none of its commands runs. */
+  onClosed(connection: TpmConnection): void;
+  /** Of what its commands load, where that is to be flushed. */
+  readonly owner?: HandleOwner | undefined;
+  /** Says how long its commands wait for a manager that is away. */
+  readonly kind?: ClientKind;
+  readonly localities?: Localities;
+  /** Hears when a command has no answer yet, and when it has. */
+  note?(taken: 'bare' | 'framed' | undefined): void;
+}
 
 /**
  * A client's connection that carries raw TPM commands and answers, one command at a time.
@@ -25,10 +39,15 @@ const isHooked = Symbol.for('vtpm.barrier') in globalThis;
  */
 export class TpmConnection implements CommandSource {
   command: Buffer = receiveBuffer;
+  frame: Frame | undefined;
+  locality: Locality = 0;
+  refusal: number | undefined;
+  readonly owner: HandleOwner | undefined;
+  readonly kind: ClientKind;
   readonly #fd: number;
   readonly #socket: Socket;
   readonly #queue: Pick<CommandQueue, 'submit'>;
-  readonly #onClosed: (connection: TpmConnection) => void;
+  readonly #options: TpmConnectionOptions;
   readonly #reader = new CommandReader();
   #commands = 0;
   #isWaiting = false;
@@ -40,21 +59,12 @@ export class TpmConnection implements CommandSource {
 
   /**
    * @param peer a descriptor, owned by the connection from now on, or an accepted socket that allows half-open
-   * @param onClosed called once: the connection is closed and none of its commands runs
-   * @param owner of what its commands load, where that is to be flushed
-   * @param note hears when a command has no answer yet, and when it has
-   * @param kind says how long its commands wait for a manager that is away
    */
-  constructor(
-    peer: number | Socket,
-    queue: Pick<CommandQueue, 'submit'>,
-    onClosed: (connection: TpmConnection) => void,
-    readonly owner?: HandleOwner,
-    readonly kind: ClientKind = 'tpm',
-    private readonly note?: (isTaken: boolean) => void,
-  ) {
+  constructor(peer: number | Socket, queue: Pick<CommandQueue, 'submit'>, options: TpmConnectionOptions) {
     this.#queue = queue;
-    this.#onClosed = onClosed;
+    this.#options = options;
+    this.owner = options.owner;
+    this.kind = options.kind ?? 'tpm';
     if (peer instanceof Socket) {
       this.#socket = peer;
       this.#fd = socketFd(peer);
@@ -80,7 +90,7 @@ export class TpmConnection implements CommandSource {
     this.#socket.on('error', () => {});
     this.#socket.on('close', () => {
       this.#isClosed = true;
-      if (!this.#isWaiting) this.#onClosed(this);
+      if (!this.#isWaiting) this.#options.onClosed(this);
     });
     this.#socket.resume();
   }
@@ -98,18 +108,18 @@ export class TpmConnection implements CommandSource {
   answer(response: Buffer): void {
     this.#isWaiting = false;
     if (this.#isClosed) {
-      this.#onClosed(this);
+      this.#options.onClosed(this);
       return;
     }
     if (this.isGone) return;
-    this.#write(response);
-    this.note?.(false);
+    this.#write(this.frame ? framed(response) : response);
+    this.#options.note?.(undefined);
     this.#next();
   }
 
   dropped(): void {
     this.#isWaiting = false;
-    if (this.#isClosed) this.#onClosed(this);
+    if (this.#isClosed) this.#options.onClosed(this);
   }
 
   /** Closes at once; a command that runs goes on without anybody to hear its answer. */
@@ -157,7 +167,7 @@ export class TpmConnection implements CommandSource {
       chunk.length >= HEADER_BYTES &&
       chunk.readUInt32BE(2) === chunk.length;
     if (isOneCommand) {
-      this.#submit(chunk);
+      this.#submit(chunk, undefined);
       return;
     }
     this.#reader.push(chunk);
@@ -166,9 +176,9 @@ export class TpmConnection implements CommandSource {
 
   #next(): void {
     if (this.#isBlocked() || this.#isClosing || this.isGone) return;
-    const command = this.#reader.next();
-    if (command) {
-      this.#submit(command);
+    const message = this.#reader.next();
+    if (message) {
+      this.#submit(message.command, message.frame);
       return;
     }
     if (this.#isPaused) {
@@ -178,8 +188,12 @@ export class TpmConnection implements CommandSource {
     if (!this.#isStaying) this.#closeIfDone();
   }
 
-  #submit(command: Buffer): void {
-    this.note?.(true);
+  #submit(command: Buffer, frame: Frame | undefined): void {
+    const { localities = ONLY_ZERO, note } = this.#options;
+    note?.(frame ? 'framed' : 'bare');
+    this.frame = frame;
+    this.refusal = frame?.refusal(localities);
+    this.locality = localityOf(frame, localities);
     this.#isWaiting = true;
     this.#commands++;
     this.command = command;

@@ -1,4 +1,5 @@
 import { barrier } from 'vtpm-common/barrier';
+import { MAX_FRAMED_BYTES } from '../channels/framing.js';
 import {
   drainPipe,
   hasHungUp,
@@ -18,14 +19,16 @@ import type { CheckpointMemory } from './memory.js';
 const SPLICE_TRIES = 100;
 const SPLICE_WAIT_MICROSECONDS = 10_000;
 
-const scratch = Buffer.alloc(MAX_COMMAND_BYTES);
+/** The largest response, in a frame. */
+const MAX_ANSWER_BYTES = 4 + MAX_COMMAND_BYTES + 4;
+
+const scratch = Buffer.alloc(MAX_FRAMED_BYTES);
 
 /**
  * Gives answers so that each is given once, whenever the worker is killed. The command is still in its socket. The answer
- * is written into a pipe, which takes it as a whole (it is one page), and this is marked in the shared memory; then the
- * command is taken from the socket; then the kernel moves the answer from the pipe to the socket, as a whole again, because
- * it fits into one buffer of either. So the pipe is empty exactly if the client has the answer. Pipe and sockets outlive
- * the worker: the supervisor has them too.
+ * is written into a pipe, which is empty and takes it as a whole, and this is marked in the shared memory; then the
+ * command is taken from the socket; then the kernel moves the answer from the pipe to the socket, page by page. So what is
+ * in the pipe is exactly what the client does not have yet. Pipe and sockets outlive the worker: the supervisor has them too.
  */
 export class AnswerPipe {
   constructor(
@@ -54,7 +57,7 @@ export class AnswerPipe {
     barrier('before-consume');
     receiveNow(to.fd, scratch.subarray(0, commandLength));
     barrier('after-consume');
-    const isSent = this.#send(to.fd);
+    const isSent = this.#send(to.fd, response.length);
     barrier('after-send');
     return isSent;
   }
@@ -68,7 +71,7 @@ export class AnswerPipe {
     const fd = begun === piped ? fdOf(connection) : undefined;
     if (fd !== undefined && this.holds()) {
       takeMarked(fd, commandLength);
-      this.#send(fd);
+      this.#send(fd, Number.POSITIVE_INFINITY);
     }
     this.drain();
   }
@@ -77,14 +80,20 @@ export class AnswerPipe {
     return pipeHolds(this.pipe.read);
   }
 
-  drain(): void {
-    drainPipe(this.pipe.read);
+  /** Empties it. @returns the first bytes of what was in it */
+  drain(): Buffer {
+    return drainPipe(this.pipe.read);
   }
 
-  #send(fd: number): boolean {
+  /** @param most that is in the pipe */
+  #send(fd: number, most: number): boolean {
+    let left = most;
     for (let tries = 0; tries < SPLICE_TRIES; tries++) {
-      const moved = spliceNow(this.pipe.read, fd, MAX_COMMAND_BYTES);
-      if (moved > 0) return true;
+      const moved = spliceNow(this.pipe.read, fd, MAX_ANSWER_BYTES);
+      left -= Math.max(moved, 0);
+      // Only behind a page is there more, and only of a worker before this one is it unknown how much.
+      if (left <= 0 || (moved > 0 && !this.holds())) return true;
+      if (moved > 0) continue;
       if (moved === 0 || hasHungUp(fd)) break;
       waitWritable(fd, SPLICE_WAIT_MICROSECONDS);
     }

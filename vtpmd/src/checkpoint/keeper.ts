@@ -1,5 +1,6 @@
 import { createHash, hash } from 'node:crypto';
 import { barrier } from 'vtpm-common/barrier';
+import { framed } from '../channels/framing.js';
 import type { HandleOwners } from '../channels/handle-owners.js';
 import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
@@ -59,15 +60,16 @@ export class CheckpointKeeper {
     const isRead = this.noEffect.covers(source.command, response);
     if (stored) this.saved(stored, this.#generation + 1n);
     else if (isRead) return;
-    const { command, connection } = source;
+    const { command, connection, frame } = source;
+    const sent = frame ? frame.around(command) : command;
     const answered =
       connection === undefined
         ? undefined
         : {
             connection,
-            commandLength: command.length,
-            commandDigest: hash('sha256', command, 'buffer'),
-            response,
+            commandLength: sent.length,
+            commandDigest: hash('sha256', sent, 'buffer'),
+            response: frame ? framed(response) : response,
           };
     this.#write(answered, stored !== undefined);
     if (answered) this.#answer = this.#sequence;

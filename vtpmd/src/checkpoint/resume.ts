@@ -1,7 +1,7 @@
 import { hash } from 'node:crypto';
 import type { Visitor } from '../channels/doors.js';
+import { MAX_FRAMED_BYTES } from '../channels/framing.js';
 import { peekNow, setPeekOffset } from '../channels/socket-io.js';
-import { MAX_COMMAND_BYTES } from '../engine/command.js';
 import { VtpmdError } from '../error.js';
 import type { AnswerPipe } from './answer-pipe.js';
 import type { CheckpointMemory } from './memory.js';
@@ -26,7 +26,7 @@ export function endWhatWasGoingOn(
   if (!visitor) return;
   const { fd } = visitor;
   setPeekOffset(fd, 0);
-  const head = Buffer.alloc(MAX_COMMAND_BYTES);
+  const head = Buffer.alloc(MAX_FRAMED_BYTES);
   const length = Math.max(0, peekNow(fd, head));
   const command = head.subarray(0, Math.min(length, answered.commandLength));
   if (

@@ -15,6 +15,7 @@ export const TPM_RC_BAD_TAG = 0x1e;
 export const TPM_RC_INITIALIZE = 0x100;
 export const TPM_RC_FAILURE = 0x101;
 export const TPM_RC_COMMAND_SIZE = 0x142;
+export const TPM_RC_LOCALITY = 0x907;
 export const TPM_RC_RETRY = 0x922;
 /** Format-one codes, without the bits that say which session or parameter is meant. */
 const TPM_RC_AUTH_FAIL = 0x08e;

@@ -67,7 +67,9 @@ export async function startSoftTpm(options: SoftTpmOptions): Promise<SoftTpm> {
   }
   const connections = new Set<TpmConnection>();
   const server = createServer({ allowHalfOpen: true }, (socket) => {
-    const connection = new TpmConnection(socket, queue, () => connections.delete(connection));
+    const connection = new TpmConnection(socket, queue, {
+      onClosed: () => connections.delete(connection),
+    });
     connections.add(connection);
   });
   await listen(server, options.socket);

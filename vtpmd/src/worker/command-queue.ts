@@ -1,4 +1,5 @@
 import { barrier } from 'vtpm-common/barrier';
+import type { Frame } from '../channels/framing.js';
 import type { HandleOwner } from '../channels/handle-owners.js';
 import { commandCode, errorResponse, HEADER_BYTES, isSlow, TPM_RC_RETRY } from '../engine/command.js';
 import type { Locality, Processed, TpmEngine } from '../engine/engine.js';
@@ -12,6 +13,10 @@ export interface CommandSource {
   command: Buffer;
   /** At which it runs; 0 where absent. */
   readonly locality?: Locality;
+  /** What it came in; the answer goes back in it. */
+  readonly frame?: Frame | undefined;
+  /** It does not run, and this is the code of its answer. */
+  readonly refusal?: number | undefined;
   /** Number of the connection, where workers that come after this one know it by that. */
   readonly connection?: number | undefined;
   /** Of what the command loads into the TPM. */
@@ -158,18 +163,30 @@ export class CommandQueue {
     this.#current = source;
     try {
       barrier('before-process');
-      if (isSlow(commandCode(source.command))) {
-        source.command = Buffer.from(source.command);
-        this.#options.engine.processAsync(source.command, source.locality).then(
-          (processed) => this.#guard(() => this.#processed(source, processed, true)),
-          (error: unknown) => this.#fail(error),
-        );
-        return;
-      }
-      this.#processed(source, this.#options.engine.process(source.command, source.locality), false);
+      this.#process(source, (processed, wasAsync) => this.#processed(source, processed, wasAsync));
     } catch (error) {
       this.#fail(error);
     }
+  }
+
+  /** `done` is called at once, or later where the command is slow. */
+  #process(source: CommandSource, done: (processed: Processed, wasAsync: boolean) => void): void {
+    const { engine } = this.#options;
+    const { command, locality, refusal } = source;
+    if (refusal !== undefined) {
+      done({ response: errorResponse(refusal), stored: undefined }, false);
+      return;
+    }
+    if (!isSlow(commandCode(command))) {
+      done(engine.process(command, locality), false);
+      return;
+    }
+    // Its connection's memory may be another command's meanwhile.
+    source.command = Buffer.from(command);
+    engine.processAsync(source.command, locality).then(
+      (processed) => this.#guard(() => done(processed, true)),
+      (error: unknown) => this.#fail(error),
+    );
   }
 
   #processed(source: CommandSource, processed: Processed, wasAsync: boolean): void {
@@ -238,15 +255,7 @@ export class CommandQueue {
     this.#guard(() => {
       barrier('before-process');
       const trial = this.#trials.begin();
-      const { engine } = this.#options;
-      if (isSlow(commandCode(source.command))) {
-        engine.processAsync(source.command, source.locality).then(
-          (processed) => this.#guard(() => this.#tried(source, trial, processed, true)),
-          (error: unknown) => this.#fail(error),
-        );
-        return;
-      }
-      this.#tried(source, trial, engine.process(source.command, source.locality), false);
+      this.#process(source, (processed, wasAsync) => this.#tried(source, trial, processed, wasAsync));
     });
   }
 
@@ -322,6 +331,8 @@ function stayingSource(source: CommandSource): CommandSource {
     command: source.command,
     connection: source.connection,
     owner: source.owner,
+    frame: source.frame,
+    refusal: source.refusal,
     ...(source.kind !== undefined && { kind: source.kind }),
     ...(source.locality !== undefined && { locality: source.locality }),
     isGone: false,

@@ -1,5 +1,6 @@
 import { closeSync } from 'node:fs';
-import type { Visitor } from '../channels/doors.js';
+import { TAKEN_FRAMED, type Visitor } from '../channels/doors.js';
+import { framed, isFramedAnswer } from '../channels/framing.js';
 import { sendNow } from '../channels/socket-io.js';
 import { serveTctiControl } from '../channels/tcti-control.js';
 import { TpmConnection } from '../channels/tpm-connection.js';
@@ -25,10 +26,9 @@ export class LostTpm {
     left: { readonly memory: CheckpointMemory; readonly pipe: AnswerPipe },
     onClosed: (id: number) => void,
   ): void {
-    const waiting = this.#waiting(visitors, left);
-    left.pipe.drain();
+    const waiting = this.#waiting(visitors, left.memory, left.pipe.drain());
     left.memory.taken.fill(0);
-    for (const { fd } of waiting) sendNow(fd, errorResponse(TPM_RC_FAILURE));
+    for (const { fd, answer } of waiting) sendNow(fd, answer);
     for (const visitor of visitors) this.open(visitor, () => onClosed(visitor.id));
   }
 
@@ -38,7 +38,7 @@ export class LostTpm {
         case 'tpm':
         case 'tcti':
         case 'vmm-data':
-          new TpmConnection(fd, this.#queue, onClosed);
+          new TpmConnection(fd, this.#queue, { onClosed });
           return;
         case 'tcti-ctrl':
           serveTctiControl(fd, { established: false, cancel: () => {} }, onClosed);
@@ -55,15 +55,22 @@ export class LostTpm {
   /** Those whose command was taken from its socket, and has no answer. */
   #waiting(
     visitors: readonly Visitor[],
-    { memory, pipe }: { readonly memory: CheckpointMemory; readonly pipe: AnswerPipe },
-  ): readonly Visitor[] {
+    memory: CheckpointMemory,
+    undelivered: Buffer,
+  ): readonly { readonly fd: number; readonly answer: Buffer }[] {
+    const failure = errorResponse(TPM_RC_FAILURE);
     const { begun, piped, connection, commandLength } = memory.mark();
-    if (pipe.holds() && begun === piped) {
+    if (undelivered.length > 0 && begun === piped) {
       const visitor = visitors.find(({ id }) => id === connection);
-      if (visitor) takeMarked(visitor.fd, commandLength);
-      return visitor ? [visitor] : [];
+      if (!visitor) return [];
+      const { fd } = visitor;
+      takeMarked(fd, commandLength);
+      return [{ fd, answer: isFramedAnswer(undelivered) ? framed(failure) : failure }];
     }
     const taken = new Set(memory.taken);
-    return visitors.filter(({ id }) => taken.has(id));
+    return visitors.flatMap(({ id, fd }) => {
+      if (taken.has(id)) return [{ fd, answer: failure }];
+      return taken.has((id | TAKEN_FRAMED) >>> 0) ? [{ fd, answer: framed(failure) }] : [];
+    });
   }
 }
