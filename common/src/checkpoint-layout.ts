@@ -23,6 +23,13 @@ export const CHECKPOINT_LAYOUT = {
    */
   taken: 1024,
   takenCount: 256,
+  /**
+   * As `begun` to `commandLength`, for the answers to a VMM's control requests, which have a pipe of their own; u32
+   * `locality` is the one that the VMM has chosen, and `torn` the control connection of which a part of a request was taken.
+   */
+  control: { begun: 2304, piped: 2312, connection: 2320, commandLength: 2324 },
+  locality: 2328,
+  torn: 2332,
   /** The first two lie where versions with two slots of twice the size have theirs: each reads what the other's workers left. */
   slots: [4096, 4096 + 126 * 1024, 4096 + 63 * 1024],
   slotBytes: 63 * 1024,

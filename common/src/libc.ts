@@ -11,6 +11,8 @@ const libc = koffi.load('libc.so.6');
 const getsockopt = libc.func(
   'int getsockopt(int fd, int level, int name, void *value, _Inout_ uint32_t *length)',
 );
+const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *value, uint32_t length)');
+const peekOffsetValue = Buffer.alloc(4);
 const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int32_t *pair)');
 const sendmsg = libc.func('long sendmsg(int fd, void *header, int flags)');
 const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
@@ -34,6 +36,10 @@ const SOCK_STREAM = 1;
 /** The same bit as O_CLOEXEC. */
 const SOCK_CLOEXEC = 0o2000000;
 const SCM_RIGHTS = 1;
+/** The most that one message carries (SCM_MAX_FD). */
+const MOST_DESCRIPTORS = 253;
+const SO_PEEK_OFF = 42;
+const MSG_PEEK = 2;
 const MSG_NOSIGNAL = 0x4000;
 const MSG_DONTWAIT = 0x40;
 const MSG_CMSG_CLOEXEC = 0x40000000;
@@ -139,6 +145,31 @@ export function receiveDescriptor(fd: number): number | undefined {
   return message.control.readInt32LE(16);
 }
 
+/**
+ * Copies of the descriptors that came along with the first `length` bytes in a unix stream socket; bytes and descriptors stay
+ * there (recvmsg(2), MSG_PEEK). The socket's peek offset is behind these bytes then.
+ */
+export function peekDescriptors(fd: number, length: number): number[] {
+  const found: number[] = [];
+  peekOffsetValue.writeInt32LE(0, 0);
+  if (setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, peekOffsetValue, 4) !== 0) fail('setsockopt(SO_PEEK_OFF)');
+  const payload = Buffer.alloc(Math.max(1, length));
+  // A receive ends where descriptors came along.
+  for (let there = 0; there < length; ) {
+    const message = messageHeader(payload.subarray(there), MOST_DESCRIPTORS);
+    message.control.fill(0);
+    const received = Number(recvmsg(fd, message.header, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC));
+    if (received <= 0) break;
+    there += received;
+    const bytes = Number(message.control.readBigUInt64LE(0));
+    const isRights =
+      message.control.readInt32LE(8) === SOL_SOCKET && message.control.readInt32LE(12) === SCM_RIGHTS;
+    if (!isRights) continue;
+    for (let at = 16; at < bytes; at += 4) found.push(message.control.readInt32LE(at));
+  }
+  return found;
+}
+
 /** A file in memory that nobody can change any more (memfd_create(2), sealed), close-on-exec. The caller closes it. */
 export function sealedMemory(name: string, content: Uint8Array): number {
   return memoryFile(name, SEAL_ALL, (fd) => {
@@ -198,13 +229,12 @@ export function forbidCoreDumps(): void {
   if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) !== 0) fail('prctl(PR_SET_DUMPABLE)');
 }
 
-/** struct msghdr of 56 bytes with one iovec of one byte and room for one descriptor (64-bit Linux). */
-function messageHeader(): { header: Buffer; control: Buffer } {
-  const payload = Buffer.from([0x66]);
+/** struct msghdr of 56 bytes with one iovec and room for descriptors (64-bit Linux). */
+function messageHeader(payload = Buffer.from([0x66]), descriptors = 1): { header: Buffer; control: Buffer } {
   const iov = Buffer.alloc(16);
   iov.writeBigUInt64LE(koffi.address(payload), 0);
-  iov.writeBigUInt64LE(1n, 8);
-  const control = Buffer.alloc(24);
+  iov.writeBigUInt64LE(BigInt(payload.length), 8);
+  const control = Buffer.alloc(Math.ceil((16 + 4 * descriptors) / 8) * 8);
   control.writeBigUInt64LE(20n, 0);
   control.writeInt32LE(SOL_SOCKET, 8);
   control.writeInt32LE(SCM_RIGHTS, 12);
@@ -212,7 +242,7 @@ function messageHeader(): { header: Buffer; control: Buffer } {
   header.writeBigUInt64LE(koffi.address(iov), 16);
   header.writeBigUInt64LE(1n, 24);
   header.writeBigUInt64LE(koffi.address(control), 32);
-  header.writeBigUInt64LE(24n, 40);
+  header.writeBigUInt64LE(BigInt(control.length), 40);
   // The addresses above are raw: what they point at must outlive the call.
   keepAlive.set(header, [payload, iov, control]);
   return { header, control };

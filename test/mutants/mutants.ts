@@ -538,8 +538,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'a command whose effect is in the checkpoint does not run again',
     file: 'vtpmd/src/checkpoint/resume.ts',
-    guard: 'if (!answered || memory.mark().piped >= unit.sequence) return;',
-    without: 'if (!answered || memory) return;',
+    guard: 'if (!answered || marks.mark().piped >= unit.sequence) return;',
+    without: 'if (!answered || marks) return;',
     test: { file: 'fault/checkpoint', name: 'at every point' },
   },
   {

@@ -54,7 +54,7 @@ function takeCheckpoint(): void {
 
 /** The supervisor reads how often; whoever writes it may lie. */
 function saysThatItAnswered(): void {
-  memory?.map.piped(Date.now());
+  memory?.map.marks.piped(Date.now());
 }
 
 function serve(id: number, fd: number): void {

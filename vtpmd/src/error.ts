@@ -14,6 +14,7 @@ export type VtpmdErrorCode =
   | 'fenced'
   | 'startup-failed'
   | 'no-checkpoint'
+  | 'manager-away'
   | 'internal';
 
 /** The one error class of this package. The message says what happened and holds no secret. */

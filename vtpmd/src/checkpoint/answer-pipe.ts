@@ -10,29 +10,32 @@ import {
   waitWritable,
   writeNow,
 } from '../channels/socket-io.js';
-import { MAX_COMMAND_BYTES } from '../engine/command.js';
 import { VtpmdError } from '../error.js';
-import type { CheckpointKeeper } from './keeper.js';
-import type { CheckpointMemory } from './memory.js';
+import type { PipeMarks } from './memory.js';
+
+/** Gives each answer a number; they rise over the whole VM run. */
+export interface AnswerNumbers {
+  takeAnswerNumber(): number;
+}
 
 /** Nobody but a client that does not read for so long makes an answer wait. */
 const SPLICE_TRIES = 100;
 const SPLICE_WAIT_MICROSECONDS = 10_000;
 
-/** The largest response, in a frame. */
-const MAX_ANSWER_BYTES = 4 + MAX_COMMAND_BYTES + 4;
+/** More than a pipe has room for. */
+const MOST_PIPE_BYTES = 1024 * 1024;
 
 const scratch = Buffer.alloc(MAX_FRAMED_BYTES);
 
 /**
  * Gives answers so that each is given once, whenever the worker is killed. The command is still in its socket. The answer
- * is written into a pipe, which is empty and takes it as a whole, and this is marked in the shared memory; then the
- * command is taken from the socket; then the kernel moves the answer from the pipe to the socket, page by page. So what is
- * in the pipe is exactly what the client does not have yet. Pipe and sockets outlive the worker: the supervisor has them too.
+ * is written into a pipe, which takes it as a whole (the TPM's are two pages at most), and this is marked in the shared
+ * memory; then the command is taken from the socket; then the kernel moves the answer from the pipe to the socket. So what is
+ * in the pipe is what the client does not have. Pipe and sockets outlive the worker: the supervisor has them too.
  */
 export class AnswerPipe {
   constructor(
-    private readonly memory: CheckpointMemory,
+    private readonly marks: PipeMarks,
     private readonly pipe: { readonly read: number; readonly write: number },
   ) {}
 
@@ -41,21 +44,22 @@ export class AnswerPipe {
    * @returns false where nobody is there to take it
    */
   deliver(
-    keeper: Pick<CheckpointKeeper, 'takeAnswerNumber'>,
+    numbers: AnswerNumbers,
     to: { readonly fd: number; readonly connection: number },
     commandLength: number,
     response: Buffer,
   ): boolean {
-    const number = keeper.takeAnswerNumber();
-    this.memory.begin(number, to.connection, commandLength);
+    const number = numbers.takeAnswerNumber();
+    this.marks.begin(number, to.connection, commandLength);
     barrier('before-pipe');
     if (writeNow(this.pipe.write, response) !== response.length) {
+      this.drain();
       throw new VtpmdError('internal', 'the answer pipe does not take an answer');
     }
     barrier('after-pipe');
-    this.memory.piped(number);
+    this.marks.piped(number);
     barrier('before-consume');
-    receiveNow(to.fd, scratch.subarray(0, commandLength));
+    takeBytes(to.fd, commandLength);
     barrier('after-consume');
     const isSent = this.#send(to.fd, response.length);
     barrier('after-send');
@@ -67,7 +71,7 @@ export class AnswerPipe {
    * is still in the socket then.
    */
   finish(fdOf: (connection: number) => number | undefined): void {
-    const { begun, piped, connection, commandLength } = this.memory.mark();
+    const { begun, piped, connection, commandLength } = this.marks.mark();
     const fd = begun === piped ? fdOf(connection) : undefined;
     if (fd !== undefined && this.holds()) {
       takeMarked(fd, commandLength);
@@ -85,20 +89,32 @@ export class AnswerPipe {
     return drainPipe(this.pipe.read);
   }
 
-  /** @param most that is in the pipe */
-  #send(fd: number, most: number): boolean {
-    let left = most;
+  /** What does not fit at once stays in the pipe, so that it is known what is missing. */
+  #send(fd: number, length = Number.POSITIVE_INFINITY): boolean {
+    let left = length;
     for (let tries = 0; tries < SPLICE_TRIES; tries++) {
-      const moved = spliceNow(this.pipe.read, fd, MAX_ANSWER_BYTES);
-      left -= Math.max(moved, 0);
-      // Only behind a page is there more, and only of a worker before this one is it unknown how much.
-      if (left <= 0 || (moved > 0 && !this.holds())) return true;
-      if (moved > 0) continue;
-      if (moved === 0 || hasHungUp(fd)) break;
-      waitWritable(fd, SPLICE_WAIT_MICROSECONDS);
+      const moved = spliceNow(this.pipe.read, fd, MOST_PIPE_BYTES);
+      if (moved > 0) {
+        left -= moved;
+        if (left <= 0 || !this.holds()) return true;
+        tries = 0;
+      } else if (moved === 0 || hasHungUp(fd)) {
+        break;
+      } else {
+        waitWritable(fd, SPLICE_WAIT_MICROSECONDS);
+      }
     }
     this.drain();
     return false;
+  }
+}
+
+/** Takes so many bytes from the socket; with less where there are less. A receive ends where a descriptor was sent along. */
+function takeBytes(fd: number, count: number): void {
+  for (let left = count; left > 0; ) {
+    const taken = receiveNow(fd, scratch.subarray(0, Math.min(left, scratch.length)));
+    if (taken <= 0) return;
+    left -= taken;
   }
 }
 
@@ -107,5 +123,5 @@ export class AnswerPipe {
  * command while that is there and goes back to 0 with it.
  */
 export function takeMarked(fd: number, commandLength: number): void {
-  if (peekOffset(fd) > 0) receiveNow(fd, scratch.subarray(0, commandLength));
+  takeBytes(fd, Math.min(peekOffset(fd), commandLength));
 }

@@ -9,7 +9,7 @@ import type { OutagePolicy } from '../worker/outage-policy.js';
 import type { GrantedState } from './choose.js';
 import { type CheckpointMemory, SLOTS, type Slot } from './memory.js';
 import { NoEffect } from './no-effect.js';
-import type { Unit, UnitSealer } from './unit.js';
+import type { Answered, PowerNotes, Unit, UnitSealer } from './unit.js';
 
 export interface KeeperParts {
   readonly memory: CheckpointMemory;
@@ -17,6 +17,7 @@ export interface KeeperParts {
   readonly engine: TpmEngine;
   readonly owners: HandleOwners;
   readonly policy: OutagePolicy;
+  readonly power: PowerNotes;
   /** The permanent state that the TPM started from. */
   readonly granted: GrantedState;
   /** Where a worker before this one came to, 0 for none: of its units and answers; `inUse` as in ChosenUnit. */
@@ -35,6 +36,7 @@ export class CheckpointKeeper {
   #inUse: readonly Slot[];
   /** Number of the unit that holds the answer that is about to be given. */
   #answer: number | undefined;
+  #controlAnswer: number | undefined;
 
   constructor(parts: KeeperParts) {
     this.#parts = parts;
@@ -66,6 +68,7 @@ export class CheckpointKeeper {
       connection === undefined
         ? undefined
         : {
+            isControl: false,
             connection,
             commandLength: sent.length,
             commandDigest: hash('sha256', sent, 'buffer'),
@@ -77,7 +80,32 @@ export class CheckpointKeeper {
 
   /** A unit that stands for no command. */
   keepNow(): void {
+    this.#answer = undefined;
     this.#write(undefined, false);
+  }
+
+  /** As `keep`, where something other than a command stored it. Its save follows, and is the next one. */
+  keepSave(permanent: Buffer, answered?: Answered): void {
+    this.saved(permanent, this.#generation + 1n);
+    this.#keepAnswered(answered, true);
+  }
+
+  /** A control request had an effect, and stored nothing. */
+  keepControl(answered: Answered | undefined): void {
+    this.#keepAnswered(answered, false);
+  }
+
+  #keepAnswered(answered: Answered | undefined, stored: boolean): void {
+    this.#answer = undefined;
+    this.#write(answered, stored);
+    if (answered) this.#controlAnswer = this.#sequence;
+  }
+
+  /** As `takeAnswerNumber`, for answers to control requests. */
+  takeControlNumber(): number {
+    const number = this.#controlAnswer ?? ++this.#sequence;
+    this.#controlAnswer = undefined;
+    return number;
   }
 
   /** The number of the answer that is given now. They rise over the whole VM run. */
@@ -97,12 +125,12 @@ export class CheckpointKeeper {
    * what this worker found. With `close` the new unit is the newest and follows the first of `#inUse`, which stays.
    */
   #write(answered: Unit['answered'], stored: boolean): void {
-    const { memory, sealer, engine, owners, policy } = this.#parts;
+    const { memory, sealer, engine, owners, policy, power } = this.#parts;
     const slot = SLOTS.find((one) => !this.#inUse.includes(one));
     if (slot === undefined) throw new VtpmdError('internal', 'no slot is free for a checkpoint');
     const sequence = ++this.#sequence;
     const room = memory.open(slot);
-    const length = engine.useVolatileState((volatile) =>
+    const seal = (volatile: Buffer): number =>
       sealer.seal(
         {
           sequence,
@@ -111,16 +139,19 @@ export class CheckpointKeeper {
           permanentDigest: this.#permanentDigest,
           stored,
           isFirmware: policy.isFirmware,
+          power,
           volatile,
           owners: owners.serialised(),
           answered,
         },
         room,
-      ),
-    );
+      );
+    const length = power.isOff ? seal(NOTHING) : engine.useVolatileState(seal);
     barrier('half-checkpoint');
     memory.close(slot, sequence, length);
     this.#inUse = [slot, ...this.#inUse.slice(0, 1)];
     this.#previous = sequence;
   }
 }
+
+const NOTHING = Buffer.alloc(0);

@@ -10,6 +10,8 @@ import { CheckpointMemory } from './memory.js';
 export interface Left {
   readonly memory: CheckpointMemory;
   readonly pipe: AnswerPipe;
+  /** For answers to control requests, where the vTPM has that door. */
+  readonly controlPipe: AnswerPipe | undefined;
   readonly keeps: boolean;
   readonly resumes: CheckpointDescriptors['resumes'];
 }
@@ -24,15 +26,21 @@ export interface Checkpoint {
 /** The memory's descriptor is closed, the pipe's stay. @throws VtpmdError `internal` */
 export function openLeft(descriptors: CheckpointDescriptors | undefined): Left | undefined {
   if (!descriptors) return undefined;
-  const { memory: fd, read, write, keeps, resumes } = descriptors;
+  const { memory: fd, pipe, controlPipe, keeps, resumes } = descriptors;
   const memory = CheckpointMemory.map(fd);
   closeSync(fd);
-  return { memory, pipe: new AnswerPipe(memory, { read, write }), keeps, resumes };
+  return {
+    memory,
+    pipe: new AnswerPipe(memory.marks, pipe),
+    controlPipe: controlPipe && new AnswerPipe(memory.controlMarks, controlPipe),
+    ...{ keeps, resumes },
+  };
 }
 
 /** Numbers go on behind everything that was numbered, whether it is used or not. */
 export function lastOf({ left, chosen }: Checkpoint): KeeperParts['last'] {
-  const sequence = Math.max(left.resumes?.newest ?? 0, left.memory.mark().begun);
+  const { marks, controlMarks } = left.memory;
+  const sequence = Math.max(left.resumes?.newest ?? 0, marks.mark().begun, controlMarks.mark().begun);
   return { sequence, unit: chosen?.unit.sequence ?? 0, inUse: chosen?.inUse ?? [] };
 }
 

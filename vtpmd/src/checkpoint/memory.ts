@@ -22,12 +22,29 @@ export interface SlotContent {
   readonly sealed: Buffer;
 }
 
+/** Where the marks of one pipe are. */
+interface MarkLayout {
+  readonly begun: number;
+  readonly piped: number;
+  readonly connection: number;
+  readonly commandLength: number;
+}
+
 /** The answer that went, or was about to go, through the pipe. */
 export interface PipeMark {
   readonly begun: number;
   readonly piped: number;
   readonly connection: number;
   readonly commandLength: number;
+}
+
+/** What is noted of the answers that go through one pipe. A worker may end between any two of the stores. */
+export interface PipeMarks {
+  /** Before an answer is written into the empty pipe. */
+  begin(number: number, connection: number, commandLength: number): void;
+  /** The answer is wholly in the pipe. */
+  piped(number: number): void;
+  mark(): PipeMark;
 }
 
 /**
@@ -59,25 +76,54 @@ export class CheckpointMemory {
     this.#halves = new Uint32Array(buffer, byteOffset, LAYOUT.bytes / 4);
   }
 
-  /** Before an answer is written into the empty pipe. */
-  begin(number: number, connection: number, commandLength: number): void {
-    Atomics.store(this.#halves, LAYOUT.connection / 4, connection);
-    Atomics.store(this.#halves, LAYOUT.commandLength / 4, commandLength);
-    this.#setWord(LAYOUT.begun, number);
+  /** Of the pipe for the answers of the TPM. */
+  get marks(): PipeMarks {
+    return this.#marksAt(LAYOUT);
   }
 
-  /** The answer is wholly in the pipe. */
-  piped(number: number): void {
-    this.#setWord(LAYOUT.piped, number);
+  /** Of the pipe for the answers to a VMM's control requests. */
+  get controlMarks(): PipeMarks {
+    return this.#marksAt(LAYOUT.control);
   }
 
   mark(): PipeMark {
+    return this.marks.mark();
+  }
+
+  #marksAt({ begun, piped, connection, commandLength }: MarkLayout): PipeMarks {
+    const halves = this.#halves;
     return {
-      begun: this.#word(LAYOUT.begun),
-      piped: this.#word(LAYOUT.piped),
-      connection: Atomics.load(this.#halves, LAYOUT.connection / 4),
-      commandLength: Atomics.load(this.#halves, LAYOUT.commandLength / 4),
+      begin: (number, to, length) => {
+        Atomics.store(halves, connection / 4, to);
+        Atomics.store(halves, commandLength / 4, length);
+        this.#setWord(begun, number);
+      },
+      piped: (number) => this.#setWord(piped, number),
+      mark: () => ({
+        begun: this.#word(begun),
+        piped: this.#word(piped),
+        connection: Atomics.load(halves, connection / 4),
+        commandLength: Atomics.load(halves, commandLength / 4),
+      }),
     };
+  }
+
+  /** The locality that the VMM has chosen. */
+  get locality(): number {
+    return Atomics.load(this.#halves, LAYOUT.locality / 4);
+  }
+
+  set locality(locality: number) {
+    Atomics.store(this.#halves, LAYOUT.locality / 4, locality);
+  }
+
+  /** The control connection from which a part of a request was taken, so that nobody else can do it; 0 for none. */
+  get torn(): number {
+    return Atomics.load(this.#halves, LAYOUT.torn / 4);
+  }
+
+  set torn(connection: number) {
+    Atomics.store(this.#halves, LAYOUT.torn / 4, connection);
   }
 
   /** Words in which connections note that a command of theirs has no answer yet, where nothing is check-pointed. */

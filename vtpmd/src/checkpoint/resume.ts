@@ -1,6 +1,5 @@
 import { hash } from 'node:crypto';
 import type { Visitor } from '../channels/doors.js';
-import { MAX_FRAMED_BYTES } from '../channels/framing.js';
 import { peekNow, setPeekOffset } from '../channels/socket-io.js';
 import { VtpmdError } from '../error.js';
 import type { AnswerPipe } from './answer-pipe.js';
@@ -16,32 +15,48 @@ import type { Unit } from './unit.js';
 export function endWhatWasGoingOn(
   unit: Unit,
   visitors: readonly Visitor[],
-  { memory, pipe }: { readonly memory: CheckpointMemory; readonly pipe: AnswerPipe },
+  left: {
+    readonly memory: CheckpointMemory;
+    readonly pipe: AnswerPipe;
+    readonly controlPipe: AnswerPipe | undefined;
+  },
 ): void {
   const find = (id: number): Visitor | undefined => visitors.find((visitor) => visitor.id === id);
-  pipe.finish((connection) => find(connection)?.fd);
+  const fdOf = (connection: number): number | undefined => find(connection)?.fd;
+  left.pipe.finish(fdOf);
+  left.controlPipe?.finish(fdOf);
   const { answered } = unit;
-  if (!answered || memory.mark().piped >= unit.sequence) return;
+  const marks = answered?.isControl ? left.memory.controlMarks : left.memory.marks;
+  if (!answered || marks.mark().piped >= unit.sequence) return;
   const visitor = find(answered.connection);
-  if (!visitor) return;
+  const pipe = answered.isControl ? left.controlPipe : left.pipe;
+  if (!visitor || !pipe) return;
   const { fd } = visitor;
-  setPeekOffset(fd, 0);
-  const head = Buffer.alloc(MAX_FRAMED_BYTES);
-  const length = Math.max(0, peekNow(fd, head));
-  const command = head.subarray(0, Math.min(length, answered.commandLength));
+  const command = peekHead(fd, answered.commandLength);
   if (
     command.length !== answered.commandLength ||
     !hash('sha256', command, 'buffer').equals(answered.commandDigest)
   ) {
     // Its client may have gone: then nobody waits. Nothing else takes a command from there.
-    if (length === 0) return;
+    if (command.length === 0) return;
     throw new VtpmdError('no-checkpoint', 'the command that was answered is not the one in the socket');
   }
-  setPeekOffset(fd, command.length);
   pipe.deliver(
     { takeAnswerNumber: () => unit.sequence },
     { fd, connection: answered.connection },
     command.length,
     answered.response,
   );
+}
+
+/** The first bytes in the socket, at most so many. The peek offset is behind them then. */
+function peekHead(fd: number, length: number): Buffer {
+  const head = Buffer.alloc(length);
+  setPeekOffset(fd, 0);
+  let there = 0;
+  // A look ends where a descriptor was sent along.
+  for (let count = 1; count > 0 && there < length; there += count) {
+    count = Math.max(0, peekNow(fd, head.subarray(there)));
+  }
+  return head.subarray(0, there);
 }

@@ -1,8 +1,10 @@
 import { createCipheriv, createDecipheriv, hkdfSync } from 'node:crypto';
 import { VtpmdError } from '../error.js';
 
-/** The command whose effect is the last one in a unit, and its answer. */
+/** The command or control request whose effect is the last one in a unit, and its answer. */
 export interface Answered {
+  /** A VMM's control request: its answer goes through the other pipe. */
+  readonly isControl: boolean;
   readonly connection: number;
   readonly commandLength: number;
   /** SHA-256, 32 bytes. */
@@ -22,11 +24,26 @@ export interface Unit {
   readonly stored: boolean;
   /** Firmware drives the TPM; see OutagePolicy. */
   readonly isFirmware: boolean;
+  readonly power: PowerNotes;
+  /** Empty where the TPM is off. */
   readonly volatile: Buffer;
   /** A serialised list of who loaded what; see HandleOwners. */
   readonly owners: Buffer;
   /** Absent where the command was the worker's own. */
   readonly answered: Answered | undefined;
+}
+
+/** What a worker that goes on needs to know of the TPM's power, and what libtpms does not keep with the state. */
+export interface PowerNotes {
+  readonly isOff: boolean;
+  /** Switched off now, it needs no Shutdown: it was not started, or was shut down and changed nothing since. */
+  readonly isOrderly: boolean;
+  /** A measurement of a dynamic root of trust is under way: no command may come in between. */
+  readonly isMeasuring: boolean;
+  /** State was brought in for the next power-on; only the worker that took it has it. */
+  readonly hasState: boolean;
+  /** That the TPM's buffers have; 0 where nobody has chosen one. */
+  readonly bufferSize: number;
 }
 
 export interface UnitNames {
@@ -35,7 +52,9 @@ export interface UnitNames {
   readonly vmRunId: Uint8Array;
 }
 
-const FORMAT = 1;
+/** Units of format 1 know nothing of power: the TPM is on. */
+const FORMAT = 2;
+const FORMATS = [2, 1];
 const EPOCH_BYTES = 8;
 const TAG_BYTES = 16;
 /** Fixed part of the plaintext. */
@@ -58,7 +77,7 @@ export class UnitSealer {
   constructor(checkpointKey: Uint8Array, names: UnitNames, epoch: bigint) {
     this.#key = epochKey(checkpointKey, epoch);
     this.#epoch = epoch;
-    this.#context = contextOf(names, epoch);
+    this.#context = contextOf(FORMAT, names, epoch);
   }
 
   /** @returns the number of bytes written to `out` @throws VtpmdError `internal` where it does not fit */
@@ -73,7 +92,7 @@ export class UnitSealer {
     if (length > this.#plain.length) this.#plain = Buffer.alloc(length);
     const plain = this.#plain;
     plain.writeUInt32LE(FORMAT, 0);
-    plain.writeUInt32LE((unit.stored ? 1 : 0) | (unit.isFirmware ? 2 : 0) | (answered ? 4 : 0), 4);
+    plain.writeUInt32LE(flagsOf(unit), 4);
     plain.writeBigUInt64LE(BigInt(unit.previous), 8);
     plain.writeBigUInt64LE(unit.generation, 16);
     plain.set(unit.permanentDigest, 24);
@@ -83,6 +102,7 @@ export class UnitSealer {
     plain.writeUInt32LE(response.length, 96);
     plain.writeUInt32LE(owners.length, 100);
     plain.writeUInt32LE(volatile.length, 104);
+    plain.writeUInt32LE(unit.power.bufferSize, 108);
     plain.set(response, HEAD_BYTES);
     plain.set(owners, HEAD_BYTES + response.length);
     plain.set(volatile, HEAD_BYTES + response.length + owners.length);
@@ -105,8 +125,22 @@ export function openUnit(
   sealed: Buffer,
 ): Unit | undefined {
   if (sealed.length < EPOCH_BYTES + HEAD_BYTES + TAG_BYTES) return undefined;
+  for (const format of FORMATS) {
+    const unit = openFormat(format, checkpointKey, names, sequence, sealed);
+    if (unit) return unit;
+  }
+  return undefined;
+}
+
+function openFormat(
+  format: number,
+  checkpointKey: Uint8Array,
+  names: UnitNames,
+  sequence: number,
+  sealed: Buffer,
+): Unit | undefined {
   const epoch = sealed.readBigUInt64LE(0);
-  const context = contextOf(names, epoch);
+  const context = contextOf(format, names, epoch);
   context.writeBigUInt64LE(BigInt(sequence), context.length - 8);
   const nonce = Buffer.alloc(12);
   nonce.writeBigUInt64LE(BigInt(sequence), 0);
@@ -122,11 +156,11 @@ export function openUnit(
   } finally {
     key.fill(0);
   }
-  return parse(plain, sequence);
+  return parse(plain, sequence, format);
 }
 
-function parse(plain: Buffer, sequence: number): Unit | undefined {
-  if (plain.readUInt32LE(0) !== FORMAT) return undefined;
+function parse(plain: Buffer, sequence: number, format: number): Unit | undefined {
+  if (plain.readUInt32LE(0) !== format) return undefined;
   const flags = plain.readUInt32LE(4);
   const owners = HEAD_BYTES + plain.readUInt32LE(96);
   const volatile = owners + plain.readUInt32LE(100);
@@ -136,12 +170,20 @@ function parse(plain: Buffer, sequence: number): Unit | undefined {
     previous: Number(plain.readBigUInt64LE(8)),
     generation: plain.readBigUInt64LE(16),
     permanentDigest: plain.subarray(24, 56),
-    stored: (flags & 1) !== 0,
-    isFirmware: (flags & 2) !== 0,
+    stored: (flags & FLAG.stored) !== 0,
+    isFirmware: (flags & FLAG.firmware) !== 0,
+    power: {
+      isOff: (flags & FLAG.off) !== 0,
+      isOrderly: (flags & FLAG.orderly) !== 0,
+      isMeasuring: (flags & FLAG.measuring) !== 0,
+      hasState: (flags & FLAG.state) !== 0,
+      bufferSize: plain.readUInt32LE(108),
+    },
     answered:
-      (flags & 4) === 0
+      (flags & FLAG.answered) === 0
         ? undefined
         : {
+            isControl: (flags & FLAG.control) !== 0,
             connection: plain.readUInt32LE(56),
             commandLength: plain.readUInt32LE(60),
             commandDigest: plain.subarray(64, 96),
@@ -152,14 +194,38 @@ function parse(plain: Buffer, sequence: number): Unit | undefined {
   };
 }
 
+const FLAG = {
+  stored: 1,
+  firmware: 2,
+  answered: 4,
+  off: 8,
+  orderly: 16,
+  measuring: 32,
+  state: 64,
+  control: 128,
+} as const;
+
+function flagsOf({ stored, isFirmware, power, answered }: Unit): number {
+  return (
+    (stored ? FLAG.stored : 0) |
+    (isFirmware ? FLAG.firmware : 0) |
+    (answered ? FLAG.answered : 0) |
+    (power.isOff ? FLAG.off : 0) |
+    (power.isOrderly ? FLAG.orderly : 0) |
+    (power.isMeasuring ? FLAG.measuring : 0) |
+    (power.hasState ? FLAG.state : 0) |
+    (answered?.isControl ? FLAG.control : 0)
+  );
+}
+
 const EMPTY = Buffer.alloc(0);
 const LABEL = Buffer.from('vtpm.v1 checkpoint\0');
 
 /** Everything that names a unit, with room for its sequence at the end. */
-function contextOf({ vtpmUuid, vmRunId }: UnitNames, epoch: bigint): Buffer {
+function contextOf(format: number, { vtpmUuid, vmRunId }: UnitNames, epoch: bigint): Buffer {
   const context = Buffer.alloc(LABEL.length + 4 + 16 + 16 + 8 + 8);
   context.set(LABEL, 0);
-  context.writeUInt32LE(FORMAT, LABEL.length);
+  context.writeUInt32LE(format, LABEL.length);
   context.set(vtpmUuid, LABEL.length + 4);
   context.set(vmRunId, LABEL.length + 20);
   context.writeBigUInt64LE(epoch, LABEL.length + 36);

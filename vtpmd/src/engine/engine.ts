@@ -2,6 +2,7 @@ import { VtpmdError } from '../error.js';
 import { checkFrame, errorResponse, HEADER_BYTES, MAX_COMMAND_BYTES, TPM_RC_SUCCESS } from './command.js';
 import {
   allocate,
+  type BufferSizes,
   type Callbacks,
   type Libtpms,
   loadLibtpms,
@@ -51,10 +52,29 @@ export function discard(snapshot: Snapshot): void {
 /** The one TPM of this process: libtpms keeps all its state in globals. */
 export interface TpmEngine {
   readonly libtpmsVersion: string;
-  /** The established bit of swtpm's control protocol; nothing here can change it while the TPM runs. */
+  /** False between `powerOff` and `powerOn`. Only what says so can be called then. */
+  readonly isOn: boolean;
+  /** A dynamic root of trust was measured; as it was when the TPM was last asked. */
   readonly established: boolean;
-  /** Permanent state stored while the TPM was powered on, where it was. */
+  /** Permanent state stored while the TPM was powered on for the last time, where it was. */
   readonly storedAtStart: Buffer | undefined;
+  /** Of the TPM that is on, or of the next one that is. */
+  readonly bufferSizes: BufferSizes;
+  /** Only while it is off; the nearest size that is possible. */
+  setBufferSize(wanted: number): void;
+  /** What TPMLIB_GetInfo says, on or off: JSON. */
+  info(flags: number): string;
+  /** Cuts the power. @returns the permanent state, whose wiping is the caller's @throws VtpmdError `engine` where it is off */
+  powerOff(): Buffer;
+  /** _TPM_Init, while it is off. @throws VtpmdError `engine`; it stays off */
+  powerOn(state: EngineState): void;
+  /**
+   * _TPM_Hash_Start, _TPM_Hash_Data and _TPM_Hash_End (part 1, section 34): the measurement of a dynamic root of trust. Any
+   * command in between ends it without an effect. @returns what it stored
+   */
+  hash(step: 'start' | 'end' | Uint8Array): Buffer | undefined;
+  /** Forgets that one was measured. @returns false where the TPM does not take it from this locality */
+  resetEstablished(locality: Locality): boolean;
   /** Runs one command at a locality. A badly framed one is answered without libtpms. @throws VtpmdError `engine` */
   process(command: Uint8Array, locality?: Locality): Processed;
   /** The same on another thread. No other call until it resolves, `cancel` excepted. */
@@ -74,32 +94,37 @@ export interface TpmEngine {
   terminate(): void;
 }
 
+/** A TPM that is off. @throws VtpmdError `libtpms-missing`, `engine` */
+export function createEngine(): TpmEngine {
+  if (exists) throw new VtpmdError('engine', 'there is a TPM in this process already');
+  const library = loadLibtpms();
+  if (!registered) {
+    library.registerCallbacks(nvram);
+    registered = true;
+  }
+  exists = true;
+  return new Engine(library);
+}
+
 /**
  * Powers a TPM on (the equivalent of _TPM_Init; TPM2_Startup is still to be sent).
  * @throws VtpmdError `libtpms-missing`, `state-missing`, `engine`
  */
 export function startEngine(state: EngineState): TpmEngine {
-  if (running) throw new VtpmdError('engine', 'a TPM runs in this process already');
   if (!state.permanent && !state.manufacture) {
     throw new VtpmdError('state-missing', 'there is no permanent state, and no permission to make a new TPM');
   }
   if (state.permanent && state.manufacture) {
     throw new VtpmdError('state-exists', 'there is permanent state: a new TPM would replace it');
   }
-  const library = loadLibtpms();
-  if (!registered) {
-    library.registerCallbacks(nvram);
-    registered = true;
+  const engine = createEngine();
+  try {
+    engine.powerOn(state);
+    return engine;
+  } catch (error) {
+    engine.terminate();
+    throw error;
   }
-  nvram.begin(state);
-  const result = library.mainInit();
-  nvram.end();
-  if (result !== TPM_SUCCESS) {
-    library.terminate();
-    throw new VtpmdError('engine', `libtpms does not start from this state (TPMLIB_MainInit: ${result})`);
-  }
-  running = true;
-  return new Engine(library, nvram.takeStored());
 }
 
 /** Answers libtpms's storage calls from memory: what is durable is decided above, before a response leaves. */
@@ -163,7 +188,7 @@ class Nvram implements Callbacks {
 
 const nvram = new Nvram();
 let registered = false;
-let running = false;
+let exists = false;
 
 // libtpms keeps it over its own restarts.
 let locality: Locality = 0;
@@ -192,20 +217,91 @@ function allocateMemory() {
 
 class Engine implements TpmEngine {
   readonly libtpmsVersion: string;
-  readonly established: boolean;
-  readonly storedAtStart: Buffer | undefined;
   readonly #library: Libtpms;
   readonly #memory: ReturnType<typeof allocateMemory>;
   #isBusy = false;
-  #isRunning = true;
+  #isOn = false;
+  #established = false;
+  #storedAtStart: Buffer | undefined;
+  #bufferSizes: BufferSizes;
 
-  constructor(library: Libtpms, storedAtStart: Buffer | undefined) {
+  constructor(library: Libtpms) {
     memory ??= allocateMemory();
     this.#memory = memory;
     this.#library = library;
     this.libtpmsVersion = library.version;
-    this.established = library.isEstablished();
-    this.storedAtStart = storedAtStart;
+    this.#bufferSizes = library.setBufferSize(MAX_COMMAND_BYTES);
+  }
+
+  get isOn(): boolean {
+    return this.#isOn;
+  }
+
+  get established(): boolean {
+    return this.#established;
+  }
+
+  get storedAtStart(): Buffer | undefined {
+    return this.#storedAtStart;
+  }
+
+  get bufferSizes(): BufferSizes {
+    return this.#bufferSizes;
+  }
+
+  setBufferSize(wanted: number): void {
+    if (this.#isOn) throw new VtpmdError('engine', 'the TPM is on: its buffers have the size that they have');
+    this.#bufferSizes = this.#library.setBufferSize(wanted);
+  }
+
+  info(flags: number): string {
+    if (this.#isBusy) throw new VtpmdError('engine', 'the TPM runs a command');
+    return this.#library.info(flags);
+  }
+
+  powerOn(state: EngineState): void {
+    if (this.#isOn) throw new VtpmdError('engine', 'the TPM is on already');
+    this.#storedAtStart = undefined;
+    this.#library.setBufferSize(this.#bufferSizes.size);
+    nvram.begin(state);
+    const result = this.#library.mainInit();
+    nvram.end();
+    if (result !== TPM_SUCCESS) {
+      this.#library.terminate();
+      throw new VtpmdError('engine', `libtpms does not start from this state (TPMLIB_MainInit: ${result})`);
+    }
+    this.#isOn = true;
+    this.#established = this.#library.isEstablished();
+    this.#storedAtStart = nvram.takeStored();
+  }
+
+  powerOff(): Buffer {
+    this.#expectIdle();
+    const permanent = this.#library.permanentState();
+    this.#isOn = false;
+    this.#library.terminate();
+    return permanent;
+  }
+
+  hash(step: 'start' | 'end' | Uint8Array): Buffer | undefined {
+    this.#expectIdle();
+    const result =
+      step === 'start'
+        ? this.#library.hashStart()
+        : step === 'end'
+          ? this.#library.hashEnd()
+          : this.#library.hashData(step);
+    if (result !== TPM_SUCCESS) throw new VtpmdError('engine', `libtpms does not measure (${result})`);
+    this.#established = this.#library.isEstablished();
+    return nvram.takeStored();
+  }
+
+  resetEstablished(at: Locality): boolean {
+    this.#expectIdle();
+    this.#setLocality(at);
+    const result = this.#library.resetEstablished();
+    this.#established = this.#library.isEstablished();
+    return result === TPM_SUCCESS;
   }
 
   process(command: Uint8Array, at: Locality = 0): Processed {
@@ -271,14 +367,14 @@ class Engine implements TpmEngine {
   }
 
   terminate(): void {
-    this.#expectIdle();
-    this.#isRunning = false;
-    running = false;
-    this.#library.terminate();
+    if (this.#isBusy) throw new VtpmdError('engine', 'the TPM runs another command');
+    exists = false;
+    if (this.#isOn) this.#library.terminate();
+    this.#isOn = false;
   }
 
   #expectIdle(): void {
-    if (!this.#isRunning) throw new VtpmdError('engine', 'the TPM is powered off');
+    if (!this.#isOn) throw new VtpmdError('engine', 'the TPM is powered off');
     if (this.#isBusy) throw new VtpmdError('engine', 'the TPM runs another command');
   }
 
@@ -292,12 +388,15 @@ class Engine implements TpmEngine {
       if (code === -1) throw new VtpmdError('engine', 'a command without a header cannot be answered');
       return { response: errorResponse(code), stored: undefined };
     }
-    if (at !== locality) {
-      this.#library.setLocality(at);
-      locality = at;
-    }
+    this.#setLocality(at);
     this.#memory.commandView.set(command);
     return undefined;
+  }
+
+  #setLocality(at: Locality): void {
+    if (at === locality) return;
+    this.#library.setLocality(at);
+    locality = at;
   }
 
   #finish(result: number): Processed {

@@ -17,6 +17,13 @@ export interface Callbacks {
   remove(name: string): number;
 }
 
+/** Bytes that commands and responses may have: now, at least and at most. */
+export interface BufferSizes {
+  readonly size: number;
+  readonly least: number;
+  readonly most: number;
+}
+
 /** The functions of libtpms.so.0 that a TPM 2.0 needs (tpm_library.h). Pointers are addresses. */
 export interface Libtpms {
   readonly version: string;
@@ -37,6 +44,16 @@ export interface Libtpms {
   cancelCommand(): void;
   /** TPM_IO_TpmEstablished_Get: whether a dynamic root of trust was measured. */
   isEstablished(): boolean;
+  /** TPM_IO_TpmEstablished_Reset, from the locality that the TPM asks for. */
+  resetEstablished(): number;
+  /** TPM_IO_Hash_Start, _Data and _End (tpm_tis.h): what _TPM_Hash_Start and so on are. The TPM must be on. */
+  hashStart(): number;
+  hashData(content: Uint8Array): number;
+  hashEnd(): number;
+  /** TPMLIB_SetBufferSize; 0 asks. Not while the TPM is on. */
+  setBufferSize(wanted: number): BufferSizes;
+  /** TPMLIB_GetInfo: JSON. */
+  info(flags: number): string;
   /** A copy of the permanent state, as the `store` callback gets it. */
   permanentState(): Buffer;
   /** A copy of the volatile state. */
@@ -68,6 +85,7 @@ export function writeU32(address: bigint, value: number): void {
 const libc = koffi.load('libc.so.6');
 const malloc = libc.func('void *malloc(size_t size)');
 const free = libc.func('void free(void *memory)');
+const strlen = libc.func('size_t strlen(void *text)');
 
 let loaded: Libtpms | undefined;
 
@@ -102,6 +120,14 @@ function bind(): Libtpms {
   );
   const cancel = library.func('uint32_t TPMLIB_CancelCommand(void)');
   const established = library.func('uint32_t TPM_IO_TpmEstablished_Get(_Out_ uint8_t *bit)');
+  const reset = library.func('uint32_t TPM_IO_TpmEstablished_Reset(void)');
+  const hashStart = library.func('uint32_t TPM_IO_Hash_Start(void)');
+  const hashData = library.func('uint32_t TPM_IO_Hash_Data(void *content, uint32_t length)');
+  const hashEnd = library.func('uint32_t TPM_IO_Hash_End(void)');
+  const setBufferSize = library.func(
+    'uint32_t TPMLIB_SetBufferSize(uint32_t wanted, _Out_ uint32_t *least, _Out_ uint32_t *most)',
+  );
+  const getInfo = library.func('void *TPMLIB_GetInfo(int flags)');
   const getState = library.func(
     'uint32_t TPMLIB_GetState(int type, _Out_ uint64_t *data, _Out_ uint32_t *length)',
   );
@@ -164,6 +190,22 @@ function bind(): Libtpms {
     isEstablished() {
       const bit = [0];
       return Number(established(bit)) === TPM_SUCCESS && bit[0] !== 0;
+    },
+    resetEstablished: () => Number(reset()),
+    hashStart: () => Number(hashStart()),
+    hashData: (content) => Number(hashData(content, content.length)),
+    hashEnd: () => Number(hashEnd()),
+    setBufferSize(wanted) {
+      const [least, most] = [[0], [0]];
+      const size = Number(setBufferSize(wanted, least, most));
+      return { size, least: least[0] ?? 0, most: most[0] ?? 0 };
+    },
+    info(flags) {
+      const address = getInfo(flags) as bigint | null;
+      if (address === null) throw new VtpmdError('engine', 'TPMLIB_GetInfo gives nothing');
+      const text = viewOf(address, Number(strlen(address))).toString('utf8');
+      free(address);
+      return text;
     },
     permanentState: () =>
       takeCopy('TPMLIB_GetState', (data, length) => getState(STATE_PERMANENT, data, length)),

@@ -1,7 +1,14 @@
 import { barrier } from 'vtpm-common/barrier';
 import type { Frame } from '../channels/framing.js';
 import type { HandleOwner } from '../channels/handle-owners.js';
-import { commandCode, errorResponse, HEADER_BYTES, isSlow, TPM_RC_RETRY } from '../engine/command.js';
+import {
+  commandCode,
+  errorResponse,
+  HEADER_BYTES,
+  isSlow,
+  TPM_RC_FAILURE,
+  TPM_RC_RETRY,
+} from '../engine/command.js';
 import type { Locality, Processed, TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
 import type { ClientKind, OutagePolicy } from './outage-policy.js';
@@ -39,9 +46,11 @@ export interface CommandQueueOptions {
    */
   persist(permanent: Buffer): Promise<void> | undefined;
   /** Sees each command that ran, before its answer leaves. */
-  observe?(source: CommandSource, command: Buffer, response: Buffer): void;
+  observe?(source: CommandSource, command: Buffer, response: Buffer, stored: Buffer | undefined): void;
   /** Sees the same, and what the command stored, before that is saved: a worker after this one goes on from here. */
   keep?(source: CommandSource, response: Buffer, stored: Buffer | undefined): void;
+  /** The TPM is off: commands are answered with TPM_RC_FAILURE. */
+  isOff?(): boolean;
   /** What to do with commands between `outage` and `outageOver`. Without it they only wait. */
   readonly policy?: OutagePolicy;
   onFailure(error: VtpmdError): void;
@@ -80,8 +89,17 @@ export class CommandQueue {
     return this.#current;
   }
 
+  /** Nothing can be made durable. */
+  get isOutage(): boolean {
+    return this.#due !== undefined;
+  }
+
   /** Runs the command at once where the TPM is free; `answer` may be called before this returns. */
   submit(source: CommandSource): void {
+    if (this.#options.isOff?.()) {
+      refuse(source);
+      return;
+    }
     if (this.#canRun() && this.#waiting.length === 0) {
       this.#run(source);
       if (this.#waiting.length > 0) this.#pump();
@@ -94,6 +112,10 @@ export class CommandQueue {
 
   /** As `submit`, before everything that waits. */
   submitFirst(source: CommandSource): void {
+    if (this.#options.isOff?.()) {
+      refuse(source);
+      return;
+    }
     this.#waiting.unshift(source);
     if (this.#due) this.#schedule(source);
     else this.#pump();
@@ -124,6 +146,16 @@ export class CommandQueue {
     clearTimeout(this.#timer);
     if (this.#trials.mustStir) this.#waiting.unshift(this.#stirSource());
     this.release(OUTAGE);
+  }
+
+  /** The TPM is off now: nothing that waits will run. Only while nothing runs. */
+  powerOff(): void {
+    const waiting = this.#waiting.splice(0);
+    for (const source of waiting) {
+      this.#due?.delete(source);
+      if (source.isGone) source.dropped();
+      else refuse(source);
+    }
   }
 
   /** Nothing runs and nothing is answered from now on, not even what ran already. */
@@ -194,7 +226,7 @@ export class CommandQueue {
     barrier('after-process');
     const { response, stored } = processed;
     if (response.length < HEADER_BYTES) throw new VtpmdError('engine', 'libtpms gave no response');
-    this.#options.observe?.(source, source.command, response);
+    this.#options.observe?.(source, source.command, response, stored);
     if (this.#options.keep) {
       barrier('before-checkpoint');
       this.#options.keep(source, response, stored);
@@ -324,6 +356,13 @@ export class CommandQueue {
 }
 
 const OUTAGE = 'outage';
+
+/** Of a TPM that is off. */
+function refuse(source: CommandSource): void {
+  // The worker's own only make room in a TPM that is not there any more.
+  if (source.kind === undefined) source.dropped();
+  else source.answer(errorResponse(TPM_RC_FAILURE));
+}
 
 /** The same command, which runs even where its sender is gone by then. */
 function stayingSource(source: CommandSource): CommandSource {

@@ -28,12 +28,18 @@ export type SupervisorMessage =
   | { type: 'peer-gone'; peer: number }
   | { type: 'stop' };
 
+export interface PipeEnds {
+  readonly read: number;
+  readonly write: number;
+}
+
 /** What outlives the workers of one VM run. */
 export interface CheckpointDescriptors {
   readonly memory: number;
-  /** Ends of the pipe that answers go through. */
-  readonly read: number;
-  readonly write: number;
+  /** What answers go through. */
+  readonly pipe: PipeEnds;
+  /** What answers to control requests go through, where the vTPM has that door. */
+  readonly controlPipe: PipeEnds | undefined;
   /** The worker leaves checkpoints. */
   readonly keeps: boolean;
   /** A worker before this one: the sequence of its newest checkpoint, and how many connections follow. */
@@ -118,20 +124,26 @@ function parse(line: string, descriptors: number): SupervisorMessage {
 }
 
 function takeCheckpoint(descriptors: number, fields: unknown): CheckpointDescriptors {
-  const { resumes, keeps } = (fields ?? {}) as {
+  const { resumes, keeps, control } = (fields ?? {}) as {
     resumes?: { newest?: unknown; connections?: unknown } | null;
     keeps?: unknown;
+    control?: unknown;
   };
   const memory = takeDescriptor(descriptors, 'checkpoint memory');
-  const read = takeDescriptor(descriptors, 'pipe');
-  const write = takeDescriptor(descriptors, 'pipe');
-  const given = { memory, read, write, keeps: keeps === true };
+  const pipe = takePipe(descriptors);
+  const controlPipe = control === true ? takePipe(descriptors) : undefined;
+  const given = { memory, pipe, controlPipe, keeps: keeps === true };
   if (resumes == null) return { ...given, resumes: undefined };
   const { newest, connections } = resumes;
   if (!isCount(newest) || !isCount(connections)) {
     throw new VtpmdError('protocol', 'what a worker left is not described');
   }
   return { ...given, resumes: { newest, connections } };
+}
+
+function takePipe(descriptors: number): PipeEnds {
+  const read = takeDescriptor(descriptors, 'pipe');
+  return { read, write: takeDescriptor(descriptors, 'pipe') };
 }
 
 function isCount(value: unknown): value is number {

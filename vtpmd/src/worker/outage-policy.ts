@@ -10,23 +10,25 @@ import { VtpmdError } from '../error.js';
 import type { CommandSource } from './command-queue.js';
 
 /** Who waits for an answer, where it matters how long. */
-export type ClientKind = 'tpm' | 'tcti' | 'cloud-hypervisor';
+export type ClientKind = 'tpm' | 'tcti' | 'vmm-data';
 
 /**
  * How long a command is held, in milliseconds, before it is tried while the manager is away. tpm2-tss sends a command
- * five times in a row, without a pause, while it hears TPM_RC_RETRY: the hold is the pause. Cloud Hypervisor gives up
- * on an answer after 100 ms.
+ * five times in a row, without a pause, while it hears TPM_RC_RETRY: the hold is the pause. One VMM, Cloud Hypervisor, gives
+ * up on an answer after 100 ms.
  */
-export const HOLD_MS: Readonly<Record<ClientKind, number>> = {
+export const HOLD_MS: HoldTimes = {
   tpm: 400,
   tcti: 400,
-  'cloud-hypervisor': 80,
+  'vmm-data': 80,
+  power: 10_000,
 };
 
 /** What a hold may be set to. */
 const HOLD_RANGE_MS = [10, 60_000] as const;
 
-export type HoldTimes = Readonly<Record<ClientKind, number>>;
+/** `power`: how long a power-on that a VMM asks for waits; its VM stands still meanwhile. */
+export type HoldTimes = Readonly<Record<ClientKind | 'power', number>>;
 
 /** Reads `outage` of the supervisor's `identity` message; what it does not name keeps its default. @throws VtpmdError `protocol` */
 export function readHoldTimes(outage: unknown): HoldTimes {
@@ -44,7 +46,7 @@ export function readHoldTimes(outage: unknown): HoldTimes {
     if (!Number.isInteger(value) || Number(value) < least || Number(value) > most) {
       throw new VtpmdError('protocol', `the hold time of ${kind} is not from ${least} to ${most} ms`);
     }
-    times[kind as ClientKind] = Number(value);
+    times[kind as keyof HoldTimes] = Number(value);
   }
   return times;
 }

@@ -10,13 +10,20 @@ import { runOwnCommand } from './own-command.js';
 import type { ServedTpm } from './served-tpm.js';
 import { expectStirred, freshStir } from './trial.js';
 
-/** Resolves when what powering on stored is durable: no guest sees an identity that can vanish. @throws VtpmdError */
-export async function powerOn(
-  { engine, queue, session, keeper }: ServedTpm,
-  startup: Identity['startup'],
+/**
+ * The beginning of a VM run. Resolves when what it stored is durable: no guest sees an identity that can vanish. Where a VMM
+ * powers the TPM, that is off then. @throws VtpmdError
+ */
+export async function beginRun(
+  { engine, queue, session, keeper, power: switched }: ServedTpm,
+  { startup, power }: Pick<Identity, 'startup' | 'power'>,
 ): Promise<void> {
   const { generation } = session;
-  if (startup === 'clear') {
+  if (!engine.isOn) {
+    keeper?.keepNow();
+    return;
+  }
+  if (startup === 'clear' && power === 'on') {
     const answer = await runOwnCommand(queue, startupClear());
     if (responseCode(answer) !== TPM_RC_SUCCESS) {
       throw new VtpmdError(
@@ -30,12 +37,13 @@ export async function powerOn(
     await session.save(engine.storedAtStart);
     keeper?.saved(engine.storedAtStart, session.generation);
   }
-  keeper?.keepNow();
+  if (power === 'vmm') await switched.off();
+  else keeper?.keepNow();
 }
 
 /** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */
 export async function goOn(
-  { queue, doors, keeper }: ServedTpm,
+  { queue, doors, keeper, state }: ServedTpm,
   { unit }: ChosenUnit,
   visitors: readonly Visitor[],
   left: Left,
@@ -43,14 +51,20 @@ export async function goOn(
 ): Promise<void> {
   endWhatWasGoingOn(unit, visitors, left);
   unit.volatile.fill(0);
-  // The generator stands where it stood at the checkpoint: no random number may come twice.
-  expectStirred(await runOwnCommand(queue, freshStir()));
+  // The generator stands where it stood at the checkpoint: no random number may come twice. A command would end a measurement
+  // that is under way, so that one is stirred behind it.
+  if (!state.isOff && !state.isMeasuring) expectStirred(await runOwnCommand(queue, freshStir()));
   keeper?.keepNow();
   doors.adopt(visitors, onClosed);
 }
 
 /** Resolves when no other command runs any more. */
-export async function powerOff({ queue, session }: ServedTpm, log: Log): Promise<void> {
+export async function endRun({ queue, session, state, power }: ServedTpm, log: Log): Promise<void> {
+  if (state.isOff) {
+    await power.off();
+    session.close();
+    return;
+  }
   // What clients sent meanwhile must not run after the Shutdown, or that would not have been the last command.
   const answer = await runOwnCommand(queue, shutdownClear(), 'stop');
   const code = responseCode(answer);

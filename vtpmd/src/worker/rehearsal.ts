@@ -17,6 +17,7 @@ import { SaveSession } from '../manager-link/save-session.js';
 import { CommandQueue } from './command-queue.js';
 import { HOLD_MS, OutagePolicy } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
+import { PowerState } from './power-state.js';
 import { playManager } from './rehearsal-manager.js';
 
 /** What can be made before a worker is locked down only. It is closed by whoever has it last. */
@@ -56,7 +57,7 @@ export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): P
     const keeper = new CheckpointKeeper({
       memory,
       sealer: new UnitSealer(randomBytes(32), identity, grant.epoch),
-      ...{ engine, owners, policy: new OutagePolicy(HOLD_MS, false) },
+      ...{ engine, owners, policy: new OutagePolicy(HOLD_MS, false), power: new PowerState() },
       granted: { generation: 0n, permanentDigest: new Uint8Array(32) },
       last: { sequence: 0, unit: 0, inUse: [] },
     });
@@ -69,7 +70,7 @@ export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): P
     queue.hold('link');
     session.attach(link);
     await runOwnCommand(queue, startupClear());
-    const pipe = new AnswerPipe(memory, stage.pipe);
+    const pipe = new AnswerPipe(memory.marks, stage.pipe);
     await useDoor(new Doors(engine, queue, owners, { kept: { keeper, pipe } }), stage.door);
     session.close();
   } finally {

@@ -7,7 +7,7 @@ import { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { type Checkpoint, type Left, lastOf } from '../checkpoint/left.js';
 import { UnitSealer } from '../checkpoint/unit.js';
 import { CAP_AUDIT_COMMANDS, getCapability } from '../engine/command.js';
-import { startEngine, type TpmEngine } from '../engine/engine.js';
+import { createEngine, type TpmEngine } from '../engine/engine.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
 import { type Identity, loadVtpm } from '../manager-link/load.js';
@@ -16,6 +16,8 @@ import { SaveSession } from '../manager-link/save-session.js';
 import { CommandQueue } from './command-queue.js';
 import { type HoldTimes, OutagePolicy } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
+import { PowerState } from './power-state.js';
+import { PowerSwitch } from './power-switch.js';
 
 /** A TPM, and what its commands and their effects go through. */
 export interface ServedTpm {
@@ -24,6 +26,8 @@ export interface ServedTpm {
   readonly session: SaveSession;
   readonly keeper: CheckpointKeeper | undefined;
   readonly doors: Doors;
+  readonly power: PowerSwitch;
+  readonly state: PowerState;
 }
 
 export interface ServedTpmEvents {
@@ -33,6 +37,8 @@ export interface ServedTpmEvents {
   linkLost(error: VtpmdError): void;
   /** It must not go on. */
   failed(error: unknown): void;
+  /** The TPM was powered on or off. */
+  powerChanged(): void;
 }
 
 /** What a TPM is loaded for. */
@@ -52,7 +58,7 @@ export interface LoadedTpm {
 
 /**
  * Starts libtpms with the state that the manager gives out, and with the volatile state of a checkpoint where the TPM is to
- * go on. No command runs before its session has a link. Wipes the secret key and the keys of the grant.
+ * go on. Where a VMM powers it, it stays off: but a new TPM is made. No command runs before its session has a link. Wipes the secret key and the keys of the grant.
  * @throws VtpmdError
  */
 export async function loadTpm(
@@ -70,15 +76,23 @@ export async function loadTpm(
   };
   const chosen =
     left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
-  const engine = startEngine({
-    permanent: grant.manufacture ? undefined : grant.permanent,
-    volatile: chosen?.unit.volatile,
-    manufacture: grant.manufacture,
-  });
+  const state = new PowerState();
+  if (chosen) state.restore(chosen.unit.power);
+  else state.isOff = identity.power === 'vmm' && !grant.manufacture;
+  const engine = createEngine();
+  if (state.bufferSize > 0) engine.setBufferSize(state.bufferSize);
+  if (!state.isOff) {
+    engine.powerOn({
+      permanent: grant.manufacture ? undefined : grant.permanent,
+      volatile: chosen?.unit.volatile,
+      manufacture: grant.manufacture,
+    });
+  }
   if (chosen && engine.storedAtStart && !engine.storedAtStart.equals(grant.permanent)) {
     throw new VtpmdError('no-checkpoint', 'libtpms changed the permanent state that it was given back');
   }
-  const tpm = compose(grant, parts, engine, left && { left, chosen, granted }, events);
+  const tpm = compose(grant, parts, engine, state, left && { left, chosen, granted }, events);
+  if (state.isOff) tpm.power.setOff(grant.permanent);
   grant.permanent.fill(0);
   grant.sessionKey.fill(0);
   grant.checkpointKey.fill(0);
@@ -89,6 +103,7 @@ function compose(
   grant: LoadGrant,
   { identity, holdTimes }: LoadParts,
   engine: TpmEngine,
+  state: PowerState,
   checkpoint: Checkpoint | undefined,
   events: ServedTpmEvents,
 ): ServedTpm {
@@ -98,7 +113,7 @@ function compose(
     ? new CheckpointKeeper({
         memory: checkpoint.left.memory,
         sealer: new UnitSealer(grant.checkpointKey, identity, grant.epoch),
-        ...{ engine, owners, policy, granted: checkpoint.granted },
+        ...{ engine, owners, policy, power: state, granted: checkpoint.granted },
         last: lastOf(checkpoint),
       })
     : undefined;
@@ -113,6 +128,7 @@ function compose(
       isLost = false;
       queue.outageOver();
       queue.release('link');
+      power.linkUp();
     },
     lost: (error) => {
       queue.outage();
@@ -132,10 +148,12 @@ function compose(
   const queue = new CommandQueue({
     engine,
     persist: (permanent) => session.save(permanent),
-    observe: (source, command, response) => {
+    observe: (source, command, response, stored) => {
       owners.observe(source.owner, command, response);
       policy.ran(command, response);
+      state.ran(command, response, stored !== undefined);
     },
+    isOff: () => state.isOff,
     ...(keeper && {
       keep: (source, response, stored) => {
         keeper.keep(source, response, stored);
@@ -147,9 +165,16 @@ function compose(
   });
   // Until the first link is up.
   queue.hold('link');
+  const power = new PowerSwitch({
+    ...{ engine, queue, session, keeper, owners, policy, state },
+    startup: identity.startup,
+    holdMs: holdTimes.power,
+    changed: () => events.powerChanged(),
+  });
   const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe };
   const taken = kept ? undefined : checkpoint?.left.memory.taken;
-  return { engine, queue, session, keeper, doors: new Doors(engine, queue, owners, { kept, taken }) };
+  const doors = new Doors(engine, queue, owners, { kept, taken });
+  return { engine, queue, session, keeper, doors, power, state };
 }
 
 /** Which commands are audited, as soon as the one that runs is done. */

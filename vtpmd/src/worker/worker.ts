@@ -15,7 +15,7 @@ import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
 import { LostTpm } from './lost-tpm.js';
 import { readHoldTimes } from './outage-policy.js';
-import { goOn, powerOff, powerOn } from './power.js';
+import { beginRun, endRun, goOn } from './power.js';
 import { type RehearsalStage, rehearse } from './rehearsal.js';
 import { type LoadParts, loadTpm, type ServedTpm } from './served-tpm.js';
 
@@ -198,11 +198,12 @@ class Worker {
         this.#control.send({ type: 'link-lost', message: error.message });
       },
       failed: (error) => this.#fail(error),
+      powerChanged: () => {},
     });
     this.#tpm = tpm;
     tpm.session.attach(link);
     if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, (id) => this.#closed(id));
-    else await powerOn(tpm, identity.startup);
+    else await beginRun(tpm, identity);
     this.#isOpen = true;
     const { generation } = tpm.session;
     this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
@@ -212,7 +213,7 @@ class Worker {
   async #stop(): Promise<void> {
     if (this.#isEnding) return;
     this.#isEnding = true;
-    if (this.#tpm) await powerOff(this.#tpm, this.#log);
+    if (this.#tpm) await endRun(this.#tpm, this.#log);
     this.#log('info', 'stopped');
     this.#control.send({ type: 'stopped' }, () => this.#end(0));
   }

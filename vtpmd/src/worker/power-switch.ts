@@ -1,0 +1,210 @@
+import { barrier } from 'vtpm-common/barrier';
+import type { HandleOwners } from '../channels/handle-owners.js';
+import type { CheckpointKeeper } from '../checkpoint/keeper.js';
+import type { Answered } from '../checkpoint/unit.js';
+import { responseCode, shutdownClear, startupClear, TPM_RC_SUCCESS } from '../engine/command.js';
+import type { TpmEngine } from '../engine/engine.js';
+import { VtpmdError } from '../error.js';
+import type { Identity } from '../manager-link/load.js';
+import type { SaveSession } from '../manager-link/save-session.js';
+import type { CommandQueue } from './command-queue.js';
+import type { OutagePolicy } from './outage-policy.js';
+import type { PowerState } from './power-state.js';
+
+export interface PowerParts {
+  readonly engine: TpmEngine;
+  readonly queue: CommandQueue;
+  readonly session: SaveSession;
+  readonly keeper: CheckpointKeeper | undefined;
+  readonly owners: HandleOwners;
+  readonly policy: OutagePolicy;
+  readonly state: PowerState;
+  readonly startup: Identity['startup'];
+  /** Milliseconds that a power-on waits for a manager that is away. */
+  readonly holdMs: number;
+  /** The TPM was powered on or off. */
+  changed(): void;
+}
+
+/** What is done while no command runs. */
+export interface Step {
+  /** @returns what it stored: that is saved before anybody hears of the step */
+  run(): Promise<Buffer | undefined> | Buffer | undefined;
+  /** A control request, whose answer is kept with the effect. */
+  answered?(): Answered;
+  /** The effect is durable; no command has run since. */
+  done?(): void;
+}
+
+/**
+ * The one place that turns the TPM on and off while its worker lives. Whoever asks has his turn when no command runs and
+ * nothing waits to become durable, and commands wait meanwhile. A TPM that is off is its permanent state; nothing else
+ * survives. Everything that happens here leaves a checkpoint.
+ */
+export class PowerSwitch {
+  readonly #parts: PowerParts;
+  #lane: Promise<void> = Promise.resolve();
+  /** While it is off. */
+  #permanent: Buffer | undefined;
+  /** What is in `#permanent` is not durable yet. */
+  #isUnsaved = false;
+  #linkWaiters: (() => void)[] = [];
+
+  constructor(parts: PowerParts) {
+    this.#parts = parts;
+  }
+
+  get isOn(): boolean {
+    return !this.#parts.state.isOff;
+  }
+
+  /** At the start of a worker: the TPM that is off. It is copied. */
+  setOff(permanent: Uint8Array): void {
+    this.#permanent = Buffer.from(permanent);
+    this.#parts.state.isOff = true;
+  }
+
+  /** The manager is there. */
+  linkUp(): void {
+    for (const resolve of this.#linkWaiters.splice(0)) resolve();
+  }
+
+  /** @throws what the step throws; VtpmdError `manager-away` */
+  perform(step: Step): Promise<void> {
+    const turn = this.#lane.then(() => this.#perform(step));
+    this.#lane = turn.catch(() => undefined);
+    return turn;
+  }
+
+  /** A power cycle where it is on. @throws VtpmdError `manager-away`, `engine`, `startup-failed`; the TPM is off then */
+  on(): Promise<void> {
+    return this.perform({ run: () => this.turnOn() });
+  }
+
+  off(): Promise<void> {
+    return this.perform({ run: () => this.turnOff() });
+  }
+
+  /** _TPM_Init, after cutting the power where it is on. Only within a step. @throws as `on` @returns what it stored */
+  async turnOn(): Promise<Buffer | undefined> {
+    await this.turnOff();
+    await this.#whenLinked();
+    const { engine, state, policy, startup } = this.#parts;
+    const permanent = this.#permanent;
+    if (!permanent) throw new VtpmdError('internal', 'there is no state of the TPM that is off');
+    if (state.bufferSize > 0) engine.setBufferSize(state.bufferSize);
+    engine.powerOn({ permanent, manufacture: false });
+    let stored = engine.storedAtStart;
+    state.isOrderly = true;
+    policy.restore(startup === 'none');
+    if (startup === 'clear') {
+      const command = startupClear();
+      const processed = engine.process(command);
+      const code = responseCode(processed.response);
+      if (code !== TPM_RC_SUCCESS) {
+        engine.powerOff().fill(0);
+        throw new VtpmdError('startup-failed', `the TPM answered Startup with 0x${code.toString(16)}`);
+      }
+      state.ran(command, processed.response, processed.stored !== undefined);
+      stored = processed.stored ?? stored;
+    }
+    if (this.#isUnsaved) stored ??= permanent;
+    this.#isUnsaved = false;
+    state.isOff = false;
+    this.#permanent = undefined;
+    if (stored !== permanent) permanent.fill(0);
+    this.#parts.changed();
+    return stored;
+  }
+
+  /** Cuts the power, after a Shutdown(CLEAR) where the TPM needs one. Only within a step. */
+  async turnOff(): Promise<undefined> {
+    const { engine, queue, state, owners } = this.#parts;
+    if (state.isOff) return;
+    if (!state.isOrderly) await this.#shutDown();
+    this.#permanent = engine.powerOff();
+    state.isOff = true;
+    state.isMeasuring = false;
+    queue.powerOff();
+    owners.release(() => true);
+    this.#parts.changed();
+    return undefined;
+  }
+
+  async #perform(step: Step): Promise<void> {
+    const { queue, keeper, session } = this.#parts;
+    queue.hold(HOLD);
+    try {
+      await this.#whenIdle();
+      barrier('before-act');
+      const stored = await step.run();
+      barrier('after-act');
+      const answered = step.answered?.();
+      if (stored) {
+        keeper?.keepSave(stored, answered);
+        await session.save(stored);
+      } else {
+        keeper?.keepControl(answered);
+      }
+      barrier('before-answer');
+      step.done?.();
+    } finally {
+      queue.release(HOLD);
+    }
+  }
+
+  /** In an outage a command may wait without end for its acknowledgement. */
+  async #whenIdle(): Promise<void> {
+    const { queue, engine } = this.#parts;
+    // What runs ends with the power anyway, and everything else waits for it.
+    if (queue.current) engine.cancel();
+    const isIdle = queue.whenIdle().then(() => true);
+    while (!(await this.#within(isIdle))) {
+      if (queue.isOutage) throw managerAway();
+    }
+  }
+
+  async #whenLinked(): Promise<void> {
+    const { queue } = this.#parts;
+    if (!queue.isOutage) return;
+    const isUp = new Promise<boolean>((resolve) => this.#linkWaiters.push(() => resolve(true)));
+    if (!(await this.#within(isUp))) throw managerAway();
+  }
+
+  async #within(promise: Promise<boolean>): Promise<boolean> {
+    let timer: NodeJS.Timeout | undefined;
+    const isLate = new Promise<boolean>((resolve) => {
+      timer = setTimeout(() => resolve(false), this.#parts.holdMs);
+    });
+    try {
+      return await Promise.race([promise, isLate]);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  /** The TPM would count its next start as a wrong authorisation without it. */
+  async #shutDown(): Promise<void> {
+    const { engine, queue, session, keeper, state } = this.#parts;
+    const command = shutdownClear();
+    const { response, stored } = engine.process(command);
+    state.ran(command, response, stored !== undefined);
+    if (!stored) return;
+    if (queue.isOutage) {
+      // The power is cut all the same: nobody was told of this, and the next power-on saves it.
+      this.#isUnsaved = true;
+      return;
+    }
+    keeper?.keepSave(stored);
+    await session.save(stored);
+  }
+}
+
+const HOLD = 'power';
+
+function managerAway(): VtpmdError {
+  return new VtpmdError(
+    'manager-away',
+    'the manager is away, and no VM powers on without it; reset the VM when it is back',
+  );
+}
