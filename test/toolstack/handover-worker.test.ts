@@ -44,7 +44,8 @@ describe('a worker that does not read what its supervisor says', () => {
         output: undefined,
       },
       confinement: {
-        check: () => undefined,
+        check: () => [],
+        layers: () => [],
         release: () => release(),
         handOver: () => ({ uid: null, groups: [] }),
       },

@@ -96,11 +96,7 @@ async function dispatch(
   const { supervisor } = served;
   const [, collection, name, verb, ...rest] = pathOf(request).split('/');
   const call = `${request.method} /${collection}${name ? '/:vtpm' : ''}${verb ? `/${verb}` : ''}`;
-  const unknown = new ToolstackError(
-    'bad-request',
-    `there is no call ${request.method} ${pathOf(request).slice(0, 128)}`,
-  );
-  if (rest.length > 0) throw unknown;
+  if (rest.length > 0) throw unknownCall(request);
   switch (call) {
     case 'GET /health':
       return { status: 200, body: healthOf(supervisor) };
@@ -123,7 +119,7 @@ async function dispatch(
     case 'POST /vtpms':
       return { status: 201, body: supervisor.create(await readBody(request)).view() };
     case 'GET /vtpms/:vtpm':
-      return { status: 200, body: supervisor.find(decoded(name)).view() };
+      return { status: 200, body: supervisor.find(decoded(name)).view('now') };
     case 'PATCH /vtpms/:vtpm': {
       const vtpm = supervisor.find(decoded(name));
       await vtpm.change(parseEntryChange(await readBody(request)));
@@ -141,8 +137,15 @@ async function dispatch(
       return { status: 200, body: vtpm.view() };
     }
     default:
-      throw unknown;
+      throw unknownCall(request);
   }
+}
+
+function unknownCall(request: IncomingMessage): ToolstackError {
+  return new ToolstackError(
+    'bad-request',
+    `there is no call ${request.method} ${pathOf(request).slice(0, 128)}`,
+  );
 }
 
 function healthOf(supervisor: Supervisor): unknown {

@@ -4,6 +4,7 @@ import { CONFIG_KEYS, type Settings, sealedMemory } from 'vtpm-common';
 import { seccompFilter } from 'vtpm-common/seccomp/filter';
 import { ToolstackError } from '../error.js';
 import { withKvm } from '../vm/kvm.js';
+import { type VmLayer, vmLayers } from '../vm/layers.js';
 import { type Accelerator, withAccelerator } from '../vm/qemu.js';
 import { CONTROLLERS, removeGroup, type WorkerGroup, WorkerGroups } from './cgroups.js';
 import type { KeptDescriptors } from './handover/descriptors.js';
@@ -41,9 +42,11 @@ export interface Confinement extends HeldConfinement {
 export interface HeldConfinement {
   /**
    * Looks at what is really in force, once the worker has said that it is ready. @param pid of node
-   * @throws ToolstackError `layer-missing`
+   * @returns as `layers` @throws ToolstackError `layer-missing`
    */
-  check(pid: number): void;
+  check(pid: number): readonly (Layer | VmLayer)[];
+  /** What is in force now, by /proc. */
+  layers(pid: number): readonly (Layer | VmLayer)[];
   /** Call it when no process of the worker is left. Never rejects. */
   release(): Promise<void>;
   /** What the next program needs to know of it. */
@@ -150,7 +153,7 @@ export class Confinements {
     return {
       command: bareCommand(image),
       started: () => undefined,
-      check: () => undefined,
+      ...this.#unchecked(),
       release: async () => undefined,
       handOver: () => ({ uid: null, groups: [] }),
     };
@@ -161,7 +164,7 @@ export class Confinements {
     if (uid !== null) this.#uids?.adopt(uid);
     return {
       // It was looked at when it became ready.
-      check: () => undefined,
+      ...this.#unchecked(),
       release: async () => {
         if (uid !== null) this.#uids?.give(uid);
         for (const path of groups) await removeGroup(path);
@@ -225,6 +228,7 @@ export class Confinements {
         command,
         started: closeFilter,
         check: (pid) => this.#check(pid, wanted),
+        layers: (pid) => this.#layers(pid),
         release,
         handOver: () => ({ uid: uid ?? null, groups: [...paths] }),
       };
@@ -241,12 +245,22 @@ export class Confinements {
     if (this.#filter !== undefined) closeSync(this.#filter);
   }
 
-  #check(pid: number, wanted: readonly Layer[]): void {
+  #layers(pid: number): readonly (Layer | VmLayer)[] {
+    return vmLayers(pid, confinementOf(pid, this.waived));
+  }
+
+  #unchecked(): Pick<HeldConfinement, 'check' | 'layers'> {
+    const layers = (pid: number): readonly (Layer | VmLayer)[] => this.#layers(pid);
+    return { check: layers, layers };
+  }
+
+  #check(pid: number, wanted: readonly Layer[]): readonly (Layer | VmLayer)[] {
     const inForce = confinementOf(pid, this.waived);
     const absent = wanted.filter((layer) => !inForce.includes(layer));
     if (absent.length > 0) {
       throw this.#refusal(absent.map((layer) => [layer, 'the kernel says that the worker runs without it']));
     }
+    return vmLayers(pid, inForce);
   }
 
   #refusal(missing: readonly (readonly [Layer, string])[]): ToolstackError {

@@ -1,5 +1,14 @@
 import { createHash } from 'node:crypto';
-import { closeSync, constants, fstatSync, lstatSync, openSync, readdirSync, readSync } from 'node:fs';
+import {
+  type BigIntStats,
+  closeSync,
+  constants,
+  fstatSync,
+  lstatSync,
+  openSync,
+  readdirSync,
+  readSync,
+} from 'node:fs';
 import { join } from 'node:path';
 
 /** One file of the image, as it was measured. */
@@ -44,10 +53,16 @@ export function measureTree(root: string): MeasuredTree | undefined {
   return { parts: parts.sort((a, b) => (a.name < b.name ? -1 : 1)), stamps: before.stamps };
 }
 
-/** @returns the first path that is not as it was stamped, undefined where all are. Costs one lstat(2) for each. */
+/**
+ * @returns the first path that is not as it was stamped, undefined where all are. Costs one lstat(2) for each: what was added
+ * to a directory, or taken from it, changed the directory.
+ */
 export function changedSince(root: string, stamps: Stamps): string | undefined {
-  const now = stampsOf(root);
-  return now ? firstChange(stamps, now.stamps) : '/';
+  for (const [name, stamp] of stamps) {
+    const stat = lstatSync(join(root, name), { bigint: true, throwIfNoEntry: false });
+    if (!stat || stampOf(stat) !== stamp) return name === '' ? '/' : name;
+  }
+  return undefined;
 }
 
 /** @param mode as it will be in the image; the file's own unless given @param flags of open(2) beside O_RDONLY */
@@ -88,8 +103,7 @@ function stampsOf(root: string): Found | undefined {
       const stat = lstatSync(path, { bigint: true });
       const isFile = stat.isFile();
       if (!isFile && !stat.isDirectory()) return undefined;
-      const { dev, ino, mode, uid, gid, nlink, size, mtimeNs, ctimeNs } = stat;
-      stamps.set(name, [`${dev}:${ino}`, mode, uid, gid, nlink, size, mtimeNs, ctimeNs].join(' '));
+      stamps.set(name, stampOf(stat));
       entries.set(name, { isFile });
       if (!isFile) for (const item of readdirSync(path)) pending.push(`${name}/${item}`);
     }
@@ -98,6 +112,10 @@ function stampsOf(root: string): Found | undefined {
     throw error;
   }
   return { stamps, entries };
+}
+
+function stampOf({ dev, ino, mode, uid, gid, nlink, size, mtimeNs, ctimeNs }: BigIntStats): string {
+  return `${dev}:${ino} ${mode} ${uid} ${gid} ${nlink} ${size} ${mtimeNs} ${ctimeNs}`;
 }
 
 function firstChange(before: Stamps, after: Stamps): string | undefined {

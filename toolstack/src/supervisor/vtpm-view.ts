@@ -1,8 +1,7 @@
-import { type VmLayer, vmLayers } from '../vm/layers.js';
+import type { VmLayer } from '../vm/layers.js';
 import type { Confinements } from './confinement.js';
 import { type DoorKind, doorFile } from './door-kinds.js';
-import type { Entry } from './entry.js';
-import { confinementOf, type Layer, type Profile } from './layers.js';
+import type { Layer, Profile } from './layers.js';
 import type { VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
 
@@ -27,7 +26,7 @@ export interface VtpmView {
     readonly pid: number;
     readonly isolation: string;
     readonly profile: Profile;
-    /** In force, by /proc. */
+    /** In force, by /proc: at the latest when it became ready. */
     readonly layers: readonly (Layer | VmLayer)[];
     /** What the sandbox should have and was told not to insist on. */
     readonly waived: readonly Layer[];
@@ -37,7 +36,12 @@ export interface VtpmView {
   readonly sockets: Readonly<Record<'tpm' | 'tcti' | 'control' | 'ring', string | null>>;
 }
 
-export function viewOf({ entry, state, doorsDirectory }: VtpmStatus, confinements: Confinements): VtpmView {
+/** @param looksAgain at the layers of the worker: some twenty files of /proc, too many for each one of a long list */
+export function viewOf(
+  { entry, state, doorsDirectory }: VtpmStatus,
+  { profile, waived }: Pick<Confinements, 'profile' | 'waived'>,
+  looksAgain: boolean,
+): VtpmView {
   const { id, name, vmUuid, isolation, autostart, startup, doors, socketOwner, socketMode } = entry;
   const worker = 'worker' in state ? state.worker : undefined;
   return {
@@ -52,7 +56,9 @@ export function viewOf({ entry, state, doorsDirectory }: VtpmStatus, confinement
         : {
             pid: worker.pid,
             isolation,
-            ...layersOf(worker.pid, isolation, confinements),
+            profile,
+            layers: worker.layers(looksAgain),
+            waived: isolation === 'none' ? [] : [...waived],
             startedAt: worker.startedAt.toISOString(),
           },
     sockets: socketsOf(doors, doorsDirectory),
@@ -63,13 +69,4 @@ function socketsOf(doors: readonly DoorKind[], directory: string): VtpmView['soc
   const path = (kind: 'tpm' | 'tcti' | 'control' | 'ring'): string | null =>
     (doors.includes(kind) ? doorFile(directory, kind) : undefined) ?? null;
   return { tpm: path('tpm'), tcti: path('tcti'), control: path('control'), ring: path('ring') };
-}
-
-function layersOf(
-  pid: number,
-  isolation: Entry['isolation'],
-  { profile, waived }: Confinements,
-): Pick<NonNullable<VtpmView['worker']>, 'profile' | 'layers' | 'waived'> {
-  const layers = vmLayers(pid, confinementOf(pid, waived));
-  return { profile, layers, waived: isolation === 'none' ? [] : [...waived] };
 }

@@ -49,8 +49,9 @@ export class Vtpm {
     return this.#status.state.kind;
   }
 
-  view(): VtpmView {
-    return viewOf(this.#status, this.#context.confinements);
+  /** @param look at the layers of its worker: as they were seen last, or as they are now */
+  view(look: 'last' | 'now' = 'last'): VtpmView {
+    return viewOf(this.#status, this.#context.confinements, look === 'now');
   }
 
   /**

@@ -3,12 +3,14 @@ import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Logger, sendDescriptor, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
+import type { VmLayer } from '../vm/layers.js';
 import type { HeldConfinement } from './confinement.js';
 import type { SupervisorMessage, WorkerMessage } from './control-protocol.js';
 import type { Entry } from './entry.js';
 import type { KeptDescriptors } from './handover/descriptors.js';
 import type { WorkerHandOver } from './handover/state.js';
 import type { WorkerImage } from './image.js';
+import type { Layer } from './layers.js';
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
 import type { WorkerBody, WorkerChild } from './worker-body.js';
@@ -62,6 +64,7 @@ export class WorkerProcess {
   #processes: ProcessId[];
   #failure: WorkerEnd['failure'];
   #saidStopped: boolean;
+  #layers: readonly (Layer | VmLayer)[] | undefined;
   #hasEnded = false;
   #overTime: number | undefined;
 
@@ -131,6 +134,12 @@ export class WorkerProcess {
     return this.#links.isLinked;
   }
 
+  /** In force, by /proc: as they were seen last, unless `looksAgain`. */
+  layers(looksAgain: boolean): readonly (Layer | VmLayer)[] {
+    if (looksAgain || !this.#layers) this.#layers = this.#options.confinement.layers(this.pid ?? -1);
+    return this.#layers;
+  }
+
   /** From now on it is another one's. */
   giveTo(owner: WorkerOwner): void {
     this.#owner = owner;
@@ -144,13 +153,15 @@ export class WorkerProcess {
     type: T,
     limitMs: number,
   ): Promise<Extract<WorkerMessage, { type: T }>> {
-    const timeout = new AbortController();
     let waiter: Waiter | undefined;
     const said = new Promise<WorkerMessage>((resolve) => {
       waiter = { type, resolve };
       this.#waiters.add(waiter);
     });
-    const isLate = delay(limitMs, 'late' as const, { signal: timeout.signal }).catch(() => 'late' as const);
+    let timer: NodeJS.Timeout | undefined;
+    const isLate = new Promise<'late'>((resolve) => {
+      timer = setTimeout(() => resolve('late'), limitMs);
+    });
     try {
       const first = await Promise.race([said, this.ended, isLate]);
       if (first === 'late') {
@@ -167,7 +178,7 @@ export class WorkerProcess {
       }
       return first as Extract<WorkerMessage, { type: T }>;
     } finally {
-      timeout.abort();
+      clearTimeout(timer);
       if (waiter) this.#waiters.delete(waiter);
     }
   }
@@ -175,7 +186,7 @@ export class WorkerProcess {
   /** @throws ToolstackError `layer-missing`; `worker-failed` where it has ended, so that nothing is known of its layers */
   async #checkConfinement(): Promise<void> {
     try {
-      this.#options.confinement.check(this.pid ?? -1);
+      this.#layers = this.#options.confinement.check(this.pid ?? -1);
     } catch (error) {
       const end = await Promise.race([this.ended, delay(ENDING_MS, undefined, { ref: false })]);
       throw end ? failureOf(end, this.#owner.logPath) : error;
