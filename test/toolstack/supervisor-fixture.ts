@@ -86,6 +86,8 @@ export interface StubRecord {
 export class StubManager {
   readonly records = new Map<string, StubRecord>();
   readonly tickets: Ticket[] = [];
+  /** How often it was asked for what it knows of a vTPM. */
+  asked = 0;
   /** Of each Load, the memory for checkpoints that the worker has. */
   readonly memories: (number | undefined)[] = [];
   status = 'ready';
@@ -110,6 +112,7 @@ export class StubManager {
         response.write(`${JSON.stringify({ type: 'hello', instance: 'x' })}\n`);
         return;
       }
+      if (call.url?.startsWith('/vtpms/')) this.asked++;
       const record = this.records.get(call.url?.slice('/vtpms/'.length) ?? '');
       const refusal =
         this.status === 'locked'
@@ -170,6 +173,7 @@ export class StubManager {
     this.memories.push(memory);
     if (managerKey !== MANAGER_ID) return { type: 'failed', reason: 'wrong-manager', message: managerKey };
     if (this.refuse) return { type: 'failed', ...this.refuse };
+    if (this.status !== 'ready') return { type: 'failed', reason: this.status, message: 'not now' };
     const record = this.records.get(vtpmUuid) ?? { vmUuid: '', kind: 'live', epoch: 0, generation: 0 };
     if (BigInt(record.epoch) !== ticket.expectedEpoch) {
       return { type: 'failed', reason: 'stale-epoch', message: 'another epoch owns the vTPM' };

@@ -92,7 +92,36 @@ describe('vtpm-supervisord', function () {
     manager.records.clear();
     const lost = await supervisor.call('POST', '/vtpms/web1/start');
     assert.equal(lost.body.error.code, 'corrupt');
-    assert.equal(manager.tickets.length, 2, 'no ticket was given out');
+    const verbs = manager.tickets.slice(1).map((ticket) => ticket.verbs);
+    assert.ok(!verbs.flat().includes('MANUFACTURE'), 'no ticket lets a new one be made');
+    assert.deepEqual(workers(), []);
+  });
+
+  it('asks the manager for an epoch only where the list is wrong about it', async () => {
+    const { body: vtpm } = await supervisor.create('web1');
+    const start = () => supervisor.call('POST', '/vtpms/web1/start');
+    const epoch = async () => {
+      const { body } = await start();
+      await supervisor.call('POST', '/vtpms/web1/stop');
+      return body.epoch;
+    };
+    assert.equal(await epoch(), 1);
+    const before = manager.asked;
+    assert.deepEqual([await epoch(), manager.asked], [2, before], 'the list knows');
+    const record = manager.records.get(vtpm.id)!;
+    // As after a restored backup.
+    manager.records.set(vtpm.id, { ...record, epoch: 7 });
+    assert.deepEqual([await epoch(), manager.asked], [8, before + 1]);
+    assert.deepEqual(
+      manager.tickets.map((ticket) => ticket.expectedEpoch),
+      [0n, 1n, 2n, 7n],
+    );
+    manager.records.set(vtpm.id, { ...record, kind: 'retired', epoch: 9 });
+    const { body } = await start();
+    assert.equal(body.error.code, 'manager-refused');
+    assert.match(body.error.message, /was retired/);
+    assert.deepEqual(workers(), []);
+    assert.equal((await supervisor.call('GET', '/vtpms/web1')).body.epoch, 8, 'nothing has happened');
   });
 
   it('puts another worker in the place of one that died, with the same connections and VM run', async () => {

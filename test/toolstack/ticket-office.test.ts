@@ -16,13 +16,17 @@ describe('the ticket office', () => {
     vmRunId: '01234567-89ab-cdef-0123-456789abcdef',
     ...change,
   });
-  function office(record?: Partial<ManagerRecord>, health: Partial<ManagerHealth> = {}): TicketOffice {
+  function office(
+    record?: Partial<ManagerRecord>,
+    health: Partial<ManagerHealth> = {},
+    instance: () => number | undefined = () => undefined,
+  ): TicketOffice {
     return createTicketOffice({
       admin: {
         health: async () => ({ status: 'ready', managerId: MANAGER_ID, ...health }),
         vtpm: async () => record && { kind: 'live', vmUuid: '', epoch: 0, generation: 0, ...record },
       },
-      managerInstance: () => undefined,
+      managerInstance: instance,
       delegateKey,
       lifetimeSeconds: 60,
     });
@@ -32,11 +36,11 @@ describe('the ticket office', () => {
   it('signs what the manager checks, for this worker, image and boot', async () => {
     const entry = fresh();
     const before = monotonicMs();
-    const { ticket: signed, managerKey, generation } = await office().issue(entry, workerKey, imageDigest);
+    const { ticket: signed, managerKey, epoch } = await office().issue(entry, workerKey, imageDigest);
     const { ticket, vtpmUuid } = verifyTicketChain(signed);
     assert.equal(vtpmUuid, entry.id);
     assert.equal(managerKey, MANAGER_ID);
-    assert.equal(generation, 0);
+    assert.equal(epoch, 1);
     assert.equal(Buffer.from(ticket.imageDigest).toString('hex'), imageDigest);
     assert.deepEqual(Buffer.from(ticket.workerPublicKey), workerKey);
     assert.deepEqual([ticket.expectedEpoch, ticket.verbs], [0n, ['MANUFACTURE', 'COLD']]);
@@ -87,6 +91,26 @@ describe('the ticket office', () => {
       office(undefined, { status: 'starting' }).issue(entry, workerKey, imageDigest),
       hasCode('manager-unreachable'),
     );
+  });
+
+  it('presumes what the list says, of a manager that it knows, and never that there is no TPM (I-9)', async () => {
+    let instance: number | undefined = 1;
+    const knowing = office(undefined, {}, () => instance);
+    const presumed = (entry: Entry) => {
+      const issued = knowing.presume(entry, workerKey, imageDigest);
+      if (!issued) return undefined;
+      const { verbs, expectedEpoch, managerId } = verifyTicketChain(issued.ticket).ticket;
+      assert.equal(Buffer.from(managerId).toString('hex'), MANAGER_ID);
+      return [verbs, expectedEpoch, issued.epoch];
+    };
+    assert.equal(presumed(fresh()), undefined, 'it has not asked who the manager is');
+    await knowing.issue(fresh(), workerKey, imageDigest);
+    assert.deepEqual(presumed(fresh()), [['MANUFACTURE', 'COLD'], 0n, 1]);
+    assert.deepEqual(presumed(fresh({ manufactured: true, epoch: 4 })), [['COLD'], 4n, 5]);
+    instance = 2;
+    assert.equal(presumed(fresh()), undefined, 'another manager may be there now');
+    instance = undefined;
+    assert.equal(presumed(fresh()), undefined, 'none is there');
   });
 
   it('takes only delegations that are signed, for its own key and for that vTPM', () => {

@@ -41,6 +41,14 @@ export function isOutdated(error: unknown): boolean {
   return error instanceof ToolstackError && error.code === 'image-changed';
 }
 
+/** What the manager says to a ticket that presumed too much, and what it says better when it is asked. */
+const PRESUMED = new Set(['stale-epoch', 'verb-missing', 'wrong-vm', 'retired', 'locked', 'shutting-down']);
+
+/** Its ticket may have been wrong: nothing has happened, and the next one is signed when the manager was asked. */
+export function presumedWrong({ failure, lingering }: WorkerEnd): boolean {
+  return lingering.length === 0 && PRESUMED.has(failure?.reason ?? '');
+}
+
 /** What ended it has to do with the worker or its link, and nothing with the vTPM. */
 export function wasLost({ failure, lingering }: WorkerEnd): boolean {
   return lingering.length === 0 && (failure === undefined || failure.reason === 'link-lost');

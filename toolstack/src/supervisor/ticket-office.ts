@@ -23,6 +23,12 @@ export interface TicketOffice {
    * @throws ToolstackError `manager-unreachable` | `manager-refused` | `locked` | `corrupt`
    */
   issue(entry: Entry, workerKey: Uint8Array, imageDigest: string, power?: Power): Promise<IssuedTicket>;
+  /**
+   * As `issue` for a power-on, at once and without asking the manager: on what the list says of the vTPM. Where that is not
+   * so any more the manager refuses the Load, and nothing has happened.
+   * @returns undefined where no manager is known to be there
+   */
+  presume(entry: Entry, workerKey: Uint8Array, imageDigest: string): IssuedTicket | undefined;
   /** @throws ToolstackError `bad-request` where a delegation does not let this supervisor run the vTPM */
   checkDelegation(entry: NewEntry): void;
 }
@@ -34,10 +40,16 @@ export interface IssuedTicket {
   readonly ticket: SignedTicket;
   /** Hex. */
   readonly managerKey: string;
-  /** Of the vTPM now; ≥ 1 means that it must never be manufactured again. */
-  readonly generation: number;
   /** That the worker gets. */
   readonly epoch: number;
+}
+
+/** What a vTPM is before a Load. */
+interface Before {
+  readonly managerId: string;
+  readonly epoch: number;
+  /** It must never be manufactured again. */
+  readonly isManufactured: boolean;
 }
 
 export interface TicketOfficeOptions {
@@ -66,7 +78,7 @@ class TicketOfficeImpl implements TicketOffice {
     imageDigest: string,
     power: Power = 'is-on',
   ): Promise<IssuedTicket> {
-    const { admin, delegateKey } = this.#options;
+    const { admin } = this.#options;
     const asked = admin.vtpm(entry.id);
     // What is wrong with the manager as a whole is told first.
     asked.catch(() => undefined);
@@ -95,23 +107,45 @@ class TicketOfficeImpl implements TicketOffice {
         `the delegation of vTPM ${entry.name} has not the verb resume: no worker can go on where another one ended`,
       );
     }
+    const before = { managerId, epoch: record?.epoch ?? 0, isManufactured: generation > 0 };
+    return this.#sign(entry, workerKey, imageDigest, before, power);
+  }
+
+  presume(entry: Entry, workerKey: Uint8Array, imageDigest: string): IssuedTicket | undefined {
+    const known = this.#known;
+    if (known === undefined || known.instance !== this.#options.managerInstance()) return undefined;
+    const before = {
+      managerId: known.managerId,
+      epoch: entry.epoch ?? 0,
+      isManufactured: entry.manufactured,
+    };
+    return this.#sign(entry, workerKey, imageDigest, before, 'is-on');
+  }
+
+  #sign(
+    entry: Entry,
+    workerKey: Uint8Array,
+    imageDigest: string,
+    { managerId, epoch, isManufactured }: Before,
+    power: Power,
+  ): IssuedTicket {
     const verbs: Verb[] =
-      power === 'goes-on' ? ['RESUME'] : generation === 0 ? ['MANUFACTURE', 'COLD'] : ['COLD'];
+      power === 'goes-on' ? ['RESUME'] : isManufactured ? ['COLD'] : ['MANUFACTURE', 'COLD'];
     const ticket = signTicket(
-      delegateKey,
+      this.#options.delegateKey,
       {
         ...this.#fields(entry),
         managerId: Buffer.from(managerId, 'hex'),
         vmRunId: uuidToBytes(entry.vmRunId ?? ''),
         imageDigest: Buffer.from(imageDigest, 'hex'),
         workerPublicKey: workerKey,
-        expectedEpoch: BigInt(record?.epoch ?? 0),
+        expectedEpoch: BigInt(epoch),
         verbs,
         expiresAtMonotonicMs: monotonicMs() + BigInt(this.#options.lifetimeSeconds) * 1000n,
       },
       signedDelegation(entry),
     );
-    return { ticket, managerKey: managerId, generation, epoch: (record?.epoch ?? 0) + 1 };
+    return { ticket, managerKey: managerId, epoch: epoch + 1 };
   }
 
   /** Asked once of each manager that comes up; one that was ready and no longer is says so itself when it is asked more. */

@@ -9,7 +9,7 @@ import { type DoorPlan, Doors } from './doors.js';
 import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
 import { killAndWait } from './processes.js';
-import { isFinal, isHopeless, isOutdated, passingRetryMs, wasLost } from './restart-policy.js';
+import { isFinal, isHopeless, isOutdated, passingRetryMs, presumedWrong, wasLost } from './restart-policy.js';
 import { VmRun } from './vm-run.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
@@ -155,19 +155,20 @@ export class VtpmWorkers {
     return { office, settings, run, entry: this.#status.entry };
   }
 
-  async #startWorker(claimed: ClaimedWorker, run: VmRun, vmRunId: string): Promise<void> {
+  /** @param presumes that the vTPM is at the manager as the list has it */
+  async #startWorker(claimed: ClaimedWorker, run: VmRun, vmRunId: string, presumes = true): Promise<void> {
     const { worker, isFresh } = claimed;
+    const { vmRunId: lastRunId, runningInBoot, crashed, epoch: lastEpoch } = this.#status.entry;
     this.#status.state = { kind: 'starting', worker };
     try {
       const { epoch, generation } = await giveIdentity(claimed, {
         ...this.#parts(run),
         entry: { ...this.#status.entry, vmRunId },
+        presumes,
         // Before a guest can get in, and while the worker and the manager are busy with the Load.
         onIssued: (issued) => {
-          const runningInBoot = bootId().toString('hex');
-          const manufactured = this.#status.entry.manufactured || issued.generation > 0;
           const { epoch } = issued;
-          this.#status.update({ vmRunId, runningInBoot, crashed: null, epoch, manufactured });
+          this.#status.update({ vmRunId, runningInBoot: bootId().toString('hex'), crashed: null, epoch });
         },
       });
       if (!this.#status.entry.manufactured || this.#status.entry.epoch !== epoch) {
@@ -181,17 +182,25 @@ export class VtpmWorkers {
       const hasEnded = worker.hasEnded;
       const end = await worker.kill();
       this.#status.lingering = end.lingering;
-      const isWorkersFault = hasEnded ? wasLost(end) : isOutdated(error);
-      if (isFresh || this.#isShuttingDown || !isWorkersFault) throw error;
-      this.#status.log.warn(
-        { reason: end.reason },
-        'the worker from the pool was lost; a fresh one takes its place',
-      );
-      const fresh = await this.#context.pool.fresh(this.#status.entry.isolation, this.#owner());
+      const isPresumedWrong = presumes && presumedWrong(end);
+      const isWorkersFault = !isFresh && (hasEnded ? wasLost(end) : isOutdated(error));
+      if (this.#isShuttingDown || !(isPresumedWrong || isWorkersFault)) throw error;
+      const { pool } = this.#context;
+      const { isolation } = this.#status.entry;
+      const { reason } = end;
+      let other: ClaimedWorker;
+      if (isPresumedWrong) {
+        this.#status.update({ vmRunId: lastRunId, runningInBoot, crashed, epoch: lastEpoch });
+        this.#status.log.info({ reason }, 'the manager is asked, and another worker gets what it says');
+        other = await pool.take(isolation, this.#owner());
+      } else {
+        this.#status.log.warn({ reason }, 'the worker from the pool was lost; a fresh one takes its place');
+        other = await pool.fresh(isolation, this.#owner());
+      }
       // What the lost one may have left is of a key that the next Load replaces, and its numbers would be taken for newer.
       run.end();
       this.#run = this.#newRun();
-      await this.#startWorker(fresh, this.#run, vmRunId);
+      await this.#startWorker(other, this.#run, vmRunId, false);
     }
   }
 
