@@ -31,39 +31,69 @@ export function boxKeyPair(secretKey?: Uint8Array): BoxKeyPair {
 const DIRECTION = { LoadClaim: 'load-claim', LoadGrant: 'load-grant' } as const;
 type BoxedMessages = Pick<Messages, 'LoadClaim' | 'LoadGrant'>;
 
+/** Both keys, agreed on once (nacl.box.before): that takes longer than to seal or open with it. */
+export class AgreedBox {
+  readonly #key: Uint8Array;
+
+  /** @throws ProtoError `malformed`; `forged` for a peer key of small order */
+  constructor(peerKey: Uint8Array, own: BoxKeyPair) {
+    expectLength('public key', peerKey, 32);
+    this.#key = boxKey(peerKey, own);
+  }
+
+  seal<K extends keyof BoxedMessages>(name: K, value: Omit<BoxedMessages[K], 'direction'>): Boxed {
+    const message: unknown = { ...value, direction: DIRECTION[name] };
+    const plain = encode(name, message as Messages[K]);
+    const nonce = randomBytes(24);
+    const box = nacl.secretbox(plain, nonce, this.#key);
+    plain.fill(0);
+    return { nonce, box };
+  }
+
+  /** @throws ProtoError `forged` where the box was made by or for another key, or for the other direction; `malformed` */
+  open<K extends keyof BoxedMessages>(name: K, boxed: Boxed): BoxedMessages[K] {
+    expectLength('nonce', boxed.nonce, 24);
+    const plain = nacl.secretbox.open(boxed.box, boxed.nonce, this.#key);
+    if (!plain) throw new ProtoError('forged', `${name}: the box does not open with the peer's key`);
+    const value = decode(name, plain);
+    if (value.direction !== DIRECTION[name])
+      throw new ProtoError('forged', `${name}: the box is for another direction`);
+    return value;
+  }
+
+  /** It is of no use any more. */
+  wipe(): void {
+    this.#key.fill(0);
+  }
+}
+
+/** As AgreedBox, for one use. */
 export function sealBox<K extends keyof BoxedMessages>(
   name: K,
   value: Omit<BoxedMessages[K], 'direction'>,
   peerKey: Uint8Array,
   own: BoxKeyPair,
 ): Boxed {
-  const message: unknown = { ...value, direction: DIRECTION[name] };
-  const plain = encode(name, message as Messages[K]);
-  const nonce = randomBytes(24);
-  const key = boxKey(peerKey, own);
-  const box = nacl.secretbox(plain, nonce, key);
-  key.fill(0);
-  plain.fill(0);
-  return { nonce, box };
+  return once(peerKey, own, (box) => box.seal(name, value));
 }
 
-/** @throws ProtoError `forged` where the box was made by or for another key, or for the other direction; `malformed` */
+/** As AgreedBox, for one use. @throws ProtoError `forged`, `malformed` */
 export function openBox<K extends keyof BoxedMessages>(
   name: K,
   boxed: Boxed,
   peerKey: Uint8Array,
   own: BoxKeyPair,
 ): BoxedMessages[K] {
-  expectLength('nonce', boxed.nonce, 24);
-  expectLength('public key', peerKey, 32);
-  const key = boxKey(peerKey, own);
-  const plain = nacl.secretbox.open(boxed.box, boxed.nonce, key);
-  key.fill(0);
-  if (!plain) throw new ProtoError('forged', `${name}: the box does not open with the peer's key`);
-  const value = decode(name, plain);
-  if (value.direction !== DIRECTION[name])
-    throw new ProtoError('forged', `${name}: the box is for another direction`);
-  return value;
+  return once(peerKey, own, (box) => box.open(name, boxed));
+}
+
+function once<T>(peerKey: Uint8Array, own: BoxKeyPair, use: (box: AgreedBox) => T): T {
+  const box = new AgreedBox(peerKey, own);
+  try {
+    return use(box);
+  } finally {
+    box.wipe();
+  }
 }
 
 // DER prefix of RFC 8410 section 7 for a raw X25519 key.

@@ -92,6 +92,28 @@ describe('what the TPM counts', () => {
     assert.equal(counter.increments, 2);
   });
 
+  it('I-5 the TPM gets ready to count while the anchor is written, and counts when that is on the disk', async () => {
+    const counts = counter.increment.bind(counter);
+    const steps: string[] = [];
+    counter.increment = (stated) => {
+      steps.push('gets ready');
+      return counts(stated);
+    };
+    counter.beforeIncrement = () => void steps.push('counts');
+    const disks = new Gate();
+    disk.beforeCommit = async () => {
+      steps.push('is written');
+      await disks.wait();
+      steps.push('is there');
+    };
+    const counted = store.write('event', 0, value, 'now');
+    assert.equal(await isSettled(counted), false);
+    assert.deepEqual(steps, ['gets ready', 'is written']);
+    disks.open();
+    await counted;
+    assert.deepEqual(steps, ['gets ready', 'is written', 'is there', 'counts']);
+  });
+
   it('events that arrive while the TPM counts share its next step', async () => {
     const gate = new Gate();
     counter.beforeIncrement = gate.wait;

@@ -488,6 +488,15 @@ describe('a rekey', () => {
     assert.equal(Buffer.from(next.permanent).toString(), 'P2');
   });
 
+  it('goes between a Load and the stream of its session, which begins with what is there then', async () => {
+    const next = world.worker(worker.vtpm);
+    await next.load({ expectedEpoch: 1n, verbs: ['COLD'] });
+    await world.registry.rekey(worker.vtpm.id);
+    await next.connect();
+    assert.equal((await next.save('P2')).generation, 2n);
+    assert.equal(await keyIdOf(worker), 2);
+  });
+
   it('takes the record of a session whose link is about to end, too', async () => {
     world.disk.beforeCommit = storeFull;
     await assert.rejects(worker.save('P2'), refused('store-full'));

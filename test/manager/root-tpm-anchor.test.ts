@@ -11,12 +11,14 @@ import {
   Rc,
   Rh,
   readNvIndex,
+  StartAuthSession,
   TpmError,
   withPassword,
 } from 'tpm2-ts-bindings';
 import type { AnchorCounter, RootTpmEnrolment } from 'vtpm-manager/root-tpm/index';
 import { commandCode, startRecordingProxy } from '../support/recording-proxy.js';
 import { connectTpm } from '../support/tpm-fixture.js';
+import { until } from '../support/until.js';
 import { ANCHOR_AUTH, Chip, ENROL, refuses } from './root-tpm-fixture.js';
 
 describe('manager: the anchor counter in the root TPM', () => {
@@ -72,6 +74,39 @@ describe('manager: the anchor counter in the root TPM', () => {
         await tpm.eraseGeneration(next.enrolment, enrolment.root);
         const of = tpm.anchorCounter(next.enrolment, ANCHOR_AUTH);
         assert.equal(await of.read(), first + 20n, 'generations share the counter');
+      }, bus.path);
+    } finally {
+      await bus.close();
+    }
+  });
+
+  it('gets ready to count and waits until it may count; where it may not, nothing is counted', async () => {
+    const { enrolment } = await chip.enrol();
+    const bus = await startRecordingProxy(chip.swtpm.socket);
+    const codes = () => bus.commands.map(commandCode);
+    try {
+      await chip.root(async (tpm) => {
+        const anchor = tpm.anchorCounter(enrolment, ANCHOR_AUTH);
+        const before = await anchor.read();
+        bus.forget();
+        let state: () => void = () => undefined;
+        const counting = anchor.increment(
+          new Promise((resolve) => {
+            state = resolve;
+          }),
+        );
+        await until('a session is open', () => codes().includes(StartAuthSession.code));
+        await new Promise((resolve) => setImmediate(resolve));
+        assert.ok(!codes().includes(NV_Increment.code));
+        state();
+        assert.equal(await counting, before + 1n);
+        const never = Promise.reject(new Error('it was not stated'));
+        never.catch(() => undefined);
+        await assert.rejects(anchor.increment(never), /it was not stated/);
+        assert.equal(await anchor.read(), before + 1n);
+        const facts = await tpm.examine(enrolment);
+        assert.ok(facts.isStarted);
+        assert.equal(facts.loaded, 0, 'no session stays open');
       }, bus.path);
     } finally {
       await bus.close();

@@ -434,9 +434,23 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'common/seccomp', name: 'what the table says' },
   },
   {
+    name: 'a session does not begin with a record that was replaced',
+    file: 'manager/src/ownership/vtpm-records.ts',
+    guard: 'return this.parts.store.version(vtpmKey(vtpmUuid)) === held.version;',
+    without: 'return this.parts.store.version(vtpmKey(vtpmUuid)) > 0 || held.version > 0;',
+    test: { file: 'manager/ownership', name: 'goes between a Load and the stream of its session' },
+  },
+  {
+    name: 'I-5 the TPM gets ready to count, and waits until that is stated on the disk',
+    file: 'manager/src/root-tpm/anchor-counter.ts',
+    guard: '      await stated;\n',
+    without: '',
+    test: { file: 'manager/root-tpm-anchor', name: 'waits until it may count' },
+  },
+  {
     name: 'I-2 a worker without a layer gets no identity',
     file: 'toolstack/src/supervisor/worker-process.ts',
-    guard: '      this.#options.confinement.check(this.pid ?? -1);',
+    guard: 'this.#layers = this.#options.confinement.check(this.pid ?? -1);',
     without: '',
     test: { file: 'toolstack/confinement', name: 'is not locked down when it says that it is ready' },
   },
@@ -450,8 +464,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a start that the manager refuses is not tried again with another worker',
     file: 'toolstack/src/supervisor/vtpm-workers.ts',
-    guard: 'const isWorkersFault = hasEnded ? wasLost(end) : isOutdated(error);',
-    without: 'const isWorkersFault = hasEnded || wasLost(end) || isOutdated(error);',
+    guard: '(hasEnded ? wasLost(end) : isOutdated(error))',
+    without: '(hasEnded || wasLost(end) || isOutdated(error))',
     test: {
       file: 'toolstack/pool',
       name: 'I-3 gives a start a fresh worker where the one that it took is lost',

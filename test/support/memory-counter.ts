@@ -11,7 +11,8 @@ export class MemoryCounter implements AnchorCounter {
     return this.value;
   }
 
-  async increment(): Promise<bigint> {
+  async increment(stated?: Promise<void>): Promise<bigint> {
+    await stated;
     await this.beforeIncrement();
     this.increments++;
     return ++this.value;

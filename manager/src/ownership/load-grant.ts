@@ -1,4 +1,4 @@
-import { type LoadResponse, type RecordHeader, type Session, sealBox } from 'vtpm-proto';
+import type { LoadResponse, RecordHeader, Session } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import { openState, type VtpmRecord } from '../records/index.js';
@@ -10,7 +10,7 @@ import type { CheckedLoad } from './ticket-check.js';
  */
 export function sealGrant(
   keys: KeyHierarchy,
-  { ticket, claim }: CheckedLoad,
+  { claim, box }: CheckedLoad,
   record: VtpmRecord,
   manufacture: boolean,
 ): LoadResponse {
@@ -23,23 +23,18 @@ export function sealGrant(
     if (header.generation > 0n && !permanent) {
       throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
     }
-    return sealBox(
-      'LoadGrant',
-      {
-        loadId: claim.loadId,
-        sessionId: session.sessionId,
-        sessionKey,
-        epoch: header.epoch,
-        generation: header.generation,
-        permanent: permanent ?? new Uint8Array(0),
-        manufacture,
-        checkpointKey: checkpointKey ?? new Uint8Array(0),
-        ...(header.suspension && volatile && { suspended: { ...header.suspension, volatile } }),
-        referenceKey,
-      },
-      ticket.workerPublicKey,
-      keys.identity,
-    );
+    return box.seal('LoadGrant', {
+      loadId: claim.loadId,
+      sessionId: session.sessionId,
+      sessionKey,
+      epoch: header.epoch,
+      generation: header.generation,
+      permanent: permanent ?? new Uint8Array(0),
+      manufacture,
+      checkpointKey: checkpointKey ?? new Uint8Array(0),
+      ...(header.suspension && volatile && { suspended: { ...header.suspension, volatile } }),
+      referenceKey,
+    });
   } finally {
     wipe(sessionKey, permanent, volatile, checkpointKey, referenceKey);
   }

@@ -37,7 +37,7 @@ import type { TrustStore } from '../trust/trust-configuration.js';
 import type { Census } from './census.js';
 import { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
-import { LiveSession } from './live-session.js';
+import { type HeldRecord, LiveSession } from './live-session.js';
 import { sealGrant } from './load-grant.js';
 import { Slot } from './slot.js';
 import { verbsOfSaves } from './state-use.js';
@@ -47,7 +47,12 @@ import { WorkGate } from './work-gate.js';
 
 /** One connection of a worker. It carries one session: a second vTPM on it is refused. */
 export interface WorkerConnection {
-  session?: { readonly vtpmUuid: Uint8Array; readonly sessionId: Uint8Array };
+  session?: {
+    readonly vtpmUuid: Uint8Array;
+    readonly sessionId: Uint8Array;
+    /** What the Load on this connection wrote, until its Save stream begins. */
+    loaded?: HeldRecord | undefined;
+  };
   isLoading?: boolean;
 }
 
@@ -133,6 +138,7 @@ export class VtpmRegistry {
       const slot = this.#slot(checked.vtpmUuid);
       return await slot.exclusively('load', () => this.#loadInto(slot, checked, connection));
     } finally {
+      checked.box.wipe();
       connection.isLoading = false;
     }
   }
@@ -343,9 +349,9 @@ export class VtpmRegistry {
       ...(isDropped && { suspended: 'dropped' }),
     });
     barrier('load.audited');
-    await this.#records.write(vtpmUuid, held, record);
+    const loaded = await this.#records.write(vtpmUuid, held, record);
     barrier('load.written');
-    connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId };
+    connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId, loaded };
     const { live } = slot;
     slot.live = undefined;
     this.#emit('loaded', record.header);
@@ -402,7 +408,11 @@ export class VtpmRegistry {
   ): Promise<LiveSession> {
     this.#checkOpen();
     const { keys, store } = this.options;
-    const held = await this.#records.read(slot.vtpmUuid);
+    const loaded = connection.session?.loaded;
+    const held =
+      loaded && this.#records.isNewest(slot.vtpmUuid, loaded)
+        ? loaded
+        : await this.#records.read(slot.vtpmUuid);
     const header = held?.record.header;
     if (!held || !header?.session || !bytesEqual(header.session.sessionId, first.sessionId)) {
       throw new ManagerError('fenced', 'this session is over');

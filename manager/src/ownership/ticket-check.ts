@@ -1,9 +1,9 @@
 import {
+  AgreedBox,
   type BoxKeyPair,
   bytesEqual,
   type LoadClaim,
   type LoadRequest,
-  openBox,
   ProtoError,
   type RecordHeader,
   type Ticket,
@@ -33,6 +33,8 @@ export interface CheckedLoad {
   readonly ticket: Ticket;
   readonly vtpmUuid: string;
   readonly claim: LoadClaim;
+  /** Between the worker on the ticket and this manager; wiped by whoever asked for the check. */
+  readonly box: AgreedBox;
 }
 
 /**
@@ -66,7 +68,7 @@ export function checkTicket(
       `the worker image ${digest} is not allowed; check it, then run: vtpmctl image allow ${digest}`,
     );
   }
-  return { ticket, vtpmUuid, claim: openClaim(request, ticket, environment) };
+  return { ticket, vtpmUuid, ...openClaim(request, ticket, environment) };
 }
 
 /**
@@ -141,22 +143,32 @@ function checkTime(ticket: Ticket, vtpmUuid: string, environment: TicketEnvironm
 }
 
 /** The claim proves that the caller has the secret half of the worker key, and means this very ticket. */
-function openClaim(request: LoadRequest, ticket: Ticket, { identity }: TicketEnvironment): LoadClaim {
-  let claim: LoadClaim;
+function openClaim(
+  request: LoadRequest,
+  ticket: Ticket,
+  { identity }: TicketEnvironment,
+): Pick<CheckedLoad, 'claim' | 'box'> {
+  let box: AgreedBox | undefined;
   try {
-    claim = openBox('LoadClaim', request, ticket.workerPublicKey, identity);
+    box = new AgreedBox(ticket.workerPublicKey, identity);
+    const claim = box.open('LoadClaim', request);
+    checkClaim(claim, request);
+    return { claim, box };
   } catch (error) {
+    box?.wipe();
     if (!(error instanceof ProtoError)) throw error;
     const code = error.code === 'forged' ? 'wrong-worker' : 'bad-request';
     throw new ManagerError(code, `the Load is not from the worker on the ticket: ${error.message}`, {
       cause: error,
     });
   }
+}
+
+function checkClaim(claim: LoadClaim, request: LoadRequest): void {
   if (!request.ticket || !bytesEqual(claim.ticketDigest, ticketDigest(request.ticket))) {
     throw new ManagerError('wrong-worker', 'the Load was made for another ticket');
   }
   if (claim.loadId.length !== 16 || claim.libtpmsVersion.length > MAX_VERSION_LENGTH) {
     throw new ManagerError('bad-request', 'the Load claim has a load id or version of the wrong length');
   }
-  return claim;
 }

@@ -26,15 +26,21 @@ export class VtpmRecords {
     );
   }
 
+  /** Whether nothing was written since. */
+  isNewest(vtpmUuid: string, held: HeldRecord): boolean {
+    return this.parts.store.version(vtpmKey(vtpmUuid)) === held.version;
+  }
+
   /** @param held what it replaces */
   async write(
     vtpmUuid: string,
     held: HeldRecord | undefined,
     record: VtpmRecord,
     counting?: Counting,
-  ): Promise<void> {
+  ): Promise<HeldRecord> {
     const bytes = encodeRecord(this.parts.keys, record);
-    await this.parts.store.write(vtpmKey(vtpmUuid), held?.version ?? 0, bytes, counting);
+    const version = await this.parts.store.write(vtpmKey(vtpmUuid), held?.version ?? 0, bytes, counting);
     this.parts.census.note(held?.record.header.kind, record.header.kind);
+    return { version, record };
   }
 }

@@ -3,6 +3,7 @@ import {
   inSession,
   NV_Increment,
   type NvEntity,
+  type ObjectEntity,
   Rc,
   ReadClock,
   readNvIndex,
@@ -25,8 +26,11 @@ import { enrolledSrk } from './srk.js';
  */
 export interface AnchorCounter {
   read(): Promise<bigint>;
-  /** Counts, and returns the value read after it. */
-  increment(): Promise<bigint>;
+  /**
+   * Counts, and returns the value read after it.
+   * @param stated waited for when all is ready to count; where it rejects, so does this, and nothing is counted
+   */
+  increment(stated?: Promise<void>): Promise<bigint>;
   /** Where the chip keeps the value in its RAM: after a loss of power it may be ahead of what it was. */
   readonly orderly?: OrderlyCounter;
 }
@@ -46,6 +50,8 @@ export interface OrderlyCounter {
  */
 export class SessionCounter {
   readonly #auth: Buffer;
+  /** As they were read; whether they still are so is asked when the TPM refuses something. */
+  #objects: { readonly srk: ObjectEntity; readonly index: NvEntity } | undefined;
 
   /** @param auth 32 bytes; copied */
   constructor(
@@ -59,8 +65,9 @@ export class SessionCounter {
     return this.#use(tpm, (index, session) => readCounterBy(tpm, index, session));
   }
 
-  increment(tpm: Tpm): Promise<bigint> {
+  increment(tpm: Tpm, stated?: Promise<void>): Promise<bigint> {
     return this.#use(tpm, async (index, session) => {
+      await stated;
       await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
       return await readCounterBy(tpm, index, session);
     });
@@ -88,13 +95,18 @@ export class SessionCounter {
   }
 
   async #use<T>(tpm: Tpm, body: (index: NvEntity, session: Session) => Promise<T>): Promise<T> {
-    const srk = await enrolledSrk(tpm, this.enrolment);
-    const index = await this.#enrolledIndex(tpm);
+    this.#objects ??= await this.#enrolledObjects(tpm);
+    const { srk, index } = this.#objects;
     try {
       return await inSession(tpm, { kind: 'hmac', salt: srk }, (session) => body(index, session));
     } catch (error) {
+      this.#objects = undefined;
       throw await this.#explain(tpm, error);
     }
+  }
+
+  async #enrolledObjects(tpm: Tpm): Promise<{ srk: ObjectEntity; index: NvEntity }> {
+    return { srk: await enrolledSrk(tpm, this.enrolment), index: await this.#enrolledIndex(tpm) };
   }
 
   async #enrolledIndex(tpm: Tpm): Promise<NvEntity> {
@@ -106,13 +118,11 @@ export class SessionCounter {
   }
 
   async #explain(tpm: Tpm, error: unknown): Promise<unknown> {
-    if (TpmError.is(error, Rc.HANDLE, Rc.NV_UNINITIALIZED, Rc.AUTH_FAIL, Rc.BAD_AUTH)) {
-      await this.#enrolledIndex(tpm);
-      return TpmError.is(error, Rc.AUTH_FAIL, Rc.BAD_AUTH)
-        ? remade(this.enrolment.anchor, 'with another secret', error)
-        : error;
-    }
-    return error;
+    if (!(error instanceof TpmError) || error.code !== 'tpm') return error;
+    await this.#enrolledObjects(tpm);
+    return TpmError.is(error, Rc.AUTH_FAIL, Rc.BAD_AUTH)
+      ? remade(this.enrolment.anchor, 'with another secret', error)
+      : error;
   }
 }
 

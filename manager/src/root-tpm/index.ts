@@ -269,7 +269,7 @@ class OpenRootTpm implements RootTpm {
     this.#counters.push(counter);
     return {
       read: () => this.#inTurn((tpm) => counter.read(tpm)),
-      increment: () => this.#inTurn((tpm) => counter.increment(tpm)),
+      increment: (stated) => this.#inTurn((tpm) => counter.increment(tpm, stated)),
       ...(orderlyCount > 0 && {
         orderly: {
           // Part 1, "NV counters": the value after an unorderly reset is the end of the block that was begun.

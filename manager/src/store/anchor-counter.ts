@@ -9,6 +9,13 @@ import type { AnchorState } from './anchored-store.js';
 /** Milliseconds before each further attempt of a step; the last one again and again. */
 const RETRY_AFTER_MS = [100, 500, 2_000, 10_000];
 
+/** An increment that waits until the anchor on the disk states it. */
+interface Prepared {
+  readonly counted: Promise<bigint>;
+  stated(): void;
+  forgone(error: ManagerError): void;
+}
+
 /**
  * Advances the counter in the order that survives a crash: the next value is written in the anchor first, then the chip
  * counts. So the chip shows what the newest anchor says, or one less; an anchor from before the last step says less than
@@ -19,6 +26,7 @@ export class CounterSteps {
   #timer: NodeJS.Timeout | undefined;
   #stepping: Promise<void> | undefined;
   readonly #ended = new AbortController();
+  #prepared: Prepared | undefined;
   #pendingSince: number | undefined;
   #stalled: AnchorState['stalled'];
 
@@ -71,6 +79,23 @@ export class CounterSteps {
     this.#timer.unref();
   }
 
+  /** An anchor that states a step is being written: the chip gets ready to count meanwhile. */
+  prepare(): void {
+    let settle: Pick<Prepared, 'stated' | 'forgone'> | undefined;
+    const stated = new Promise<void>((resolve, reject) => {
+      settle = { stated: resolve, forgone: reject };
+    });
+    const counted = this.counter.increment(stated);
+    for (const either of [stated, counted]) either.catch(() => undefined);
+    this.#prepared = settle && { counted, ...settle };
+  }
+
+  /** It could not be written, or whether it was is not known. */
+  forgo(): void {
+    this.#prepared?.forgone(new ManagerError('internal', 'no step was stated'));
+    this.#prepared = undefined;
+  }
+
   /**
    * Takes the step that the anchor on the disk says. It is tried until the chip answers: the anchor cannot be unsaid.
    * @throws ManagerError `rollback-detected` where somebody else counts too; `shutting-down` after `end`
@@ -106,12 +131,19 @@ export class CounterSteps {
     clearTimeout(this.#timer);
   }
 
+  #increment(): Promise<bigint> {
+    const prepared = this.#prepared;
+    this.#prepared = undefined;
+    prepared?.stated();
+    return prepared?.counted ?? this.counter.increment();
+  }
+
   async #step(wanted: bigint): Promise<void> {
     for (let attempt = 0; ; attempt++) {
       try {
         // Of a step that failed it is not known whether the chip has counted.
         const now = attempt === 0 ? wanted - 1n : await this.counter.read();
-        const after = now < wanted ? await this.counter.increment() : now;
+        const after = now < wanted ? await this.#increment() : now;
         if (after === wanted) return;
         throw new ManagerError(
           'rollback-detected',

@@ -21,6 +21,8 @@ import type { StateStore, StoreEntry } from './state-store.js';
 export interface AnchoredStore {
   /** @throws ManagerError `store-corrupt` where the disk does not hold what was last written */
   read(key: string): Promise<StoreEntry | undefined>;
+  /** Of a record, as it was last written; 0 where there is none. From memory. */
+  version(key: string): number;
   /**
    * Durable and anchored when it resolves. `value` must not change before that.
    * @param expectedVersion of the record that this replaces, 0 for a new one

@@ -57,7 +57,7 @@ export class GroupCommitStore implements AnchoredStore {
     opened: OpenedAnchor,
     private readonly options: AnchorOptions,
   ) {
-    this.#queue = new WriteQueue((key) => tree.get(key)?.version ?? 0);
+    this.#queue = new WriteQueue((key) => this.version(key));
     this.#anchorVersion = opened.anchorVersion;
     this.auditAtOpen = opened.audit;
     this.isUnclean = opened.isUnclean;
@@ -85,6 +85,10 @@ export class GroupCommitStore implements AnchoredStore {
 
   get stated(): { root: Buffer; counter: bigint } {
     return { root: this.tree.root, counter: this.#steps.stated };
+  }
+
+  version(key: string): number {
+    return this.tree.get(key)?.version ?? 0;
   }
 
   keys(after: string | undefined, limit: number): string[] {
@@ -196,6 +200,7 @@ export class GroupCommitStore implements AnchoredStore {
   async #commit(batch: readonly QueuedWrite[], isCounting: boolean): Promise<void> {
     // Whoever asks while the commit is under way is not in it.
     const waiters = isCounting ? this.#countWaiters.splice(0) : [];
+    if (isCounting) this.#steps.prepare();
     try {
       const staged = await this.#commitStaged(batch, isCounting);
       staged.apply();
@@ -203,6 +208,7 @@ export class GroupCommitStore implements AnchoredStore {
       this.#anchorVersion++;
     } catch (cause) {
       const error = ManagerError.from(cause, 'the store cannot be written');
+      this.#steps.forgo();
       // Of anything but a full disk it is not known whether it is on the disk.
       if (error.code === 'store-full') {
         this.#uncertain = undefined;
