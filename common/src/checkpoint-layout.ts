@@ -23,6 +23,8 @@ export const CHECKPOINT_LAYOUT = {
    */
   taken: 1024,
   takenCount: 256,
+  /** u32: what a VMM has brought in of a TPM that is off. */
+  broughtIn: 2048,
   /**
    * As `begun` to `commandLength`, for the answers to a VMM's control requests, which have a pipe of their own; u32
    * `locality` is the one that the VMM has chosen, and `torn` the control connection of which a part of a request was taken.

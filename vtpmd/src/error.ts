@@ -15,6 +15,14 @@ export type VtpmdErrorCode =
   | 'startup-failed'
   | 'no-checkpoint'
   | 'manager-away'
+  // State that a VMM brings in
+  | 'blob-malformed'
+  | 'blob-encrypted'
+  | 'blob-refused'
+  | 'blob-incomplete'
+  | 'plain-forbidden'
+  | 'reference-foreign'
+  | 'reference-used'
   | 'internal';
 
 /** The one error class of this package. The message says what happened and holds no secret. */

@@ -126,6 +126,15 @@ export class CheckpointMemory {
     Atomics.store(this.#halves, LAYOUT.torn / 4, connection);
   }
 
+  /** What a VMM brought in so far; see BroughtIn. */
+  get broughtIn(): number {
+    return Atomics.load(this.#halves, LAYOUT.broughtIn / 4);
+  }
+
+  set broughtIn(note: number) {
+    Atomics.store(this.#halves, LAYOUT.broughtIn / 4, note);
+  }
+
   /** Words in which connections note that a command of theirs has no answer yet, where nothing is check-pointed. */
   get taken(): Uint32Array {
     return this.#halves.subarray(LAYOUT.taken / 4, LAYOUT.taken / 4 + LAYOUT.takenCount);

@@ -40,6 +40,12 @@ export class NoEffect {
     return must;
   }
 
+  /** Another TPM state is in place. */
+  forget(): void {
+    this.#isAudited = undefined;
+    this.#mustAsk = true;
+  }
+
   /** @param response to TPM2_GetCapability of TPM_CAP_AUDIT_COMMANDS, of which it wants all */
   answered(response: Buffer): void {
     this.#isAudited = auditsRead(response);
@@ -49,8 +55,7 @@ export class NoEffect {
   covers(command: Buffer, response: Buffer): boolean {
     const code = commandCode(command);
     if (code === TPM_CC.SetCommandCodeAuditStatus || code === TPM_CC.Startup) {
-      this.#isAudited = undefined;
-      this.#mustAsk = true;
+      this.forget();
       return false;
     }
     return (

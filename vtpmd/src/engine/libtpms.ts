@@ -4,10 +4,16 @@ import { VtpmdError } from '../error.js';
 /** Results of libtpms (tpm_error.h). */
 export const TPM_SUCCESS = 0;
 export const TPM_FAIL = 9;
+export const TPM_BAD_VERSION = 0x2e;
 export const TPM_RETRY = 0x800;
 
-/** TPMLIB_STATE_PERMANENT (tpm_library.h). */
+/** Of TPMLIB_BlobName and TPMLIB_StateType (tpm_library.h). */
 const STATE_PERMANENT = 1;
+const STATE_VOLATILE = 2;
+
+/** TPMLIB_TPMVersion (tpm_library.h). */
+const TPM_1_2 = 0;
+const TPM_2_0 = 1;
 
 /** What libtpms calls back with. Each must return a result and never throw. */
 export interface Callbacks {
@@ -54,6 +60,11 @@ export interface Libtpms {
   setBufferSize(wanted: number): BufferSizes;
   /** TPMLIB_GetInfo: JSON. */
   info(flags: number): string;
+  /**
+   * TPMLIB_SetState, which reads states without using them; none is kept. Not while the TPM is on.
+   * @returns the first result that is not TPM_SUCCESS
+   */
+  testState(permanent: Uint8Array, volatile: Uint8Array | undefined): number;
   /** A copy of the permanent state, as the `store` callback gets it. */
   permanentState(): Buffer;
   /** A copy of the volatile state. */
@@ -131,6 +142,7 @@ function bind(): Libtpms {
   const getState = library.func(
     'uint32_t TPMLIB_GetState(int type, _Out_ uint64_t *data, _Out_ uint32_t *length)',
   );
+  const setState = library.func('uint32_t TPMLIB_SetState(int type, const void *data, uint32_t length)');
   const volatileStore = library.func('uint32_t TPMLIB_VolatileAll_Store(void *data, void *length)');
   // For the calls that are made for each command: fixed memory is cheaper to pass than arrays.
   const result = allocate(16);
@@ -162,7 +174,7 @@ function bind(): Libtpms {
   return {
     version: `${(number >> 16) & 0xff}.${(number >> 8) & 0xff}.${number & 0xff}`,
     registerCallbacks(callbacks) {
-      check('TPMLIB_ChooseTPMVersion', Number(choose(1)));
+      check('TPMLIB_ChooseTPMVersion', Number(choose(TPM_2_0)));
       table = callbackTable(callbacks);
       check('TPMLIB_RegisterCallbacks', Number(register(table.bytes)));
     },
@@ -206,6 +218,17 @@ function bind(): Libtpms {
       const text = viewOf(address, Number(strlen(address))).toString('utf8');
       free(address);
       return text;
+    },
+    testState(permanent, volatile) {
+      try {
+        const result = Number(setState(STATE_PERMANENT, permanent, permanent.length));
+        if (result !== TPM_SUCCESS || !volatile) return result;
+        return Number(setState(STATE_VOLATILE, volatile, volatile.length));
+      } finally {
+        // Another version of the TPM has no use for what was set: the library forgets it.
+        choose(TPM_1_2);
+        choose(TPM_2_0);
+      }
     },
     permanentState: () =>
       takeCopy('TPMLIB_GetState', (data, length) => getState(STATE_PERMANENT, data, length)),

@@ -9,6 +9,7 @@ import {
   type SignedTicket,
   sealBox,
   ticketDigest,
+  type Verb,
 } from 'vtpm-proto';
 import { VtpmdError } from '../error.js';
 import type { ManagerLink } from './manager-link.js';
@@ -18,6 +19,7 @@ export interface Identity {
   /** From the ticket, 16 bytes each. */
   readonly vtpmUuid: Uint8Array;
   readonly vmRunId: Uint8Array;
+  readonly verbs: readonly Verb[];
   /** The manager's box public key, 32 bytes. */
   readonly managerKey: Uint8Array;
   readonly startup: 'clear' | 'none';
@@ -39,9 +41,9 @@ export function readIdentity(message: Record<string, unknown>): Identity {
   }
   try {
     const signed = decode('SignedTicket', Buffer.from(ticket, 'base64'));
-    const { vtpmUuid, vmRunId } = decode('Ticket', signed.ticket);
+    const { vtpmUuid, vmRunId, verbs } = decode('Ticket', signed.ticket);
     const key = Buffer.from(managerKey, 'hex');
-    return { ticket: signed, vtpmUuid, vmRunId, managerKey: key, startup, power };
+    return { ticket: signed, vtpmUuid, vmRunId, verbs, managerKey: key, startup, power };
   } catch (cause) {
     throw new VtpmdError('protocol', 'the identity holds no readable ticket', { cause });
   }

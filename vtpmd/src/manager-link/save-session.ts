@@ -7,6 +7,7 @@ import {
   type LoadGrant,
   type ManagerFrame,
   ProtoError,
+  type SaveBody,
   type SessionCipher,
   sessionCipher,
 } from 'vtpm-proto';
@@ -101,10 +102,13 @@ export class SaveSession {
     return this.#linkNumber === 1n;
   }
 
-  /** Resolves when the manager has committed the state; never where the session is over. */
-  save(permanent: Uint8Array): Promise<void> {
+  /**
+   * Resolves when the manager has committed the state; never where the session is over.
+   * @param more what it is saved with, where a VMM takes it out or brought it in
+   */
+  save(permanent: Uint8Array, more: Pick<SaveBody, 'volatile' | 'use'> = {}): Promise<void> {
     if (this.#inFlight) throw new VtpmdError('internal', 'a save is in flight already');
-    const body = encode('SaveBody', { permanent, libtpmsVersion: this.#libtpmsVersion });
+    const body = encode('SaveBody', { permanent, ...more, libtpmsVersion: this.#libtpmsVersion });
     const digest = createHash('sha256').update(body).digest();
     this.#lastSent++;
     return new Promise((acknowledged) => {

@@ -42,4 +42,6 @@ export interface StateBlobs {
   started(beforeSave: (permanent: Buffer) => void): Promise<void>;
   /** STOP, when the TPM is off: what was brought in, or refused, is forgotten. A reference that is out stays valid. */
   stopped(): void;
+  /** Resolves when what is under way is done. */
+  settled(): Promise<void>;
 }

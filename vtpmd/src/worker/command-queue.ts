@@ -53,6 +53,8 @@ export interface CommandQueueOptions {
   isOff?(): boolean;
   /** What to do with commands between `outage` and `outageOver`. Without it they only wait. */
   readonly policy?: OutagePolicy;
+  /** Sees each command that cannot run at once, when it waits already. */
+  onWaiting?(source: CommandSource): void;
   onFailure(error: VtpmdError): void;
 }
 
@@ -108,6 +110,7 @@ export class CommandQueue {
     source.command = Buffer.from(source.command);
     this.#waiting.push(source);
     if (this.#due) this.#schedule(source);
+    this.#options.onWaiting?.(source);
   }
 
   /** As `submit`, before everything that waits. */
@@ -119,6 +122,10 @@ export class CommandQueue {
     this.#waiting.unshift(source);
     if (this.#due) this.#schedule(source);
     else this.#pump();
+  }
+
+  hasWaiting(matches: (source: CommandSource) => boolean): boolean {
+    return this.#waiting.some((source) => !source.isGone && matches(source));
   }
 
   /** No command starts until `release` with the same reason. What runs goes on to its end. */

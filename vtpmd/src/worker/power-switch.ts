@@ -7,6 +7,7 @@ import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
 import type { Identity } from '../manager-link/load.js';
 import type { SaveSession } from '../manager-link/save-session.js';
+import type { StateBlobs } from '../state-blob/state-blobs.js';
 import type { CommandQueue } from './command-queue.js';
 import type { OutagePolicy } from './outage-policy.js';
 import type { PowerState } from './power-state.js';
@@ -19,6 +20,7 @@ export interface PowerParts {
   readonly owners: HandleOwners;
   readonly policy: OutagePolicy;
   readonly state: PowerState;
+  readonly blobs: StateBlobs;
   readonly startup: Identity['startup'];
   /** Milliseconds that a power-on waits for a manager that is away. */
   readonly holdMs: number;
@@ -26,10 +28,16 @@ export interface PowerParts {
   changed(): void;
 }
 
+/** Leaves the checkpoint of a step that is done when `permanent` is saved. */
+export type KeepSave = (permanent: Buffer) => void;
+
 /** What is done while no command runs. */
 export interface Step {
-  /** @returns what it stored: that is saved before anybody hears of the step */
-  run(): Promise<Buffer | undefined> | Buffer | undefined;
+  /**
+   * @param keepSave called before a save of its own
+   * @returns what it stored: that is saved before anybody hears of the step
+   */
+  run(keepSave: KeepSave): Promise<Buffer | undefined> | Buffer | undefined;
   /** A control request, whose answer is kept with the effect. */
   answered?(): Answered;
   /** The effect is durable; no command has run since. */
@@ -58,6 +66,11 @@ export class PowerSwitch {
     return !this.#parts.state.isOff;
   }
 
+  /** Resolves when nobody has his turn. */
+  settled(): Promise<void> {
+    return this.#lane;
+  }
+
   /** At the start of a worker: the TPM that is off. It is copied. */
   setOff(permanent: Uint8Array): void {
     this.#permanent = Buffer.from(permanent);
@@ -78,50 +91,64 @@ export class PowerSwitch {
 
   /** A power cycle where it is on. @throws VtpmdError `manager-away`, `engine`, `startup-failed`; the TPM is off then */
   on(): Promise<void> {
-    return this.perform({ run: () => this.turnOn() });
+    return this.perform({ run: (keepSave) => this.turnOn(keepSave) });
   }
 
   off(): Promise<void> {
     return this.perform({ run: () => this.turnOff() });
   }
 
-  /** _TPM_Init, after cutting the power where it is on. Only within a step. @throws as `on` @returns what it stored */
-  async turnOn(): Promise<Buffer | undefined> {
+  /**
+   * _TPM_Init, after cutting the power where it is on: from the state that was brought in, where some was. Only within a step.
+   * @returns what it stored @throws as `on`
+   */
+  async turnOn(keepSave: KeepSave): Promise<Buffer | undefined> {
     await this.turnOff();
     await this.#whenLinked();
-    const { engine, state, policy, startup } = this.#parts;
-    const permanent = this.#permanent;
-    if (!permanent) throw new VtpmdError('internal', 'there is no state of the TPM that is off');
+    const { engine, state, policy, startup, blobs, keeper } = this.#parts;
+    const own = this.#permanent;
+    if (!own) throw new VtpmdError('internal', 'there is no state of the TPM that is off');
+    const { permanent = own, volatile } = blobs.begin();
     if (state.bufferSize > 0) engine.setBufferSize(state.bufferSize);
-    engine.powerOn({ permanent, manufacture: false });
-    let stored = engine.storedAtStart;
-    state.isOrderly = true;
-    policy.restore(startup === 'none');
-    if (startup === 'clear') {
-      const command = startupClear();
-      const processed = engine.process(command);
-      const code = responseCode(processed.response);
-      if (code !== TPM_RC_SUCCESS) {
-        engine.powerOff().fill(0);
-        throw new VtpmdError('startup-failed', `the TPM answered Startup with 0x${code.toString(16)}`);
-      }
-      state.ran(command, processed.response, processed.stored !== undefined);
-      stored = processed.stored ?? stored;
-    }
-    if (this.#isUnsaved) stored ??= permanent;
-    this.#isUnsaved = false;
+    engine.powerOn({ permanent, volatile, manufacture: false });
+    // Whether one that goes on was shut down is not known: one Shutdown more does no harm.
+    state.isOrderly = volatile === undefined;
+    policy.restore(startup === 'none' && volatile === undefined);
+    const started = startup === 'clear' && !volatile ? this.#startUp() : undefined;
+    let stored = started ?? engine.storedAtStart;
+    if (this.#isUnsaved) stored ??= Buffer.from(permanent);
     state.isOff = false;
+    await blobs.started((saved) => {
+      stored = undefined;
+      keepSave(saved);
+    });
+    this.#isUnsaved = false;
     this.#permanent = undefined;
-    if (stored !== permanent) permanent.fill(0);
+    keeper?.noEffect.forget();
+    for (const used of [own, permanent, volatile]) used?.fill(0);
     this.#parts.changed();
+    return stored;
+  }
+
+  #startUp(): Buffer | undefined {
+    const { engine, state } = this.#parts;
+    const command = startupClear();
+    const { response, stored } = engine.process(command);
+    const code = responseCode(response);
+    if (code !== TPM_RC_SUCCESS) {
+      engine.powerOff().fill(0);
+      throw new VtpmdError('startup-failed', `the TPM answered Startup with 0x${code.toString(16)}`);
+    }
+    state.ran(command, response, stored !== undefined);
     return stored;
   }
 
   /** Cuts the power, after a Shutdown(CLEAR) where the TPM needs one. Only within a step. */
   async turnOff(): Promise<undefined> {
-    const { engine, queue, state, owners } = this.#parts;
+    const { engine, queue, state, owners, blobs } = this.#parts;
     if (state.isOff) return;
-    if (!state.isOrderly) await this.#shutDown();
+    // Where a reference to it is out, that is to the TPM as it is.
+    if (!state.isOrderly && !blobs.isFrozen) await this.#shutDown();
     this.#permanent = engine.powerOff();
     state.isOff = true;
     state.isMeasuring = false;
@@ -132,19 +159,20 @@ export class PowerSwitch {
   }
 
   async #perform(step: Step): Promise<void> {
-    const { queue, keeper, session } = this.#parts;
+    const { queue, keeper, session, blobs } = this.#parts;
     queue.hold(HOLD);
     try {
       await this.#whenIdle();
+      await blobs.settled();
       barrier('before-act');
-      const stored = await step.run();
+      const keepSave: KeepSave = (permanent) => keeper?.keepSave(permanent, step.answered?.());
+      const stored = await step.run(keepSave);
       barrier('after-act');
-      const answered = step.answered?.();
       if (stored) {
-        keeper?.keepSave(stored, answered);
+        keepSave(stored);
         await session.save(stored);
       } else {
-        keeper?.keepControl(answered);
+        keeper?.keepControl(step.answered?.());
       }
       barrier('before-answer');
       step.done?.();

@@ -15,14 +15,17 @@ import { expectStirred, freshStir } from './trial.js';
  * powers the TPM, that is off then. @throws VtpmdError
  */
 export async function beginRun(
-  { engine, queue, session, keeper, power: switched }: ServedTpm,
+  { engine, queue, session, keeper, blobs, power: switched }: ServedTpm,
   { startup, power }: Pick<Identity, 'startup' | 'power'>,
 ): Promise<void> {
-  const { generation } = session;
   if (!engine.isOn) {
     keeper?.keepNow();
     return;
   }
+  // Before a command stores anything: what is said of a suspended TPM is that it was dropped.
+  blobs.begin();
+  await blobs.started((permanent) => keeper?.keepSave(permanent));
+  const { generation } = session;
   if (startup === 'clear' && power === 'on') {
     const answer = await runOwnCommand(queue, startupClear());
     if (responseCode(answer) !== TPM_RC_SUCCESS) {
@@ -43,7 +46,7 @@ export async function beginRun(
 
 /** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */
 export async function goOn(
-  { queue, doors, keeper, state }: ServedTpm,
+  { queue, doors, keeper, blobs, state }: ServedTpm,
   { unit }: ChosenUnit,
   visitors: readonly Visitor[],
   left: Left,
@@ -55,13 +58,20 @@ export async function goOn(
   // that is under way, so that one is stirred behind it.
   if (!state.isOff && !state.isMeasuring) expectStirred(await runOwnCommand(queue, freshStir()));
   keeper?.keepNow();
+  if (!state.isOff) blobs.goOn();
   doors.adopt(visitors, onClosed);
 }
 
 /** Resolves when no other command runs any more. */
-export async function endRun({ queue, session, state, power }: ServedTpm, log: Log): Promise<void> {
+export async function endRun({ queue, session, blobs, power, state }: ServedTpm, log: Log): Promise<void> {
+  await power.settled();
+  if (blobs.isFrozen) {
+    // A reference to it as it is now is out.
+    log('info', 'stopped as it was suspended');
+    session.close();
+    return;
+  }
   if (state.isOff) {
-    await power.off();
     session.close();
     return;
   }

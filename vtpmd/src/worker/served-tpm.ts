@@ -13,6 +13,7 @@ import { VtpmdError } from '../error.js';
 import { type Identity, loadVtpm } from '../manager-link/load.js';
 import type { ManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
+import { VtpmStateBlobs } from '../state-blob/vtpm-state-blobs.js';
 import { CommandQueue } from './command-queue.js';
 import { type HoldTimes, OutagePolicy } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
@@ -28,6 +29,7 @@ export interface ServedTpm {
   readonly doors: Doors;
   readonly power: PowerSwitch;
   readonly state: PowerState;
+  readonly blobs: VtpmStateBlobs;
 }
 
 export interface ServedTpmEvents {
@@ -96,6 +98,8 @@ export async function loadTpm(
   grant.permanent.fill(0);
   grant.sessionKey.fill(0);
   grant.checkpointKey.fill(0);
+  grant.referenceKey?.fill(0);
+  grant.suspended?.volatile.fill(0);
   return { tpm, epoch: grant.epoch, chosen };
 }
 
@@ -161,12 +165,23 @@ function compose(
       },
     }),
     policy,
+    // Behind what the VMM asks for at the moment.
+    onWaiting: (source) => void power.settled().then(() => blobs.commandWaits(source)),
     onFailure: (error) => events.failed(error),
   });
   // Until the first link is up.
   queue.hold('link');
+  const { verbs } = identity;
+  const blobs = new VtpmStateBlobs({
+    ...{ engine, queue, session, keeper, grant },
+    names: identity,
+    mayExport: verbs.includes('EXPORT'),
+    mayImport: verbs.includes('IMPORT'),
+    note: checkpoint?.left.memory ?? { broughtIn: 0 },
+    failed: (error) => events.failed(error),
+  });
   const power = new PowerSwitch({
-    ...{ engine, queue, session, keeper, owners, policy, state },
+    ...{ engine, queue, session, keeper, owners, policy, state, blobs },
     startup: identity.startup,
     holdMs: holdTimes.power,
     changed: () => events.powerChanged(),
@@ -174,7 +189,7 @@ function compose(
   const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe };
   const taken = kept ? undefined : checkpoint?.left.memory.taken;
   const doors = new Doors(engine, queue, owners, { kept, taken });
-  return { engine, queue, session, keeper, doors, power, state };
+  return { engine, queue, session, keeper, blobs, doors, power, state };
 }
 
 /** Which commands are audited, as soon as the one that runs is done. */

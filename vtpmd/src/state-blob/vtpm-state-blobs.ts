@@ -1,0 +1,275 @@
+import { createHash, randomBytes } from 'node:crypto';
+import { barrier } from 'vtpm-common/barrier';
+import {
+  decode,
+  encode,
+  type LoadGrant,
+  type StateAction,
+  type StateUse,
+  type Suspended as Suspension,
+} from 'vtpm-proto';
+import type { CheckpointKeeper } from '../checkpoint/keeper.js';
+import { discard, type Snapshot, type TpmEngine } from '../engine/engine.js';
+import { VtpmdError } from '../error.js';
+import type { SaveSession } from '../manager-link/save-session.js';
+import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
+import { expectStirred, freshStir } from '../worker/trial.js';
+import { BroughtIn, type BroughtInNote } from './brought-in.js';
+import { encodeReference, type ReferenceNames, type ReferredState, referenceDigest } from './reference.js';
+import type { StartState, StateBlobs, StateBlobType } from './state-blobs.js';
+import { encodeBlob } from './swtpm-format.js';
+
+export interface StateBlobParts {
+  readonly engine: Pick<TpmEngine, 'snapshot' | 'process'>;
+  readonly queue: Pick<CommandQueue, 'hold' | 'release' | 'whenIdle' | 'hasWaiting'>;
+  readonly session: Pick<SaveSession, 'save' | 'generation'>;
+  readonly keeper: Pick<CheckpointKeeper, 'keepSave'> | undefined;
+  readonly names: ReferenceNames;
+  readonly grant: Pick<LoadGrant, 'suspended' | 'referenceKey'>;
+  /** By its ticket the state goes out, and comes in, in the clear. */
+  readonly mayExport: boolean;
+  readonly mayImport: boolean;
+  readonly note: BroughtInNote;
+  /** What nobody waits for went wrong: the TPM must not go on. */
+  failed(error: unknown): void;
+}
+
+/** Under which the queue is held while the TPM is frozen. */
+const FROZEN = 'state-blob';
+const EXPORT = 'export';
+/** Who goes on with the VM where it sends a command. */
+const VMM: CommandSource['kind'] = 'vmm-data';
+const REFERENCE_BYTES = 32;
+
+/** A TPM of which a reference is out. */
+interface Suspended extends ReferredState {
+  readonly reference: Buffer;
+  readonly volatile: Buffer;
+}
+
+/** Permanent and volatile state of one moment, of which a VMM takes one after the other. */
+type Pair = { permanent?: Buffer; volatile?: Buffer };
+
+export class VtpmStateBlobs implements StateBlobs {
+  readonly #parts: StateBlobParts;
+  readonly #referenceKey: Buffer | undefined;
+  readonly #broughtIn: BroughtIn;
+  #suspended: Suspended | undefined;
+  #isFrozen = false;
+  /** What is left of the last export. */
+  #pair: Pair = {};
+  /** What the power-on that is under way is, for the Save that makes it durable. */
+  #use: StateUse | undefined;
+  #isRestored = false;
+  #tail: Promise<unknown> = Promise.resolve();
+
+  constructor(parts: StateBlobParts) {
+    this.#parts = parts;
+    const { referenceKey, suspended } = parts.grant;
+    // The grant is wiped.
+    this.#referenceKey = referenceKey && Buffer.from(referenceKey);
+    this.#suspended = suspended && readSuspended(suspended);
+    const { names, mayImport, note } = parts;
+    this.#broughtIn = new BroughtIn(
+      { names, mayImport, note, referenceKey: this.#referenceKey },
+      this.#suspended !== undefined,
+    );
+  }
+
+  get isFrozen(): boolean {
+    return this.#isFrozen;
+  }
+
+  /** The TPM of a worker before this one goes on. Where a reference to it is out, it stays frozen. */
+  goOn(): void {
+    this.#broughtIn.clear();
+    if (!this.#suspended) return;
+    // A save of its own, from the stir, ended the suspension.
+    if (this.#parts.session.generation > this.#suspended.generation) this.#forget();
+    else this.#freeze();
+  }
+
+  takeOut(type: StateBlobType): Promise<Buffer | undefined> {
+    if (type === 'savestate') return Promise.resolve(undefined);
+    return this.#inOrder(() => (this.#parts.mayExport ? this.#export(type) : this.#refer(type)));
+  }
+
+  takeBack(): Promise<void> {
+    return this.#inOrder(async () => {
+      if (!this.#isFrozen || !this.#suspended) return;
+      await this.#save(useOf('TAKE_BACK', this.#suspended));
+      barrier('after-take-back');
+      this.#forget();
+      this.#thaw();
+    });
+  }
+
+  /** A command waits for the TPM. Where the VMM sent it, the VM goes on here. */
+  commandWaits({ kind }: Pick<CommandSource, 'kind'>): void {
+    if (kind === VMM && this.#isFrozen) this.#goOnHere();
+  }
+
+  bringIn(type: StateBlobType, blob: Uint8Array): void {
+    this.#broughtIn.add(type, Buffer.from(blob.buffer, blob.byteOffset, blob.length), this.#suspended);
+  }
+
+  begin(): StartState {
+    const brought = this.#broughtIn.get();
+    const suspended = this.#suspended;
+    this.#use = suspended && useOf('DROP', suspended);
+    this.#isRestored = false;
+    if (brought.kind === 'nothing') return { permanent: undefined, volatile: undefined };
+    if (brought.kind === 'reference') {
+      if (!suspended) throw new VtpmdError('reference-used', 'the TPM is not suspended any more');
+      this.#use = useOf('RESTORE', suspended);
+      this.#isRestored = true;
+      return { permanent: undefined, volatile: Buffer.from(suspended.volatile) };
+    }
+    const { permanent, volatile } = brought;
+    this.#use = { action: 'IMPORT', digest: digestOf(permanent, volatile) };
+    this.#isRestored = volatile !== undefined;
+    return { permanent: Buffer.from(permanent), volatile: volatile && Buffer.from(volatile) };
+  }
+
+  async started(beforeSave: (permanent: Buffer) => void): Promise<void> {
+    const use = this.#use;
+    this.#use = undefined;
+    if (use) {
+      // The generator stands where it stood when the state was taken out: no random number may come twice.
+      if (this.#isRestored) expectStirred(this.#parts.engine.process(freshStir()).response);
+      barrier('before-start-save');
+      await this.#save(use, beforeSave);
+      barrier('after-start-save');
+    }
+    this.#forget();
+    this.#broughtIn.clear();
+    this.#thaw();
+  }
+
+  stopped(): void {
+    this.#broughtIn.clear();
+    this.#wipePair();
+    // What is off answers by itself; a reference that is out waits for the next power-on.
+    this.#thaw();
+  }
+
+  async settled(): Promise<void> {
+    await this.#tail;
+  }
+
+  async #refer(type: StateBlobType): Promise<Buffer> {
+    const key = this.#referenceKey;
+    if (!key) throw new VtpmdError('blob-refused', 'this manager knows no references; upgrade it');
+    const suspended = this.#isFrozen && this.#suspended ? this.#suspended : await this.#suspend();
+    return encodeReference(key, this.#parts.names, type, suspended);
+  }
+
+  /** No command runs from here on. Permanent state, volatile state and reference become durable as one. */
+  async #suspend(): Promise<Suspended> {
+    const { queue, session } = this.#parts;
+    this.#freeze();
+    await queue.whenIdle();
+    const snapshot = this.#parts.engine.snapshot();
+    const reference = randomBytes(REFERENCE_BYTES);
+    const state = encode('SuspendedState', { reference, volatile: snapshot.volatile });
+    this.#parts.keeper?.keepSave(snapshot.permanent);
+    barrier('before-suspend');
+    const use: StateUse = { action: 'SUSPEND', digest: referenceDigest(reference) };
+    await session.save(snapshot.permanent, { volatile: state, use });
+    barrier('after-suspend');
+    state.fill(0);
+    snapshot.permanent.fill(0);
+    const suspended = { reference, volatile: snapshot.volatile, generation: session.generation };
+    this.#suspended = suspended;
+    // What came while it was being frozen.
+    if (queue.hasWaiting((source) => source.kind === VMM)) this.#goOnHere();
+    return suspended;
+  }
+
+  /** Both halves are always of one moment, whatever runs between the two requests. */
+  async #export(type: 'permanent' | 'volatile'): Promise<Buffer> {
+    const state = this.#pair[type] ?? (await this.#takePair())[type];
+    if (!state) throw new VtpmdError('internal', 'an export holds no state');
+    const blob = encodeBlob(state);
+    state.fill(0);
+    delete this.#pair[type];
+    return blob;
+  }
+
+  async #takePair(): Promise<Snapshot> {
+    const { queue, engine, session, keeper } = this.#parts;
+    this.#wipePair();
+    queue.hold(EXPORT);
+    try {
+      await queue.whenIdle();
+      const snapshot = engine.snapshot();
+      const use: StateUse = { action: 'EXPORT', digest: digestOf(snapshot.permanent, snapshot.volatile) };
+      keeper?.keepSave(snapshot.permanent);
+      barrier('before-export');
+      await session.save(snapshot.permanent, { use });
+      barrier('after-export');
+      this.#pair = { ...snapshot };
+      return snapshot;
+    } finally {
+      queue.release(EXPORT);
+    }
+  }
+
+  /** What is saved is the permanent state as it is. */
+  async #save(
+    use: StateUse,
+    before = (permanent: Buffer) => this.#parts.keeper?.keepSave(permanent),
+  ): Promise<void> {
+    const snapshot = this.#parts.engine.snapshot();
+    before(snapshot.permanent);
+    await this.#parts.session.save(snapshot.permanent, { use });
+    discard(snapshot);
+  }
+
+  #goOnHere(): void {
+    this.takeBack().catch((error: unknown) => this.#parts.failed(error));
+  }
+
+  #freeze(): void {
+    this.#isFrozen = true;
+    this.#parts.queue.hold(FROZEN);
+  }
+
+  #thaw(): void {
+    this.#isFrozen = false;
+    this.#parts.queue.release(FROZEN);
+  }
+
+  #forget(): void {
+    this.#suspended?.volatile.fill(0);
+    this.#suspended = undefined;
+  }
+
+  #wipePair(): void {
+    this.#pair.permanent?.fill(0);
+    this.#pair.volatile?.fill(0);
+    this.#pair = {};
+  }
+
+  #inOrder<T>(operation: () => Promise<T>): Promise<T> {
+    const run = this.#tail.then(operation);
+    this.#tail = run.catch(() => undefined);
+    return run;
+  }
+}
+
+function readSuspended({ volatile, generation }: Suspension): Suspended {
+  const state = decode('SuspendedState', volatile);
+  // The grant is wiped.
+  return { reference: Buffer.from(state.reference), volatile: Buffer.from(state.volatile), generation };
+}
+
+function useOf(action: StateAction, { reference }: Pick<Suspended, 'reference'>): StateUse {
+  return { action, digest: referenceDigest(reference) };
+}
+
+function digestOf(permanent: Uint8Array, volatile: Uint8Array | undefined): Buffer {
+  const digest = createHash('sha256').update(permanent);
+  if (volatile) digest.update(volatile);
+  return digest.digest();
+}
