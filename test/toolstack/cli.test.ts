@@ -3,7 +3,7 @@ import { spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { chmodSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
-import { signingKeyFromSeed, signTicket, uuidToBytes, verifyTicketChain } from 'vtpm-proto';
+import { decode, signingKeyFromSeed, signTicket, uuidToBytes, verifyTicketChain } from 'vtpm-proto';
 import { Desk, managerVtpm, supervisorVtpm, vtpmctl } from './cli-fixture.js';
 
 const ID = (digit: number) => `${String(digit).repeat(8)}-0000-4000-8000-000000000000`;
@@ -212,6 +212,20 @@ describe('vtpmctl', () => {
       assert.deepEqual(Buffer.from(delegation.toolstackKey), signingKeyFromSeed(seed).publicKey);
     });
 
+    it('delegates import and export too where its state blobs are to be plain, and says so loudly', async () => {
+      withKey();
+      const supervisor = await desk.supervisor(answers);
+      const { code, stdout } = await desk.ctl(['create', 'web1', '--state-blobs', 'plain']);
+      assert.equal(code, 0);
+      const sent = supervisor.calls.at(-1)?.body as Record<string, string>;
+      assert.equal(sent.stateBlobs, 'plain');
+      const { verbs } = decode('Delegation', Buffer.from(sent.delegation!, 'base64'));
+      assert.deepEqual(verbs, ['MANUFACTURE', 'COLD', 'RESUME', 'IMPORT', 'EXPORT']);
+      assert.match(stdout, /state blobs +PLAIN: whoever has the control door takes the whole state out/);
+      const odd = await desk.ctl(['create', 'web1', '--state-blobs', 'both']);
+      assert.equal(odd.code, 2);
+    });
+
     it('says which doors it has, where that is asked for; set changes them', async () => {
       withKey();
       const supervisor = await desk.supervisor({
@@ -368,6 +382,24 @@ describe('vtpmctl', () => {
         / 5, after an old state was accepted at count 3 of the TPM .* rolled-back, restored$/,
       );
       assert.match(second ?? '', / recovered$/);
+    });
+
+    it('shows loudly whose state goes out in the clear, and which TPM is suspended', async () => {
+      await desk.supervisor({
+        'GET /vtpms/web1': { body: supervisorVtpm(ID(1), 'web1', { stateBlobs: 'plain' }) },
+        'GET /vtpms/web2': { body: supervisorVtpm(ID(2), 'web2', { stateBlobs: 'reference' }) },
+      });
+      await desk.manager({
+        [`GET /vtpms/${ID(1)}`]: { body: managerVtpm(ID(1), { marks: ['plain-export'] }) },
+        [`GET /vtpms/${ID(2)}`]: { body: managerVtpm(ID(2), { isSuspended: true }) },
+      });
+      const web1 = (await desk.ctl(['show', 'web1'])).stdout;
+      assert.match(web1, /^state blobs +PLAIN: /m);
+      assert.match(web1, /^mark +plain export: its whole state was given out in the clear/m);
+      assert.doesNotMatch(web1, /suspended/);
+      const web2 = (await desk.ctl(['show', 'web2'])).stdout;
+      assert.match(web2, /^state blobs +reference$/m);
+      assert.match(web2, /^suspended +a reference to its state is out, and works once$/m);
     });
 
     it('shows of a retired vTPM whether an old disk still opens its state, and until when', async () => {

@@ -126,7 +126,9 @@ describe('who may use a door', function () {
     await end(installation.supervisor, 'SIGTERM');
 
     const list = JSON.parse(readFileSync(listPath, 'utf8')) as { vtpms: Record<string, unknown>[] };
-    const vtpms = list.vtpms.map(({ socketOwner: _owner, socketMode: _mode, doors: _doors, ...old }) => old);
+    const vtpms = list.vtpms.map(
+      ({ socketOwner: _owner, socketMode: _mode, doors: _doors, stateBlobs: _blobs, ...old }) => old,
+    );
     const sha256 = createHash('sha256').update(JSON.stringify(vtpms)).digest('hex');
     writeFileSync(listPath, JSON.stringify({ format: 1, sha256, vtpms }));
     await installation.startSupervisor();

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { monotonicMs } from 'vtpm-common';
-import { signingKeyFromSeed, verifyTicketChain } from 'vtpm-proto';
+import { signingKeyFromSeed, type Verb, verifyTicketChain } from 'vtpm-proto';
 import type { ToolstackError } from 'vtpm-toolstack/error';
 import type { ManagerHealth, ManagerRecord } from 'vtpm-toolstack/supervisor/admin-client';
 import { type Entry, newEntry, parseNewEntry } from 'vtpm-toolstack/supervisor/entry';
@@ -71,6 +71,41 @@ describe('the ticket office', () => {
       verbsOf(fresh({ manufactured: true }), { epoch: 8, generation: 0 }),
       hasCode('corrupt'),
     );
+  });
+
+  it('asks for the verb resume at a power-on where a VMM may have suspended the TPM, and the delegation has it', async () => {
+    const verbsOf = async (entry: Entry) => {
+      const record = { vmUuid: entry.vmUuid, epoch: 4, generation: 7 };
+      const { ticket } = await office(record).issue(entry, workerKey, imageDigest);
+      return verifyTicketChain(ticket).ticket.verbs;
+    };
+    assert.deepEqual(await verbsOf(fresh({ doors: ['control'] })), ['COLD', 'RESUME']);
+    assert.deepEqual(await verbsOf(fresh()), ['COLD']);
+    const verbs: Verb[] = ['MANUFACTURE', 'COLD'];
+    const narrow = parseNewEntry(newVtpm('web1', delegateKey.publicKey, { verbs }));
+    assert.deepEqual(await verbsOf(fresh({ ...narrow, doors: ['control'] })), ['COLD']);
+  });
+
+  it('asks for export and import for a vTPM of plain state blobs alone, at each of its tickets', async () => {
+    const verbs: Verb[] = ['MANUFACTURE', 'COLD', 'RESUME', 'IMPORT', 'EXPORT'];
+    for (const stateBlobs of ['plain', 'reference']) {
+      const given = newVtpm('web1', delegateKey.publicKey, { verbs, stateBlobs });
+      office().checkDelegation(given as Entry);
+      const entry = fresh(parseNewEntry(given));
+      const plain = stateBlobs === 'plain' ? ['IMPORT', 'EXPORT'] : [];
+      const verbsOf = async (record: Partial<ManagerRecord>, power: 'is-on' | 'goes-on') => {
+        const { ticket } = await office({ vmUuid: entry.vmUuid, ...record }).issue(
+          ...([entry, workerKey, imageDigest, power] as const),
+        );
+        return verifyTicketChain(ticket).ticket.verbs;
+      };
+      assert.deepEqual(await verbsOf({}, 'is-on'), ['MANUFACTURE', 'COLD', ...plain]);
+      assert.deepEqual(await verbsOf({ generation: 3 }, 'is-on'), ['COLD', ...plain]);
+      assert.deepEqual(await verbsOf({ generation: 3 }, 'goes-on'), ['RESUME', ...plain]);
+    }
+    // What the toolstack's key does not grant, the supervisor cannot give itself.
+    const forged = newVtpm('web1', delegateKey.publicKey, { stateBlobs: 'plain' }) as Entry;
+    assert.throws(() => office().checkDelegation(forged), hasCode('bad-request'));
   });
 
   it('refuses what the manager would refuse', async () => {

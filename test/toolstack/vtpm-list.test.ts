@@ -19,6 +19,7 @@ const entry: fc.Arbitrary<Entry> = fc.record({
   autostart: fc.boolean(),
   startup: fc.constantFrom('clear' as const, 'none' as const),
   doors: fc.uniqueArray(fc.constantFrom(...DOOR_KINDS), { minLength: 1 }),
+  stateBlobs: fc.constantFrom('reference' as const, 'plain' as const),
   socketOwner: fc.option(fc.tuple(fc.nat(), fc.nat()).map(([uid, gid]) => `${uid}:${gid}`)),
   socketMode: fc.constantFrom('0600', '0660'),
   delegation: base64,
@@ -93,7 +94,8 @@ describe('the list of vTPMs', () => {
 
   it('reads the lists of older formats, whose vTPMs have the doors that there were, and no others without a format', () => {
     const [item] = fc.sample(entry, 1) as [Entry];
-    const { doors: _doors, ...second } = item;
+    const { doors: _doors, stateBlobs: _blobs, ...second } = item;
+    const stateBlobs = 'reference';
     const { socketOwner: _owner, socketMode: _mode, ...old } = second;
     const doors = ['tpm', 'tcti'];
     const save = (format: number, vtpms: object[]) => {
@@ -101,9 +103,11 @@ describe('the list of vTPMs', () => {
       writeFileSync(path, JSON.stringify({ format, sha256, vtpms }));
     };
     save(1, [old]);
-    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...old, doors, socketOwner: null, socketMode: '0600' }]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [
+      { ...old, doors, stateBlobs, socketOwner: null, socketMode: '0600' },
+    ]);
     save(2, [second]);
-    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...second, doors }]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...second, doors, stateBlobs }]);
     // A field that a format does not have, and one that it must have.
     save(1, [item]);
     assert.throws(() => VtpmList.open(path), hasCode('corrupt'));

@@ -178,6 +178,12 @@ ${EXIT_STATUSES}`,
         .default('clear'),
     )
     .addOption(doorsOption())
+    .addOption(
+      new Option(
+        '--state-blobs <kind>',
+        'what its VMM takes out to migrate or snapshot: a reference, which works once here, or the state itself (default: reference)',
+      ).choices(['reference', 'plain']),
+    )
     .option('--socket-owner <user:group>', "whom its sockets belong to (default: the supervisor's user)")
     .option('--socket-mode <mode>', '0600 or 0660 (default: 0660 with a group in --socket-owner, else 0600)');
   createCommand.action((name: string, flags: CreateFlags) =>

@@ -24,6 +24,7 @@ export interface Entry {
   readonly autostart: boolean | null;
   readonly startup: string | null;
   readonly doors: readonly string[] | null;
+  readonly stateBlobs: string | null;
   /** `uid:gid` in numbers; null: the supervisor's user. */
   readonly socketOwner: string | null;
   readonly socketMode: string | null;
@@ -39,6 +40,8 @@ export interface Entry {
   readonly savedAt: string | null;
   readonly createdAt: string | null;
   readonly marks: readonly string[];
+  /** A reference to its state is out; null: not known. */
+  readonly isSuspended: boolean | null;
   readonly libtpmsVersion: string | null;
   /** Of a retired one. */
   readonly erasure: Erasure | null;
@@ -134,6 +137,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     autostart: vtpm.autostart,
     startup: vtpm.startup,
     doors: vtpm.doors ?? null,
+    stateBlobs: vtpm.stateBlobs ?? null,
     socketOwner: vtpm.socketOwner ?? null,
     socketMode: vtpm.socketMode ?? null,
     worker: vtpm.worker,
@@ -142,6 +146,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     savedAt: record?.savedAt ?? null,
     createdAt: record?.createdAt ?? null,
     marks: record?.marks ?? [],
+    isSuspended: record?.isSuspended ?? null,
     libtpmsVersion: record?.libtpmsVersion ?? null,
     erasure: record?.erasure ?? null,
     orphan,
@@ -163,6 +168,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     autostart: null,
     startup: null,
     doors: null,
+    stateBlobs: null,
     socketOwner: null,
     socketMode: null,
     worker: null,
@@ -171,6 +177,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     savedAt: record.savedAt,
     createdAt: record.createdAt,
     marks: record.marks,
+    isSuspended: record.isSuspended ?? null,
     libtpmsVersion: record.libtpmsVersion,
     erasure: record.erasure,
     orphan: isSupervisorAsked && record.kind === 'live' ? 'no-name' : null,

@@ -28,6 +28,7 @@ export interface ManagerVtpm {
   readonly createdAt: string | null;
   readonly savedBytes: number;
   readonly marks: readonly string[];
+  readonly isSuspended?: boolean;
   readonly libtpmsVersion: string;
   readonly session: {
     readonly connected: boolean;

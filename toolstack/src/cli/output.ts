@@ -1,3 +1,7 @@
+/** Of a vTPM whose VMM gets the state itself. */
+export const PLAIN_STATE =
+  'PLAIN: whoever has the control door takes the whole state out in the clear, and can put an old one in its place';
+
 /** Where a command writes its result and its remarks; tests put their own here. */
 export interface Output {
   readonly isJson: boolean;

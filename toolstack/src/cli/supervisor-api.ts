@@ -37,6 +37,8 @@ interface VtpmSettings {
   readonly startup: string;
   /** Absent: tpm and tcti. */
   readonly doors?: readonly string[];
+  /** Absent: reference. */
+  readonly stateBlobs?: string;
   /** `uid:gid` in numbers; absent or null: the supervisor's user. */
   readonly socketOwner?: string | null;
   readonly socketMode?: string;

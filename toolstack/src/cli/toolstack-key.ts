@@ -69,10 +69,14 @@ export interface DelegationText {
   readonly delegationSignature: string;
 }
 
-/** Lets the supervisor sign tickets to make, power on and resume one vTPM; not to import or export its state. */
+/**
+ * Lets the supervisor sign tickets to make, power on and resume one vTPM; to import and export its state in the clear only
+ * where that is wanted.
+ */
 export function delegate(
   key: SigningKey,
   vtpm: { readonly id: string; readonly vmUuid: string; readonly delegateKey: string },
+  isPlain: boolean,
 ): DelegationText {
   const delegateKey = Buffer.from(vtpm.delegateKey, 'hex');
   if (delegateKey.length !== 32) {
@@ -87,7 +91,7 @@ export function delegate(
     delegateKey,
     vtpmUuid: uuidToBytes(vtpm.id),
     vmUuid: uuidToBytes(vtpm.vmUuid),
-    verbs: ['MANUFACTURE', 'COLD', 'RESUME'],
+    verbs: ['MANUFACTURE', 'COLD', 'RESUME', ...(isPlain ? (['IMPORT', 'EXPORT'] as const) : [])],
   });
   return {
     delegation: delegation.toString('base64'),

@@ -5,6 +5,9 @@ export type Isolation = 'sandbox' | 'vm' | 'none';
 /** What the worker does before its doors open: TPM2_Startup(CLEAR), or nothing because the firmware sends it. */
 export type Startup = 'clear' | 'none';
 
+/** What its VMM takes out: a reference that works once, here; or the whole state, in the clear. */
+export type StateBlobs = 'reference' | 'plain';
+
 /** What the supervisor keeps of one vTPM. It is JSON on disk. */
 export interface Entry {
   /** UUID. */
@@ -18,6 +21,8 @@ export interface Entry {
   readonly startup: Startup;
   /** Which doors it has, at least one. */
   readonly doors: readonly DoorKind[];
+  /** For good: the delegation grants it, or does not. */
+  readonly stateBlobs: StateBlobs;
   /** Whom its doors belong to, `uid:gid` in numbers; null: to the supervisor's user. */
   readonly socketOwner: string | null;
   /** Permission bits of its doors, `0600` or `0660`. */
@@ -50,6 +55,7 @@ export type NewEntry = Pick<
   | 'autostart'
   | 'startup'
   | 'doors'
+  | 'stateBlobs'
   | 'socketOwner'
   | 'socketMode'
   | 'delegation'
@@ -61,12 +67,12 @@ const PRIVATE_DOORS = { socketOwner: null, socketMode: '0600' };
 /** What each format of the list added, and what a list that does not know it means. */
 const ADDED: Readonly<Record<number, Partial<Entry>>> = {
   2: PRIVATE_DOORS,
-  3: { doors: DEFAULT_DOORS },
+  3: { doors: DEFAULT_DOORS, stateBlobs: 'reference' },
 };
 /** Format number of a list of entries. */
 export const ENTRY_FORMAT = 3;
 /** What a caller who does not say it means. */
-const DEFAULTS: Partial<Entry> = { ...PRIVATE_DOORS, doors: DEFAULT_DOORS };
+const DEFAULTS: Partial<Entry> = { ...PRIVATE_DOORS, doors: DEFAULT_DOORS, stateBlobs: 'reference' };
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 /** A file name in any directory, never `.` or `..`, and never taken for an option. */
@@ -101,6 +107,7 @@ const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
     (value) => parseDoors(value) !== undefined,
     `a list of at least one of ${DOOR_KINDS.join(', ')}, none twice`,
   ],
+  stateBlobs: oneOf('reference', 'plain'),
   socketOwner: orNull(text(OWNER, 'uid:gid in numbers')),
   socketMode: oneOf('0600', '0660'),
   delegation: text(BASE64, 'base64'),

@@ -12,7 +12,7 @@ import {
   verifyTicketChain,
 } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
-import type { AdminClient } from './admin-client.js';
+import type { AdminClient, ManagerRecord } from './admin-client.js';
 import type { Entry, NewEntry } from './entry.js';
 
 export interface TicketOffice {
@@ -129,8 +129,8 @@ class TicketOfficeImpl implements TicketOffice {
     { managerId, epoch, isManufactured }: Before,
     power: Power,
   ): IssuedTicket {
-    const verbs: Verb[] =
-      power === 'goes-on' ? ['RESUME'] : isManufactured ? ['COLD'] : ['MANUFACTURE', 'COLD'];
+    const start = power === 'goes-on' ? (['RESUME'] as const) : verbsOfPowerOn(entry, isManufactured);
+    const verbs: Verb[] = [...start, ...verbsOfBlobs(entry)];
     const ticket = signTicket(
       this.#options.delegateKey,
       {
@@ -184,7 +184,7 @@ class TicketOfficeImpl implements TicketOffice {
           imageDigest: Buffer.alloc(32),
           workerPublicKey: Buffer.alloc(32),
           expectedEpoch: 0n,
-          verbs: ['MANUFACTURE', 'COLD'],
+          verbs: ['MANUFACTURE', 'COLD', ...verbsOfBlobs(entry)],
           expiresAtMonotonicMs: 0n,
         },
         signed,
@@ -218,6 +218,18 @@ class TicketOfficeImpl implements TicketOffice {
 /** The form in which a worker gets it, base64. */
 export function ticketText(ticket: SignedTicket): string {
   return encode('SignedTicket', ticket).toString('base64');
+}
+
+/** A suspended TPM is kept for who may resume it: the VMM brings the reference, or powers the TPM on without it. */
+/** A TPM that its VMM suspended waits for the next run; only what a VMM powers can be suspended. */
+function verbsOfPowerOn(entry: Entry, isManufactured: boolean): Verb[] {
+  if (!isManufactured) return ['MANUFACTURE', 'COLD'];
+  const mayResume = entry.doors.includes('control') && delegatedVerbs(entry).includes('RESUME');
+  return mayResume ? ['COLD', 'RESUME'] : ['COLD'];
+}
+
+function verbsOfBlobs({ stateBlobs }: Pick<NewEntry, 'stateBlobs'>): Verb[] {
+  return stateBlobs === 'plain' ? ['IMPORT', 'EXPORT'] : [];
 }
 
 function delegatedVerbs(entry: NewEntry): Verb[] {

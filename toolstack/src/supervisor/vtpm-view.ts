@@ -14,6 +14,7 @@ export interface VtpmView {
   readonly autostart: boolean;
   readonly startup: string;
   readonly doors: readonly DoorKind[];
+  readonly stateBlobs: string;
   readonly socketOwner: string | null;
   readonly socketMode: string;
   readonly state: VtpmState['kind'];
@@ -42,10 +43,11 @@ export function viewOf(
   { profile, waived }: Pick<Confinements, 'profile' | 'waived'>,
   looksAgain: boolean,
 ): VtpmView {
-  const { id, name, vmUuid, isolation, autostart, startup, doors, socketOwner, socketMode } = entry;
+  const { id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode } =
+    entry;
   const worker = 'worker' in state ? state.worker : undefined;
   return {
-    ...{ id, name, vmUuid, isolation, autostart, startup, doors, socketOwner, socketMode },
+    ...{ id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode },
     state: state.kind,
     reason: 'reason' in state ? state.reason : null,
     vmRunId: entry.vmRunId,

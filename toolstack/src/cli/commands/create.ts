@@ -5,7 +5,7 @@ import { ToolstackError } from '../../error.js';
 import { parseSocketAccess } from '../accounts.js';
 import type { Context } from '../context.js';
 import { isUuid } from '../inventory.js';
-import { fields } from '../output.js';
+import { fields, PLAIN_STATE } from '../output.js';
 import { delegate, readToolstackKey } from '../toolstack-key.js';
 
 export interface CreateFlags {
@@ -16,6 +16,7 @@ export interface CreateFlags {
   readonly autostart?: boolean;
   readonly startup: string;
   readonly doors?: readonly string[];
+  readonly stateBlobs?: string;
   readonly socketOwner?: string;
   readonly socketMode?: string;
 }
@@ -52,8 +53,9 @@ export async function create(name: string, flags: CreateFlags, context: Context)
     autostart: flags.autostart === true,
     startup: flags.startup,
     ...(flags.doors && { doors: flags.doors }),
+    ...(flags.stateBlobs && { stateBlobs: flags.stateBlobs }),
     ...access,
-    ...delegate(key, { id, vmUuid, delegateKey }),
+    ...delegate(key, { id, vmUuid, delegateKey }, flags.stateBlobs === 'plain'),
   });
   output.result(
     vtpm,
@@ -61,6 +63,7 @@ export async function create(name: string, flags: CreateFlags, context: Context)
       ['created', vtpm.name],
       ['id', vtpm.id],
       ['VM', vtpm.vmUuid],
+      ['state blobs', flags.stateBlobs === 'plain' ? PLAIN_STATE : null],
     ])}\nnext: vtpmctl start ${vtpm.name}`,
   );
 }

@@ -4,7 +4,7 @@ import { exitStatus } from '../exit-status.js';
 import { sayGeneration } from '../generation.js';
 import { type Entry, findEntry, type Orphan, takeInventory } from '../inventory.js';
 import type { Erasure } from '../manager-api.js';
-import { bytes, fields, table, time } from '../output.js';
+import { bytes, fields, PLAIN_STATE, table, time } from '../output.js';
 
 const ORPHANS: Readonly<Record<Orphan, string>> = {
   'no-name':
@@ -19,6 +19,8 @@ const MARKS: Readonly<Record<string, string>> = {
   recovered:
     'recovered: it was opened with the recovery key, and nothing says whether this was its newest state',
   restored: 'restored: its state was taken from a backup, the saves after it are lost',
+  'plain-export':
+    'plain export: its whole state was given out in the clear, and copies of it may be anywhere',
 };
 
 /** @returns the exit status: what could be learnt is shown even where one of the daemons does not answer */
@@ -66,6 +68,8 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['autostart', entry.autostart === null ? null : entry.autostart ? 'yes' : 'no'],
       ['startup', entry.startup],
       ['doors', entry.doors?.join(', ')],
+      ['state blobs', entry.stateBlobs === 'plain' ? PLAIN_STATE : entry.stateBlobs],
+      ['suspended', entry.isSuspended ? 'a reference to its state is out, and works once' : null],
       ['sockets', entry.socketOwner && `for ${entry.socketOwner}, mode ${entry.socketMode}`],
       ['worker', entry.worker ? `process ${entry.worker.pid}` : null],
       ['profile', entry.worker?.profile],
