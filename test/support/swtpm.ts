@@ -25,12 +25,14 @@ export interface Swtpm {
 export async function startSwtpm(
   options: {
     /** `--flags`; without startup-clear the client has to send TPM2_Startup. */ flags?: string;
+    /** Further arguments. */ more?: readonly string[];
   } = {},
 ): Promise<Swtpm> {
-  const flags = options.flags ?? 'not-need-init,startup-clear';
+  const { flags = 'not-need-init,startup-clear', more = [] } = options;
+  const given = ['--flags', flags, ...more];
   const directory = mkdtempSync(join(tmpdir(), 'vtpm-swtpm-'));
   const socket = join(directory, 'swtpm.sock');
-  let child = await launch(directory, socket, flags);
+  let child = await launch(directory, socket, given);
   const kill = async (): Promise<void> => {
     if (child.exitCode !== null || child.signalCode !== null) return;
     const gone = once(child, 'exit');
@@ -47,7 +49,7 @@ export async function startSwtpm(
     kill,
     async restart(under) {
       await kill();
-      child = await launch(directory, socket, flags, under);
+      child = await launch(directory, socket, given, under);
     },
     async stop() {
       await kill();
@@ -59,7 +61,7 @@ export async function startSwtpm(
 async function launch(
   directory: string,
   socket: string,
-  flags: string,
+  given: readonly string[],
   under: readonly string[] = [],
 ): Promise<ChildProcess> {
   rmSync(socket, { force: true });
@@ -74,7 +76,7 @@ async function launch(
       ...['--tpmstate', `dir=${directory}`],
       ...['--server', `type=unixio,path=${socket}`],
       ...['--ctrl', `type=unixio,path=${socket}.ctrl`],
-      ...['--flags', flags],
+      ...given,
     ],
     { stdio: ['ignore', 'ignore', 'pipe'] },
   );

@@ -50,6 +50,7 @@ export function decodeBlob(type: StateBlobType, blob: Buffer): Buffer {
   if (blob.length > MAX_BLOB_BYTES)
     throw malformed(`has ${blob.length} bytes, at most ${MAX_BLOB_BYTES} are taken`);
   if (blob.length < HEADER_BYTES) throw malformed('is shorter than its header');
+  if (blob.readUInt32BE(6) !== blob.length) throw malformed('has another length than it says');
   const least = blob.readUInt8(1);
   if (least > VERSION) {
     throw new VtpmdError(
@@ -62,7 +63,6 @@ export function decodeBlob(type: StateBlobType, blob: Buffer): Buffer {
   const headerLength = blob.readUInt16BE(2);
   if (headerLength < HEADER_BYTES || headerLength > blob.length)
     throw malformed('has a header of another length');
-  if (blob.readUInt32BE(6) !== blob.length) throw malformed('has another length than it says');
   if ((blob.readUInt16BE(4) & (FLAG.encrypted | FLAG.migrationEncrypted)) !== 0) throw encrypted();
   const outer = readItems(blob.subarray(headerLength));
   const migrated = outer.get(TAG.migrationData);
