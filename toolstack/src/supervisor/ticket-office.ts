@@ -12,7 +12,7 @@ import {
   verifyTicketChain,
 } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
-import type { AdminClient, ManagerRecord } from './admin-client.js';
+import type { AdminClient } from './admin-client.js';
 import type { Entry, NewEntry } from './entry.js';
 
 export interface TicketOffice {
