@@ -7,6 +7,7 @@ import { once } from 'node:events';
 import { connect } from 'node:net';
 import { boxKeyPair } from 'vtpm-proto';
 import { loadVtpm, readIdentity } from 'vtpmd/manager-link/load';
+import { LoadKeys } from 'vtpmd/manager-link/load-keys';
 import { openManagerLink } from 'vtpmd/manager-link/manager-link';
 import { SaveSession } from 'vtpmd/manager-link/save-session';
 
@@ -72,7 +73,7 @@ async function open(order: SaveOrder, stream: StreamIdentity): Promise<SaveSessi
     managerKey: order.managerKey,
     startup: 'clear',
   });
-  const keys = boxKeyPair(Buffer.from(stream.secretKey, 'hex'));
+  const keys = new LoadKeys(boxKeyPair(Buffer.from(stream.secretKey, 'hex')));
   const grant = await loadVtpm(link, identity, keys, LIBTPMS);
   return await new Promise((resolve, reject) => {
     const session: SaveSession = new SaveSession(grant, identity.vtpmUuid, LIBTPMS, {

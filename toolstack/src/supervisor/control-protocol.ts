@@ -17,8 +17,8 @@ export type WorkerMessage =
   | { readonly type: 'stopped' };
 
 export type SupervisorMessage =
-  /** There is no identity yet: time to do everything once that a start will do. */
-  | { readonly type: 'rehearse' }
+  /** There is no identity yet: time to do everything once that a start will do. `managerKey` as in `identity`, if known. */
+  | { readonly type: 'rehearse'; readonly managerKey: string | undefined }
   /**
    * `ticket`: a serialised SignedTicket, base64. `managerKey`: 32 bytes in hex. `outage`: for each kind of client, how
    * many milliseconds its commands are held, while the manager is away, before they are tried.

@@ -70,7 +70,8 @@ export async function openSupervisor(options: SupervisorOptions): Promise<Superv
   );
   logLayers(confinements, log);
   const launcher = new WorkerLauncher({ images, vmImages, confinements, ledger, paths });
-  const pool = new WorkerPool({ launcher, paths, settings, log });
+  const managerKey = () => office.managerKey().catch(() => undefined);
+  const pool = new WorkerPool({ launcher, paths, settings, log, managerKey });
   const context = { list, launcher, pool, confinements, office, paths, settings, log };
   const vtpms = await knownVtpms(context, before);
   return new Supervisor({ context, images, delegateKey, admin, events, locks }, vtpms, before?.state);

@@ -29,6 +29,8 @@ export interface TicketOffice {
    * @returns undefined where no manager is known to be there
    */
   presume(entry: Entry, workerKey: Uint8Array, imageDigest: string): IssuedTicket | undefined;
+  /** Of the manager that tickets are for, hex. @throws ToolstackError `manager-unreachable` | `locked` | `manager-refused` */
+  managerKey(): Promise<string>;
   /** @throws ToolstackError `bad-request` where a delegation does not let this supervisor run the vTPM */
   checkDelegation(entry: NewEntry): void;
 }
@@ -82,7 +84,7 @@ class TicketOfficeImpl implements TicketOffice {
     const asked = admin.vtpm(entry.id);
     // What is wrong with the manager as a whole is told first.
     asked.catch(() => undefined);
-    const managerId = await this.#managerId();
+    const managerId = await this.managerKey();
     const record = await asked;
     if (record?.kind === 'retired') {
       throw new ToolstackError('manager-refused', `vTPM ${entry.name} was retired; it can never run again`);
@@ -149,7 +151,7 @@ class TicketOfficeImpl implements TicketOffice {
   }
 
   /** Asked once of each manager that comes up; one that was ready and no longer is says so itself when it is asked more. */
-  async #managerId(): Promise<string> {
+  async managerKey(): Promise<string> {
     const instance = this.#options.managerInstance();
     const known = this.#known;
     if (known && known.instance === instance) return known.managerId;

@@ -13,6 +13,8 @@ export interface WorkerPoolOptions {
   readonly paths: Paths;
   readonly settings: Pick<Settings, 'pool-min' | 'pool-max' | 'pool-memory-reserve'>;
   readonly log: Logger;
+  /** Of the manager that tickets are for, hex; undefined where it cannot be asked. */
+  managerKey(): Promise<string | undefined>;
 }
 
 /** A worker for one vTPM; it has no identity yet. */
@@ -232,6 +234,7 @@ export class WorkerPool {
     const isOpen = (): boolean => !this.#closing.signal.aborted;
     const link = await connectWorkerLinkAgain(paths.manager.workerSocket, isOpen);
     if (!link) return;
+    const managerKey = await this.#options.managerKey();
     const worker = launcher.launch('sandbox', link, {
       logPath: join(paths.log, 'pool.log'),
       log,
@@ -243,7 +246,7 @@ export class WorkerPool {
     try {
       await waiting.ready;
       const rehearsed = worker.waitFor('rehearsed', READY_LIMIT_MS);
-      worker.send({ type: 'rehearse' });
+      worker.send({ type: 'rehearse', managerKey });
       await rehearsed;
       waiting.isRehearsed = true;
     } catch {

@@ -1,17 +1,15 @@
 import { randomBytes } from 'node:crypto';
 import {
-  type BoxKeyPair,
   bytesEqual,
   decode,
   type LoadGrant,
-  openBox,
   ProtoError,
   type SignedTicket,
-  sealBox,
   ticketDigest,
   type Verb,
 } from 'vtpm-proto';
 import { VtpmdError } from '../error.js';
+import type { LoadKeys } from './load-keys.js';
 import type { ManagerLink } from './manager-link.js';
 
 export interface Identity {
@@ -51,24 +49,23 @@ export function readIdentity(message: Record<string, unknown>): Identity {
 
 /**
  * Takes ownership of the vTPM on the ticket. The request and the answer are boxed between this process's key and the
- * manager's: nobody else can ask in its place or read the state.
+ * manager's: nobody else can ask in its place or read the state. The caller wipes the keys.
  * @throws VtpmdError `refused`, `link-lost`, `protocol`
  */
 export async function loadVtpm(
   link: ManagerLink,
   identity: Identity,
-  keys: BoxKeyPair,
+  keys: LoadKeys,
   libtpmsVersion: string,
 ): Promise<LoadGrant> {
   const loadId = randomBytes(16);
   const claim = { ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion };
-  const response = await link.load({
-    ticket: identity.ticket,
-    ...sealBox('LoadClaim', claim, identity.managerKey, keys),
-  });
+  const box = keys.boxFor(identity.managerKey);
+  const answered = link.load({ ticket: identity.ticket, ...box.seal('LoadClaim', claim) });
+  link.prepareSave();
   let grant: LoadGrant;
   try {
-    grant = openBox('LoadGrant', response, identity.managerKey, keys);
+    grant = box.open('LoadGrant', await answered);
   } catch (cause) {
     if (!(cause instanceof ProtoError)) throw cause;
     throw new VtpmdError('protocol', `the manager's answer cannot be trusted: ${cause.message}`, { cause });

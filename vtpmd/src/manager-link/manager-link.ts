@@ -22,6 +22,8 @@ import { refusalOf } from './refusal.js';
 export interface ManagerLink {
   /** @throws VtpmdError `refused`, or `link-lost` where the call got no answer or none that is final */
   load(request: LoadRequest): Promise<LoadResponse>;
+  /** Begins the Save stream that `openSave` goes on with: there is time for it while a Load is answered. */
+  prepareSave(): void;
   /** Opens the Save stream. `onEnd` is called once: the stream and the link are over. */
   openSave(onFrame: (frame: ManagerFrame) => void, onEnd: (error: VtpmdError) => void): SaveStream;
   /** Resolves when the manager has said its first word. Never where it says none. */
@@ -39,9 +41,17 @@ export function openManagerLink(socket: Duplex): ManagerLink {
   const session = connect('http://localhost', { createConnection: () => socket });
   // Each call sees the loss as an error of its own stream.
   session.on('error', () => {});
+  let prepared: PreparedCall | undefined;
   return {
     load: (request) => load(session, request),
-    openSave: (onFrame, onEnd) => openSave(session, onFrame, onEnd),
+    prepareSave: () => {
+      prepared ??= new PreparedCall(session, SAVE_PATH);
+    },
+    openSave: (onFrame, onEnd) => {
+      const stream = prepared?.take();
+      prepared = undefined;
+      return openSave(session, stream, onFrame, onEnd);
+    },
     greeted: new Promise((resolve) => session.once('remoteSettings', () => resolve())),
     closed: new Promise((resolve) => session.once('close', resolve)),
     close: () => session.destroy(),
@@ -59,6 +69,39 @@ function startCall(session: ClientHttp2Session, path: string): ClientHttp2Stream
     });
   } catch (cause) {
     throw new VtpmdError('link-lost', 'the link to the manager broke', { cause });
+  }
+}
+
+/** A call that nothing was said on yet. */
+class PreparedCall {
+  #stream: ClientHttp2Stream | undefined;
+
+  constructor(session: ClientHttp2Session, path: string) {
+    let stream: ClientHttp2Stream;
+    try {
+      stream = startCall(session, path);
+    } catch {
+      // Whoever needs the call hears of it.
+      return;
+    }
+    this.#stream = stream;
+    const spoil = (): void => {
+      this.#stream = undefined;
+      stream.close();
+    };
+    stream.on('error', () => {});
+    for (const event of ['response', 'close'] as const) stream.once(event, spoil);
+    this.#unwatch = () => {
+      for (const event of ['response', 'close'] as const) stream.removeListener(event, spoil);
+    };
+  }
+
+  #unwatch = (): void => {};
+
+  /** @returns undefined where the manager has ended it: it waits for a first message for some seconds only */
+  take(): ClientHttp2Stream | undefined {
+    this.#unwatch();
+    return this.#stream;
   }
 }
 
@@ -125,12 +168,13 @@ function load(session: ClientHttp2Session, request: LoadRequest): Promise<LoadRe
 
 function openSave(
   session: ClientHttp2Session,
+  prepared: ClientHttp2Stream | undefined,
   onFrame: (frame: ManagerFrame) => void,
   onEnd: (error: VtpmdError) => void,
 ): SaveStream {
   let stream: ClientHttp2Stream;
   try {
-    stream = startCall(session, SAVE_PATH);
+    stream = prepared ?? startCall(session, SAVE_PATH);
   } catch (error) {
     queueMicrotask(() => onEnd(VtpmdError.from(error)));
     return { send: () => {} };

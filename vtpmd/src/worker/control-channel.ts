@@ -18,7 +18,8 @@ export type WorkerMessage =
 
 /** What it hears. Descriptors come over a channel of their own, before the line that announces them. */
 export type SupervisorMessage =
-  | { type: 'rehearse' }
+  /** `managerKey`: of the manager that the identity will probably be for. */
+  | { type: 'rehearse'; managerKey: Uint8Array | undefined }
   | { type: 'identity'; fields: Record<string, unknown>; checkpoint: CheckpointDescriptors | undefined }
   /** Nothing can go on: see LostTpm. */
   | { type: 'lost'; checkpoint: CheckpointDescriptors }
@@ -102,9 +103,13 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     }
     case 'lost':
       return { type: 'lost', checkpoint: takeCheckpoint(descriptors, fields.checkpoint) };
-    case 'rehearse':
+    case 'rehearse': {
+      const { managerKey } = fields;
+      const isKey = typeof managerKey === 'string' && /^[0-9a-f]{64}$/i.test(managerKey);
+      return { type: 'rehearse', managerKey: isKey ? Buffer.from(managerKey, 'hex') : undefined };
+    }
     case 'stop':
-      return { type: fields.type };
+      return { type: 'stop' };
     case 'link':
       return { type: 'link', fd: takeDescriptor(descriptors, 'link') };
     case 'connection': {

@@ -35,13 +35,14 @@ export async function beginRun(
       );
     }
   }
-  // What Startup stored holds it already.
-  if (engine.storedAtStart && session.generation === generation) {
+  // What Startup stored is in a checkpoint, and holds what was stored before it.
+  const isKept = session.generation > generation;
+  if (engine.storedAtStart && !isKept) {
     await session.save(engine.storedAtStart);
     keeper?.saved(engine.storedAtStart, session.generation);
   }
   if (power === 'vmm') await switched.off();
-  else keeper?.keepNow();
+  else if (!isKept) keeper?.keepNow();
 }
 
 /** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */

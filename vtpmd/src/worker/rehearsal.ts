@@ -12,6 +12,7 @@ import { UnitSealer } from '../checkpoint/unit.js';
 import { getRandom, startupClear } from '../engine/command.js';
 import { startEngine } from '../engine/engine.js';
 import { loadVtpm, readIdentity } from '../manager-link/load.js';
+import { LoadKeys } from '../manager-link/load-keys.js';
 import { openManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
 import { CommandQueue } from './command-queue.js';
@@ -34,7 +35,7 @@ export interface RehearsalStage {
 export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): Promise<void> {
   const [here, there] = duplexPair();
   const managerKeys = boxKeyPair();
-  const keys = boxKeyPair();
+  const keys = new LoadKeys();
   playManager(there, managerKeys, keys.publicKey);
   const identity = readIdentity({
     ticket: ticketText(),
@@ -43,6 +44,7 @@ export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): P
   });
   const link = openManagerLink(here);
   const grant = await loadVtpm(link, identity, keys, libtpmsVersion);
+  keys.wipe();
   const engine = startEngine({ manufacture: true });
   try {
     const session = new SaveSession(grant, identity.vtpmUuid, libtpmsVersion, {

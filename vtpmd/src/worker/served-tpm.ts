@@ -1,5 +1,5 @@
 import { hash } from 'node:crypto';
-import type { BoxKeyPair, LoadGrant } from 'vtpm-proto';
+import type { LoadGrant } from 'vtpm-proto';
 import { Doors } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
 import { type ChosenUnit, chooseUnit } from '../checkpoint/choose.js';
@@ -11,6 +11,7 @@ import { createEngine, type TpmEngine } from '../engine/engine.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
 import { type Identity, loadVtpm } from '../manager-link/load.js';
+import type { LoadKeys } from '../manager-link/load-keys.js';
 import type { ManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
 import { VtpmStateBlobs } from '../state-blob/vtpm-state-blobs.js';
@@ -60,18 +61,19 @@ export interface LoadedTpm {
 
 /**
  * Starts libtpms with the state that the manager gives out, and with the volatile state of a checkpoint where the TPM is to
- * go on. Where a VMM powers it, it stays off: but a new TPM is made. No command runs before its session has a link. Wipes the secret key and the keys of the grant.
+ * go on. Where a VMM powers it, it stays off: but a new TPM is made. No command runs before its session has a link. Wipes the
+ * keys, and those of the grant.
  * @throws VtpmdError
  */
 export async function loadTpm(
   link: ManagerLink,
-  keys: BoxKeyPair,
+  keys: LoadKeys,
   parts: LoadParts,
   events: ServedTpmEvents,
 ): Promise<LoadedTpm> {
   const { identity, left } = parts;
   const grant = await loadVtpm(link, identity, keys, loadLibtpms().version);
-  keys.secretKey.fill(0);
+  keys.wipe();
   const granted = {
     generation: grant.generation,
     permanentDigest: hash('sha256', grant.permanent, 'buffer'),

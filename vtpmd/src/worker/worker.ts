@@ -2,12 +2,12 @@ import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { forbidCoreDumps, pipePair, socketPair } from 'vtpm-common/libc';
-import { type BoxKeyPair, boxKeyPair } from 'vtpm-proto';
 import { isDoorKind, type Visitor } from '../channels/doors.js';
 import { Inherited, type Left, openLeft } from '../checkpoint/left.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
 import { readIdentity } from '../manager-link/load.js';
+import { LoadKeys } from '../manager-link/load-keys.js';
 import { type ManagerLink, openManagerLink } from '../manager-link/manager-link.js';
 import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
 import { IdleLink } from './idle-link.js';
@@ -51,7 +51,7 @@ class Worker {
   readonly #log: Log;
   readonly #end: (status: number) => void;
   /** Until there is an identity: the only one that they are used for. */
-  #keys: BoxKeyPair | undefined = boxKeyPair();
+  #keys: LoadKeys | undefined = new LoadKeys();
   readonly #link: IdleLink;
   readonly #control: ControlChannel;
   #tpm: ServedTpm | undefined;
@@ -89,7 +89,7 @@ class Worker {
   }
 
   /** They are for one identity. @throws VtpmdError `protocol` */
-  #takeKeys(): BoxKeyPair {
+  #takeKeys(): LoadKeys {
     const keys = this.#keys;
     if (!keys) throw new VtpmdError('protocol', 'a second identity');
     this.#keys = undefined;
@@ -111,12 +111,13 @@ class Worker {
         this.#beginServing(message.fields, openLeft(message.checkpoint));
         return;
       case 'lost':
-        this.#takeKeys().secretKey.fill(0);
+        this.#takeKeys().wipe();
         this.#link.take();
         this.#beLost(openLeft(message.checkpoint)).catch((error: unknown) => this.#fail(error));
         return;
       case 'rehearse':
         this.#rehearse();
+        if (message.managerKey) this.#keys?.agree(message.managerKey);
         return;
       case 'link':
         this.#useLink(message.fd);
@@ -186,7 +187,7 @@ class Worker {
     this.#control.send({ type: 'lost' });
   }
 
-  async #serve(parts: LoadParts, keys: BoxKeyPair, link: ManagerLink): Promise<void> {
+  async #serve(parts: LoadParts, keys: LoadKeys, link: ManagerLink): Promise<void> {
     const { identity, left } = parts;
     const inherited = left?.resumes && this.#inherit(left);
     // A process has one TPM at a time.
@@ -206,8 +207,8 @@ class Worker {
     else await beginRun(tpm, identity);
     this.#isOpen = true;
     const { generation } = tpm.session;
-    this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
     this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
+    this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
   }
 
   async #stop(): Promise<void> {
