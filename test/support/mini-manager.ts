@@ -15,6 +15,7 @@ import {
   openBox,
   SAVE_PATH,
   type SessionCipher,
+  type StateUse,
   sealBox,
   sessionCipher,
   signDelegation,
@@ -28,6 +29,14 @@ import {
 
 export const VTPM = 'b5a3f0a2-7d0e-4a43-9a6e-2f1c4d5e6f70';
 
+interface Committed {
+  readonly permanent: Buffer;
+  readonly digest: Buffer;
+  /** The TPM is suspended. */
+  readonly volatile?: Buffer | undefined;
+  readonly use?: StateUse | undefined;
+}
+
 type SaveCall = grpc.ServerDuplexStream<WorkerFrame, ManagerFrame>;
 
 /**
@@ -39,7 +48,8 @@ export class MiniManager {
   /** Of the one VM run that there is. */
   checkpointKey: Buffer = randomBytes(32);
   /** Committed saves of the session, oldest first. */
-  readonly saves: { permanent: Buffer; digest: Buffer }[] = [];
+  readonly saves: Committed[] = [];
+  readonly referenceKey: Buffer = randomBytes(32);
   epoch = 0n;
   /** Frames as they came. */
   readonly received: WorkerFrame['type'][] = [];
@@ -208,8 +218,17 @@ export class MiniManager {
       permanent: this.saves.at(-1)?.permanent ?? Buffer.alloc(0),
       manufacture: this.saves.length === 0,
       checkpointKey: this.checkpointKey,
+      referenceKey: this.referenceKey,
+      ...this.#suspended(ticket.verbs),
     };
     done(null, sealBox('LoadGrant', grant, ticket.workerPublicKey, this.keys));
+  }
+
+  #suspended(verbs: readonly Verb[]): Pick<LoadGrant, 'suspended'> {
+    const last = this.saves.at(-1);
+    if (!last?.volatile || !last.use || !verbs.includes('RESUME')) return {};
+    const { volatile, use } = last;
+    return { suspended: { volatile, referenceDigest: use.digest, generation: this.#baseGeneration } };
   }
 
   #save(call: SaveCall): void {
@@ -235,10 +254,12 @@ export class MiniManager {
   }
 
   #commit(sequence: bigint, body: Buffer): void {
-    const { permanent } = decode('SaveBody', body);
+    const { permanent, volatile, use } = decode('SaveBody', body);
     this.saves.push({
       permanent: Buffer.from(permanent!),
       digest: createHash('sha256').update(body).digest(),
+      volatile: volatile && Buffer.from(volatile),
+      use,
     });
     this.#committed = sequence;
   }
