@@ -335,7 +335,7 @@ export class VtpmRegistry {
       bootId: ticket.bootId,
       session,
       libtpmsVersion: claim.libtpmsVersion,
-      keepsVolatile: mode === 'resume',
+      keepsVolatile: ticket.verbs.includes('RESUME'),
     };
     const record = held
       ? applyLoad(keys, held.record, facts)

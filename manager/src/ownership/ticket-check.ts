@@ -73,7 +73,7 @@ export function checkTicket(
 
 /**
  * What the vTPM's record says to a Load.
- * @returns `manufacture` where the worker makes a new TPM, `resume` where it may have volatile state, else `cold`
+ * @returns `manufacture` where the worker makes a new TPM, `cold` where it may power one on, else `resume`
  * @throws ManagerError `retired`, `wrong-vm`, `stale-epoch`, `verb-missing`, `already-manufactured`
  */
 export function checkAgainstRecord(
@@ -101,8 +101,8 @@ export function checkAgainstRecord(
       `vTPM ${vtpmUuid} has no saved state and the ticket does not have the verb manufacture`,
     );
   }
-  if (has('RESUME')) return 'resume';
   if (has('COLD')) return 'cold';
+  if (has('RESUME')) return 'resume';
   if (has('MANUFACTURE')) {
     throw new ManagerError(
       'already-manufactured',
