@@ -1,4 +1,3 @@
-import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import type { Locality } from '../engine/engine.js';
@@ -16,6 +15,7 @@ import {
 import type { HandleOwner } from './handle-owners.js';
 import { hasEnded, isWritable, peekNow, receiveNow, setPeekOffset, waitReadable } from './socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
+import { WatchedSocket } from './watched-socket.js';
 
 /** So many answers of the largest size fit into what is free of a send buffer that is writable. */
 const ANSWERS_PER_CHECK = 16;
@@ -47,9 +47,8 @@ export interface KeptConnectionOptions {
 
 /**
  * A client's connection that outlives the worker: a command stays in the socket until its answer is sure to be given, and
- * both happen once; see AnswerPipe. The event loop only says that there is something to read: libuv, given a buffer of no
- * length, calls back without reading (UV_ENOBUFS). As in TpmConnection the connection stays outside of the event loop for
- * the client's next command.
+ * both happen once; see AnswerPipe. The event loop only says that there is something to read. As in TpmConnection the
+ * connection stays outside of the event loop for the client's next command.
  */
 export class KeptConnection implements CommandSource {
   command: Buffer = lookBuffer;
@@ -61,8 +60,7 @@ export class KeptConnection implements CommandSource {
   readonly kind: ClientKind;
   readonly fd: number;
   readonly #options: KeptConnectionOptions;
-  readonly #socket: Socket;
-  readonly #handle: ReadHandle;
+  readonly #socket: WatchedSocket;
   #commands: number;
   /** Of the command in the socket, with its frame. */
   #length = 0;
@@ -70,7 +68,6 @@ export class KeptConnection implements CommandSource {
   #isWaiting = false;
   #isClosed = false;
   #isBroken = false;
-  #isReading = false;
   #isLooking = false;
   #timer: NodeJS.Timeout | undefined;
   #retryMs = FIRST_RETRY_MS;
@@ -83,16 +80,7 @@ export class KeptConnection implements CommandSource {
     this.owner = options.owner;
     this.kind = options.kind ?? 'tpm';
     this.#commands = options.commands ?? 0;
-    const socketOptions: SocketConstructorOpts & ConnectOpts & { manualStart: boolean } = {
-      fd,
-      allowHalfOpen: true,
-      manualStart: true,
-      onread: { buffer: new Uint8Array(0), callback: () => false },
-    };
-    this.#socket = new Socket(socketOptions);
-    this.#socket.on('error', () => {});
-    this.#handle = (this.#socket as unknown as { _handle: ReadHandle })._handle;
-    this.#handle.onread = () => this.#onReadable();
+    this.#socket = new WatchedSocket(fd, () => this.#onReadable());
   }
 
   /** Serves it; before that nothing is read. */
@@ -120,7 +108,7 @@ export class KeptConnection implements CommandSource {
     this.#answers++;
     const answer = this.frame ? framed(response) : response;
     if (!pipe.deliver(keeper, this, this.#length, answer) || this.#isBroken) this.close();
-    else if (!this.#isLooking) this.#watch();
+    else if (!this.#isLooking) this.#socket.watch();
   }
 
   dropped(): void {
@@ -148,8 +136,8 @@ export class KeptConnection implements CommandSource {
     this.#look();
     if (this.#isAtRest()) this.#stay();
     this.#isLooking = false;
-    if (this.#isAtRest()) this.#watch();
-    else this.#unwatch();
+    if (this.#isAtRest()) this.#socket.watch();
+    else this.#socket.unwatch();
   }
 
   #isAtRest(): boolean {
@@ -211,23 +199,4 @@ export class KeptConnection implements CommandSource {
     }, this.#retryMs);
     this.#retryMs = Math.min(2 * this.#retryMs, LONGEST_RETRY_MS);
   }
-
-  #watch(): void {
-    if (this.#isReading) return;
-    this.#isReading = true;
-    this.#handle.readStart();
-  }
-
-  #unwatch(): void {
-    if (!this.#isReading) return;
-    this.#isReading = false;
-    if (!this.#isClosed) this.#handle.readStop();
-  }
-}
-
-/** What Node keeps under a net.Socket. */
-interface ReadHandle {
-  onread: () => void;
-  readStart(): number;
-  readStop(): number;
 }
