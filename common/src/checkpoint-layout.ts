@@ -10,6 +10,9 @@
  * Why three: a successor needs the newest whole unit, by whose number it knows that it missed nothing, and the one before
  * it, from which it goes on where the save of the newest was not committed. Until a newer unit is whole, neither may be
  * opened.
+ *
+ * Behind them: the answer that is being put into the page of a ring, which has no room for the command beside it. u64 number, 0
+ * while it is written, u32 connection, u32 length, then the bytes.
  */
 export const CHECKPOINT_LAYOUT = {
   bytes: 256 * 1024,
@@ -37,4 +40,7 @@ export const CHECKPOINT_LAYOUT = {
   slotBytes: 63 * 1024,
   /** Of a slot, before the unit: sequence (8), length (4), nothing (4). */
   slotHeader: 16,
+  ringAnswer: 4096 + 189 * 1024,
+  ringAnswerHeader: 16,
+  ringAnswerBytes: 4096,
 } as const;

@@ -43,7 +43,7 @@ const [TCGETS, FIONBIO, FIOCLEX] = [0x5401, 0x5421, 0x5451];
 /** socket.h: a guest's command stays in its socket until it is answered. */
 const SO_PEEK_OFF = 42;
 /** fcntl.h */
-const [F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC] = [1, 2, 3, 4, 1030];
+const [F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GET_SEALS] = [1, 2, 3, 4, 1030, 1034];
 /** socket.h */
 const AF_UNIX = 1;
 /** prctl.h */
@@ -91,7 +91,14 @@ export const SYSCALLS: readonly SyscallRule[] = [
   row('getpid', 39, 172, 'yes', 'yes', 'libcrypto, to notice a fork'),
   row('gettid', 186, 178, 'yes', 'yes', 'threads'),
   // Memory.
-  row('mmap', 9, 222, 'yes', without(2, PROT_EXEC), 'memory; code is mapped only while it starts'),
+  row(
+    'mmap',
+    9,
+    222,
+    'yes',
+    without(2, PROT_EXEC),
+    'memory, also shared with guests; code is mapped only while it starts',
+  ),
   row('mprotect', 10, 226, 'yes', 'yes', "memory; V8's compiler makes its own pages executable"),
   row('munmap', 11, 215, 'yes', 'yes', 'memory'),
   row('mremap', 25, 216, 'yes', 'yes', 'memory'),
@@ -112,9 +119,9 @@ export const SYSCALLS: readonly SyscallRule[] = [
     'fcntl',
     72,
     25,
-    is(1, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC),
-    is(1, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC),
-    'what kind of descriptor it was given',
+    is(1, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GET_SEALS),
+    is(1, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GET_SEALS),
+    'what kind of descriptor it was given; that memory which a guest shares cannot be made smaller under it',
   ),
   row('pread64', 17, 67, 'yes', 'yes', 'shared memory that it was given; libraries while it starts'),
   row('pwrite64', 18, 68, 'yes', 'yes', 'shared memory that it was given'),

@@ -1,9 +1,11 @@
 import { closeSync } from 'node:fs';
 import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
+import type { CheckpointMemory } from '../checkpoint/memory.js';
 import { flushContext } from '../engine/command.js';
 import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
+import { RingConnection } from '../ring/ring-connection.js';
 import type { CommandQueue } from '../worker/command-queue.js';
 import type { HandleOwner, HandleOwners } from './handle-owners.js';
 import { KeptConnection, type KeptConnectionOptions } from './kept-connection.js';
@@ -70,6 +72,7 @@ class TakenNotes {
 export interface Kept {
   readonly keeper: CheckpointKeeper;
   readonly pipe: AnswerPipe;
+  readonly memory: CheckpointMemory;
 }
 
 /** A connection as the supervisor passes it. */
@@ -128,6 +131,11 @@ export class Doors {
             if (this.#queue.current?.owner?.client === client) this.#engine.cancel();
           };
           serveTctiControl(fd, { established: this.#engine.established, cancel }, onClosed);
+          return;
+        }
+        case 'ring': {
+          const parts = { id, queue: this.#queue, keeping: this.#kept };
+          new RingConnection(fd, parts, onClosed).start(this.#adopted.delete(id));
           return;
         }
         default:

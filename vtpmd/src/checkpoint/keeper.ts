@@ -108,6 +108,11 @@ export class CheckpointKeeper {
     return number;
   }
 
+  /** Of the newest unit or answer. */
+  get sequence(): number {
+    return this.#sequence;
+  }
+
   /** The number of the answer that is given now. They rise over the whole VM run. */
   takeAnswerNumber(): number {
     const number = this.#answer ?? ++this.#sequence;

@@ -47,6 +47,13 @@ export interface PipeMarks {
   mark(): PipeMark;
 }
 
+/** The newest answer that was put into the page of a ring; `response` is a copy. */
+export interface RingAnswer {
+  readonly number: number;
+  readonly connection: number;
+  readonly response: Buffer;
+}
+
 /**
  * The memory of a VM run that outlives its workers; see CHECKPOINT_LAYOUT. A worker may end between any two of these
  * stores: each method says in which order they are made.
@@ -133,6 +140,38 @@ export class CheckpointMemory {
 
   set broughtIn(note: number) {
     Atomics.store(this.#halves, LAYOUT.broughtIn / 4, note);
+  }
+
+  /** Before an answer is put into the page of a ring, where it takes the place of its command. */
+  keepRingAnswer(number: number, connection: number, response: Buffer): void {
+    const at = LAYOUT.ringAnswer;
+    this.#setWord(at, 0);
+    this.#bytes.set(response, at + LAYOUT.ringAnswerHeader);
+    Atomics.store(this.#halves, (at + 8) / 4, connection);
+    Atomics.store(this.#halves, (at + 12) / 4, response.length);
+    this.#setWord(at, number);
+  }
+
+  /** @returns undefined where nothing, or nothing possible, is there */
+  ringAnswer(): RingAnswer | undefined {
+    const at = LAYOUT.ringAnswer;
+    const number = this.#word(at);
+    const length = Atomics.load(this.#halves, (at + 12) / 4);
+    if (number === 0 || length > LAYOUT.ringAnswerBytes) return undefined;
+    const start = at + LAYOUT.ringAnswerHeader;
+    return {
+      number,
+      connection: Atomics.load(this.#halves, (at + 8) / 4),
+      response: Buffer.from(this.#bytes.subarray(start, start + length)),
+    };
+  }
+
+  /** The answer is wholly in its page, or nobody waits for it. */
+  dropRingAnswer(length: number): void {
+    const at = LAYOUT.ringAnswer;
+    this.#setWord(at, 0);
+    const start = at + LAYOUT.ringAnswerHeader;
+    this.#bytes.fill(0, start, start + length);
   }
 
   /** Words in which connections note that a command of theirs has no answer yet, where nothing is check-pointed. */

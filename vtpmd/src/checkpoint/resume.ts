@@ -2,6 +2,7 @@ import { hash } from 'node:crypto';
 import type { Visitor } from '../channels/doors.js';
 import { peekNow, setPeekOffset } from '../channels/socket-io.js';
 import { VtpmdError } from '../error.js';
+import { endRingAnswers } from '../ring/recover.js';
 import type { AnswerPipe } from './answer-pipe.js';
 import type { CheckpointMemory } from './memory.js';
 import type { Unit } from './unit.js';
@@ -21,6 +22,7 @@ export function endWhatWasGoingOn(
     readonly controlPipe: AnswerPipe | undefined;
   },
 ): void {
+  endRingAnswers(unit, visitors, left.memory);
   const find = (id: number): Visitor | undefined => visitors.find((visitor) => visitor.id === id);
   const fdOf = (connection: number): number | undefined => find(connection)?.fd;
   left.pipe.finish(fdOf);
@@ -30,7 +32,7 @@ export function endWhatWasGoingOn(
   if (!answered || marks.mark().piped >= unit.sequence) return;
   const visitor = find(answered.connection);
   const pipe = answered.isControl ? left.controlPipe : left.pipe;
-  if (!visitor || !pipe) return;
+  if (!visitor || !pipe || visitor.kind === 'ring') return;
   const { fd } = visitor;
   const command = peekHead(fd, answered.commandLength);
   if (

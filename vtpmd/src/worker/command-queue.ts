@@ -128,6 +128,22 @@ export class CommandQueue {
     return this.#waiting.some((source) => !source.isGone && matches(source));
   }
 
+  /**
+   * Gives a command up. One that waits never runs, and neither `answer` nor `dropped` is called; of one that runs the TPM is
+   * asked to end early, which few commands do, and its answer comes. @returns whether it waited
+   */
+  cancel(source: CommandSource): boolean {
+    if (this.#current === source) {
+      this.#options.engine.cancel();
+      return false;
+    }
+    const index = this.#waiting.indexOf(source);
+    if (index < 0) return false;
+    this.#waiting.splice(index, 1);
+    this.#due?.delete(source);
+    return true;
+  }
+
   /** No command starts until `release` with the same reason. What runs goes on to its end. */
   hold(reason: string): void {
     this.#holds.add(reason);

@@ -8,6 +8,7 @@ import { type AnswerPipe, takeMarked } from '../checkpoint/answer-pipe.js';
 import type { CheckpointMemory } from '../checkpoint/memory.js';
 import { errorResponse, TPM_RC_FAILURE } from '../engine/command.js';
 import { VtpmdError } from '../error.js';
+import { RingConnection } from '../ring/ring-connection.js';
 import type { CommandSource } from './command-queue.js';
 
 /**
@@ -18,6 +19,7 @@ import type { CommandSource } from './command-queue.js';
 export class LostTpm {
   readonly #queue = {
     submit: (source: CommandSource): void => source.answer(errorResponse(TPM_RC_FAILURE)),
+    cancel: (): boolean => false,
   };
 
   /** Connections that were open when the last worker ended. Some may wait for an answer that is lost too. */
@@ -32,7 +34,7 @@ export class LostTpm {
     for (const visitor of visitors) this.open(visitor, () => onClosed(visitor.id));
   }
 
-  open({ kind, fd }: Visitor, onClosed: () => void): void {
+  open({ kind, id, fd }: Visitor, onClosed: () => void): void {
     try {
       switch (kind) {
         case 'tpm':
@@ -42,6 +44,10 @@ export class LostTpm {
           return;
         case 'tcti-ctrl':
           serveTctiControl(fd, { established: false, cancel: () => {} }, onClosed);
+          return;
+        case 'ring':
+          // Whoever took what stands in its page is gone.
+          new RingConnection(fd, { id, queue: this.#queue }, onClosed).start(true);
           return;
         default:
           throw new VtpmdError('protocol', `nobody serves the door "${kind}"`);

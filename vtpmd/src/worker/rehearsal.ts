@@ -73,7 +73,7 @@ export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): P
     session.attach(link);
     await runOwnCommand(queue, startupClear());
     const pipe = new AnswerPipe(memory.marks, stage.pipe);
-    await useDoor(new Doors(engine, queue, owners, { kept: { keeper, pipe } }), stage.door);
+    await useDoor(new Doors(engine, queue, owners, { kept: { keeper, pipe, memory } }), stage.door);
     session.close();
   } finally {
     engine.terminate();

@@ -188,7 +188,7 @@ function compose(
     holdMs: holdTimes.power,
     changed: () => events.powerChanged(),
   });
-  const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe };
+  const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe, memory: checkpoint.left.memory };
   const taken = kept ? undefined : checkpoint?.left.memory.taken;
   const doors = new Doors(engine, queue, owners, { kept, taken });
   return { engine, queue, session, keeper, blobs, doors, power, state };
