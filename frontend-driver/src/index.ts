@@ -1,5 +1,11 @@
+export * from './channel.js';
 export * from './client.js';
+export * from './connecting.js';
 export * from './error.js';
 export * from './framing.js';
 export * from './location.js';
+export * from './ring/client.js';
+export * from './ring/device.js';
+export * from './ring/page.js';
+export type { RingPort } from './ring/port.js';
 export * from './stdio.js';

@@ -1,5 +1,5 @@
 import type { Readable, Writable } from 'node:stream';
-import type { FrontendClient } from './client.js';
+import type { TpmChannel } from './channel.js';
 import { FrontendError } from './error.js';
 import { MessageAssembler } from './framing.js';
 
@@ -8,7 +8,7 @@ import { MessageAssembler } from './framing.js';
  * This is what tpm2-tss expects of the program behind its `cmd` TCTI.
  * @throws FrontendError `bad-command` for input that is no TPM command, and what `transmit` throws
  */
-export async function bridgeStdio(client: FrontendClient, input: Readable, output: Writable): Promise<void> {
+export async function bridgeStdio(client: TpmChannel, input: Readable, output: Writable): Promise<void> {
   const assembler = new MessageAssembler();
   const isOver = { value: false };
   // A vTPM that goes away while nothing is asked of it ends the bridge too: its peer sees the end at once.

@@ -189,6 +189,9 @@ describe('FrontendClient on a door that misbehaves', () => {
   it('rejects what has no answer when the vTPM goes away or the client is closed', async () => {
     const gone = await FrontendClient.connect(path);
     onData = () => door.write(ANSWER.subarray(0, 5), () => door.destroy());
+    // Whether it ran is not known; of one that waited it is.
+    const [sent, waited] = [gone.transmit(RANDOM_8), gone.transmit(RANDOM_8)];
+    await Promise.all([assert.rejects(sent, refused('lost')), assert.rejects(waited, refused('closed'))]);
     await assert.rejects(gone.transmit(RANDOM_8), refused('closed'));
 
     const closed = await FrontendClient.connect(path);
