@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { closeSync, openSync, readdirSync, readlinkSync, writeSync } from 'node:fs';
 import { createConnection } from 'node:net';
 import { CHECKPOINT_LAYOUT } from 'vtpm-common';
-import { CHECKPOINT_BARRIERS, CheckpointRig } from '../support/checkpoint-rig.js';
+import { CHECKPOINT_BARRIERS, CheckpointRig, RING_BARRIERS } from '../support/checkpoint-rig.js';
 import { TpmClient } from '../support/tpm-client.js';
 import { getRandom } from '../support/tpm-commands.js';
 import { until } from '../support/until.js';
@@ -35,6 +35,12 @@ describe('kill -9 of a worker is a delay for its guest and nothing else', () => 
     await rig.runUntil(() => CHECKPOINT_BARRIERS.every((name) => endings().has(name)), 55_000);
   });
 
+  it('at every such point of a ring', async () => {
+    rig = await CheckpointRig.create(RING_BARRIERS, 25, 'ring');
+    const { endings } = rig;
+    await rig.runUntil(() => RING_BARRIERS.every((name) => endings().has(name)), 55_000);
+  });
+
   it('with an emptied memory it is a TPM failure until the VM is reset, whatever the guest does', async () => {
     rig = await CheckpointRig.create();
     const { installation } = rig;
@@ -56,9 +62,11 @@ describe('kill -9 of a worker is a delay for its guest and nothing else', () => 
     assert.notEqual(after.vmRunId, before.vmRunId);
   });
 
-  it('at any moment', async () => {
-    rig = await CheckpointRig.create();
-    await rig.killAtRandom(10, 60);
-    assert.equal(rig.kills, 10);
-  });
+  for (const door of ['tpm', 'ring'] as const) {
+    it(`at any moment, at the door ${door}`, async () => {
+      rig = await CheckpointRig.create([], 0, door);
+      await rig.killAtRandom(10, 60);
+      assert.equal(rig.kills, 10);
+    });
+  }
 });

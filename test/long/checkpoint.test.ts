@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { CHECKPOINT_BARRIERS, CheckpointRig } from '../support/checkpoint-rig.js';
+import { CHECKPOINT_BARRIERS, CheckpointRig, RING_BARRIERS } from '../support/checkpoint-rig.js';
 
 describe('five hundred kills of a worker are delays for its guest and nothing else', function () {
   this.timeout(1_800_000);
@@ -14,6 +14,13 @@ describe('five hundred kills of a worker are delays for its guest and nothing el
     const { endings } = rig;
     await rig.runUntil(() => sum(endings()) >= 300, 1_700_000);
     for (const name of CHECKPOINT_BARRIERS) assert.ok(endings().has(name), `never at ${name}`);
+  });
+
+  it('two hundred more at every such point of a ring', async () => {
+    rig = await CheckpointRig.create(RING_BARRIERS, 60, 'ring');
+    const { endings } = rig;
+    await rig.runUntil(() => sum(endings()) >= 200, 1_700_000);
+    for (const name of RING_BARRIERS) assert.ok(endings().has(name), `never at ${name}`);
   });
 
   it('two hundred, at any moment', async () => {

@@ -3,6 +3,8 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
+import type { Transport } from 'tpm2-ts-bindings';
+import { RingClient } from 'vtpm-frontend-driver';
 import { ExactGuest } from './exact-guest.js';
 import { buildFaultyWorker } from './faulty-worker.js';
 import { Installation } from './installation.js';
@@ -23,6 +25,17 @@ export const CHECKPOINT_BARRIERS = [
   'after-send',
 ] as const;
 
+/** The same of a ring, where an answer goes into the page. */
+export const RING_BARRIERS = [
+  'after-claim',
+  ...CHECKPOINT_BARRIERS.slice(0, CHECKPOINT_BARRIERS.indexOf('before-pipe')),
+  'before-ring-answer',
+  'after-ring-answer',
+  'before-finish',
+  'after-finish',
+  'before-notify',
+] as const;
+
 /**
  * Each life of the worker ends at a barrier of its choice, the so-many-th time it comes there; it says where in its log. A
  * life that comes to none of them that often goes on.
@@ -35,8 +48,14 @@ let left = 1 + Math.floor(Math.random() * ${longest});
 globalThis[Symbol.for('vtpm.barrier')] = (name) => {
   if (name !== at || --left > 0) return;
   writeSync(2, 'killed at ' + name + '\\n');
-  process.kill(process.pid, 'SIGKILL');
+  // Its filter takes kill(2) away and leaves abort().
+  try { process.kill(process.pid, 'SIGKILL'); } catch { process.abort(); }
 };`;
+}
+
+async function overRing(path: string): Promise<Transport> {
+  const ring = await RingClient.connect(path);
+  return { transmit: (command) => ring.transmit(command), close: () => ring.close() };
 }
 
 /** One vTPM whose workers end again and again under a guest that notices everything. */
@@ -52,8 +71,12 @@ export class CheckpointRig {
     this.#directory = directory;
   }
 
-  /** @param barriers where workers end by themselves; none: only this test ends them */
-  static async create(barriers: readonly string[] = [], longest = 40): Promise<CheckpointRig> {
+  /** @param barriers where workers end by themselves; none: only this test ends them @param door that the guest uses */
+  static async create(
+    barriers: readonly string[] = [],
+    longest = 40,
+    door: 'tpm' | 'ring' = 'tpm',
+  ): Promise<CheckpointRig> {
     const directory = mkdtempSync(join(tmpdir(), 'vtpm-faults-'));
     const installation = await Installation.create({ tpm: 'embedded' });
     await installation.startManager();
@@ -64,9 +87,10 @@ export class CheckpointRig {
     // Here a worker ends as often as a test likes.
     await installation.startSupervisor({ args: ['--restart-burst', '1000000', ...args] });
     // A life may end before it serves for the first time: that start failed, as it must.
-    await installation.ctlJson('create', 'web1');
+    await installation.ctlJson('create', 'web1', '--doors', door);
     await until('the vTPM runs', async () => (await installation.ctl('start', 'web1')).code === 0);
-    const guest = await ExactGuest.connect(installation.door('web1'));
+    const path = installation.door('web1', door);
+    const guest = await ExactGuest.connect(door === 'tpm' ? path : await overRing(path));
     return new CheckpointRig(installation, guest, directory);
   }
 

@@ -28,6 +28,7 @@ import {
   St,
   signingKeyTemplate,
   type Tpm,
+  type Transport,
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
@@ -61,8 +62,9 @@ export class ExactGuest {
   /** The longest that an answer took, in milliseconds. */
   slowest = 0;
 
-  static async connect(door: string): Promise<ExactGuest> {
-    const tpm = createTpm(await openMixed(door));
+  /** @param door a raw one, or another way */
+  static async connect(door: string | Transport): Promise<ExactGuest> {
+    const tpm = createTpm(typeof door === 'string' ? await openMixed(door) : door);
     const index = await defineNvIndex(tpm, withPassword(owner), {
       nvIndex: COUNTER,
       attributes: NvAttribute.OWNERWRITE | NvAttribute.OWNERREAD | NvAttribute.COUNTER | NvAttribute.NO_DA,

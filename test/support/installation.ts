@@ -133,7 +133,7 @@ export class Installation {
     return this.door(name);
   }
 
-  door(name: string, kind: 'tpm' | 'tcti' = 'tpm'): string {
+  door(name: string, kind: 'tpm' | 'tcti' | 'ring' = 'tpm'): string {
     return join(this.paths.supervisor.doors, name, `${kind}.sock`);
   }
 

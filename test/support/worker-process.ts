@@ -18,11 +18,15 @@ const image = JSON.parse(readFileSync(new URL('image.json', bundle), 'utf8')) as
 
 type Message = Record<string, unknown> & { type: string };
 
-/** A connection that outlives its worker. */
-export interface KeptGuest {
-  readonly door: 'tpm' | 'tcti';
+/** What a supervisor keeps of a connection that outlives its worker. */
+export interface KeptVisit {
+  readonly door: string;
   readonly id: number;
   readonly fd: number;
+}
+
+/** A connection that outlives its worker, with its client. */
+export interface KeptGuest extends KeptVisit {
   readonly client: TpmClient;
 }
 
@@ -75,6 +79,8 @@ export class WorkerProcess {
   readonly child: ChildProcess;
   /** What it said so far. */
   readonly messages: Message[] = [];
+  /** Hears each message, too. */
+  onMessage: (message: Message) => void = () => {};
   readonly exited: Promise<{ code: number | null; signal: string | null }>;
   readonly #control: Socket;
   readonly #descriptors: number;
@@ -160,19 +166,19 @@ export class WorkerProcess {
    * Is to go on where the worker before it ended, with its connections.
    * @param newest as the supervisor saw it @returns what it says: `serving`, or why it cannot
    */
-  async goOn(run: KeptRun, guests: readonly KeptGuest[] = [], newest = run.newest()): Promise<Message> {
+  async goOn(run: KeptRun, guests: readonly KeptVisit[] = [], newest = run.newest()): Promise<Message> {
     await this.#identify(run, { keeps: true, resumes: { newest, connections: guests.length } }, 'clear');
-    this.#passGuests(guests);
+    this.passKept(guests);
     return Promise.race([this.heard('serving'), this.heard('failed')]);
   }
 
   /** Answers failure in the place of the worker before it. */
-  async beLost(run: KeptRun, guests: readonly KeptGuest[] = []): Promise<this> {
+  async beLost(run: KeptRun, guests: readonly KeptVisit[] = []): Promise<this> {
     await this.heard('ready');
     for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
     const resumes = { newest: run.newest(), connections: guests.length };
     this.send({ type: 'lost', checkpoint: { keeps: false, resumes } });
-    this.#passGuests(guests);
+    this.passKept(guests);
     await this.heard('lost');
     return this;
   }
@@ -186,11 +192,11 @@ export class WorkerProcess {
       fd: there,
       client: new TpmClient(new Socket({ fd: here, allowHalfOpen: true })),
     };
-    this.#passGuests([guest]);
+    this.passKept([guest]);
     return guest;
   }
 
-  #passGuests(guests: readonly KeptGuest[]): void {
+  passKept(guests: readonly KeptVisit[]): void {
     for (const { door, id, fd } of guests) {
       sendDescriptor(this.#descriptors, fd);
       this.send({ type: 'connection', door, id });
@@ -256,6 +262,7 @@ export class WorkerProcess {
 
   #heard(message: Message): void {
     this.messages.push(message);
+    this.onMessage(message);
     const matching = this.#waiters.filter(({ type }) => type === message.type);
     for (const waiter of matching) {
       this.#waiters.splice(this.#waiters.indexOf(waiter), 1);

@@ -120,6 +120,13 @@ export function waitWritable(fd: number, microseconds: number): void {
   poll(fd, POLLOUT, microseconds);
 }
 
+const schedYield = libc.func('int sched_yield(void)');
+
+/** Lets whoever else wants this processor have it (sched_yield(2)). */
+export function yieldProcessor(): void {
+  schedYield();
+}
+
 function pollNow(fd: number, events: number): number {
   return poll(fd, events, 0);
 }

@@ -1,7 +1,7 @@
 import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import { availableParallelism } from 'node:os';
 import { barrier } from 'vtpm-common/barrier';
-import { sendNow } from '../channels/socket-io.js';
+import { sendNow, yieldProcessor } from '../channels/socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from '../channels/stay.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import type { CheckpointMemory } from '../checkpoint/memory.js';
@@ -12,7 +12,7 @@ import { RingPage, STATE } from './page.js';
 import { MappedPages } from './page-memory.js';
 import type { RingSetup } from './setup.js';
 
-/** What a ring needs so that a worker after this one knows of them. */
+/** What answers need so that a worker after this one knows of them. */
 export interface RingKeeping {
   readonly keeper: Pick<CheckpointKeeper, 'sequence' | 'takeAnswerNumber'>;
   readonly memory: Pick<CheckpointMemory, 'marks' | 'keepRingAnswer' | 'dropRingAnswer'>;
@@ -39,8 +39,10 @@ const eventBuffer = Buffer.alloc(4096);
 const NOTE = Buffer.of(0);
 /** On a single processor the frontend could not go on while this end looks for its next command. */
 const canSpin = availableParallelism() > 1;
-/** Looks at the page between two looks at the clock. */
-const LOOKS = 64;
+/**
+ * Looks at the page, about a microsecond, before others have a turn on this processor: the frontend may wait for it.
+ */
+const LOOKS = 256;
 
 /**
  * The backend of one ring. A byte on the event channel says that the frontend changed the page; what counts is the page
@@ -66,8 +68,6 @@ export class OpenRing implements CommandSource {
   #isWaiting = false;
   #isClosed = false;
   #isOver = false;
-  /** Of the answer that lies in the page. */
-  #answerLength: number | undefined;
 
   /** @param setup whose event channel is owned by the ring from now on */
   constructor(setup: RingSetup, parts: RingParts, events: RingEvents) {
@@ -109,19 +109,14 @@ export class OpenRing implements CommandSource {
   }
 
   answer(response: Buffer): void {
+    const isGiven = !this.#isClosed && response.length <= this.#page.room;
+    if (isGiven) this.#give(response);
+    // Not before: where the answer cannot be given the request must not be looked at again.
     this.#isWaiting = false;
-    if (this.#isClosed) {
-      this.#over();
-      return;
-    }
-    if (response.length > this.#page.room) {
+    if (isGiven) this.#notify();
+    else if (this.#isClosed) this.#over();
+    else
       this.#events.failed(`an answer of ${response.length} bytes does not fit; give the ring an extra page`);
-      return;
-    }
-    const { keeping } = this.#parts;
-    if (keeping) this.#give(response, keeping);
-    else this.#put(response);
-    this.#notify();
   }
 
   dropped(): void {
@@ -166,6 +161,7 @@ export class OpenRing implements CommandSource {
         const { state } = this.#page;
         if (state === STATE.SUBMIT || state === STATE.CANCEL) return true;
       }
+      yieldProcessor();
     } while (performance.now() < end);
     return false;
   }
@@ -181,7 +177,6 @@ export class OpenRing implements CommandSource {
   }
 
   #take(isClaimed: boolean): void {
-    this.#answerLength = undefined;
     const { locality, length } = this.#page.take(lookBuffer, isClaimed);
     const refusal = locality !== 0 ? TPM_RC_LOCALITY : length === undefined ? TPM_RC_COMMAND_SIZE : undefined;
     if (refusal !== undefined) {
@@ -190,6 +185,7 @@ export class OpenRing implements CommandSource {
       return;
     }
     this.#page.claimAfter(this.#parts.keeping?.keeper.sequence ?? 0);
+    barrier('after-claim');
     this.command = lookBuffer.subarray(0, length);
     this.#isWaiting = true;
     this.#parts.queue.submit(this);
@@ -199,17 +195,18 @@ export class OpenRing implements CommandSource {
     if (this.#isWaiting) {
       if (!this.#parts.queue.cancel(this)) return;
       this.#isWaiting = false;
-      this.#page.idle();
-    } else if (this.#answerLength !== undefined) {
-      // It came while the answer did.
-      this.#page.finish(this.#answerLength);
-    } else {
-      this.#page.idle();
     }
+    this.#page.idle();
     this.#notify();
   }
 
-  #give(response: Buffer, { keeper, memory }: RingKeeping): void {
+  #give(response: Buffer): void {
+    const { keeping } = this.#parts;
+    if (!keeping) {
+      this.#put(response);
+      return;
+    }
+    const { keeper, memory } = keeping;
     const number = keeper.takeAnswerNumber();
     memory.marks.begin(number, this.connection, this.command.length);
     barrier('before-ring-answer');
@@ -226,7 +223,6 @@ export class OpenRing implements CommandSource {
     this.#page.putResponse(response);
     barrier('before-finish');
     this.#page.finish(response.length);
-    this.#answerLength = response.length;
   }
 
   /** Where it cannot be sent the frontend has bytes that it has not read. */

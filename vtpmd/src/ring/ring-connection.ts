@@ -96,6 +96,8 @@ export class RingConnection {
 
   #refuse(why: string): void {
     this.#say(encodeNodes({ state: XENBUS.Closed, error: why }));
+    // With something left behind, the frontend would hear of a reset connection instead.
+    receiveNow(this.#fd, scratch);
     this.#close();
   }
 
