@@ -17,6 +17,8 @@ export interface TpmChannel {
    * `closed`, `lost` as their names say
    */
   transmit(command: Uint8Array, options?: TransmitOptions): Promise<Buffer>;
+  /** Whether a command that runs can be given up, and the channel goes on. */
+  readonly canCancel: boolean;
   /** Settles, never rejects, when the channel is over, with the reason. */
   readonly ended: Promise<FrontendError>;
   /** Ends the channel. Commands that have no answer yet are rejected with `closed`. */

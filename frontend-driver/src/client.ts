@@ -1,4 +1,4 @@
-import type { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import type { TpmChannel, TransmitOptions } from './channel.js';
 import { type ConnectOptions, connectTo } from './connecting.js';
 import { FrontendError } from './error.js';
@@ -6,7 +6,7 @@ import { MAX_MESSAGE_BYTES, MessageAssembler } from './framing.js';
 import { TransmitQueue } from './transmit-queue.js';
 
 /**
- * A connection to the raw door of one vTPM. Giving up on the command that is on its way ends the connection: its late answer
+ * A way to the raw door of one vTPM. Giving up on the command that is on its way ends the connection: its late answer
  * would be taken for the next command's.
  *
  * @example
@@ -15,7 +15,8 @@ import { TransmitQueue } from './transmit-queue.js';
  * await tpm.close();
  */
 export class FrontendClient implements TpmChannel {
-  readonly #socket: Socket;
+  readonly canCancel = false;
+  readonly #socket: Duplex;
   readonly #assembler = new MessageAssembler();
   readonly #queue: TransmitQueue;
 
@@ -24,7 +25,8 @@ export class FrontendClient implements TpmChannel {
     return new FrontendClient(await connectTo(typeof target === 'string' ? { path: target } : target));
   }
 
-  private constructor(socket: Socket) {
+  /** @param socket carries raw commands and answers: a connection, a character device */
+  constructor(socket: Duplex) {
     this.#socket = socket;
     this.#queue = new TransmitQueue({
       room: MAX_MESSAGE_BYTES,
@@ -36,7 +38,12 @@ export class FrontendClient implements TpmChannel {
       },
     });
     socket.on('data', (chunk: Buffer) => this.#onData(chunk));
-    socket.on('error', (cause) => this.#broke(`the connection to the vTPM broke: ${cause.message}`, cause));
+    socket.on('error', (cause: NodeJS.ErrnoException) => {
+      const message = `the connection to the vTPM broke: ${cause.message}`;
+      // A command is written whole or not at all.
+      if (cause.syscall === 'write') this.#finish(new FrontendError('closed', message, cause));
+      else this.#broke(message, cause);
+    });
     socket.on('close', () => this.#broke('the vTPM closed the connection'));
   }
 

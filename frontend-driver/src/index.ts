@@ -1,11 +1,15 @@
 export * from './channel.js';
 export * from './client.js';
 export * from './connecting.js';
+export * from './device-stream.js';
 export * from './error.js';
 export * from './framing.js';
 export * from './location.js';
+export * from './proxy.js';
+export * from './reconnect.js';
 export * from './ring/client.js';
 export * from './ring/device.js';
 export * from './ring/page.js';
 export type { RingPort } from './ring/port.js';
+export * from './serve.js';
 export * from './stdio.js';

@@ -6,10 +6,12 @@ import { FrontendError } from './error.js';
 export interface LocationOptions {
   readonly home?: string;
   readonly runDir?: string;
+  /** The raw one unless given. */
+  readonly door?: 'tpm' | 'ring';
 }
 
 /**
- * The raw door of a vTPM: a path as it is, a name as `<run>/vtpms/NAME/tpm.sock`. The run directory is found by
+ * A door of a vTPM: a path as it is, a name as `<run>/vtpms/NAME/tpm.sock`. The run directory is found by
  * the rules of the service (flag, environment, `config.json`, default), repeated here so that this package can be
  * used without the rest.
  * @throws FrontendError `usage`
@@ -27,7 +29,7 @@ export function doorOf(
       `"${nameOrPath}" is neither the name of a vTPM nor a path to its socket`,
     );
   }
-  return join(runDirectory(options, env, uid), 'vtpms', nameOrPath, 'tpm.sock');
+  return join(runDirectory(options, env, uid), 'vtpms', nameOrPath, `${options.door ?? 'tpm'}.sock`);
 }
 
 function runDirectory(options: LocationOptions, env: NodeJS.ProcessEnv, uid: number): string {

@@ -2,7 +2,7 @@ import { once } from 'node:events';
 import { closeSync, ftruncateSync } from 'node:fs';
 import { createConnection, type Socket } from 'node:net';
 import { fcntl, socketFd, socketPair } from 'vtpm-common/libc';
-import { mapShared, sendWithDescriptors, systemCalls, viewOf } from 'vtpm-frontend-driver/ring/system-calls';
+import { mapShared, sendWithDescriptors, systemCalls, viewOf } from 'vtpm-frontend-driver/system-calls';
 
 export const SETUP = 'state=3\nfeature-protocol-v2=1\n\n';
 export const SEAL = { SEAL: 1, SHRINK: 2, GROW: 4, WRITE: 8 } as const;

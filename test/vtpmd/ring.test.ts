@@ -4,7 +4,7 @@ import { createServer } from 'node:net';
 import fc from 'fast-check';
 import { pipePair, socketFd, socketPair } from 'vtpm-common/libc';
 import { FrontendError, RingClient, RingDevice } from 'vtpm-frontend-driver';
-import { sendNow } from 'vtpm-frontend-driver/ring/system-calls';
+import { sendNow } from 'vtpm-frontend-driver/system-calls';
 import { MiniManager } from '../support/mini-manager.js';
 import { memoryOf, RawFrontend, SEAL, SETUP } from '../support/raw-frontend.js';
 import { RingDoorway } from '../support/ring-doorway.js';
@@ -271,3 +271,31 @@ for (const isKept of [true, false])
       await honest.close();
     });
   });
+
+describe('worker: a ring whose worker is gone for good', () => {
+  it('tells a command that was taken as lost, and one that was not as not sent', async () => {
+    const run = new KeptRun();
+    const manager = new MiniManager();
+    const worker = new WorkerProcess(manager);
+    await worker.begin(run);
+    const doorway = await RingDoorway.open(run);
+    doorway.leadTo(worker);
+    const [taken, late] = [await RingClient.connect(doorway.path), await RingClient.connect(doorway.path)];
+    // It waits for its save, and with it everything else.
+    manager.holdSaves = true;
+    const saving = manager.next('SAVE');
+    const outcome = taken.transmit(nvDefineCounter(INDEX));
+    await saving;
+    worker.child.kill('SIGSTOP');
+    const untaken = late.transmit(nvReadCounter(INDEX));
+    const outcomes = Promise.all([
+      assert.rejects(outcome, refused('lost')),
+      assert.rejects(untaken, refused('closed')),
+    ]);
+    await worker.kill();
+    await doorway.close();
+    await outcomes;
+    manager.stop();
+    run.close();
+  });
+});

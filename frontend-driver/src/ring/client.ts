@@ -31,6 +31,7 @@ const canSpin = availableParallelism() > 1;
  * await tpm.close();
  */
 export class RingClient implements TpmChannel {
+  readonly canCancel = true;
   readonly #device: RingDevice;
   readonly #port: RingPort;
   readonly #spinMs: number;
@@ -102,7 +103,8 @@ export class RingClient implements TpmChannel {
   #broke(why: string): void {
     // The answer may have come before the end.
     if (this.#queue.isWaiting && this.#port.isDone) this.#takeAnswer();
-    this.#queue.end(new FrontendError('closed', why), lost(why));
+    const reason = new FrontendError('closed', why);
+    this.#queue.end(reason, this.#port.isTaken ? lost(why) : reason);
     void this.close();
   }
 }

@@ -1,9 +1,9 @@
 import type { Socket } from 'node:net';
 import { type ConnectOptions, connectTo } from '../connecting.js';
 import { FrontendError } from '../error.js';
+import { sendWithDescriptors } from '../system-calls.js';
 import { MOST_PAGES } from './memory.js';
 import { RingPort } from './port.js';
-import { sendWithDescriptors } from './system-calls.js';
 
 /** xen/include/public/io/xenbus.h */
 const XENBUS = { InitWait: 2, Initialised: 3, Connected: 4, Closing: 5, Closed: 6 } as const;
@@ -133,6 +133,8 @@ export class RingDevice {
     if (this.#end) return;
     this.#end = reason;
     this.#socket.destroy();
+    // Before its memory is gone: whoever waits looks there for what became of a command.
+    this.#port?.onEnd();
     this.closePort();
     this.#resolveEnded(reason);
   }

@@ -1,6 +1,6 @@
 import { closeSync } from 'node:fs';
+import { mapOwn, mapShared, sealedMemory, viewOf } from '../system-calls.js';
 import { PAGE_BYTES } from './page.js';
-import { mapOwn, mapShared, sealedMemory, viewOf } from './system-calls.js';
 
 /** The largest ring that backends take. */
 export const MOST_PAGES = 4;

@@ -6,6 +6,9 @@ export const PAGE_BYTES = 4096;
 const HEADER_BYTES = 8;
 export const STATE = { IDLE: 0, SUBMIT: 1, FINISH: 2, CANCEL: 3 } as const;
 
+/** In the length of a request: the backend has taken it. */
+const CLAIMED = 0x80000000;
+
 const LENGTH_WORD = 0;
 const STATE_WORD = 1;
 
@@ -45,6 +48,11 @@ export class FrontendPage {
     Atomics.store(this.#words, LENGTH_WORD, command.length);
     this.#stateWord = (STATE.SUBMIT | (locality << 8) | (this.#extra << 24)) >>> 0;
     Atomics.store(this.#words, STATE_WORD, this.#stateWord);
+  }
+
+  /** Whether the backend has taken the newest request: it marks the length, or there is an answer. */
+  get isTaken(): boolean {
+    return this.state === STATE.FINISH || Atomics.load(this.#words, LENGTH_WORD) >= CLAIMED;
   }
 
   /** Asks for the request to be given up. @returns false where there is an answer meanwhile */

@@ -1,8 +1,8 @@
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
+import { sendNow, socketPair, systemCalls } from '../system-calls.js';
 import { RingMemory } from './memory.js';
 import { FrontendPage, STATE } from './page.js';
-import { sendNow, socketPair, systemCalls } from './system-calls.js';
 
 const NOTE = Buffer.of(0);
 /** Looks at the page, about a microsecond, before others have a turn on this processor: the backend may wait for it. */
@@ -60,6 +60,11 @@ export class RingPort {
   get isDone(): boolean {
     const { state } = this.#page;
     return state === STATE.FINISH || state === STATE.IDLE;
+  }
+
+  /** False where the backend has not looked at the command; one that is gone never will. */
+  get isTaken(): boolean {
+    return this.#page.isTaken;
   }
 
   /** Waits for that outside of the event loop. @returns whether it is done @param until on the clock of performance.now() */

@@ -1,6 +1,6 @@
 import { closeSync, ftruncateSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { FrontendError } from '../error.js';
+import { FrontendError } from './error.js';
 
 type Koffi = typeof import('koffi');
 
@@ -49,7 +49,8 @@ function bind() {
     sendmsg: libc.func('long sendmsg(int fd, void *header, int flags)'),
     send: libc.func('long send(int fd, void *buffer, size_t length, int flags)'),
     schedYield: libc.func('int sched_yield(void)'),
-    ioctl: libc.func('int ioctl(int fd, unsigned long request, _Inout_ uint8_t *argument)'),
+    ioctl: libc.func('int ioctl(int fd, unsigned long request, void *argument)'),
+    poll: libc.func('int poll(void *descriptors, unsigned long count, int timeout)'),
   };
 }
 
