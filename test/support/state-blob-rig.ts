@@ -7,6 +7,7 @@ import type { Left } from 'vtpmd/checkpoint/left';
 import { CheckpointMemory } from 'vtpmd/checkpoint/memory';
 import type { VtpmdError } from 'vtpmd/error';
 import { readIdentity } from 'vtpmd/manager-link/load';
+import { LoadKeys } from 'vtpmd/manager-link/load-keys';
 import { openManagerLink } from 'vtpmd/manager-link/manager-link';
 import type { StateBlobType } from 'vtpmd/state-blob/state-blobs';
 import { HOLD_MS } from 'vtpmd/worker/outage-policy';
@@ -117,7 +118,7 @@ export class BlobWorker {
     const [here, there] = socketPair();
     this.manager.accept(new Socket({ fd: here }));
     const link = openManagerLink(new Socket({ fd: there }));
-    const keys = boxKeyPair();
+    const keys = new LoadKeys(boxKeyPair());
     const publicKey = Buffer.from(keys.publicKey).toString('hex');
     const identity = readIdentity({
       ...this.manager.identity(publicKey, 'clear', verbs, this.run.vmRunId),
