@@ -54,6 +54,7 @@ const F_UNLCK = 2;
 const MFD_CLOEXEC = 1;
 const MFD_ALLOW_SEALING = 2;
 const F_ADD_SEALS = 1033;
+const F_SETPIPE_SZ = 1031;
 /** F_SEAL_SEAL, SHRINK, GROW and WRITE. */
 const SEAL_ALL = 0xf;
 const O_NONBLOCK = 0o4000;
@@ -112,6 +113,14 @@ export function pipePair(): { readonly read: number; readonly write: number } {
 }
 
 /**
+ * Gives a pipe room for so many bytes, a power of two of pages (fcntl(2), F_SETPIPE_SZ). Without privileges there is a limit
+ * for all pipes of a user. @returns whether it has it
+ */
+export function setPipeRoom(fd: number, bytes: number): boolean {
+  return fcntl(fd, F_SETPIPE_SZ, bytes) >= bytes;
+}
+
+/**
  * Zeroed memory behind a descriptor, close-on-exec, that nobody can make smaller or larger (memfd_create(2)): who has it
  * mapped is safe from the others. The caller closes it.
  */
@@ -119,13 +128,15 @@ export function sharedMemory(name: string, bytes: number): number {
   return memoryFile(name, SEALS_OF_SIZE, (fd) => ftruncateSync(fd, bytes));
 }
 
-/** Sends one byte with a copy of descriptor `passed` (unix(7), SCM_RIGHTS). */
-export function sendDescriptor(fd: number, passed: number): void {
-  const message = messageHeader();
+/** Sends one byte, or `payload`, with a copy of descriptor `passed` (unix(7), SCM_RIGHTS). */
+export function sendDescriptor(fd: number, passed: number, payload = ONE_BYTE): void {
+  const message = messageHeader(payload);
   message.control.writeInt32LE(passed, 16);
   const sent = Number(sendmsg(fd, message.header, MSG_NOSIGNAL | MSG_DONTWAIT));
-  if (sent !== 1) fail('sendmsg(SCM_RIGHTS)');
+  if (sent !== payload.length) fail('sendmsg(SCM_RIGHTS)');
 }
+
+const ONE_BYTE = Buffer.from([0x66]);
 
 /** Receives what `sendDescriptor` sent. @returns undefined where nothing is waiting */
 export function receiveDescriptor(fd: number): number | undefined {
@@ -230,7 +241,7 @@ export function forbidCoreDumps(): void {
 }
 
 /** struct msghdr of 56 bytes with one iovec and room for descriptors (64-bit Linux). */
-function messageHeader(payload = Buffer.from([0x66]), descriptors = 1): { header: Buffer; control: Buffer } {
+function messageHeader(payload = Buffer.alloc(1), descriptors = 1): { header: Buffer; control: Buffer } {
   const iov = Buffer.alloc(16);
   iov.writeBigUInt64LE(koffi.address(payload), 0);
   iov.writeBigUInt64LE(BigInt(payload.length), 8);

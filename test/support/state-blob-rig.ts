@@ -137,7 +137,9 @@ export class BlobWorker {
       linkUp: () => undefined,
       linkLost: (_error: VtpmdError) => undefined,
       failed: (error) => this.failures.push(error),
-      powerChanged: () => undefined,
+      dataChannel: () => undefined,
+      vmmChanged: () => undefined,
+      log: () => undefined,
     });
     this.#tpm = tpm;
     tpm.session.attach(link);

@@ -2,6 +2,8 @@ import { closeSync } from 'node:fs';
 import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import type { CheckpointMemory } from '../checkpoint/memory.js';
+import type { DataConnection } from '../control/data-channel.js';
+import type { VmmDoors } from '../control/vmm-doors.js';
 import { flushContext } from '../engine/command.js';
 import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
@@ -99,14 +101,27 @@ export class Doors {
   readonly #adopted = new Set<number>();
   readonly #kept: Kept | undefined;
   readonly #taken: TakenNotes | undefined;
+  readonly #vmm: VmmDoors | undefined;
 
-  /** @param kept where connections outlive this worker @param taken where they do, and nothing else of it */
+  /**
+   * @param kept where connections outlive this worker @param taken where they do, and nothing else of it
+   * @param vmm where a VMM powers the TPM
+   */
   constructor(
     engine: TpmEngine,
     queue: CommandQueue,
     owners: HandleOwners,
-    { kept, taken }: { readonly kept?: Kept | undefined; readonly taken?: Uint32Array | undefined } = {},
+    {
+      kept,
+      taken,
+      vmm,
+    }: {
+      readonly kept?: Kept | undefined;
+      readonly taken?: Uint32Array | undefined;
+      readonly vmm?: VmmDoors | undefined;
+    } = {},
   ) {
+    this.#vmm = vmm;
     this.#taken = taken && new TakenNotes(taken);
     this.#engine = engine;
     this.#queue = queue;
@@ -138,9 +153,16 @@ export class Doors {
           new RingConnection(fd, parts, onClosed).start(this.#adopted.delete(id));
           return;
         }
-        default:
-          throw new VtpmdError('protocol', `nobody serves the door "${kind}"`);
+        case 'control':
+          if (!this.#vmm) break;
+          this.#vmm.control.open(id, fd, onClosed);
+          return;
+        case 'vmm-data':
+          if (!this.#vmm) break;
+          this.#openData(this.#vmm, id, fd, onClosed);
+          return;
       }
+      throw new VtpmdError('protocol', `nobody serves the door "${kind}"`);
     } catch {
       // The peer is gone already, or nobody serves it: the descriptor is of no use.
       closeSync(fd);
@@ -155,6 +177,7 @@ export class Doors {
       if (!this.#adopted.has(connection)) this.#endOf(connection);
     }
     for (const visitor of visitors) this.open(visitor, () => onClosed(visitor.id));
+    this.#vmm?.adopted();
   }
 
   /** The process ended: what it left loaded is flushed. */
@@ -162,18 +185,40 @@ export class Doors {
     this.#flush((owner) => owner.client === client);
   }
 
+  /** The supervisor does not keep what a VMM gave as its data channel. */
+  dataChannelRefused(): void {
+    this.#vmm?.data.refused();
+  }
+
   #openKept(
     { keeper, pipe }: Kept,
     fd: number,
     options: Omit<KeptConnectionOptions, 'queue' | 'keeper' | 'pipe'>,
-  ): void {
-    new KeptConnection(fd, { queue: this.#queue, keeper, pipe, ...options }).start();
+  ): KeptConnection {
+    const connection = new KeptConnection(fd, { queue: this.#queue, keeper, pipe, ...options });
+    connection.start();
+    return connection;
+  }
+
+  #openData({ data, localities }: VmmDoors, id: number, fd: number, onClosed: () => void): void {
+    const options = {
+      kind: 'vmm-data' as const,
+      localities,
+      onClosed: (connection: DataConnection) => {
+        data.closed(connection);
+        onClosed();
+      },
+    };
+    const connection = this.#kept
+      ? this.#openKept(this.#kept, fd, { id, ...options })
+      : this.#openTaking(fd, id, options);
+    if (!connection.isGone) data.opened(connection);
   }
 
   /** Takes each command from its socket as it comes. */
-  #openTaking(fd: number, id: number, options: Omit<TpmConnectionOptions, 'note'>): void {
+  #openTaking(fd: number, id: number, options: Omit<TpmConnectionOptions, 'note'>): TpmConnection {
     const word = this.#taken?.open(id);
-    new TpmConnection(fd, this.#queue, {
+    return new TpmConnection(fd, this.#queue, {
       ...options,
       onClosed: (connection) => {
         if (word !== undefined) this.#taken?.close(word);

@@ -44,7 +44,7 @@ export class TpmConnection implements CommandSource {
   refusal: number | undefined;
   readonly owner: HandleOwner | undefined;
   readonly kind: ClientKind;
-  readonly #fd: number;
+  readonly fd: number;
   readonly #socket: Socket;
   readonly #queue: Pick<CommandQueue, 'submit'>;
   readonly #options: TpmConnectionOptions;
@@ -67,12 +67,12 @@ export class TpmConnection implements CommandSource {
     this.kind = options.kind ?? 'tpm';
     if (peer instanceof Socket) {
       this.#socket = peer;
-      this.#fd = socketFd(peer);
+      this.fd = socketFd(peer);
       peer.on('data', (chunk: Buffer) => {
         if (!this.#onData(chunk)) peer.pause();
       });
     } else {
-      this.#fd = peer;
+      this.fd = peer;
       const options: SocketConstructorOpts & ConnectOpts = {
         fd: peer,
         allowHalfOpen: true,
@@ -149,8 +149,8 @@ export class TpmConnection implements CommandSource {
     this.#isStaying = true;
     const end = performance.now() + STAY_MILLISECONDS;
     for (let count = 0; count < STAY_COMMANDS && performance.now() < end; count++) {
-      if (!waitReadable(this.#fd, STAY_MICROSECONDS)) break;
-      const length = receiveNow(this.#fd, receiveBuffer);
+      if (!waitReadable(this.fd, STAY_MICROSECONDS)) break;
+      const length = receiveNow(this.fd, receiveBuffer);
       if (length <= 0) break;
       this.#receive(receiveBuffer.subarray(0, length));
       if (!this.#isAtRest()) break;
@@ -213,7 +213,7 @@ export class TpmConnection implements CommandSource {
   }
 
   #writeDirect(bytes: Buffer): void {
-    const sent = this.#socket.writableLength === 0 ? sendNow(this.#fd, bytes) : 0;
+    const sent = this.#socket.writableLength === 0 ? sendNow(this.fd, bytes) : 0;
     if (sent < bytes.length) this.#socket.write(Buffer.from(bytes.subarray(sent)), () => this.#next());
   }
 

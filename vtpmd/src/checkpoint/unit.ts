@@ -40,8 +40,6 @@ export interface PowerNotes {
   readonly isOrderly: boolean;
   /** A measurement of a dynamic root of trust is under way: no command may come in between. */
   readonly isMeasuring: boolean;
-  /** State was brought in for the next power-on; only the worker that took it has it. */
-  readonly hasState: boolean;
   /** That the TPM's buffers have; 0 where nobody has chosen one. */
   readonly bufferSize: number;
 }
@@ -176,7 +174,6 @@ function parse(plain: Buffer, sequence: number, format: number): Unit | undefine
       isOff: (flags & FLAG.off) !== 0,
       isOrderly: (flags & FLAG.orderly) !== 0,
       isMeasuring: (flags & FLAG.measuring) !== 0,
-      hasState: (flags & FLAG.state) !== 0,
       bufferSize: plain.readUInt32LE(108),
     },
     answered:
@@ -201,8 +198,7 @@ const FLAG = {
   off: 8,
   orderly: 16,
   measuring: 32,
-  state: 64,
-  control: 128,
+  control: 64,
 } as const;
 
 function flagsOf({ stored, isFirmware, power, answered }: Unit): number {
@@ -213,7 +209,6 @@ function flagsOf({ stored, isFirmware, power, answered }: Unit): number {
     (power.isOff ? FLAG.off : 0) |
     (power.isOrderly ? FLAG.orderly : 0) |
     (power.isMeasuring ? FLAG.measuring : 0) |
-    (power.hasState ? FLAG.state : 0) |
     (answered?.isControl ? FLAG.control : 0)
   );
 }

@@ -23,11 +23,13 @@ export interface Identity {
   readonly startup: 'clear' | 'none';
   /** `vmm`: the TPM stays off until the VMM powers it on. */
   readonly power: 'on' | 'vmm';
+  /** What a VMM chose before a run of its VM that was lost. */
+  readonly vmm: { readonly bufferSize: number; readonly locality: number };
 }
 
 /** Reads the supervisor's `identity` message. @throws VtpmdError `protocol` */
 export function readIdentity(message: Record<string, unknown>): Identity {
-  const { ticket, managerKey, startup, power = 'on' } = message;
+  const { ticket, managerKey, startup, power = 'on', vmm } = message;
   if (typeof ticket !== 'string' || typeof managerKey !== 'string' || !/^[0-9a-f]{64}$/i.test(managerKey)) {
     throw new VtpmdError('protocol', 'the identity has no ticket or manager key');
   }
@@ -41,10 +43,18 @@ export function readIdentity(message: Record<string, unknown>): Identity {
     const signed = decode('SignedTicket', Buffer.from(ticket, 'base64'));
     const { vtpmUuid, vmRunId, verbs } = decode('Ticket', signed.ticket);
     const key = Buffer.from(managerKey, 'hex');
-    return { ticket: signed, vtpmUuid, vmRunId, verbs, managerKey: key, startup, power };
+    return { ticket: signed, vtpmUuid, vmRunId, verbs, managerKey: key, startup, power, vmm: readVmm(vmm) };
   } catch (cause) {
     throw new VtpmdError('protocol', 'the identity holds no readable ticket', { cause });
   }
+}
+
+function readVmm(vmm: unknown): Identity['vmm'] {
+  const { bufferSize = 0, locality = 0 } = (vmm ?? {}) as { bufferSize?: unknown; locality?: unknown };
+  if (Number.isInteger(bufferSize) && Number.isInteger(locality)) {
+    return { bufferSize: Number(bufferSize), locality: Number(locality) };
+  }
+  throw new VtpmdError('protocol', 'what the identity says of the VMM are no numbers');
 }
 
 /**

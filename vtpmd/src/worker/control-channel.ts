@@ -1,6 +1,7 @@
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { receiveDescriptor } from 'vtpm-common/libc';
+import type { VmmStatus } from '../control/vmm-doors.js';
 import { VtpmdError } from '../error.js';
 
 /** What a worker tells its supervisor; one JSON object per line. */
@@ -11,6 +12,12 @@ export type WorkerMessage =
   | { type: 'link-lost'; message: string }
   | { type: 'link-up' }
   | { type: 'connection-closed'; id: number }
+  /** A VMM gave a data channel, which was sent over the descriptor channel: a `connection` of `vmm-data` follows. */
+  | { type: 'data-channel' }
+  /** The VMM came or went, or changed something of the TPM. */
+  | ({ type: 'vmm' } & VmmStatus)
+  /** The TPM is lost, and the VMM begins a new run of its VM. */
+  | { type: 'vm-reset'; bufferSize: number; locality: number }
   /** Answers TPM_RC_FAILURE to everything. */
   | { type: 'lost' }
   | { type: 'failed'; reason: string; message: string }
@@ -27,6 +34,10 @@ export type SupervisorMessage =
   /** `peer`: process id of the client, where the supervisor says when it is gone. */
   | { type: 'connection'; door: string; id: number; peer: number | undefined; fd: number }
   | { type: 'peer-gone'; peer: number }
+  /** The data channel is not kept. */
+  | { type: 'no-data-channel' }
+  /** There is no other worker for a new run of the VM. */
+  | { type: 'no-vm-reset' }
   | { type: 'stop' };
 
 export interface PipeEnds {
@@ -108,8 +119,10 @@ function parse(line: string, descriptors: number): SupervisorMessage {
       const isKey = typeof managerKey === 'string' && /^[0-9a-f]{64}$/i.test(managerKey);
       return { type: 'rehearse', managerKey: isKey ? Buffer.from(managerKey, 'hex') : undefined };
     }
+    case 'no-data-channel':
+    case 'no-vm-reset':
     case 'stop':
-      return { type: 'stop' };
+      return { type: fields.type };
     case 'link':
       return { type: 'link', fd: takeDescriptor(descriptors, 'link') };
     case 'connection': {

@@ -6,7 +6,6 @@ export class PowerState implements PowerNotes {
   isOff = false;
   isOrderly = true;
   isMeasuring = false;
-  hasState = false;
   bufferSize = 0;
 
   /** Takes over what a worker before this one knew. */

@@ -39,7 +39,7 @@ export interface Step {
    */
   run(keepSave: KeepSave): Promise<Buffer | undefined> | Buffer | undefined;
   /** A control request, whose answer is kept with the effect. */
-  answered?(): Answered;
+  answered?(): Answered | undefined;
   /** The effect is durable; no command has run since. */
   done?(): void;
 }

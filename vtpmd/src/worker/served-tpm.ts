@@ -6,6 +6,9 @@ import { type ChosenUnit, chooseUnit } from '../checkpoint/choose.js';
 import { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { type Checkpoint, type Left, lastOf } from '../checkpoint/left.js';
 import { UnitSealer } from '../checkpoint/unit.js';
+import { controlNumbers } from '../control/control-numbers.js';
+import { servedActions } from '../control/served-actions.js';
+import { VmmDoors, type VmmStatus } from '../control/vmm-doors.js';
 import { CAP_AUDIT_COMMANDS, getCapability } from '../engine/command.js';
 import { createEngine, type TpmEngine } from '../engine/engine.js';
 import { loadLibtpms } from '../engine/libtpms.js';
@@ -16,6 +19,7 @@ import type { ManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
 import { VtpmStateBlobs } from '../state-blob/vtpm-state-blobs.js';
 import { CommandQueue } from './command-queue.js';
+import type { Log } from './log.js';
 import { type HoldTimes, OutagePolicy } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
 import { PowerState } from './power-state.js';
@@ -40,8 +44,10 @@ export interface ServedTpmEvents {
   linkLost(error: VtpmdError): void;
   /** It must not go on. */
   failed(error: unknown): void;
-  /** The TPM was powered on or off. */
-  powerChanged(): void;
+  /** A VMM gave this as its data channel. */
+  dataChannel(fd: number): void;
+  vmmChanged(status: VmmStatus): void;
+  readonly log: Log;
 }
 
 /** What a TPM is loaded for. */
@@ -81,8 +87,13 @@ export async function loadTpm(
   const chosen =
     left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
   const state = new PowerState();
-  if (chosen) state.restore(chosen.unit.power);
-  else state.isOff = identity.power === 'vmm' && !grant.manufacture;
+  if (chosen) {
+    state.restore(chosen.unit.power);
+  } else {
+    state.isOff = identity.power === 'vmm' && !grant.manufacture;
+    state.bufferSize = identity.vmm.bufferSize;
+    if (left) left.memory.locality = identity.vmm.locality;
+  }
   const engine = createEngine();
   if (state.bufferSize > 0) engine.setBufferSize(state.bufferSize);
   if (!state.isOff) {
@@ -186,11 +197,29 @@ function compose(
     ...{ engine, queue, session, keeper, owners, policy, state, blobs },
     startup: identity.startup,
     holdMs: holdTimes.power,
-    changed: () => events.powerChanged(),
+    changed: () => vmm?.changed(),
   });
+  const { memory, controlPipe } = checkpoint?.left ?? {};
+  const vmm: VmmDoors | undefined =
+    memory && controlPipe
+      ? new VmmDoors({
+          actions: (own, data) =>
+            servedActions({ ...{ engine, queue, keeper, power, state, blobs, data }, vmm: own }),
+          isOn: () => engine.isOn,
+          perform: (step) => power.perform(step),
+          ...{ memory, pipe: controlPipe, log: events.log },
+          numbers: keeper
+            ? { takeAnswerNumber: () => keeper.takeControlNumber() }
+            : controlNumbers(memory.controlMarks),
+          bufferSize: () => engine.bufferSizes.size,
+          offer: (fd) => events.dataChannel(fd),
+          status: (status) => events.vmmChanged(status),
+          failed: (error) => events.failed(error),
+        })
+      : undefined;
   const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe, memory: checkpoint.left.memory };
   const taken = kept ? undefined : checkpoint?.left.memory.taken;
-  const doors = new Doors(engine, queue, owners, { kept, taken });
+  const doors = new Doors(engine, queue, owners, { kept, taken, vmm });
   return { engine, queue, session, keeper, blobs, doors, power, state };
 }
 

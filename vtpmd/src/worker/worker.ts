@@ -1,8 +1,8 @@
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
-import { forbidCoreDumps, pipePair, socketPair } from 'vtpm-common/libc';
-import { isDoorKind, type Visitor } from '../channels/doors.js';
+import { forbidCoreDumps, pipePair, sendDescriptor, socketPair } from 'vtpm-common/libc';
+import { type Doors, isDoorKind, type Visitor } from '../channels/doors.js';
 import { Inherited, type Left, openLeft } from '../checkpoint/left.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
@@ -54,6 +54,7 @@ class Worker {
   #keys: LoadKeys | undefined = new LoadKeys();
   readonly #link: IdleLink;
   readonly #control: ControlChannel;
+  readonly #descriptors: number;
   #tpm: ServedTpm | undefined;
   #rehearsal: Promise<void> | undefined;
   /** After the start none can be made. */
@@ -68,6 +69,7 @@ class Worker {
   constructor(ends: WorkerEnds, log: Log, end: (status: number) => void) {
     this.#log = log;
     this.#end = end;
+    this.#descriptors = ends.descriptors;
     this.#link = new IdleLink(ends.manager, {
       lost: () => this.#control.send({ type: 'link-lost', message: 'the link to the manager broke' }),
       up: () => this.#control.send({ type: 'link-up' }),
@@ -128,6 +130,12 @@ class Worker {
       case 'peer-gone':
         this.#tpm?.doors.peerGone(message.peer);
         return;
+      case 'no-data-channel':
+        this.#target?.dataChannelRefused();
+        return;
+      case 'no-vm-reset':
+        this.#lost?.resetRefused();
+        return;
       case 'stop':
         this.#stop().catch((error: unknown) => this.#fail(error));
         return;
@@ -155,7 +163,7 @@ class Worker {
   }
 
   #openDoor({ door, id, peer, fd }: SupervisorMessage & { type: 'connection' }): void {
-    const target = this.#isOpen ? (this.#lost ?? this.#tpm?.doors) : this.#inherited;
+    const target = this.#isOpen ? this.#target : this.#inherited;
     if (!target || !isDoorKind(door)) {
       closeSync(fd);
       this.#log('warn', 'a connection was refused', { door, id });
@@ -163,6 +171,16 @@ class Worker {
       return;
     }
     target.open({ kind: door, id, fd, peer }, () => this.#closed(id));
+  }
+
+  /** Who has the connections. */
+  get #target(): LostTpm | Doors | undefined {
+    return this.#lost ?? this.#tpm?.doors;
+  }
+
+  #sendDataChannel(fd: number): void {
+    sendDescriptor(this.#descriptors, fd);
+    this.#control.send({ type: 'data-channel' });
   }
 
   #closed(id: number): void {
@@ -180,8 +198,14 @@ class Worker {
   async #beLost(left: Left | undefined): Promise<void> {
     if (!left) throw new VtpmdError('protocol', 'nothing is left of a worker before this one');
     const visitors = await this.#inherit(left);
-    this.#lost = new LostTpm();
-    this.#lost.adopt(visitors, left, (id) => this.#closed(id));
+    this.#lost = new LostTpm(left, {
+      dataChannel: (fd) => this.#sendDataChannel(fd),
+      vmmChanged: (status) => this.#control.send({ type: 'vmm', ...status }),
+      vmReset: (chosen) => this.#control.send({ type: 'vm-reset', ...chosen }),
+      failed: (error) => this.#fail(error),
+      log: this.#log,
+    });
+    this.#lost.adopt(visitors, (id) => this.#closed(id));
     this.#isOpen = true;
     this.#log('warn', 'every command is answered with TPM_RC_FAILURE');
     this.#control.send({ type: 'lost' });
@@ -199,7 +223,9 @@ class Worker {
         this.#control.send({ type: 'link-lost', message: error.message });
       },
       failed: (error) => this.#fail(error),
-      powerChanged: () => {},
+      dataChannel: (fd) => this.#sendDataChannel(fd),
+      vmmChanged: (status) => this.#control.send({ type: 'vmm', ...status }),
+      log: this.#log,
     });
     this.#tpm = tpm;
     tpm.session.attach(link);

@@ -1,0 +1,244 @@
+import { hash } from 'node:crypto';
+import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
+import { barrier } from 'vtpm-common/barrier';
+import { hasEnded, peekNow, receiveNow, setPeekOffset } from '../channels/socket-io.js';
+import type { AnswerNumbers, AnswerPipe } from '../checkpoint/answer-pipe.js';
+import type { Answered } from '../checkpoint/unit.js';
+import { type ControlRequest, type Reading, readRequest, response } from './request.js';
+import { RESULT } from './results.js';
+
+/** A request that does not go on for so long is not going to. */
+const REQUEST_LIMIT_MS = 500;
+const FIRST_RETRY_MS = 1;
+const LONGEST_RETRY_MS = 50;
+/** Of a longer request the client's socket does not hold all, so its beginning must be taken before its end is there. */
+const MOST_LEFT_BYTES = 160 * 1024;
+/** More than any body, and more than any client pads. */
+const LOOK_BYTES = 4096;
+
+/** Who waits for an answer. */
+export interface Asker {
+  readonly connection: number;
+  readonly fd: number;
+  /** Bytes of the request that are in the socket. */
+  readonly length: number;
+  /** What a checkpoint says of this request once it is done. */
+  answered(response: Buffer): Answered;
+  answer(response: Buffer): void;
+}
+
+export interface ControlConnectionOptions {
+  /** Names the connection to the workers that come after this one. */
+  readonly id: number;
+  readonly pipe: AnswerPipe;
+  readonly numbers: AnswerNumbers;
+  /** Where it is noted that a part of a request was taken. */
+  readonly notes: { torn: number };
+  serve(request: ControlRequest, asker: Asker): void;
+  onClosed(): void;
+}
+
+/**
+ * A VMM's control connection, which outlives the worker. A request stays in its socket while it is done, and is taken with its
+ * answer, which is given once (AnswerPipe): whoever comes after a kill -9 finds the request and no answer, or neither.
+ * Receiving without room for descriptors makes the kernel close those that come along, so none is ever left open here. As in
+ * KeptConnection the event loop only says that there is something to read.
+ */
+export class ControlConnection {
+  readonly id: number;
+  readonly fd: number;
+  readonly #options: ControlConnectionOptions;
+  readonly #socket: Socket;
+  readonly #handle: ReadHandle;
+  #buffer = Buffer.alloc(LOOK_BYTES);
+  /** Bytes of the request so far, and how many of them are not in the socket any more. */
+  #there = 0;
+  #taken = 0;
+  #progressAt = 0;
+  #retryMs = FIRST_RETRY_MS;
+  #timer: NodeJS.Timeout | undefined;
+  #isBusy = false;
+  #isReading = false;
+  #isClosed = false;
+
+  /** @param fd owned by the connection from now on */
+  constructor(fd: number, options: ControlConnectionOptions) {
+    this.id = options.id;
+    this.fd = fd;
+    this.#options = options;
+    const socketOptions: SocketConstructorOpts & ConnectOpts & { manualStart: boolean } = {
+      fd,
+      allowHalfOpen: true,
+      manualStart: true,
+      onread: { buffer: new Uint8Array(0), callback: () => false },
+    };
+    this.#socket = new Socket(socketOptions);
+    this.#socket.on('error', () => {});
+    this.#handle = (this.#socket as unknown as { _handle: ReadHandle })._handle;
+    this.#handle.onread = () => this.#look();
+  }
+
+  /** Serves it; before that nothing is read. */
+  start(): void {
+    if (this.#options.notes.torn === this.id) {
+      // The beginning of its request was in the worker before this one.
+      this.#options.notes.torn = 0;
+      this.close();
+      return;
+    }
+    setPeekOffset(this.fd, 0);
+    this.#look();
+  }
+
+  get isClosed(): boolean {
+    return this.#isClosed;
+  }
+
+  /** The client is gone, whether the event loop has seen it or not, and nothing that it asked for is left to do. */
+  get hasLeft(): boolean {
+    if (this.#isClosed) return true;
+    return !this.#isBusy && this.#there === 0 && hasEnded(this.fd) && peekNow(this.fd, this.#buffer) === 0;
+  }
+
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    while (receiveNow(this.fd, this.#buffer) > 0);
+    this.#socket.destroy();
+    this.#options.onClosed();
+  }
+
+  #look(): void {
+    if (this.#isBusy || this.#isClosed) return;
+    clearTimeout(this.#timer);
+    for (;;) {
+      const count = this.#receive();
+      if (count === -1) break;
+      if (count <= 0) {
+        this.close();
+        return;
+      }
+      this.#there += count;
+      this.#progressAt = performance.now();
+      this.#retryMs = FIRST_RETRY_MS;
+    }
+    if (this.#there === 0) {
+      this.#watch();
+      return;
+    }
+    this.#unwatch();
+    const reading = readRequest(this.#buffer.subarray(0, this.#there));
+    if (reading.kind === 'partial') this.#waitFor(reading.least);
+    else this.#serve(reading);
+  }
+
+  /** As `peekNow`; -1, too, where no more belongs to the request. */
+  #receive(): number {
+    if (this.#there === this.#buffer.length) {
+      if (readRequest(this.#buffer).kind !== 'partial') return -1;
+      const larger = Buffer.alloc(2 * this.#buffer.length);
+      larger.set(this.#buffer);
+      this.#buffer.fill(0);
+      this.#buffer = larger;
+    }
+    if (this.#there - this.#taken >= MOST_LEFT_BYTES) this.#take();
+    return peekNow(this.fd, this.#buffer.subarray(this.#there));
+  }
+
+  /** What was looked at leaves the socket, so that the client can go on writing. */
+  #take(): void {
+    this.#options.notes.torn = this.id;
+    while (this.#taken < this.#there) {
+      const count = receiveNow(this.fd, this.#buffer.subarray(this.#taken, this.#there));
+      if (count <= 0) return;
+      this.#taken += count;
+    }
+  }
+
+  #waitFor(least: number): void {
+    if (hasEnded(this.fd)) {
+      this.close();
+    } else if (performance.now() - this.#progressAt > REQUEST_LIMIT_MS) {
+      this.#serve(readAnyway(this.#buffer.subarray(0, this.#there), least));
+    } else {
+      this.#timer = setTimeout(() => this.#look(), this.#retryMs);
+      this.#retryMs = Math.min(2 * this.#retryMs, LONGEST_RETRY_MS);
+    }
+  }
+
+  #serve(reading: Exclude<Reading, { kind: 'partial' }>): void {
+    this.#isBusy = true;
+    const received = this.#buffer.subarray(0, this.#there);
+    const asker: Asker = {
+      connection: this.id,
+      fd: this.fd,
+      length: this.#there - this.#taken,
+      answered: (answer) => ({
+        isControl: true,
+        connection: this.id,
+        commandLength: asker.length,
+        commandDigest: hash('sha256', received.subarray(this.#taken), 'buffer'),
+        response: answer,
+      }),
+      answer: (answer) => this.#answer(answer),
+    };
+    if (reading.kind === 'request') {
+      this.#options.serve(reading.request, asker);
+      return;
+    }
+    const shape = 'shape' in reading ? reading.shape : undefined;
+    this.#answer(response(shape, REFUSALS[reading.kind]));
+    if (reading.kind === 'endless' || this.#there > LOOK_BYTES) this.close();
+  }
+
+  #answer(answer: Buffer): void {
+    if (this.#isClosed) return;
+    const { pipe, numbers, notes } = this.#options;
+    const length = this.#there - this.#taken;
+    barrier('before-answer');
+    const isTaken = pipe.deliver(numbers, { fd: this.fd, connection: this.id }, length, answer);
+    if (this.#taken > 0) notes.torn = 0;
+    // Contents are state, which has secrets.
+    this.#buffer.fill(0, 0, this.#there);
+    if (this.#buffer.length > LOOK_BYTES) this.#buffer = Buffer.alloc(LOOK_BYTES);
+    this.#there = this.#taken = 0;
+    this.#isBusy = false;
+    if (isTaken) setImmediate(() => this.#look());
+    else this.close();
+  }
+
+  #watch(): void {
+    if (this.#isReading) return;
+    this.#isReading = true;
+    this.#handle.readStart();
+  }
+
+  #unwatch(): void {
+    if (!this.#isReading) return;
+    this.#isReading = false;
+    this.#handle.readStop();
+  }
+}
+
+const REFUSALS = {
+  unknown: RESULT.BadOrdinal,
+  malformed: RESULT.BadParameter,
+  endless: RESULT.Fail,
+} as const;
+
+/** What did not come to its end in time. */
+function readAnyway(received: Buffer, least: number): Exclude<Reading, { kind: 'partial' }> {
+  const padded = Buffer.alloc(Math.max(least, received.length));
+  padded.set(received);
+  const reading = readRequest(padded);
+  if ('request' in reading) return { kind: 'malformed', shape: reading.request.shape };
+  return reading.kind === 'partial' ? { kind: 'unknown' } : reading;
+}
+
+/** What Node keeps under a net.Socket. */
+interface ReadHandle {
+  onread: () => void;
+  readStart(): number;
+  readStop(): number;
+}

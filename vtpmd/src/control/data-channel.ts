@@ -1,0 +1,73 @@
+import { closeSync, fstatSync } from 'node:fs';
+import { peekDescriptors } from 'vtpm-common/libc';
+import type { Asker } from './control-connection.js';
+import { ControlRefusal, RESULT } from './results.js';
+
+/** The stream that the VMM's TPM commands come through. */
+export interface DataConnection {
+  readonly fd: number;
+  close(): void;
+}
+
+/**
+ * What SET_DATAFD gives. The descriptor goes to the supervisor, which keeps it, so that it outlives this worker, and passes it
+ * back as a connection of the door `vmm-data`. One at a time, and with the control connection it ends.
+ */
+export class DataChannel {
+  readonly #offer: (fd: number) => void;
+  #connection: DataConnection | undefined;
+  #offered: { accepted(): void; refused(): void } | undefined;
+
+  /** @param offer gives the supervisor a copy of the descriptor; `opened` or `refused` follows */
+  constructor(offer: (fd: number) => void) {
+    this.#offer = offer;
+  }
+
+  /**
+   * SET_DATAFD. The same socket once more is as good as new: a worker before this one may have been ended after the supervisor
+   * took it and before the VMM heard so.
+   * @throws ControlRefusal
+   */
+  async set(asker: Pick<Asker, 'fd' | 'length'>): Promise<void> {
+    const descriptors = peekDescriptors(asker.fd, asker.length);
+    try {
+      const [fd] = descriptors;
+      if (fd === undefined || descriptors.length > 1 || !fstatSync(fd).isSocket()) {
+        throw new ControlRefusal(RESULT.BadParameter, 'SET_DATAFD came without one socket');
+      }
+      if (this.#connection) {
+        if (fstatSync(this.#connection.fd).ino === fstatSync(fd).ino) return;
+        throw new ControlRefusal(RESULT.IoError, 'there is a data channel already');
+      }
+      const answered = new Promise<boolean>((resolve) => {
+        this.#offered = { accepted: () => resolve(true), refused: () => resolve(false) };
+      });
+      this.#offer(fd);
+      if (!(await answered))
+        throw new ControlRefusal(RESULT.IoError, 'the supervisor does not keep the data channel');
+    } finally {
+      for (const fd of descriptors) closeSync(fd);
+    }
+  }
+
+  /** The supervisor passed one: the one that was offered, or that of a worker before this one. */
+  opened(connection: DataConnection): void {
+    this.#connection = connection;
+    this.#offered?.accepted();
+    this.#offered = undefined;
+  }
+
+  refused(): void {
+    this.#offered?.refused();
+    this.#offered = undefined;
+  }
+
+  closed(connection: DataConnection): void {
+    if (this.#connection === connection) this.#connection = undefined;
+  }
+
+  /** The VMM is gone. */
+  close(): void {
+    this.#connection?.close();
+  }
+}
