@@ -14,6 +14,7 @@ const processes = fc.array(fc.record({ pid: fc.nat(), startTime: fc.nat().map(St
 const run = fc.record({
   memory: fd,
   pipe: fc.record({ read: fd, write: fd }),
+  controlPipe: fc.option(fc.record({ read: fd, write: fd })),
   newest: fc.nat(),
   futile: fc.nat(),
   answers: fc.nat(),

@@ -1,9 +1,13 @@
 import { closeSync, readSync } from 'node:fs';
-import { CHECKPOINT_LAYOUT as LAYOUT, pipePair, sharedMemory } from 'vtpm-common';
+import { CHECKPOINT_LAYOUT as LAYOUT, pipePair, setPipeRoom, sharedMemory } from 'vtpm-common';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { RunHandOver } from './handover/state.js';
 
-type StoreHandOver = Pick<RunHandOver, 'memory' | 'pipe' | 'newest'>;
+type StoreHandOver = Pick<RunHandOver, 'memory' | 'pipe' | 'controlPipe' | 'newest'>;
+type Pipe = { readonly read: number; readonly write: number };
+
+/** The largest answer to a control request is a blob with the state of a full TPM. */
+const CONTROL_PIPE_BYTES = 256 * 1024;
 
 /**
  * What one VM run has beside its workers: the memory with their checkpoints and the pipe that answers go through. It is
@@ -12,41 +16,64 @@ type StoreHandOver = Pick<RunHandOver, 'memory' | 'pipe' | 'newest'>;
  */
 export class CheckpointStore {
   readonly #memory: number;
-  readonly #pipe: { readonly read: number; readonly write: number };
+  readonly #pipe: Pipe;
+  readonly #controlPipe: Pipe | undefined;
   #newest: number;
 
   /** @throws SystemCallError */
-  constructor(before?: StoreHandOver) {
-    this.#newest = before?.newest ?? 0;
-    this.#memory = before?.memory ?? sharedMemory('vtpm-checkpoint', LAYOUT.bytes);
+  static create({ control }: { readonly control: boolean }): CheckpointStore {
+    const opened: number[] = [];
+    const keep = (pipe: Pipe): Pipe => {
+      opened.push(pipe.read, pipe.write);
+      return pipe;
+    };
     try {
-      this.#pipe = before?.pipe ?? pipePair();
+      const memory = sharedMemory('vtpm-checkpoint', LAYOUT.bytes);
+      opened.push(memory);
+      const pipe = keep(pipePair());
+      const controlPipe = control ? keep(pipePair()) : null;
+      // With less, a state that does not fit is refused when it is asked for.
+      if (controlPipe) setPipeRoom(controlPipe.write, CONTROL_PIPE_BYTES);
+      return new CheckpointStore({ memory, pipe, controlPipe, newest: 0 });
     } catch (error) {
-      closeSync(this.#memory);
+      for (const fd of opened) closeSync(fd);
       throw error;
     }
   }
 
+  private constructor({ memory, pipe, controlPipe, newest }: StoreHandOver) {
+    this.#memory = memory;
+    this.#pipe = pipe;
+    this.#controlPipe = controlPipe ?? undefined;
+    this.#newest = newest;
+  }
+
   /** One of the program before this one. @throws ToolstackError `corrupt` */
-  static adopt({ memory, pipe, newest }: StoreHandOver, inherited: InheritedDescriptors): CheckpointStore {
-    inherited.take(memory);
-    inherited.take(pipe.read);
-    inherited.take(pipe.write);
-    return new CheckpointStore({ memory, pipe, newest });
+  static adopt(before: StoreHandOver, inherited: InheritedDescriptors): CheckpointStore {
+    const store = new CheckpointStore(before);
+    for (const fd of store.descriptors) inherited.take(fd);
+    return store;
   }
 
   handOver(kept: KeptDescriptors): StoreHandOver {
-    const { read, write } = this.#pipe;
+    const keep = ({ read, write }: Pipe): Pipe => ({ read: kept.keep(read), write: kept.keep(write) });
     return {
       memory: kept.keep(this.#memory),
-      pipe: { read: kept.keep(read), write: kept.keep(write) },
+      pipe: keep(this.#pipe),
+      controlPipe: this.#controlPipe ? keep(this.#controlPipe) : null,
       newest: this.#newest,
     };
   }
 
-  /** What a worker gets, in this order: the memory, the end of the pipe to read from, the one to write to. */
+  /** For answers to control requests there is a pipe too. */
+  get hasControl(): boolean {
+    return this.#controlPipe !== undefined;
+  }
+
+  /** What a worker gets, in this order: the memory, then of each pipe the end to read from and the one to write to. */
   get descriptors(): readonly number[] {
-    return [this.#memory, this.#pipe.read, this.#pipe.write];
+    const pipes = this.#controlPipe ? [this.#pipe, this.#controlPipe] : [this.#pipe];
+    return [this.#memory, ...pipes.flatMap(({ read, write }) => [read, write])];
   }
 
   /** Sequence of the newest checkpoint, 0 for none; never lower than before. Call it when no worker runs. */

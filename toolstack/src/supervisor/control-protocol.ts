@@ -9,6 +9,12 @@ export type WorkerMessage =
   | { readonly type: 'link-lost' }
   | { readonly type: 'link-up' }
   | { readonly type: 'connection-closed'; readonly id: number }
+  /** A VMM gave a data channel, which was sent over the descriptor channel; a `connection` of `vmm-data` is the answer. */
+  | { readonly type: 'data-channel' }
+  /** The VMM came or went, or changed something of the TPM. */
+  | ({ readonly type: 'vmm' } & VmmStatus)
+  /** The TPM is lost, and the VMM begins a new run of its VM. It is said again until there is an answer. */
+  | ({ readonly type: 'vm-reset' } & VmmChoice)
   /** It answers TPM_RC_FAILURE to everything. */
   | { readonly type: 'lost' }
   /** The worker ends now, with another status than 0. */
@@ -30,6 +36,7 @@ export type SupervisorMessage =
       readonly startup: 'clear' | 'none';
       /** `vmm`: the TPM stays off until the VMM powers it on. */
       readonly power: 'on' | 'vmm';
+      readonly vmm: VmmChoice;
       readonly outage: { readonly holdMs: Readonly<Record<'tpm' | 'tcti', number>> };
       readonly checkpoint: CheckpointFields | null;
     }
@@ -46,12 +53,30 @@ export type SupervisorMessage =
     }
   /** That process has ended. */
   | { readonly type: 'peer-gone'; readonly peer: number }
+  /** The data channel is not kept. */
+  | { readonly type: 'no-data-channel' }
+  /** No other worker comes for a new run of the VM. */
+  | { readonly type: 'no-vm-reset' }
   | { readonly type: 'stop' };
+
+/** What a VMM has chosen, and keeps over a run of its VM that is lost. */
+export interface VmmChoice {
+  /** 0 where it has not chosen. */
+  readonly bufferSize: number;
+  readonly locality: number;
+}
+
+export interface VmmStatus extends VmmChoice {
+  readonly connected: boolean;
+  readonly power: 'on' | 'off';
+}
 
 /** The descriptors of a CheckpointStore were passed on the descriptor channel. */
 export interface CheckpointFields {
   /** The worker leaves checkpoints; otherwise only which connections wait for an answer. */
   readonly keeps: boolean;
+  /** There is a pipe for the answers to control requests. */
+  readonly control: boolean;
   /**
    * Set where a worker before this one ended: the sequence of its newest checkpoint, and how many open connections
    * follow at once.
@@ -117,6 +142,14 @@ const SHAPES: Readonly<Record<WorkerMessage['type'], Shape>> = {
   'link-lost': {},
   'link-up': {},
   'connection-closed': { id: isCount },
+  'data-channel': {},
+  vmm: {
+    connected: (value) => typeof value === 'boolean',
+    power: (value) => value === 'on' || value === 'off',
+    bufferSize: isCount,
+    locality: isCount,
+  },
+  'vm-reset': { bufferSize: isCount, locality: isCount },
   lost: {},
   failed: { reason: isText, message: isText },
   stopped: {},

@@ -30,3 +30,12 @@ export function passVisit(
     if (!isOfTheDead(error)) throw error;
   }
 }
+
+/** The worker has sent what a VMM gave as its data channel. */
+export function takeDataChannel({ state }: Pick<VtpmStatus, 'state'>, run: VmRun): void {
+  if (state.kind !== 'running' && state.kind !== 'lost') return;
+  const fd = state.worker.takeDescriptor();
+  const visit = fd === undefined ? undefined : state.doors.keepDataChannel(fd);
+  if (visit) passVisit({ state }, run, visit);
+  else state.worker.send({ type: 'no-data-channel' });
+}

@@ -1,4 +1,4 @@
-import { chmodSync, rmSync } from 'node:fs';
+import { chmodSync, closeSync, fstatSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
 import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
@@ -125,6 +125,22 @@ export class Doors {
   forget(id: number): void {
     this.#connections.get(id)?.socket.destroy();
     this.#connections.delete(id);
+  }
+
+  /**
+   * The data channel of a VMM, which a worker was given: from now on it outlives the worker.
+   * @param fd is closed where it is not kept @returns undefined where there is one already, or it is no socket
+   */
+  keepDataChannel(fd: number): Visit | undefined {
+    const isWanted =
+      this.#plan.kinds.includes('control') && !this.visits().some(({ door }) => door === 'vmm-data');
+    if (!isWanted || !fstatSync(fd).isSocket()) {
+      closeSync(fd);
+      return undefined;
+    }
+    const visit: Visit = { door: 'vmm-data', id: this.#nextId++, peer: undefined, socket: holdOpen(fd) };
+    this.#keep(visit);
+    return visit;
   }
 
   /** No new connections; those that are there stay. */

@@ -27,7 +27,7 @@ export class VmRun {
   lost: string | undefined;
 
   /** @param burst restarts that may come at once */
-  constructor(burst: number, checkpoint = new CheckpointStore(), before?: RunHandOver) {
+  constructor(burst: number, checkpoint: CheckpointStore, before?: RunHandOver) {
     this.#budget = new RestartBudget(burst);
     this.checkpoint = checkpoint;
     this.#gone = new Set(before?.clientsGone);

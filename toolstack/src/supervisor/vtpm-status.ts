@@ -1,5 +1,6 @@
 import { join } from 'node:path';
 import type { Logger } from 'vtpm-common';
+import type { VmmStatus } from './control-protocol.js';
 import type { Entry } from './entry.js';
 import type { ProcessId } from './processes.js';
 import type { VtpmList } from './vtpm-list.js';
@@ -9,6 +10,8 @@ import type { VtpmContext, VtpmState } from './vtpm-state.js';
 export class VtpmStatus {
   readonly log: Logger;
   state: VtpmState;
+  /** What the worker said last of the VMM, where that powers the TPM. */
+  vmm: VmmStatus | undefined;
   /** What a kill could not end. No start while it is there. */
   lingering: readonly ProcessId[] = [];
   readonly #list: VtpmList;

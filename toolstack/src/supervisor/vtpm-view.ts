@@ -1,5 +1,6 @@
 import type { VmLayer } from '../vm/layers.js';
 import type { Confinements } from './confinement.js';
+import type { VmmStatus } from './control-protocol.js';
 import { type DoorKind, doorFile } from './door-kinds.js';
 import type { Layer, Profile } from './layers.js';
 import type { VtpmState } from './vtpm-state.js';
@@ -33,13 +34,15 @@ export interface VtpmView {
     readonly waived: readonly Layer[];
     readonly startedAt: string;
   } | null;
+  /** Of a vTPM that its VMM powers and that runs. */
+  readonly vmm: VmmStatus | null;
   /** Null for doors that it does not have. */
   readonly sockets: Readonly<Record<'tpm' | 'tcti' | 'control' | 'ring', string | null>>;
 }
 
 /** @param looksAgain at the layers of the worker: some twenty files of /proc, too many for each one of a long list */
 export function viewOf(
-  { entry, state, doorsDirectory }: VtpmStatus,
+  { entry, state, vmm, doorsDirectory }: VtpmStatus,
   { profile, waived }: Pick<Confinements, 'profile' | 'waived'>,
   looksAgain: boolean,
 ): VtpmView {
@@ -63,6 +66,7 @@ export function viewOf(
             waived: isolation === 'none' ? [] : [...waived],
             startedAt: worker.startedAt.toISOString(),
           },
+    vmm: worker && vmm ? vmm : null,
     sockets: socketsOf(doors, doorsDirectory),
   };
 }

@@ -2,9 +2,10 @@ import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
 import { bootId } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
-import type { WorkerMessage } from './control-protocol.js';
+import { CheckpointStore } from './checkpoint-store.js';
+import type { VmmChoice, WorkerMessage } from './control-protocol.js';
 import { accessOf } from './door-access.js';
-import { doorEvents, passVisit } from './door-events.js';
+import { doorEvents, passVisit, takeDataChannel } from './door-events.js';
 import { type DoorPlan, Doors } from './doors.js';
 import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
@@ -36,6 +37,7 @@ export class VtpmWorkers {
   #run: VmRun | undefined;
   #restart: Promise<void> = Promise.resolve();
   #isShuttingDown = false;
+  #isResetting = false;
 
   /** @param gate no restart begins while it is held */
   constructor(context: VtpmContext, status: VtpmStatus, gate: Gate) {
@@ -134,7 +136,8 @@ export class VtpmWorkers {
   }
 
   #newRun(): VmRun {
-    return new VmRun(this.#context.settings['restart-burst']);
+    const control = this.#status.entry.doors.includes('control');
+    return new VmRun(this.#context.settings['restart-burst'], CheckpointStore.create({ control }));
   }
 
   #owner(): WorkerOwner {
@@ -160,6 +163,7 @@ export class VtpmWorkers {
     const { worker, isFresh } = claimed;
     const { vmRunId: lastRunId, runningInBoot, crashed, epoch: lastEpoch } = this.#status.entry;
     this.#status.state = { kind: 'starting', worker };
+    this.#status.vmm = undefined;
     try {
       const { epoch, generation } = await giveIdentity(claimed, {
         ...this.#parts(run),
@@ -209,8 +213,86 @@ export class VtpmWorkers {
   }
 
   #take(message: WorkerMessage): void {
-    if (message.type === 'connection-closed' && 'doors' in this.#status.state) {
-      this.#status.state.doors.forget(message.id);
+    const { state } = this.#status;
+    switch (message.type) {
+      case 'connection-closed':
+        if ('doors' in state) state.doors.forget(message.id);
+        return;
+      case 'data-channel':
+        if (this.#run) takeDataChannel(this.#status, this.#run);
+        return;
+      case 'vmm': {
+        const { connected, power, bufferSize, locality } = message;
+        this.#status.vmm = { connected, power, bufferSize, locality };
+        return;
+      }
+      case 'vm-reset':
+        // Held, it is said again.
+        if (state.kind === 'lost' && !this.#gate.isHeld && !this.#isResetting)
+          this.#resetLost(state, message);
+        return;
+    }
+  }
+
+  /** The VMM of a TPM that is lost begins a new run of its VM. */
+  #resetLost(state: VtpmState & { kind: 'lost' }, { bufferSize, locality }: VmmChoice): void {
+    this.#isResetting = true;
+    this.#restart = this.#restart
+      .then(() => this.#powerCycle(state, { bufferSize, locality }))
+      .finally(() => {
+        this.#isResetting = false;
+      });
+  }
+
+  /** Never rejects. A lost worker stays where no other can take its place: no VM powers on while the manager is away. */
+  async #powerCycle(lost: VtpmState & { kind: 'lost' }, vmm: VmmChoice): Promise<void> {
+    const { doors, worker: before } = lost;
+    const run = this.#run;
+    if (this.#status.state !== lost || !run) return;
+    const broken = run.endOr(this.#gate.held);
+    let claimed: ClaimedWorker;
+    try {
+      claimed = await this.#context.pool.take(this.#status.entry.isolation, this.#owner(), broken);
+    } catch (error) {
+      this.#status.log.warn({ reason: (error as Error).message }, 'the VM cannot be reset yet');
+      before.send({ type: 'no-vm-reset' });
+      return;
+    }
+    const { worker } = claimed;
+    if (run.isOver || this.#status.state !== lost) {
+      await worker.kill();
+      return;
+    }
+    const state: VtpmState = { kind: 'restarting', reason: 'its VM is reset', doors, worker };
+    this.#status.state = state;
+    let next = run;
+    try {
+      this.#status.lingering = (await before.kill()).lingering;
+      await killAndWait(this.#status.lingering);
+      this.#status.lingering = [];
+      if (run.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
+      next = this.#newRun();
+      this.#run = next;
+      run.end();
+      const vmRunId = randomUUID();
+      const parts = { ...this.#parts(next), entry: { ...this.#status.entry, vmRunId }, vmm };
+      const { epoch, generation } = await giveIdentity(claimed, {
+        ...parts,
+        onIssued: (issued) => this.#status.update({ vmRunId, epoch: issued.epoch }),
+      });
+      if (next.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
+      this.#status.state = { kind: 'running', worker, doors };
+      for (const visit of doors.visits()) passVisit(this.#status, next, visit);
+      this.#watch(worker);
+      this.#status.log.info({ epoch, generation, pid: worker.pid }, 'running again: the VM was reset');
+    } catch (error) {
+      state.worker = undefined;
+      this.#status.lingering = (await worker.kill()).lingering;
+      if (next.isOver) return;
+      const { message } = ToolstackError.from(error, 'the VM cannot be reset');
+      // Another lost worker hears the VMM ask again.
+      next.lost = `${lost.reason}; ${message}`;
+      await this.#goOn(next, doors, message);
     }
   }
 

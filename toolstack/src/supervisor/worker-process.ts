@@ -1,7 +1,7 @@
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
-import { type Logger, sendDescriptor, socketFd } from 'vtpm-common';
+import { type Logger, receiveDescriptor, sendDescriptor, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { VmLayer } from '../vm/layers.js';
 import type { HeldConfinement } from './confinement.js';
@@ -207,6 +207,11 @@ export class WorkerProcess {
   /** Hands over a copy of a descriptor and then says what it is. @throws SystemCallError where the channel is full or closed */
   pass(descriptor: number, message: SupervisorMessage): void {
     this.passAll([descriptor], message);
+  }
+
+  /** What it has sent over the descriptor channel, which goes in both directions. @returns undefined where nothing is there */
+  takeDescriptor(): number | undefined {
+    return this.#hasEnded ? undefined : receiveDescriptor(this.#descriptors);
   }
 
   /** Asks it to stop and save; kills it after `limitMs`. */

@@ -2,7 +2,7 @@ import { constants } from 'node:os';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type Settings, SystemCallError, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
-import type { CheckpointFields } from './control-protocol.js';
+import type { CheckpointFields, VmmChoice } from './control-protocol.js';
 import { powerOf } from './door-kinds.js';
 import type { Visit } from './doors.js';
 import type { Entry } from './entry.js';
@@ -17,6 +17,8 @@ const SERVING_LIMIT_MS = 60_000;
 const CHANNEL_LIMIT_MS = 10_000;
 const CHANNEL_POLL_MS = 10;
 
+const NOTHING_CHOSEN: VmmChoice = { bufferSize: 0, locality: 0 };
+
 export interface StartParts {
   readonly office: TicketOffice;
   readonly settings: Settings;
@@ -24,6 +26,8 @@ export interface StartParts {
   readonly entry: Entry;
   /** The ticket may be signed without asking the manager. */
   readonly presumes?: boolean;
+  /** What the VMM chose in the run before this one, where that was lost. */
+  readonly vmm?: VmmChoice;
   /** Hears of the ticket when the worker has it. */
   onIssued?(issued: IssuedTicket): void;
 }
@@ -40,7 +44,7 @@ export interface Serving {
  */
 export async function giveIdentity(
   { worker, ready }: ClaimedWorker,
-  { office, settings, run, entry, presumes, onIssued }: StartParts,
+  { office, settings, run, entry, presumes, vmm = NOTHING_CHOSEN, onIssued }: StartParts,
   visits?: readonly Visit[],
 ): Promise<Serving> {
   const key = Buffer.from((await ready).publicKey, 'hex');
@@ -60,6 +64,7 @@ export async function giveIdentity(
       managerKey: issued.managerKey,
       startup: entry.startup,
       power: powerOf(entry.doors),
+      vmm,
       outage: { holdMs: { tpm: hold, tcti: hold } },
       checkpoint: outlives ? checkpointFields(run, settings.checkpoint, visits) : null,
     });
@@ -116,6 +121,7 @@ function checkpointFields(
 ): CheckpointFields {
   return {
     keeps: setting === 'always',
+    control: run.checkpoint.hasControl,
     resumes: visits ? { newest: run.checkpoint.newest(), connections: visits.length } : null,
   };
 }

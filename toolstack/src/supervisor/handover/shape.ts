@@ -61,6 +61,15 @@ export function partial<const N extends string, T>(
   };
 }
 
+const ADDED = new WeakSet<Shape<unknown>>();
+
+/** A field that older programs do not write: null where it is absent. */
+export function added<T>(shape: Shape<T>): Shape<T | null> {
+  const orNone = orNull(shape);
+  ADDED.add(orNone);
+  return orNone;
+}
+
 /** Exactly these fields: one that is not known may be the one that matters. */
 export function object<S extends Readonly<Record<string, Shape<unknown>>>>(
   fields: S,
@@ -72,6 +81,7 @@ export function object<S extends Readonly<Record<string, Shape<unknown>>>>(
     const given = new Map(Object.entries(value));
     const out: Record<string, unknown> = {};
     for (const [name, shape] of Object.entries(fields)) {
+      if (!given.has(name) && ADDED.has(shape)) given.set(name, null);
       if (!given.has(name)) throw new ShapeError(`${place}.${name} is missing`);
       out[name] = shape(given.get(name), `${place}.${name}`);
       given.delete(name);

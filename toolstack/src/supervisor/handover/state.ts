@@ -1,6 +1,18 @@
 import { ToolstackError } from '../../error.js';
 import { DOOR_NAMES } from '../control-protocol.js';
-import { count, flag, list, object, oneOf, orNull, partial, type Shaped, ShapeError, text } from './shape.js';
+import {
+  added,
+  count,
+  flag,
+  list,
+  object,
+  oneOf,
+  orNull,
+  partial,
+  type Shaped,
+  ShapeError,
+  text,
+} from './shape.js';
 
 /**
  * Of what one program tells the next; a newer one is refused by name. Any other field or meaning makes a new format. Format 1
@@ -61,10 +73,14 @@ const DOORS = object({
   clients: list(PROCESS, MOST_PROCESSES),
 });
 
+const PIPE = object({ read: DESCRIPTOR, write: DESCRIPTOR });
+
 const RUN = object({
   /** Of the memory with the checkpoints, and of the pipe that answers go through. */
   memory: DESCRIPTOR,
-  pipe: object({ read: DESCRIPTOR, write: DESCRIPTOR }),
+  pipe: PIPE,
+  /** For answers to control requests, where the vTPM has that door. */
+  controlPipe: added(PIPE),
   /** Sequence of the newest checkpoint that was seen. */
   newest: count(),
   /** Workers in a row that ended without an answer, and the count of answers then. */
