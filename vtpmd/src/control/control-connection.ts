@@ -196,7 +196,7 @@ export class ControlConnection {
     if (this.#isClosed) return;
     const { pipe, numbers, notes } = this.#options;
     const length = this.#there - this.#taken;
-    barrier('before-answer');
+    barrier('control-before-answer');
     const isTaken = pipe.deliver(numbers, { fd: this.fd, connection: this.id }, length, answer);
     if (this.#taken > 0) notes.torn = 0;
     // Contents are state, which has secrets.

@@ -1,4 +1,5 @@
 import { closeSync } from 'node:fs';
+import { barrier } from 'vtpm-common/barrier';
 import type { AnswerNumbers, AnswerPipe } from '../checkpoint/answer-pipe.js';
 import { VtpmdError } from '../error.js';
 import { resultOf as resultOfBlob } from '../state-blob/result.js';
@@ -102,7 +103,10 @@ export class ControlDoor {
     if ((needs === 'on' && !isOn) || (needs === 'off' && isOn)) {
       throw new ControlRefusal(RESULT.BadOrdinal, `${name} while the TPM is ${isOn ? 'on' : 'off'}`);
     }
-    return await this.#parts.actions[name](request, asker, keepSave);
+    barrier('control-before-act');
+    const outcome = await this.#parts.actions[name](request, asker, keepSave);
+    barrier('control-after-act');
+    return outcome;
   }
 
   #answer(request: ControlRequest, asker: Asker, outcome: Outcome): void {

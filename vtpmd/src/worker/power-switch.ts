@@ -164,17 +164,15 @@ export class PowerSwitch {
     try {
       await this.#whenIdle();
       await blobs.settled();
-      barrier('before-act');
       const keepSave: KeepSave = (permanent) => keeper?.keepSave(permanent, step.answered?.());
       const stored = await step.run(keepSave);
-      barrier('after-act');
       if (stored) {
         keepSave(stored);
         await session.save(stored);
       } else {
         keeper?.keepControl(step.answered?.());
       }
-      barrier('before-answer');
+      barrier('step-saved');
       step.done?.();
     } finally {
       queue.release(HOLD);
