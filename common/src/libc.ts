@@ -129,7 +129,7 @@ export function sharedMemory(name: string, bytes: number): number {
 }
 
 /** Sends one byte, or `payload`, with a copy of descriptor `passed` (unix(7), SCM_RIGHTS). */
-export function sendDescriptor(fd: number, passed: number, payload = ONE_BYTE): void {
+export function sendDescriptor(fd: number, passed: number, payload: Uint8Array = ONE_BYTE): void {
   const message = messageHeader(payload);
   message.control.writeInt32LE(passed, 16);
   const sent = Number(sendmsg(fd, message.header, MSG_NOSIGNAL | MSG_DONTWAIT));
@@ -241,7 +241,10 @@ export function forbidCoreDumps(): void {
 }
 
 /** struct msghdr of 56 bytes with one iovec and room for descriptors (64-bit Linux). */
-function messageHeader(payload = Buffer.alloc(1), descriptors = 1): { header: Buffer; control: Buffer } {
+function messageHeader(
+  payload: Uint8Array = Buffer.alloc(1),
+  descriptors = 1,
+): { header: Buffer; control: Buffer } {
   const iov = Buffer.alloc(16);
   iov.writeBigUInt64LE(koffi.address(payload), 0);
   iov.writeBigUInt64LE(BigInt(payload.length), 8);
@@ -259,7 +262,7 @@ function messageHeader(payload = Buffer.alloc(1), descriptors = 1): { header: Bu
   return { header, control };
 }
 
-const keepAlive = new WeakMap<Buffer, Buffer[]>();
+const keepAlive = new WeakMap<Buffer, Uint8Array[]>();
 
 function fail(call: string): never {
   throw new SystemCallError(call, koffi.errno());

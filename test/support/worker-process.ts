@@ -5,7 +5,15 @@ import { closeSync, readFileSync, readSync, writeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { fileURLToPath } from 'node:url';
 import { CHECKPOINT_LAYOUT } from 'vtpm-common/checkpoint-layout';
-import { pipePair, sendDescriptor, sharedMemory, socketPair } from 'vtpm-common/libc';
+import {
+  pipePair,
+  receiveDescriptor,
+  sendDescriptor,
+  setPipeRoom,
+  sharedMemory,
+  socketPair,
+} from 'vtpm-common/libc';
+import type { Verb } from 'vtpm-proto';
 import type { MiniManager } from './mini-manager.js';
 import { TpmClient } from './tpm-client.js';
 
@@ -35,11 +43,25 @@ export class KeptRun {
   readonly vmRunId = randomBytes(16);
   readonly memory = sharedMemory('vtpm-checkpoint', CHECKPOINT_LAYOUT.bytes);
   readonly pipe = pipePair();
+  readonly controlPipe: { readonly read: number; readonly write: number } | undefined;
+  /** What a VMM gave as its data channel. */
+  dataChannel: KeptVisit | undefined;
+  /** What the ticket grants beside going on. */
+  verbs: readonly Verb[] = [];
+  /** Of a worker that goes on. */
+  startup: 'clear' | 'none' = 'clear';
   nextId = 1;
   #isClosed = false;
 
+  /** @param power who powers the TPM */
+  constructor(readonly power: 'on' | 'vmm' = 'on') {
+    this.controlPipe = power === 'vmm' ? pipePair() : undefined;
+    if (this.controlPipe) setPipeRoom(this.controlPipe.write, 256 * 1024);
+  }
+
   get descriptors(): readonly number[] {
-    return [this.memory, this.pipe.read, this.pipe.write];
+    const pipes = this.controlPipe ? [this.pipe, this.controlPipe] : [this.pipe];
+    return [this.memory, ...pipes.flatMap(({ read, write }) => [read, write])];
   }
 
   /** All of the memory. */
@@ -86,6 +108,8 @@ export class WorkerProcess {
   readonly #descriptors: number;
   readonly #manager: MiniManager;
   readonly #waiters: { type: string; resolve: (message: Message) => void }[] = [];
+  readonly #vmmConnections = new Map<number, number>();
+  #run: KeptRun | undefined;
   #nextId = 1;
   log = '';
 
@@ -166,25 +190,37 @@ export class WorkerProcess {
    * Is to go on where the worker before it ended, with its connections.
    * @param newest as the supervisor saw it @returns what it says: `serving`, or why it cannot
    */
-  async goOn(run: KeptRun, guests: readonly KeptVisit[] = [], newest = run.newest()): Promise<Message> {
-    await this.#identify(run, { keeps: true, resumes: { newest, connections: guests.length } }, 'clear');
-    this.passKept(guests);
+  async goOn(
+    run: KeptRun,
+    guests: readonly KeptVisit[] = [],
+    newest = run.newest(),
+    outage?: object,
+  ): Promise<Message> {
+    const all = run.dataChannel ? [...guests, run.dataChannel] : guests;
+    const resumes = { newest, connections: all.length };
+    await this.#identify(run, { keeps: true, resumes }, run.startup, outage);
+    this.passKept(all);
     return Promise.race([this.heard('serving'), this.heard('failed')]);
   }
 
   /** Answers failure in the place of the worker before it. */
   async beLost(run: KeptRun, guests: readonly KeptVisit[] = []): Promise<this> {
+    this.#run = run;
+    const all = run.dataChannel ? [...guests, run.dataChannel] : guests;
     await this.heard('ready');
     for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
-    const resumes = { newest: run.newest(), connections: guests.length };
-    this.send({ type: 'lost', checkpoint: { keeps: false, resumes } });
-    this.passKept(guests);
+    const resumes = { newest: run.newest(), connections: all.length };
+    this.send({
+      type: 'lost',
+      checkpoint: { keeps: false, control: run.controlPipe !== undefined, resumes },
+    });
+    this.passKept(all);
     await this.heard('lost');
     return this;
   }
 
   /** A connection that the test keeps, as the supervisor does. */
-  connectKept(run: KeptRun, door: 'tpm' | 'tcti' = 'tpm'): KeptGuest {
+  connectKept(run: KeptRun, door = 'tpm'): KeptGuest {
     const [here, there] = socketPair();
     const guest = {
       door,
@@ -198,6 +234,7 @@ export class WorkerProcess {
 
   passKept(guests: readonly KeptVisit[]): void {
     for (const { door, id, fd } of guests) {
+      if (door === 'control' || door === 'vmm-data') this.#vmmConnections.set(id, fd);
       sendDescriptor(this.#descriptors, fd);
       this.send({ type: 'connection', door, id });
     }
@@ -209,11 +246,16 @@ export class WorkerProcess {
     startup: 'clear' | 'none',
     outage?: object,
   ): Promise<void> {
+    this.#run = run;
     const { publicKey } = await this.heard('ready');
     for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
-    const verbs = this.#manager.saves.length === 0 ? ['MANUFACTURE' as const] : ['RESUME' as const];
+    const verb: Verb = this.#manager.saves.length === 0 ? 'MANUFACTURE' : 'RESUME';
+    const verbs = [verb, ...run.verbs];
     const identity = this.#manager.identity(publicKey as string, startup, verbs, run.vmRunId);
-    this.send({ ...identity, checkpoint, outage });
+    this.send({
+      ...{ ...identity, power: run.power, outage },
+      checkpoint: { ...checkpoint, control: run.controlPipe !== undefined },
+    });
   }
 
   /** A guest's connection through a door. */
@@ -260,7 +302,26 @@ export class WorkerProcess {
     }
   }
 
+  /** As the supervisor does. */
+  #keepDataChannel(): void {
+    const run = this.#run;
+    const fd = receiveDescriptor(this.#descriptors);
+    if (!run || fd === undefined) throw new Error('a data channel without a run or a descriptor');
+    run.dataChannel = { door: 'vmm-data', id: run.nextId++, fd };
+    this.passKept([run.dataChannel]);
+  }
+
+  /** As the supervisor does, for the connections of a VMM. */
+  #forget(id: number): void {
+    const fd = this.#vmmConnections.get(id);
+    if (fd !== undefined) closeSync(fd);
+    this.#vmmConnections.delete(id);
+    if (this.#run?.dataChannel?.id === id) this.#run.dataChannel = undefined;
+  }
+
   #heard(message: Message): void {
+    if (message.type === 'data-channel') this.#keepDataChannel();
+    if (message.type === 'connection-closed') this.#forget(Number(message.id));
     this.messages.push(message);
     this.onMessage(message);
     const matching = this.#waiters.filter(({ type }) => type === message.type);
