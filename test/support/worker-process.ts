@@ -221,13 +221,7 @@ export class WorkerProcess {
 
   /** A connection that the test keeps, as the supervisor does. */
   connectKept(run: KeptRun, door = 'tpm'): KeptGuest {
-    const [here, there] = socketPair();
-    const guest = {
-      door,
-      id: run.nextId++,
-      fd: there,
-      client: new TpmClient(new Socket({ fd: here, allowHalfOpen: true })),
-    };
+    const guest = makeKept(run, door);
     this.passKept([guest]);
     return guest;
   }
@@ -330,4 +324,11 @@ export class WorkerProcess {
       waiter.resolve(message);
     }
   }
+}
+
+/** A connection that no worker has yet. */
+export function makeKept(run: KeptRun, door: string): KeptGuest {
+  const [here, there] = socketPair();
+  const client = new TpmClient(new Socket({ fd: here, allowHalfOpen: true }));
+  return { door, id: run.nextId++, fd: there, client };
 }
