@@ -5,7 +5,7 @@
 #   scripts/setup.sh build   what building and generating need: no Debian packages
 #   scripts/setup.sh run     also what the service needs
 #   scripts/setup.sh test    also what the tests and benchmarks need
-#   scripts/setup.sh long    also what the long tests need: QEMU, and the packages a VM image is made of (27 MB, not installed)
+#   scripts/setup.sh long    also what the long tests need: the packages a VM image is made of (27 MB, not installed)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 purpose=${1:-run}
@@ -15,10 +15,10 @@ if [ "$purpose" != build ]; then
   packages+=(libtpms0 bubblewrap)
 fi
 if [ "$purpose" = test ] || [ "$purpose" = long ]; then
-  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl systemd)
+  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl systemd qemu-system-x86)
 fi
 if [ "$purpose" = long ]; then
-  packages+=(qemu-system-x86 e2fsprogs)
+  packages+=(e2fsprogs)
 fi
 
 die() { printf '%s\n' "$@" >&2; exit 1; }

@@ -1,25 +1,12 @@
 import assert from 'node:assert/strict';
-import { closeSync, openSync, readdirSync, readlinkSync, writeSync } from 'node:fs';
 import { createConnection } from 'node:net';
-import { CHECKPOINT_LAYOUT } from 'vtpm-common';
 import { CHECKPOINT_BARRIERS, CheckpointRig, RING_BARRIERS } from '../support/checkpoint-rig.js';
+import { emptyCheckpoints } from '../support/empty-checkpoints.js';
 import { TpmClient } from '../support/tpm-client.js';
 import { getRandom } from '../support/tpm-commands.js';
 import { until } from '../support/until.js';
 
 const startup = (): Buffer => Buffer.from('80010000000c000001440000', 'hex');
-
-/** As root can. */
-function emptyCheckpoints(supervisor: number): void {
-  const directory = `/proc/${supervisor}/fd`;
-  for (const name of readdirSync(directory)) {
-    const path = `${directory}/${name}`;
-    if (!readlinkSync(path).includes('vtpm-checkpoint')) continue;
-    const fd = openSync(path, 'r+');
-    writeSync(fd, Buffer.alloc(CHECKPOINT_LAYOUT.bytes), 0, CHECKPOINT_LAYOUT.bytes, 0);
-    closeSync(fd);
-  }
-}
 
 /** A sample of the five hundred kills of the long run. */
 describe('kill -9 of a worker is a delay for its guest and nothing else', () => {

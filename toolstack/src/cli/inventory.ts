@@ -35,6 +35,7 @@ export interface Entry {
     readonly layers: readonly string[];
     readonly waived: readonly string[];
   } | null;
+  readonly vmm: SupervisorVtpm['vmm'];
   readonly sockets: SupervisorVtpm['sockets'];
   readonly savedBytes: number | null;
   readonly savedAt: string | null;
@@ -141,6 +142,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     socketOwner: vtpm.socketOwner ?? null,
     socketMode: vtpm.socketMode ?? null,
     worker: vtpm.worker,
+    vmm: vtpm.vmm ?? null,
     sockets: vtpm.sockets,
     savedBytes: record?.savedBytes ?? null,
     savedAt: record?.savedAt ?? null,
@@ -172,6 +174,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     socketOwner: null,
     socketMode: null,
     worker: null,
+    vmm: null,
     sockets: { tpm: null, tcti: null, control: null, ring: null },
     savedBytes: record.savedBytes,
     savedAt: record.savedAt,

@@ -44,6 +44,14 @@ interface VtpmSettings {
   readonly socketMode?: string;
 }
 
+export interface VmmStatus {
+  readonly connected: boolean;
+  readonly power: 'on' | 'off';
+  /** Bytes. */
+  readonly bufferSize: number;
+  readonly locality: number;
+}
+
 export interface SupervisorVtpm extends VtpmSettings {
   readonly state: 'stopped' | 'starting' | 'running' | 'restarting' | 'lost' | 'stopping' | 'crashed';
   readonly reason?: string | null;
@@ -57,6 +65,8 @@ export interface SupervisorVtpm extends VtpmSettings {
     readonly waived: readonly string[];
     readonly startedAt?: string;
   } | null;
+  /** What its VMM does, where that powers the TPM. */
+  readonly vmm?: VmmStatus | null;
   readonly sockets: {
     readonly tpm: string | null;
     readonly tcti: string | null;

@@ -72,20 +72,27 @@ export class VmmDoors {
 
   /** The TPM was powered on or off, or something else of the status may have changed. */
   changed(): void {
-    if (this.#timer) return;
+    // What changes meanwhile is told at the end of the pause.
+    if (this.#timer || !this.#tell()) return;
     this.#timer = setTimeout(() => {
       this.#timer = undefined;
-      const status: VmmStatus = {
-        connected: this.control.isConnected,
-        power: this.#parts.isOn() ? 'on' : 'off',
-        bufferSize: this.#parts.bufferSize(),
-        locality: this.#vmm.locality,
-      };
-      const text = JSON.stringify(status);
-      if (text === this.#told) return;
-      this.#told = text;
-      this.#parts.status(status);
+      this.changed();
     }, STATUS_PAUSE_MS);
+  }
+
+  /** @returns whether there was something new */
+  #tell(): boolean {
+    const status: VmmStatus = {
+      connected: this.control.isConnected,
+      power: this.#parts.isOn() ? 'on' : 'off',
+      bufferSize: this.#parts.bufferSize(),
+      locality: this.#vmm.locality,
+    };
+    const text = JSON.stringify(status);
+    if (text === this.#told) return false;
+    this.#told = text;
+    this.#parts.status(status);
+    return true;
   }
 
   /** All connections of a worker before this one are opened: a data channel whose VMM is gone is not kept. */

@@ -15,9 +15,10 @@ import { expectStirred, freshStir } from './trial.js';
  * powers the TPM, that is off then. @throws VtpmdError
  */
 export async function beginRun(
-  { engine, queue, session, keeper, blobs, power: switched }: ServedTpm,
+  { engine, queue, session, keeper, blobs, doors, power: switched }: ServedTpm,
   { startup, power }: Pick<Identity, 'startup' | 'power'>,
 ): Promise<void> {
+  doors.adopt([], () => {});
   if (!engine.isOn) {
     keeper?.keepNow();
     return;

@@ -19,6 +19,7 @@ export async function start(nameOrId: string, { supervisor, output }: Context): 
       ['worker', vtpm.worker ? `process ${vtpm.worker.pid}, isolation ${vtpm.worker.isolation}` : null],
       ['tpm', vtpm.sockets.tpm],
       ['tcti', vtpm.sockets.tcti],
+      ['control', vtpm.sockets.control],
     ]),
   );
 }

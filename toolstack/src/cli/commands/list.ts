@@ -5,6 +5,7 @@ import { sayGeneration } from '../generation.js';
 import { type Entry, findEntry, type Orphan, takeInventory } from '../inventory.js';
 import type { Erasure } from '../manager-api.js';
 import { bytes, fields, PLAIN_STATE, table, time } from '../output.js';
+import type { VmmStatus } from '../supervisor-api.js';
 
 const ORPHANS: Readonly<Record<Orphan, string>> = {
   'no-name':
@@ -72,6 +73,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['suspended', entry.isSuspended ? 'a reference to its state is out, and works once' : null],
       ['sockets', entry.socketOwner && `for ${entry.socketOwner}, mode ${entry.socketMode}`],
       ['worker', entry.worker ? `process ${entry.worker.pid}` : null],
+      ['VMM', entry.vmm && sayVmm(entry.vmm)],
       ['profile', entry.worker?.profile],
       ['layers', entry.worker?.layers.join(', ')],
       ['waived', entry.worker?.waived.join(', ') || null],
@@ -90,10 +92,16 @@ function note(entry: Entry): string {
     return `${entry.reason ?? 'it ended'}; power its VM off, then: vtpmctl start ${entry.name}`;
   }
   if (entry.state === 'lost') {
-    return `every command fails: ${entry.reason ?? 'its state is lost'}; reset its VM, then: vtpmctl start ${entry.name}`;
+    const again = entry.doors?.includes('control') ? '' : `, then: vtpmctl start ${entry.name}`;
+    return `every command fails: ${entry.reason ?? 'its state is lost'}; reset its VM${again}`;
   }
   if (entry.reason) return entry.reason;
   return entry.generation === 0 && entry.state === 'stopped' ? 'never started' : '';
+}
+
+function sayVmm({ connected, power, bufferSize, locality }: VmmStatus): string {
+  const who = connected ? 'connected' : 'not connected';
+  return `${who}, TPM ${power}, buffer ${bufferSize} bytes, locality ${locality}`;
 }
 
 function sayMissing(missing: readonly ToolstackError[], output: Context['output']): number {
