@@ -8,7 +8,7 @@ import { CheckpointMemory } from 'vtpmd/checkpoint/memory';
 import type { VtpmdError } from 'vtpmd/error';
 import { readIdentity } from 'vtpmd/manager-link/load';
 import { LoadKeys } from 'vtpmd/manager-link/load-keys';
-import { openManagerLink } from 'vtpmd/manager-link/manager-link';
+import { type ManagerLink, openManagerLink } from 'vtpmd/manager-link/manager-link';
 import type { StateBlobType } from 'vtpmd/state-blob/state-blobs';
 import { HOLD_MS } from 'vtpmd/worker/outage-policy';
 import { beginRun, goOn } from 'vtpmd/worker/power';
@@ -99,6 +99,17 @@ export class BlobWorker {
     this.#tpm.blobs.bringIn('volatile', Buffer.from(volatile));
   }
 
+  /** A new link, after the manager was away. */
+  relink(): void {
+    this.#tpm.session.attach(this.#openLink());
+  }
+
+  #openLink(): ManagerLink {
+    const [here, there] = socketPair();
+    this.manager.accept(new Socket({ fd: here }));
+    return openManagerLink(new Socket({ fd: there }));
+  }
+
   /** As kill -9: what is durable, or in the memory of the run, is left. */
   async kill(): Promise<void> {
     // This may be called from what a link is being told: node:http2 does not bear the end of it then.
@@ -115,9 +126,7 @@ export class BlobWorker {
   }
 
   async #load(verbs: Verb[], goesOn: boolean, power: 'on' | 'vmm'): Promise<void> {
-    const [here, there] = socketPair();
-    this.manager.accept(new Socket({ fd: here }));
-    const link = openManagerLink(new Socket({ fd: there }));
+    const link = this.#openLink();
     const keys = new LoadKeys(boxKeyPair());
     const publicKey = Buffer.from(keys.publicKey).toString('hex');
     const identity = readIdentity({

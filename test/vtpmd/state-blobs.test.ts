@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
+import { setImmediate as turn } from 'node:timers/promises';
 import type { StateAction, Verb } from 'vtpm-proto';
 import { VtpmdError, type VtpmdErrorCode } from 'vtpmd/error';
 import { MiniManager } from '../support/mini-manager.js';
@@ -15,6 +16,7 @@ import {
   responseCode,
   startAuthSession,
 } from '../support/tpm-commands.js';
+import { until } from '../support/until.js';
 
 const INDEX = 0x01500001;
 const PCR = 16;
@@ -198,6 +200,14 @@ describe('state blobs', () => {
       assert.deepEqual(await pcr(), extended);
     });
 
+    it('are not given out while the manager is away: the VM goes on', async () => {
+      await measured();
+      manager.cut();
+      await until('the loss of the link is known', () => worker.tpm.queue.isOutage);
+      await assert.rejects(worker.takeOut(), refused('manager-away'));
+      assert.equal(worker.tpm.blobs.isFrozen, false);
+    });
+
     it('a VMM without the verbs brings in no state in the clear', async () => {
       await measured({ verbs: PLAIN });
       const plain = await worker.takeOut();
@@ -280,6 +290,47 @@ describe('state blobs', () => {
       await worker.init();
       assert.equal(await counter(), 1n);
     });
+  });
+
+  describe('I-4 a manager that is killed', () => {
+    for (const isCommitted of [true, false]) {
+      const when = isCommitted ? 'before it says that it has the save' : 'before it has the save';
+
+      /** The save comes to it, it dies, and is there again. */
+      async function killAtSave<T>(begin: () => Promise<T>): Promise<T> {
+        if (isCommitted) manager.holdAcks = true;
+        else manager.holdSaves = true;
+        const saved = manager.next('SAVE');
+        const result = begin();
+        await saved;
+        await turn();
+        manager.cut();
+        manager.holdAcks = manager.holdSaves = false;
+        await until('the loss of the link is known', () => worker.tpm.queue.isOutage);
+        worker.relink();
+        return await result;
+      }
+
+      it(`${when}: what is taken out and brought in is one, used once`, async () => {
+        await measured();
+        const permanent = await killAtSave(() => worker.get('permanent'));
+        const volatile = await worker.get('volatile');
+        const halves: Halves = { permanent: permanent!, volatile: volatile! };
+        await next();
+        worker.bringIn(halves);
+        await killAtSave(() => worker.init());
+        assert.deepEqual(await pcr(), extended);
+        assert.deepEqual(
+          uses().filter((use) => use !== undefined),
+          ['SUSPEND', 'RESTORE'],
+        );
+        await worker.takeOut();
+        await killAtSave(() => worker.tpm.blobs.takeBack());
+        assert.deepEqual(await pcr(), extended);
+        await worker.stop();
+        assert.throws(() => worker.bringIn(halves), refused('reference-used'));
+      });
+    }
   });
 
   describe('I-4 a worker that is killed', () => {

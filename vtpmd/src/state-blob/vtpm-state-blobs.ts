@@ -21,7 +21,7 @@ import { encodeBlob } from './swtpm-format.js';
 
 export interface StateBlobParts {
   readonly engine: Pick<TpmEngine, 'snapshot' | 'process'>;
-  readonly queue: Pick<CommandQueue, 'hold' | 'release' | 'whenIdle' | 'hasWaiting'>;
+  readonly queue: Pick<CommandQueue, 'hold' | 'release' | 'whenIdle' | 'hasWaiting' | 'isOutage'>;
   readonly session: Pick<SaveSession, 'save' | 'generation'>;
   readonly keeper: Pick<CheckpointKeeper, 'keepSave'> | undefined;
   readonly names: ReferenceNames;
@@ -91,7 +91,10 @@ export class VtpmStateBlobs implements StateBlobs {
 
   takeOut(type: StateBlobType): Promise<Buffer | undefined> {
     if (type === 'savestate') return Promise.resolve(undefined);
-    return this.#inOrder(() => (this.#parts.mayExport ? this.#export(type) : this.#refer(type)));
+    return this.#inOrder(() => {
+      this.#expectManager();
+      return this.#parts.mayExport ? this.#export(type) : this.#refer(type);
+    });
   }
 
   takeBack(): Promise<void> {
@@ -155,6 +158,16 @@ export class VtpmStateBlobs implements StateBlobs {
 
   async settled(): Promise<void> {
     await this.#tail;
+  }
+
+  /** What is taken out waits for no manager: the VM goes on. */
+  #expectManager(): void {
+    if (this.#parts.queue.isOutage) {
+      throw new VtpmdError(
+        'manager-away',
+        'the manager is away: no state is taken out; try again when it is back',
+      );
+    }
   }
 
   async #refer(type: StateBlobType): Promise<Buffer> {
