@@ -704,4 +704,11 @@ export const MUTANTS: readonly Mutant[] = [
     without: '',
     test: { file: 'manager/state-use', name: 'who says it too often is not read' },
   },
+  {
+    name: 'I-3 a VMM that comes anew does not take back what another one took out',
+    file: 'vtpmd/src/control/served-actions.ts',
+    guard: 'if (blobs.isFrozen && !data.isOpen) {',
+    without: 'if (blobs.isFrozen && data.isOpen) {',
+    test: { file: 'e2e/state-blobs', name: 'and comes anew, has not' },
+  },
 ];

@@ -40,7 +40,7 @@ export const RING_BARRIERS = [
  * Each life of the worker ends at a barrier of its choice, the so-many-th time it comes there; it says where in its log. A
  * life that comes to none of them that often goes on.
  */
-function endsAnywhere(barriers: readonly string[], longest: number): string {
+export function endsAnywhere(barriers: readonly string[], longest: number): string {
   return `import { writeSync } from 'node:fs';
 const barriers = ${JSON.stringify(barriers)};
 const at = barriers[Math.floor(Math.random() * barriers.length)];
@@ -56,6 +56,19 @@ globalThis[Symbol.for('vtpm.barrier')] = (name) => {
 async function overRing(path: string): Promise<Transport> {
   const ring = await RingClient.connect(path);
   return { transmit: (command) => ring.transmit(command), close: () => ring.close() };
+}
+
+/** How often the workers of vTPM web1 ended at each barrier. */
+export function endingsIn(installation: Installation): Map<string, number> {
+  const endings = new Map<string, number>();
+  for (const [, name = ''] of logOf(installation).matchAll(/killed at ([a-z-]+)/g)) {
+    endings.set(name, (endings.get(name) ?? 0) + 1);
+  }
+  return endings;
+}
+
+function logOf(installation: Installation): string {
+  return readFileSync(join(installation.paths.log, 'vtpm-web1.log'), 'utf8');
 }
 
 /** One vTPM whose workers end again and again under a guest that notices everything. */
@@ -95,13 +108,7 @@ export class CheckpointRig {
   }
 
   /** How often workers ended at each barrier. */
-  readonly endings = (): Map<string, number> => {
-    const endings = new Map<string, number>();
-    for (const [, name = ''] of this.#log().matchAll(/killed at ([a-z-]+)/g)) {
-      endings.set(name, (endings.get(name) ?? 0) + 1);
-    }
-    return endings;
-  };
+  readonly endings = (): Map<string, number> => endingsIn(this.installation);
 
   /** The guest goes on while workers end, until `isEnough`. @throws what the guest noticed */
   async runUntil(isEnough: () => boolean, limitMs: number): Promise<void> {
@@ -163,11 +170,7 @@ export class CheckpointRig {
 
   async #explained(noticed: unknown): Promise<Error> {
     const { body } = await this.installation.supervisord('GET', '/vtpms/web1');
-    const context = `${body.state}: ${body.reason}\n${this.installation.logs().slice(-3000)}\n${this.#log().slice(-3000)}`;
+    const context = `${body.state}: ${body.reason}\n${this.installation.logs().slice(-3000)}\n${logOf(this.installation).slice(-3000)}`;
     return new Error(`${(noticed as Error).stack}\n${context}`, { cause: noticed });
-  }
-
-  #log(): string {
-    return readFileSync(join(this.installation.paths.log, 'vtpm-web1.log'), 'utf8');
   }
 }

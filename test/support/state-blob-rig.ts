@@ -16,6 +16,9 @@ import { loadTpm, type ServedTpm } from 'vtpmd/worker/served-tpm';
 import type { MiniManager } from './mini-manager.js';
 import { KeptRun } from './worker-process.js';
 
+/** How long a VM stands still here for a manager that is away. */
+const POWER_HOLD_MS = 50;
+
 /** Both halves of what a VMM takes out. */
 export interface Halves {
   readonly permanent: Buffer;
@@ -141,7 +144,7 @@ export class BlobWorker {
       keeps: true,
       resumes: goesOn ? { newest: this.run.newest(), connections: 0 } : undefined,
     };
-    const parts = { identity, holdTimes: HOLD_MS, left };
+    const parts = { identity, holdTimes: { ...HOLD_MS, power: POWER_HOLD_MS }, left };
     const { tpm, chosen } = await loadTpm(link, keys, parts, {
       linkUp: () => undefined,
       linkLost: (_error: VtpmdError) => undefined,

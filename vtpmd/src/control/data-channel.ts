@@ -23,6 +23,10 @@ export class DataChannel {
     this.#offer = offer;
   }
 
+  get isOpen(): boolean {
+    return this.#connection !== undefined;
+  }
+
   /**
    * SET_DATAFD. The same socket once more is as good as new: a worker before this one may have been ended after the supervisor
    * took it and before the VMM heard so.

@@ -35,14 +35,23 @@ export function servedActions(parts: ServedParts): Actions {
     blobs.stopped();
     return DONE;
   };
+  const common = commonActions({
+    ...{ engine, vmm, data },
+    bufferSizeChanged: () => {
+      state.bufferSize = engine.bufferSizes.size;
+      keeper?.keepControl(undefined);
+    },
+  });
   return {
-    ...commonActions({
-      ...{ engine, vmm, data },
-      bufferSizeChanged: () => {
-        state.bufferSize = engine.bufferSizes.size;
-        keeper?.keepControl(undefined);
-      },
-    }),
+    ...common,
+    SET_DATAFD: async (request, asker, keepSave) => {
+      // The VMM that took the TPM out is gone, and this is another one: what it sends must not take the reference back.
+      if (blobs.isFrozen && !data.isOpen) {
+        await power.off();
+        blobs.stopped();
+      }
+      return await common.SET_DATAFD(request, asker, keepSave);
+    },
 
     INIT: async ({ body }, _asker, keepSave) => {
       if ((body.readUInt32BE(0) & ~INIT_DELETE_VOLATILE) !== 0) {

@@ -21,7 +21,7 @@ import { encodeBlob } from './swtpm-format.js';
 
 export interface StateBlobParts {
   readonly engine: Pick<TpmEngine, 'snapshot' | 'process'>;
-  readonly queue: Pick<CommandQueue, 'hold' | 'release' | 'whenIdle' | 'hasWaiting' | 'isOutage'>;
+  readonly queue: Pick<CommandQueue, 'hold' | 'release' | 'whenIdle' | 'hasWaiting'>;
   readonly session: Pick<SaveSession, 'save' | 'generation'>;
   readonly keeper: Pick<CheckpointKeeper, 'keepSave'> | undefined;
   readonly names: ReferenceNames;
@@ -30,6 +30,8 @@ export interface StateBlobParts {
   readonly mayExport: boolean;
   readonly mayImport: boolean;
   readonly note: BroughtInNote;
+  /** Waits for a manager that is away, as long as a VM can stand still. @throws VtpmdError `manager-away` */
+  whenLinked(): Promise<void>;
   /** What nobody waits for went wrong: the TPM must not go on. */
   failed(error: unknown): void;
 }
@@ -91,9 +93,9 @@ export class VtpmStateBlobs implements StateBlobs {
 
   takeOut(type: StateBlobType): Promise<Buffer | undefined> {
     if (type === 'savestate') return Promise.resolve(undefined);
-    return this.#inOrder(() => {
-      this.#expectManager();
-      return this.#parts.mayExport ? this.#export(type) : this.#refer(type);
+    return this.#inOrder(async () => {
+      await this.#parts.whenLinked();
+      return await (this.#parts.mayExport ? this.#export(type) : this.#refer(type));
     });
   }
 
@@ -158,16 +160,6 @@ export class VtpmStateBlobs implements StateBlobs {
 
   async settled(): Promise<void> {
     await this.#tail;
-  }
-
-  /** What is taken out waits for no manager: the VM goes on. */
-  #expectManager(): void {
-    if (this.#parts.queue.isOutage) {
-      throw new VtpmdError(
-        'manager-away',
-        'the manager is away: no state is taken out; try again when it is back',
-      );
-    }
   }
 
   async #refer(type: StateBlobType): Promise<Buffer> {

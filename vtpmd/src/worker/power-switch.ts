@@ -104,7 +104,7 @@ export class PowerSwitch {
    */
   async turnOn(keepSave: KeepSave): Promise<Buffer | undefined> {
     await this.turnOff();
-    await this.#whenLinked();
+    await this.whenLinked();
     const { engine, state, policy, startup, blobs, keeper } = this.#parts;
     const own = this.#permanent;
     if (!own) throw new VtpmdError('internal', 'there is no state of the TPM that is off');
@@ -190,7 +190,8 @@ export class PowerSwitch {
     }
   }
 
-  async #whenLinked(): Promise<void> {
+  /** The manager is there, or comes in time. @throws VtpmdError `manager-away` */
+  async whenLinked(): Promise<void> {
     const { queue } = this.#parts;
     if (!queue.isOutage) return;
     const isUp = new Promise<boolean>((resolve) => this.#linkWaiters.push(() => resolve(true)));

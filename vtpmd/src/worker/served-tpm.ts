@@ -190,6 +190,7 @@ function compose(
     names: identity,
     mayExport: verbs.includes('EXPORT'),
     mayImport: verbs.includes('IMPORT'),
+    whenLinked: () => power.whenLinked(),
     note: checkpoint?.left.memory ?? { broughtIn: 0 },
     failed: (error) => events.failed(error),
   });
