@@ -10,6 +10,7 @@ import {
   HierarchyChangeAuth,
   HierarchyControl,
   inSession,
+  PCR_Allocate,
   PCR_Extend,
   PCR_Reset,
   Pt,
@@ -127,5 +128,18 @@ describe('tpm2-ts-bindings: hierarchies, dictionary attack protection, registers
     await tpm.run(PCR_Reset, { pcrHandle }, {});
     assert.deepEqual(await readPcrs(tpm, selection), [Buffer.alloc(32)]);
     await assert.rejects(tpm.run(PCR_Reset, { pcrHandle: withPassword(permanent(0)) }, {}), says('LOCALITY'));
+  });
+
+  it('PCR_Allocate: the platform says which registers each bank has from the next power-on on', async () => {
+    const all = Array.from({ length: 24 }, (_, pcr) => pcr);
+    const pcrAllocation = [Alg.SHA1, Alg.SHA256].map((hash) => ({ hash, pcrs: all }));
+    const { allocationSuccess, maxPcr } = await tpm.run(
+      PCR_Allocate,
+      { authHandle: PLATFORM },
+      { pcrAllocation },
+    );
+    assert.deepEqual([allocationSuccess, maxPcr], [true, 24]);
+    const owner = withPassword(permanent(Rh.OWNER));
+    await assert.rejects(tpm.run(PCR_Allocate, { authHandle: owner }, { pcrAllocation }), says('VALUE'));
   });
 });

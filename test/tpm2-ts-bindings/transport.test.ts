@@ -1,12 +1,14 @@
 import assert from 'node:assert/strict';
+import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
-import { createServer, type Server, type Socket } from 'node:net';
+import { connect, createServer, type Server, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import {
   createTpm,
   openDevice,
   openSocket,
+  overSocket,
   Rc,
   readRandom,
   retrying,
@@ -49,6 +51,18 @@ describe('tpm2-ts-bindings: transports', () => {
     await new Promise<void>((resolve) => server?.listen(path, resolve));
     return path;
   }
+
+  it('a connection that is there already: its end, and a deadline, are told by the name that was given', async () => {
+    const path = await fake((socket, chunk) => {
+      if (chunk.equals(COMMAND)) socket.write(OK);
+    });
+    const socket = connect(path);
+    await once(socket, 'connect');
+    const transport = overSocket(socket, 'the vTPM', { deadline: 100 });
+    assert.deepEqual(await transport.transmit(COMMAND), OK);
+    await assert.rejects(transport.transmit(OK), /^TpmError: the vTPM: no answer within 100 ms$/);
+    assert.ok(socket.destroyed);
+  });
 
   it('socket: an answer in pieces is put together', async () => {
     const path = await fake((socket) => {

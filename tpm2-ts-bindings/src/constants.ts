@@ -89,6 +89,8 @@ export const Cap = {
 /** Properties (TPM_PT, Part 2). */
 export const Pt = {
   FAMILY_INDICATOR: 0x100,
+  LEVEL: 0x101,
+  REVISION: 0x102,
   MANUFACTURER: 0x105,
   VENDOR_STRING_1: 0x106,
   FIRMWARE_VERSION_1: 0x10b,

@@ -1,4 +1,4 @@
-import { list, u32 } from '../codec.js';
+import { list, u32, yesNo } from '../codec.js';
 import { command } from '../command.js';
 import { tpmlDigest, tpmlPcrSelection, tpmtHa } from '../structures.js';
 
@@ -18,4 +18,15 @@ export const PCR_Read = command('PCR_Read', {
   code: 0x17e,
   params: { pcrSelectionIn: tpmlPcrSelection },
   result: { pcrUpdateCounter: u32, pcrSelectionOut: tpmlPcrSelection, pcrValues: tpmlDigest },
+});
+
+/**
+ * Which registers each bank has from the next _TPM_Init on; a bank that is not named stays as it is. Where the TPM cannot do
+ * it, it says so in `allocationSuccess`, not by an error.
+ */
+export const PCR_Allocate = command('PCR_Allocate', {
+  code: 0x12b,
+  handles: ['!authHandle'],
+  params: { pcrAllocation: tpmlPcrSelection },
+  result: { allocationSuccess: yesNo, maxPcr: u32, sizeNeeded: u32, sizeAvailable: u32 },
 });

@@ -1,4 +1,5 @@
-import { connectStream, type SocketOptions, StreamTransport } from './stream.js';
+import type { Socket } from 'node:net';
+import { connectStream, DEADLINE_MS, type SocketOptions, Stream, StreamTransport } from './stream.js';
 import type { Transport } from './transport.js';
 
 /**
@@ -21,4 +22,9 @@ export async function openTcp(
   options: SocketOptions = {},
 ): Promise<Transport> {
   return new StreamTransport(await connectStream(address, options));
+}
+
+/** The same over a connection that is there already, and is the transport's from now on. @param name for messages */
+export function overSocket(socket: Socket, name: string, options: SocketOptions = {}): Transport {
+  return new StreamTransport(new Stream(name, socket, options.deadline ?? DEADLINE_MS));
 }

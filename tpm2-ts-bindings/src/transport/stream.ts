@@ -15,6 +15,9 @@ export interface SocketOptions {
 /** Where a stream socket listens: a unix socket, or a TCP port at an IPv4 or IPv6 address or a host name. */
 export type Endpoint = { readonly path: string } | { readonly host: string; readonly port: number };
 
+/** Milliseconds for one command, unless the caller says another deadline. */
+export const DEADLINE_MS = 120_000;
+
 function nameOf(endpoint: Endpoint): string {
   if ('path' in endpoint) return endpoint.path;
   const { host, port } = endpoint;
@@ -23,7 +26,7 @@ function nameOf(endpoint: Endpoint): string {
 
 /** @throws TpmError `transport` where nobody accepts the connection */
 export async function connectStream(endpoint: Endpoint, options: SocketOptions): Promise<Stream> {
-  const { connectTimeout = 10_000, deadline = 120_000 } = options;
+  const { connectTimeout = 10_000, deadline = DEADLINE_MS } = options;
   const name = nameOf(endpoint);
   const over = AbortSignal.timeout(connectTimeout);
   for (;;) {
