@@ -40,6 +40,8 @@ export interface Settings {
   'tpm-deadline': number;
   /** `FIRST-LAST`: the host's uids that workers of root's supervisor run as, one each. */
   'worker-uids': string;
+  /** Users, beside root and the supervisor's own, whom the drop-in commands serve, with commas between them. */
+  'dropin-users': string;
   /** Layers of the sandbox that workers may run without, with commas between them. */
   'waive-layers': string;
 }
@@ -137,6 +139,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     // In the part of the numbers that systemd's table of uids leaves unused, below what some programs take for negative.
     fallback: '2000000000-2000065535',
     form: ['FIRST-LAST, two numbers', /^\d{1,10}-\d{1,10}$/],
+  },
+  'dropin-users': {
+    help: 'users, beside root, that may make and start vTPMs with the drop-in commands swtpm and swtpm_setup',
+    fallback: '',
+    form: ['names or numbers of users with commas between them', /^[A-Za-z0-9._, -]*$/],
   },
   'waive-layers': {
     help: 'layers of the sandbox, by name, that workers run without where the machine cannot give them',

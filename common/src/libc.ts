@@ -48,6 +48,7 @@ const LOCK_EX_NB = 2 | 4;
 const PR_SET_DUMPABLE = 4;
 const EAGAIN = 11;
 const ENOTCONN = 107;
+const F_DUPFD_CLOEXEC = 1030;
 const F_OFD_SETLK = 37;
 const F_WRLCK = 1;
 const F_UNLCK = 2;
@@ -103,6 +104,13 @@ export function socketPair(): [number, number] {
 /** Ends a connection for everybody who has a descriptor of it (shutdown(2), both directions). */
 export function shutDownSocket(fd: number): void {
   if (shutdown(fd, SHUT_RDWR) !== 0 && koffi.errno() !== ENOTCONN) fail('shutdown');
+}
+
+/** Another descriptor of the same file, close-on-exec (fcntl(2), F_DUPFD_CLOEXEC). The caller closes it. */
+export function duplicate(fd: number): number {
+  const copy = Number(fcntl(fd, F_DUPFD_CLOEXEC, 3));
+  if (copy < 0) fail('fcntl(F_DUPFD_CLOEXEC)');
+  return copy;
 }
 
 /** A pipe that never blocks, close-on-exec. The caller closes both ends. */

@@ -39,6 +39,8 @@ export interface Paths {
     readonly vm: string;
     readonly vmImages: string;
     readonly socket: string;
+    /** For the drop-in commands: `swtpm` and its companions. */
+    readonly dropinSocket: string;
     /** One directory per vTPM name, with its doors. */
     readonly doors: string;
   };
@@ -92,6 +94,7 @@ export function pathsOf(home: string, run: string = defaultRun(resolve(home))): 
       vm: join(supervisor, 'vm'),
       vmImages: join(supervisor, 'images', 'vm'),
       socket: join(sockets, 'supervisor.sock'),
+      dropinSocket: join(sockets, 'dropin.sock'),
       doors: join(sockets, 'vtpms'),
     },
     log: join(base, 'log'),
