@@ -151,6 +151,7 @@ export class BlobWorker {
       failed: (error) => this.failures.push(error),
       dataChannel: () => undefined,
       vmmChanged: () => undefined,
+      vmmShutDown: () => undefined,
       log: () => undefined,
     });
     this.#tpm = tpm;

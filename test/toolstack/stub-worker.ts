@@ -44,10 +44,10 @@ function useLink(fd: number, isFirst: boolean): void {
   });
 }
 
-/** The memory and both ends of a pipe. */
-function takeCheckpoint(): void {
-  const [fd = -1, ...pipe] = [1, 2, 3].map(() => receiveDescriptor(5));
-  for (const end of pipe) closeSync(end ?? -1);
+/** The memory and both ends of a pipe, or of two where there is a control door. */
+function takeCheckpoint({ control: hasTwo }: { control?: boolean }): void {
+  const fd = receiveDescriptor(5) ?? -1;
+  for (let end = 0; end < (hasTwo ? 4 : 2); end++) closeSync(receiveDescriptor(5) ?? -1);
   memory = { map: CheckpointMemory.map(fd), inode: fstatSync(fd).ino };
   closeSync(fd);
 }
@@ -78,7 +78,7 @@ function serve(id: number, fd: number): void {
 }
 
 lines(control, (message) => {
-  if (message.checkpoint) takeCheckpoint();
+  if (message.checkpoint) takeCheckpoint(message.checkpoint as unknown as { control?: boolean });
   if (message.type === 'lost') say({ type: 'lost' });
   if (message.type === 'identity') link.write(`${JSON.stringify({ ...message, memory: memory?.inode })}\n`);
   if (message.type === 'rehearse') say({ type: 'rehearsed' });

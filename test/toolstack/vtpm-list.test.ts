@@ -22,6 +22,16 @@ const entry: fc.Arbitrary<Entry> = fc.record({
   stateBlobs: fc.constantFrom('reference' as const, 'plain' as const),
   socketOwner: fc.option(fc.tuple(fc.nat(), fc.nat()).map(([uid, gid]) => `${uid}:${gid}`)),
   socketMode: fc.constantFrom('0600', '0660'),
+  dropin: fc.option(
+    fc.record(
+      {
+        secretSha256: fc.stringMatching(/^[0-9a-f]{64}$/),
+        uid: fc.nat(),
+        place: fc.string().map((path) => `/${path.replaceAll('\0', '')}`),
+      },
+      { noNullPrototype: true },
+    ),
+  ),
   delegation: base64,
   delegationSignature: base64,
   manufactured: fc.boolean(),
@@ -94,8 +104,8 @@ describe('the list of vTPMs', () => {
 
   it('reads the lists of older formats, whose vTPMs have the doors that there were, and no others without a format', () => {
     const [item] = fc.sample(entry, 1) as [Entry];
-    const { doors: _doors, stateBlobs: _blobs, ...second } = item;
-    const stateBlobs = 'reference';
+    const { doors: _doors, stateBlobs: _blobs, dropin: _dropin, ...second } = item;
+    const added = { stateBlobs: 'reference', dropin: null };
     const { socketOwner: _owner, socketMode: _mode, ...old } = second;
     const doors = ['tpm', 'tcti'];
     const save = (format: number, vtpms: object[]) => {
@@ -104,10 +114,10 @@ describe('the list of vTPMs', () => {
     };
     save(1, [old]);
     assert.deepEqual(VtpmList.open(path)?.all(), [
-      { ...old, doors, stateBlobs, socketOwner: null, socketMode: '0600' },
+      { ...old, doors, ...added, socketOwner: null, socketMode: '0600' },
     ]);
     save(2, [second]);
-    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...second, doors, stateBlobs }]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...second, doors, ...added }]);
     // A field that a format does not have, and one that it must have.
     save(1, [item]);
     assert.throws(() => VtpmList.open(path), hasCode('corrupt'));

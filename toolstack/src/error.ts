@@ -23,6 +23,9 @@ export type ToolstackErrorCode =
   | 'missing-package'
   | 'layer-missing'
   | 'store-full'
+  // The drop-in commands
+  | 'not-permitted'
+  | 'token-refused'
   | 'home-unwritable'
   // Workers and the manager
   | 'worker-failed'
@@ -53,6 +56,8 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'missing-package',
   'layer-missing',
   'store-full',
+  'not-permitted',
+  'token-refused',
   'home-unwritable',
   'worker-failed',
   'worker-late',

@@ -9,6 +9,8 @@ import {
 } from 'vtpm-common';
 import { ToolstackError } from './error.js';
 import { serveApi } from './supervisor/api.js';
+import { DropinServer } from './supervisor/dropin/server.js';
+import { dropinUids } from './supervisor/dropin/users.js';
 import { takeSignals } from './supervisor/handover/early-signals.js';
 import { checkInheritance, takeInheritance } from './supervisor/handover/inheritance.js';
 import { CHECK_FLAG, HANDOVER_FLAG } from './supervisor/handover/names.js';
@@ -36,6 +38,7 @@ interface Flags {
   readonly storeReserve?: string;
   readonly workerUids?: string;
   readonly waiveLayers?: string;
+  readonly dropinUsers?: string;
   readonly workerManifest?: string;
   readonly handover?: string;
   readonly checkHandover?: string;
@@ -62,6 +65,7 @@ const program = new Command('vtpm-supervisord')
   .option('--store-reserve <MiB>', 'of disk that is kept for the vTPMs there are')
   .option('--worker-uids <range>', 'uids that workers run as, one each: FIRST-LAST')
   .option('--waive-layers <names>', 'layers of the sandbox that workers may run without')
+  .option('--dropin-users <names>', 'users whom the drop-in commands serve, beside root')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   // What the program before this one hands over, and whether this one would take it; see handover/upgrade.ts.
   .addOption(new Option(`${HANDOVER_FLAG} <descriptor>`).hideHelp())
@@ -89,6 +93,7 @@ async function run(flags: Flags): Promise<void> {
     'store-reserve': flags.storeReserve,
     'worker-uids': flags.workerUids,
     'waive-layers': flags.waiveLayers,
+    'dropin-users': flags.dropinUsers,
   });
   const log = createLogger('vtpm-supervisord', settings);
   const service = new ServiceNotifier();
@@ -97,7 +102,9 @@ async function run(flags: Flags): Promise<void> {
     return checkInheritance(flags.checkHandover, { paths, settings, manifest });
   const before = flags.handover === undefined ? undefined : takeInheritance(flags.handover);
   const supervisor = await openSupervisor({ paths, settings, manifest, log, ...(before && { before }) });
-  const api = await serveApi(supervisor, paths.supervisor.socket, log, before);
+  const uids = dropinUids(settings['dropin-users']);
+  const dropin = await DropinServer.open({ supervisor, paths, log, uids }, before !== undefined);
+  const api = await serveApi(supervisor, dropin, paths.supervisor.socket, log, before);
   before?.descriptors.closeRest();
   log.info(
     { home: paths.home, imageDigest: supervisor.image.digest, vtpms: supervisor.all().length },
@@ -117,7 +124,8 @@ async function run(flags: Flags): Promise<void> {
     isStopping = true;
     log.info({ signal }, 'stopping all workers');
     service.stopping();
-    await api.close(supervisor.close());
+    const closed = supervisor.close();
+    await Promise.all([api.close(closed), dropin.close(closed)]);
     log.info('stopped');
     process.exit(0);
   };

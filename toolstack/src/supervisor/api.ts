@@ -3,6 +3,7 @@ import { Socket } from 'node:net';
 import { type Logger, VERSION } from 'vtpm-common';
 import { ToolstackError, type ToolstackErrorCode } from '../error.js';
 import { ApiServer } from './api-server.js';
+import type { DropinServer } from './dropin/server.js';
 import { parseEntryChange } from './entry.js';
 import type { Inheritance } from './handover/inheritance.js';
 import { upgrade } from './handover/upgrade.js';
@@ -22,6 +23,7 @@ const MAX_BODY_BYTES = 64 * 1024;
  */
 export async function serveApi(
   supervisor: Supervisor,
+  dropin: DropinServer,
   path: string,
   log: Logger,
   before?: Inheritance,
@@ -37,7 +39,7 @@ export async function serveApi(
             error: { code: 'busy', message: 'the supervisor is stopping; start it again' },
           });
         } else {
-          void answer({ supervisor, server, log }, request, response);
+          void answer({ supervisor, server, dropin, log }, request, response);
         }
       },
     },
@@ -56,6 +58,8 @@ export async function serveApi(
 const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'bad-request': 400,
   'image-not-allowed': 403,
+  'not-permitted': 403,
+  'token-refused': 403,
   'image-changed': 409,
   'upgrade-refused': 409,
   'unknown-vtpm': 404,
@@ -75,6 +79,7 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
 interface Served {
   readonly supervisor: Supervisor;
   readonly server: ApiServer;
+  readonly dropin: DropinServer;
   readonly log: Logger;
 }
 

@@ -13,6 +13,8 @@ export type WorkerMessage =
   | { readonly type: 'data-channel' }
   /** The VMM came or went, or changed something of the TPM. */
   | ({ readonly type: 'vmm' } & VmmStatus)
+  /** The VMM needs the TPM no more; it is off. */
+  | { readonly type: 'vmm-shut-down' }
   /** The TPM is lost, and the VMM begins a new run of its VM. It is said again until there is an answer. */
   | ({ readonly type: 'vm-reset' } & VmmChoice)
   /** It answers TPM_RC_FAILURE to everything. */
@@ -149,6 +151,7 @@ const SHAPES: Readonly<Record<WorkerMessage['type'], Shape>> = {
     bufferSize: isCount,
     locality: isCount,
   },
+  'vmm-shut-down': {},
   'vm-reset': { bufferSize: isCount, locality: isCount },
   lost: {},
   failed: { reason: isText, message: isText },

@@ -1,6 +1,6 @@
 import { chmodSync, chownSync, statSync } from 'node:fs';
 import { dirname } from 'node:path';
-import type { Paths } from 'vtpm-common';
+import type { Paths, Settings } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { Entry } from './entry.js';
 
@@ -32,11 +32,16 @@ export function applyAccess(path: string, { owner, mode }: DoorAccess): void {
 }
 
 /**
- * Opens the way to the doors, for passing only, while some belong to others, and closes it again.
+ * Opens the way to the doors and the drop-in's socket, for passing only, while others use some, and closes it again.
  * Directories that are another user's are left as they are.
  */
-export function setPassage(paths: Paths, entries: readonly Entry[]): void {
-  const isShared = entries.some(({ socketOwner }) => socketOwner !== null);
+export function setPassage(
+  paths: Paths,
+  entries: readonly Entry[],
+  settings: Pick<Settings, 'dropin-users'>,
+): void {
+  const isShared =
+    entries.some(({ socketOwner }) => socketOwner !== null) || settings['dropin-users'].trim() !== '';
   for (const directory of [paths.run, paths.supervisor.doors]) {
     const { uid, mode } = statSync(directory);
     if (uid !== process.getuid?.()) continue;

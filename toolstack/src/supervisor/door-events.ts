@@ -5,9 +5,10 @@ import type { VtpmStatus } from './vtpm-status.js';
 import { isOfTheDead } from './worker-start.js';
 
 /** Who comes and goes at the doors of a vTPM, for the worker that it has then. */
-export function doorEvents(status: Pick<VtpmStatus, 'state'>, run: VmRun): DoorEvents {
+export function doorEvents(status: Pick<VtpmStatus, 'state' | 'attendant'>, run: VmRun): DoorEvents {
   return {
     connected: (visit) => passVisit(status, run, visit),
+    disconnected: ({ id, door }) => status.attendant?.disconnected(id, door),
     peerGone: (peer) => {
       run.clientGone(peer);
       if ('worker' in status.state) status.state.worker?.send({ type: 'peer-gone', peer });

@@ -25,6 +25,8 @@ export interface Visit {
 export interface DoorEvents {
   /** Where it throws, the connection is closed. */
   connected(visit: Visit): void;
+  /** A connection is over, whoever ended it. */
+  disconnected(visit: Visit): void;
   /** The process of former connections has ended. */
   peerGone(peer: number): void;
 }
@@ -121,10 +123,25 @@ export class Doors {
     };
   }
 
+  /**
+   * A connection that somebody else accepted.
+   * @param fd its descriptor, which is closed with it, also where this throws
+   * @returns its id @throws ToolstackError `busy` where there are too many
+   */
+  admit(door: DoorName, fd: number): number {
+    const id = this.#bringIn(door, holdOpen(fd));
+    if (id === undefined)
+      throw new ToolstackError('busy', `there are ${MAX_CONNECTIONS} connections at the door "${door}"`);
+    return id;
+  }
+
   /** The worker has closed its end. */
   forget(id: number): void {
-    this.#connections.get(id)?.socket.destroy();
+    const visit = this.#connections.get(id);
+    if (!visit) return;
+    visit.socket.destroy();
     this.#connections.delete(id);
+    this.#events.disconnected(visit);
   }
 
   /**
@@ -209,10 +226,15 @@ export class Doors {
   }
 
   #accept(door: DoorName, socket: Socket): void {
+    this.#bringIn(door, socket);
+  }
+
+  /** @returns undefined where it was turned away */
+  #bringIn(door: DoorName, socket: Socket): number | undefined {
     // Counted here: a server counts only what it accepted itself, and some came to the program before this one.
     if (this.visits().filter((visit) => visit.door === door).length >= MAX_CONNECTIONS) {
       socket.destroy();
-      return;
+      return undefined;
     }
     const id = this.#nextId++;
     try {
@@ -220,9 +242,11 @@ export class Doors {
       const visit = { door, id, peer: this.#clients.add(socket), socket };
       this.#keep(visit);
       this.#events.connected(visit);
+      return id;
     } catch {
       socket.destroy();
       this.forget(id);
+      return undefined;
     }
   }
 

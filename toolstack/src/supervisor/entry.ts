@@ -8,6 +8,15 @@ export type Startup = 'clear' | 'none';
 /** What its VMM takes out: a reference that works once, here; or the whole state, in the clear. */
 export type StateBlobs = 'reference' | 'plain';
 
+/** Who starts a vTPM through the drop-in commands: whoever has the token of that place and is that user. */
+export interface DropinBinding {
+  /** Of the token's secret, hex: the secret itself is nowhere but in the token. */
+  readonly secretSha256: string;
+  readonly uid: number;
+  /** Absolute path of the directory or file that the token is in; a copy elsewhere is not a second TPM. */
+  readonly place: string;
+}
+
 /** What the supervisor keeps of one vTPM. It is JSON on disk. */
 export interface Entry {
   /** UUID. */
@@ -27,6 +36,8 @@ export interface Entry {
   readonly socketOwner: string | null;
   /** Permission bits of its doors, `0600` or `0660`. */
   readonly socketMode: string;
+  /** Null: it is started by `vtpmctl start` or with the supervisor. */
+  readonly dropin: DropinBinding | null;
   /** Serialised Delegation to this supervisor's key, base64. */
   readonly delegation: string;
   /** Ed25519 of the toolstack key over it, base64. */
@@ -58,6 +69,7 @@ export type NewEntry = Pick<
   | 'stateBlobs'
   | 'socketOwner'
   | 'socketMode'
+  | 'dropin'
   | 'delegation'
   | 'delegationSignature'
 >;
@@ -67,12 +79,17 @@ const PRIVATE_DOORS = { socketOwner: null, socketMode: '0600' };
 /** What each format of the list added, and what a list that does not know it means. */
 const ADDED: Readonly<Record<number, Partial<Entry>>> = {
   2: PRIVATE_DOORS,
-  3: { doors: DEFAULT_DOORS, stateBlobs: 'reference' },
+  3: { doors: DEFAULT_DOORS, stateBlobs: 'reference', dropin: null },
 };
 /** Format number of a list of entries. */
 export const ENTRY_FORMAT = 3;
 /** What a caller who does not say it means. */
-const DEFAULTS: Partial<Entry> = { ...PRIVATE_DOORS, doors: DEFAULT_DOORS, stateBlobs: 'reference' };
+const DEFAULTS: Partial<Entry> = {
+  ...PRIVATE_DOORS,
+  doors: DEFAULT_DOORS,
+  stateBlobs: 'reference',
+  dropin: null,
+};
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 /** A file name in any directory, never `.` or `..`, and never taken for an option. */
@@ -110,6 +127,7 @@ const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
   stateBlobs: oneOf('reference', 'plain'),
   socketOwner: orNull(text(OWNER, 'uid:gid in numbers')),
   socketMode: oneOf('0600', '0660'),
+  dropin: orNull([isBinding, 'the secretSha256, uid and place of a token']),
   delegation: text(BASE64, 'base64'),
   delegationSignature: text(BASE64, 'base64'),
 };
@@ -131,12 +149,14 @@ export function parseNewEntry(value: unknown): NewEntry {
 }
 
 /** What can be changed while it is stopped. */
-export type EntryChange = Partial<Pick<Entry, 'doors'>>;
+export type EntryChange = Partial<Pick<Entry, 'doors' | 'dropin'>>;
 
 /** @throws ToolstackError `bad-request` that names the field, or where nothing would change */
 export function parseEntryChange(value: unknown): EntryChange {
   const given = Object.keys(typeof value === 'object' && value !== null ? value : {});
-  const fields = Object.entries({ doors: ENTRY.doors }).filter(([name]) => given.includes(name));
+  const fields = Object.entries({ doors: ENTRY.doors, dropin: ENTRY.dropin }).filter(([name]) =>
+    given.includes(name),
+  );
   const change = check(value, Object.fromEntries(fields)) as EntryChange;
   if (fields.length === 0) throw new ToolstackError('bad-request', 'nothing is named that is to be changed');
   return change;
@@ -163,6 +183,23 @@ export function newEntry(given: NewEntry): Entry {
     crashed: null,
     restart: 'never',
   };
+}
+
+function isBinding(value: unknown): boolean {
+  if (typeof value !== 'object' || value === null) return false;
+  const { secretSha256, uid, place, ...rest } = value as Record<string, unknown>;
+  return (
+    typeof secretSha256 === 'string' &&
+    /^[0-9a-f]{64}$/.test(secretSha256) &&
+    isUid(uid) &&
+    typeof place === 'string' &&
+    /^\/[^\0]{0,4095}$/.test(place) &&
+    Object.keys(rest).length === 0
+  );
+}
+
+function isUid(value: unknown): boolean {
+  return Number.isSafeInteger(value) && Number(value) >= 0 && Number(value) < 0xffff_ffff;
 }
 
 /** Exactly the known fields: one that is not known may be the one that matters. */

@@ -42,7 +42,7 @@ export async function openSupervisor(options: SupervisorOptions): Promise<Superv
   const left = await endLeftovers(ledgerPath, imageDirectories, spared);
   if (left > 0) log.warn({ processes: left }, 'ended what was left of the workers of an earlier supervisor');
   const { list, delegateKey } = openState(paths);
-  setPassage(paths, list.all());
+  setPassage(paths, list.all(), settings);
   const images = new WorkerImages({
     sources: () => collectSources(options.manifest),
     directory: paths.supervisor.images,

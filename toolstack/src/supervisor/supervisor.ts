@@ -156,7 +156,7 @@ export class Supervisor {
       throw new ToolstackError('busy', 'the supervisor is being upgraded; try again in a moment');
     const entry = checkedNewEntry(body, this.#context);
     this.#context.list.add(entry);
-    setPassage(this.#context.paths, this.#context.list.all());
+    this.#setPassage();
     const vtpm = new Vtpm(this.#context, entry);
     this.#vtpms.set(entry.id, vtpm);
     return vtpm;
@@ -168,8 +168,13 @@ export class Supervisor {
       this.#context.list.remove(vtpm.entry.id);
       this.#vtpms.delete(vtpm.entry.id);
       this.#autostart.forget(vtpm);
-      setPassage(this.#context.paths, this.#context.list.all());
+      this.#setPassage();
     });
+  }
+
+  #setPassage(): void {
+    const { paths, list, settings } = this.#context;
+    setPassage(paths, list.all(), settings);
   }
 
   /** Stops every worker, in order. */

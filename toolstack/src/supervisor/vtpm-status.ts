@@ -1,15 +1,27 @@
 import { join } from 'node:path';
 import type { Logger } from 'vtpm-common';
-import type { VmmStatus } from './control-protocol.js';
+import type { DoorName, VmmStatus } from './control-protocol.js';
 import type { Entry } from './entry.js';
 import type { ProcessId } from './processes.js';
 import type { VtpmList } from './vtpm-list.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 
+/** Hears what becomes of a vTPM that it started. */
+export interface Attendant {
+  /** One of the connections is over. */
+  disconnected(connection: number, door: DoorName): void;
+  /** The VMM needs the TPM no more. */
+  shutDown(): void;
+  /** The vTPM was stopped, or `reason` is why it crashed. */
+  ended(reason: string | null): void;
+}
+
 /** What is known of one vTPM: its entry in the list, and what it is at the moment. */
 export class VtpmStatus {
   readonly log: Logger;
-  state: VtpmState;
+  #state: VtpmState;
+  /** Who started it through the drop-in commands, while it runs. */
+  attendant: Attendant | undefined;
   /** What the worker said last of the VMM, where that powers the TPM. */
   vmm: VmmStatus | undefined;
   /** What a kill could not end. No start while it is there. */
@@ -23,8 +35,20 @@ export class VtpmStatus {
     this.#list = list;
     this.#doors = paths.supervisor.doors;
     this.#entry = entry;
-    this.state =
+    this.#state =
       entry.crashed === null ? { kind: 'stopped', reason: null } : { kind: 'crashed', reason: entry.crashed };
+  }
+
+  get state(): VtpmState {
+    return this.#state;
+  }
+
+  set state(state: VtpmState) {
+    this.#state = state;
+    if (state.kind !== 'stopped' && state.kind !== 'crashed') return;
+    const { attendant } = this;
+    this.attendant = undefined;
+    attendant?.ended(state.kind === 'crashed' ? state.reason : null);
   }
 
   get entry(): Entry {

@@ -18,6 +18,8 @@ export interface VtpmView {
   readonly stateBlobs: string;
   readonly socketOwner: string | null;
   readonly socketMode: string;
+  /** Where its token is and whose, where swtpm starts it. */
+  readonly dropin: { readonly place: string; readonly uid: number } | null;
   readonly state: VtpmState['kind'];
   /** Why it crashed, or why the last start or stop did not go as asked. */
   readonly reason: string | null;
@@ -51,6 +53,7 @@ export function viewOf(
   const worker = 'worker' in state ? state.worker : undefined;
   return {
     ...{ id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode },
+    dropin: entry.dropin && { place: entry.dropin.place, uid: entry.dropin.uid },
     state: state.kind,
     reason: 'reason' in state ? state.reason : null,
     vmRunId: entry.vmRunId,

@@ -226,6 +226,9 @@ export class VtpmWorkers {
         this.#status.vmm = { connected, power, bufferSize, locality };
         return;
       }
+      case 'vmm-shut-down':
+        this.#status.attendant?.shutDown();
+        return;
       case 'vm-reset':
         // Held, it is said again.
         if (state.kind === 'lost' && !this.#gate.isHeld && !this.#isResetting)

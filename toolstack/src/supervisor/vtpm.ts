@@ -1,11 +1,13 @@
+import { closeSync } from 'node:fs';
 import { ToolstackError } from '../error.js';
+import type { DoorName } from './control-protocol.js';
 import { checkDoors } from './door-kinds.js';
 import type { Entry, EntryChange } from './entry.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
 import { Operations } from './operations.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
-import { VtpmStatus } from './vtpm-status.js';
+import { type Attendant, VtpmStatus } from './vtpm-status.js';
 import { type VtpmView, viewOf } from './vtpm-view.js';
 import { VtpmWorkers } from './vtpm-workers.js';
 
@@ -58,13 +60,51 @@ export class Vtpm {
    * A power-on: a new VM run, a new worker. Resolves when the doors are open.
    * @throws ToolstackError `busy` | `already-running` | `worker-failed` | `image-not-allowed` | `image-changed` | `manager-unreachable` | …
    */
-  start(): Promise<void> {
+  start(attendant?: Attendant): Promise<void> {
     // The pool makes nothing while a start takes from it; a VM takes nothing, and long.
     return this.#operations.exclusively('started', () =>
       this.#status.entry.isolation === 'vm'
-        ? this.#start()
-        : this.#context.pool.duringStart(() => this.#start()),
+        ? this.#start(attendant)
+        : this.#context.pool.duringStart(() => this.#start(attendant)),
     );
+  }
+
+  /** The program before this one started it for somebody, who is there again. @throws ToolstackError `already-running` | `not-running` */
+  attendAgain(attendant: Attendant): void {
+    const { name } = this.entry;
+    if (this.#status.attendant) {
+      throw new ToolstackError(
+        'already-running',
+        `vTPM ${name} is held by another swtpm; there is one of each`,
+      );
+    }
+    if (this.state === 'stopped' || this.state === 'crashed') {
+      throw new ToolstackError('not-running', `vTPM ${name} is ${this.state}`);
+    }
+    this.#status.attendant = attendant;
+  }
+
+  /** Numbers of those that are open. */
+  get connections(): number[] {
+    const { state } = this.#status;
+    return 'doors' in state ? state.doors.visits().map(({ id }) => id) : [];
+  }
+
+  /** When what is being done with it has been, whatever came of it. */
+  get settled(): Promise<void> {
+    return this.#operations.settled;
+  }
+
+  get isAttended(): boolean {
+    return this.#status.attendant !== undefined;
+  }
+
+  /** A connection that its attendant accepted. @returns its id @throws ToolstackError `not-running` | `busy` */
+  admit(door: DoorName, fd: number): number {
+    const { state } = this.#status;
+    if ('doors' in state && state.kind !== 'stopping') return state.doors.admit(door, fd);
+    closeSync(fd);
+    throw new ToolstackError('not-running', `vTPM ${this.entry.name} is ${state.kind}`);
   }
 
   /** Resolves when the worker has saved and ended, or was killed for taking too long; `reason` says so then. */
@@ -131,7 +171,14 @@ export class Vtpm {
     this.#status.crashed(state.reason);
   }
 
-  async #start(): Promise<void> {
+  async #start(attendant: Attendant | undefined): Promise<void> {
+    if (this.entry.dropin && !attendant) {
+      const { place } = this.entry.dropin;
+      throw new ToolstackError(
+        'bad-request',
+        `vTPM ${this.entry.name} is started by swtpm with the token in ${place}, and by nobody else`,
+      );
+    }
     if (this.#status.state.kind === 'running' || this.#status.state.kind === 'restarting') {
       throw new ToolstackError('already-running', `vTPM ${this.#status.entry.name} is running already`);
     }
@@ -141,6 +188,7 @@ export class Vtpm {
     this.#status.state = { kind: 'starting', worker: undefined };
     try {
       await this.#workers.powerOn();
+      this.#status.attendant = attendant;
     } catch (error) {
       this.#workers.run?.end();
       const failure = ToolstackError.from(error, `vTPM ${this.#status.entry.name} cannot be started`);

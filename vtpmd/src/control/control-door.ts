@@ -25,6 +25,8 @@ export interface ControlDoorParts {
   changed(): void;
   /** The VMM is gone. */
   left(): void;
+  /** It has its answer to SHUTDOWN. */
+  shutDown(): void;
   /** It must not go on. */
   failed(error: unknown): void;
 }
@@ -116,6 +118,7 @@ export class ControlDoor {
       // A blob may be the state itself.
       answer.fill(0);
       this.#parts.changed();
+      if (request.shape.name === 'SHUTDOWN' && outcome.result === RESULT.Success) this.#parts.shutDown();
     } catch (error) {
       this.#parts.failed(error);
     }

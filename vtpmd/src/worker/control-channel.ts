@@ -16,6 +16,8 @@ export type WorkerMessage =
   | { type: 'data-channel' }
   /** The VMM came or went, or changed something of the TPM. */
   | ({ type: 'vmm' } & VmmStatus)
+  /** The VMM needs the TPM no more; it is off. */
+  | { type: 'vmm-shut-down' }
   /** The TPM is lost, and the VMM begins a new run of its VM. */
   | { type: 'vm-reset'; bufferSize: number; locality: number }
   /** Answers TPM_RC_FAILURE to everything. */

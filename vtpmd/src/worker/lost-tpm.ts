@@ -21,6 +21,8 @@ export interface LostTpmEvents {
   /** A VMM gave this as its data channel. */
   dataChannel(fd: number): void;
   vmmChanged(status: VmmStatus): void;
+  /** The VMM needs this TPM no more. */
+  vmmShutDown(): void;
   /** The VMM begins a new run of its VM: `resetRefused`, or the end of this worker, follows. */
   vmReset(chosen: { bufferSize: number; locality: number }): void;
   /** It must not go on. */
@@ -133,6 +135,7 @@ export class LostTpm {
       bufferSize: () => engine.bufferSizes.size,
       offer: (fd) => events.dataChannel(fd),
       status: (status) => events.vmmChanged(status),
+      shutDown: () => events.vmmShutDown(),
       failed: (error) => events.failed(error),
     });
   }

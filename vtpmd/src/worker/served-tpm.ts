@@ -47,6 +47,8 @@ export interface ServedTpmEvents {
   /** A VMM gave this as its data channel. */
   dataChannel(fd: number): void;
   vmmChanged(status: VmmStatus): void;
+  /** The VMM needs this TPM no more. */
+  vmmShutDown(): void;
   readonly log: Log;
 }
 
@@ -215,6 +217,7 @@ function compose(
           bufferSize: () => engine.bufferSizes.size,
           offer: (fd) => events.dataChannel(fd),
           status: (status) => events.vmmChanged(status),
+          shutDown: () => events.vmmShutDown(),
           failed: (error) => events.failed(error),
         })
       : undefined;

@@ -201,6 +201,7 @@ class Worker {
     this.#lost = new LostTpm(left, {
       dataChannel: (fd) => this.#sendDataChannel(fd),
       vmmChanged: (status) => this.#control.send({ type: 'vmm', ...status }),
+      vmmShutDown: () => this.#control.send({ type: 'vmm-shut-down' }),
       vmReset: (chosen) => this.#control.send({ type: 'vm-reset', ...chosen }),
       failed: (error) => this.#fail(error),
       log: this.#log,
@@ -225,6 +226,7 @@ class Worker {
       failed: (error) => this.#fail(error),
       dataChannel: (fd) => this.#sendDataChannel(fd),
       vmmChanged: (status) => this.#control.send({ type: 'vmm', ...status }),
+      vmmShutDown: () => this.#control.send({ type: 'vmm-shut-down' }),
       log: this.#log,
     });
     this.#tpm = tpm;

@@ -4,6 +4,7 @@ import { setImmediate as turn } from 'node:timers/promises';
 import { bootId, type Logger, sealedMemory, VERSION } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import type { ApiServer } from '../api-server.js';
+import type { DropinServer } from '../dropin/server.js';
 import type { Supervisor } from '../supervisor.js';
 import { KeptDescriptors } from './descriptors.js';
 import { HANDOVER_FORMAT, type HandOverState } from './state.js';
@@ -12,6 +13,7 @@ import { becomeSuccessor, checkSuccessor } from './successor.js';
 export interface Upgraded {
   readonly supervisor: Supervisor;
   readonly server: ApiServer;
+  readonly dropin: DropinServer;
   readonly log: Logger;
 }
 
@@ -22,12 +24,13 @@ let isUnderWay = false;
  * not return where it works: the next program answers `caller`.
  * @throws ToolstackError `upgrade-refused` | `busy`; then everything is as before
  */
-export async function upgrade({ supervisor, server, log }: Upgraded, caller: Socket): Promise<never> {
+export async function upgrade({ supervisor, server, dropin, log }: Upgraded, caller: Socket): Promise<never> {
   if (isUnderWay) throw new ToolstackError('busy', 'the supervisor is being upgraded already; wait for that');
   isUnderWay = true;
   try {
     await supervisor.hold();
     await server.hold(caller);
+    await dropin.hold();
     await withMemory(describe(), (memory) => checkSuccessor(memory));
     await supervisor.rest();
     log.info(
@@ -45,6 +48,7 @@ export async function upgrade({ supervisor, server, log }: Upgraded, caller: Soc
     isUnderWay = false;
     supervisor.release();
     server.release();
+    dropin.release();
   }
 
   function describe(): HandOverState {

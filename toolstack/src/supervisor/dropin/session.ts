@@ -1,0 +1,257 @@
+import { closeSync, fstatSync, writeSync } from 'node:fs';
+import type { Socket } from 'node:net';
+import { duplicate, type Logger, type Paths, receiveDescriptor, socketFd } from 'vtpm-common';
+import { ToolstackError } from '../../error.js';
+import { type DoorName, LineReader } from '../control-protocol.js';
+import { ShapeError } from '../handover/shape.js';
+import type { Supervisor } from '../supervisor.js';
+import type { Vtpm } from '../vtpm.js';
+import type { Attendant } from '../vtpm-status.js';
+import { checkToken } from './access.js';
+import { createVtpm, deleteVtpm } from './creation.js';
+import {
+  DROPIN_FORMAT,
+  type DropinMessage,
+  type DropinRequest,
+  type PlacedToken,
+  parseRequest,
+} from './protocol.js';
+
+export interface SessionContext {
+  readonly supervisor: Supervisor;
+  readonly paths: Paths;
+  readonly log: Logger;
+  /** Makes `socket` the connection for descriptors of that session. @returns false where there is none */
+  lend(session: string, from: DropinSession): boolean;
+}
+
+type Done = Partial<Omit<Extract<DropinMessage, { type: 'ok' }>, 'type'>>;
+
+const OK: Extract<DropinMessage, { type: 'ok' }> = {
+  type: 'ok',
+  name: null,
+  state: null,
+  connection: null,
+  connections: [],
+};
+
+/** One drop-in command that is connected: its vTPM is on while it is. */
+export class DropinSession implements Attendant {
+  readonly #context: SessionContext;
+  readonly #socket: Socket;
+  readonly #reader = new LineReader();
+  /** Of the process at the other end. */
+  readonly uid: number;
+  /** Of the connection that descriptors come on. */
+  #descriptors: number | undefined;
+  #vtpm: Vtpm | undefined;
+  /** Id of the vTPM that it made. */
+  #made: string | undefined;
+  #last: Promise<void> = Promise.resolve();
+
+  constructor(socket: Socket, uid: number, key: string, context: SessionContext) {
+    this.#socket = socket;
+    this.uid = uid;
+    this.#context = context;
+    socket.on('data', (chunk: Buffer) => this.#take(chunk));
+    socket.on('error', () => undefined);
+    socket.on('close', () => this.#left());
+    this.#send({ type: 'hello', format: DROPIN_FORMAT, session: key });
+    socket.resume();
+  }
+
+  /** Takes no more requests. Resolves when the one under way is answered. */
+  async hold(): Promise<void> {
+    this.#socket.pause();
+    await this.#last;
+  }
+
+  release(): void {
+    this.#socket.resume();
+  }
+
+  /** This connection becomes the one for descriptors of that session, and nothing else reads it any more. */
+  lendTo(session: DropinSession): void {
+    const descriptors = duplicate(socketFd(this.#socket));
+    // A socket that is only paused goes on reading ahead.
+    this.#socket.destroy();
+    session.#forgetDescriptors();
+    session.#descriptors = descriptors;
+    writeSync(descriptors, lineOf(OK));
+  }
+
+  end(): void {
+    this.#socket.end();
+  }
+
+  disconnected(connection: number, door: DoorName): void {
+    this.#send({ type: 'disconnected', connection, door });
+  }
+
+  shutDown(): void {
+    if (this.#vtpm) this.#stopSoon(this.#vtpm);
+  }
+
+  ended(reason: string | null): void {
+    this.#vtpm = undefined;
+    this.#send({ type: 'ended', reason });
+  }
+
+  #take(chunk: Buffer): void {
+    try {
+      for (const line of this.#reader.push(chunk)) {
+        const request = parseRequest(line);
+        this.#last = this.#last.then(() => this.#answer(request));
+      }
+    } catch (error) {
+      const reason = error instanceof ShapeError ? error.message : 'a line that is too long';
+      this.#context.log.warn(
+        { uid: this.uid, reason },
+        'a drop-in command said what it may not; it is cut off',
+      );
+      this.#socket.destroy();
+    }
+  }
+
+  async #answer(request: DropinRequest): Promise<void> {
+    try {
+      const done = await this.#do(request);
+      this.#send({ ...OK, name: this.#vtpm?.entry.name ?? null, ...done });
+    } catch (caught) {
+      const error = ToolstackError.from(caught);
+      if (error.code === 'internal') this.#context.log.error({ err: error }, 'a drop-in call failed');
+      this.#send({ type: 'error', code: error.code, message: error.message });
+    }
+  }
+
+  async #do(request: DropinRequest): Promise<Done> {
+    switch (request.type) {
+      case 'descriptors':
+        if (this.#context.lend(request.session, this)) return OK;
+        throw new ToolstackError('bad-request', 'there is no such session');
+      case 'create':
+        return await this.#create(request);
+      case 'inspect': {
+        const { entry, state } = this.#permitted(request.token);
+        return { name: entry.name, state };
+      }
+      case 'start':
+        return await this.#start(this.#permitted(request.token), request.goesOn);
+      case 'connection':
+        return { connection: this.#started().admit(request.door, this.#takeDescriptor()) };
+      case 'stop':
+        await this.#started().stop();
+        return {};
+      case 'discard':
+        return await this.#discard();
+    }
+  }
+
+  async #create(request: Extract<DropinRequest, { type: 'create' }>): Promise<Done> {
+    const { supervisor, paths, log } = this.#context;
+    const { id, vmUuid, place, secretSha256 } = request;
+    const there = this.#at(place);
+    if (there) {
+      const { name } = there.entry;
+      throw new ToolstackError(
+        'token-refused',
+        `${place} is the place of vTPM ${name} and its token is not there; vtpmctl dropin ${name} ${place} makes a new one`,
+      );
+    }
+    const taken = new Set(supervisor.all().map(({ entry }) => entry.name));
+    const name = taken.has(request.name) ? `${request.name.slice(0, 54)}-${id.slice(0, 8)}` : request.name;
+    await createVtpm(paths, { id, name, vmUuid, dropin: { secretSha256, uid: this.uid, place } });
+    this.#made = id;
+    log.info({ vtpm: name, uid: this.uid, place }, 'made for a drop-in command');
+    return { name };
+  }
+
+  async #discard(): Promise<Done> {
+    const id = this.#made;
+    if (id === undefined) throw new ToolstackError('bad-request', 'this session made no vTPM');
+    this.#made = undefined;
+    await deleteVtpm(this.#context.paths, id);
+    return {};
+  }
+
+  #at(place: string): Vtpm | undefined {
+    return this.#context.supervisor.all().find(({ entry }) => entry.dropin?.place === place);
+  }
+
+  #permitted(token: PlacedToken): Vtpm {
+    const { supervisor } = this.#context;
+    const vtpm = supervisor.all().find(({ entry }) => entry.id === token.id);
+    if (!vtpm) {
+      throw new ToolstackError(
+        'unknown-vtpm',
+        `the token in ${token.place} is of vTPM ${token.id}, which is not on this host or was deleted; for a new TPM remove the token`,
+      );
+    }
+    checkToken(vtpm.entry, token, this.uid);
+    return vtpm;
+  }
+
+  async #start(vtpm: Vtpm, goesOn: boolean): Promise<Done> {
+    if (this.#vtpm) throw new ToolstackError('bad-request', 'this session has a vTPM already');
+    const { name } = vtpm.entry;
+    // A VM that is powered off and on at once: its TPM of before is on its way out.
+    await vtpm.settled;
+    if (goesOn) {
+      vtpm.attendAgain(this);
+    } else {
+      if (vtpm.isAttended) {
+        throw new ToolstackError(
+          'already-running',
+          `vTPM ${name} runs already, for another swtpm with the token in ${vtpm.entry.dropin?.place}; there is one of each`,
+        );
+      }
+      await vtpm.start(this);
+    }
+    this.#vtpm = vtpm;
+    // It may have come to its end, or the command may have gone, meanwhile.
+    if (!vtpm.isAttended) throw new ToolstackError('worker-failed', `vTPM ${name} ended at once`);
+    if (this.#socket.destroyed) this.#left();
+    return { state: vtpm.state, connections: vtpm.connections };
+  }
+
+  #started(): Vtpm {
+    if (this.#vtpm) return this.#vtpm;
+    throw new ToolstackError('not-running', 'the vTPM is not started');
+  }
+
+  #takeDescriptor(): number {
+    const fd = this.#descriptors && receiveDescriptor(this.#descriptors);
+    if (fd === undefined) throw new ToolstackError('bad-request', 'no descriptor came with the connection');
+    if (fstatSync(fd).isSocket()) return fd;
+    closeSync(fd);
+    throw new ToolstackError('bad-request', 'what was passed as a connection is no socket');
+  }
+
+  #send(message: DropinMessage): void {
+    if (!this.#socket.destroyed) this.#socket.write(lineOf(message));
+  }
+
+  #forgetDescriptors(): void {
+    if (this.#descriptors !== undefined) closeSync(this.#descriptors);
+    this.#descriptors = undefined;
+  }
+
+  /** The command ended, however it did: then its TPM is powered off, as swtpm's is. */
+  #left(): void {
+    this.#forgetDescriptors();
+    const vtpm = this.#vtpm;
+    this.#vtpm = undefined;
+    if (vtpm) this.#stopSoon(vtpm);
+  }
+
+  #stopSoon(vtpm: Vtpm): void {
+    if (vtpm.state === 'stopping') return;
+    vtpm.stop().catch((error: Error) => {
+      this.#context.log.error({ vtpm: vtpm.entry.name, reason: error.message }, 'not stopped in order');
+    });
+  }
+}
+
+function lineOf(message: DropinMessage): string {
+  return `${JSON.stringify(message)}\n`;
+}
