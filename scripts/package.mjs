@@ -28,6 +28,10 @@ const PACKAGES = ['vtpm-toolstack', 'vtpm-manager', 'vtpmd', 'vtpm-frontend-driv
 const PROGRAMS = {
   'usr/bin/vtpmctl': 'vtpm-toolstack/bin/vtpmctl.js',
   'usr/bin/vtpm-frontend': 'vtpm-frontend-driver/bin/vtpm-frontend.js',
+  // Not in a directory of PATH: there they would take the place of swtpm's own commands for everybody.
+  [`${LIBRARY}/dropin/swtpm`]: 'vtpm-toolstack/bin/dropin/swtpm',
+  [`${LIBRARY}/dropin/swtpm_setup`]: 'vtpm-toolstack/bin/dropin/swtpm_setup',
+  [`${LIBRARY}/dropin/swtpm_ioctl`]: 'vtpm-toolstack/bin/dropin/swtpm_ioctl',
   'usr/sbin/vtpm-managerd': 'vtpm-manager/bin/vtpm-managerd.js',
   'usr/sbin/vtpm-supervisord': 'vtpm-toolstack/bin/vtpm-supervisord.js',
 };
@@ -172,7 +176,7 @@ function addControl() {
     'Installed-Size': installed,
     Depends: `nodejs (>= 20.19), libtpms0 (>= 0.9), libc6, libstdc++6, bubblewrap (>= 0.8), util-linux, ${SYSUSERS}`,
     Recommends: 'tpm-udev',
-    Suggests: 'tpm2-tools, libtss2-tcti-swtpm0',
+    Suggests: 'tpm2-tools, libtss2-tcti-swtpm0, swtpm-tools',
     Section: 'admin',
     Priority: 'optional',
     Description: [

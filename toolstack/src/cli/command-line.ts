@@ -21,6 +21,7 @@ import { up } from './commands/up.js';
 import type { Context } from './context.js';
 import { EXIT } from './exit-status.js';
 import { addPlatformCommands } from './platform-commands.js';
+import { addVmmCommands } from './vmm-commands.js';
 
 /** The flags that every command takes, before or after its name. */
 export interface GlobalFlags {
@@ -186,6 +187,8 @@ ${EXIT_STATUSES}`,
     )
     .option('--socket-owner <user:group>', "whom its sockets belong to (default: the supervisor's user)")
     .option('--socket-mode <mode>', '0600 or 0660 (default: 0660 with a group in --socket-owner, else 0600)');
+  for (const option of ['--id <id>', '--dropin <json>'])
+    createCommand.addOption(new Option(option).hideHelp());
   createCommand.action((name: string, flags: CreateFlags) =>
     run(createCommand, (context) => create(name, flags, context)),
   );
@@ -243,6 +246,8 @@ ${EXIT_STATUSES}`,
   execCommand.action((name: string, command: string[]) =>
     run(execCommand, (context) => exec(name, command, context)),
   );
+
+  addVmmCommands(program, add, run);
 
   const logsCommand = add(program, 'logs', 'shows what the daemons logged, or what concerns one vTPM', [
     'vtpmctl logs',

@@ -28,6 +28,7 @@ export interface Entry {
   /** `uid:gid` in numbers; null: the supervisor's user. */
   readonly socketOwner: string | null;
   readonly socketMode: string | null;
+  readonly dropin: SupervisorVtpm['dropin'] | null;
   readonly worker: {
     readonly pid: number;
     readonly isolation: string;
@@ -140,6 +141,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     doors: vtpm.doors ?? null,
     stateBlobs: vtpm.stateBlobs ?? null,
     socketOwner: vtpm.socketOwner ?? null,
+    dropin: vtpm.dropin ?? null,
     socketMode: vtpm.socketMode ?? null,
     worker: vtpm.worker,
     vmm: vtpm.vmm ?? null,
@@ -172,6 +174,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     doors: null,
     stateBlobs: null,
     socketOwner: null,
+    dropin: null,
     socketMode: null,
     worker: null,
     vmm: null,

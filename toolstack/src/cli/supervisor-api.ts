@@ -42,6 +42,8 @@ interface VtpmSettings {
   /** `uid:gid` in numbers; absent or null: the supervisor's user. */
   readonly socketOwner?: string | null;
   readonly socketMode?: string;
+  /** Where its token is and whose, where swtpm starts it. */
+  readonly dropin?: { readonly place: string; readonly uid: number } | null;
 }
 
 export interface VmmStatus {
@@ -75,11 +77,23 @@ export interface SupervisorVtpm extends VtpmSettings {
   };
 }
 
+export interface DropinBinding {
+  readonly secretSha256: string;
+  readonly uid: number;
+  readonly place: string;
+}
+
+export interface VtpmChange {
+  readonly doors?: readonly string[];
+  readonly dropin?: DropinBinding | null;
+}
+
 export interface NewVtpm extends VtpmSettings {
   /** base64 */
   readonly delegation: string;
   /** base64 */
   readonly delegationSignature: string;
+  readonly dropin?: DropinBinding;
 }
 
 /** The supervisor's API. Errors as in DaemonClient. */
@@ -120,7 +134,7 @@ export class SupervisorApi {
   }
 
   /** While it is stopped. */
-  async change(nameOrId: string, change: { readonly doors: readonly string[] }): Promise<SupervisorVtpm> {
+  async change(nameOrId: string, change: VtpmChange): Promise<SupervisorVtpm> {
     return await this.#client.call('PATCH', `/vtpms/${encodeURIComponent(nameOrId)}`, { body: change });
   }
 

@@ -6,11 +6,15 @@ import { parseSocketAccess } from '../accounts.js';
 import type { Context } from '../context.js';
 import { isUuid } from '../inventory.js';
 import { fields, PLAIN_STATE } from '../output.js';
+import type { DropinBinding } from '../supervisor-api.js';
 import { delegate, readToolstackKey } from '../toolstack-key.js';
 
 export interface CreateFlags {
   /** Id of a vTPM that the manager keeps and that has no name here. */
   readonly adopt?: string;
+  /** Of the drop-in commands: the id that the token has, and the binding to it as JSON. */
+  readonly id?: string;
+  readonly dropin?: string;
   readonly vmUuid?: string;
   readonly isolation?: string;
   readonly autostart?: boolean;
@@ -55,6 +59,7 @@ export async function create(name: string, flags: CreateFlags, context: Context)
     ...(flags.doors && { doors: flags.doors }),
     ...(flags.stateBlobs && { stateBlobs: flags.stateBlobs }),
     ...access,
+    ...(flags.dropin !== undefined && { dropin: JSON.parse(flags.dropin) as DropinBinding }),
     ...delegate(key, { id, vmUuid, delegateKey }, flags.stateBlobs === 'plain'),
   });
   output.result(
@@ -70,10 +75,10 @@ export async function create(name: string, flags: CreateFlags, context: Context)
 
 /** A vTPM that has state keeps its id, and the VM it belongs to. */
 async function namesOf(
-  { adopt, vmUuid }: CreateFlags,
+  { adopt, id = randomUUID(), vmUuid }: CreateFlags,
   { manager }: Context,
 ): Promise<{ readonly id: string; readonly vmUuid: string }> {
-  if (adopt === undefined) return { id: randomUUID(), vmUuid: vmUuid?.toLowerCase() ?? randomUUID() };
+  if (adopt === undefined) return { id, vmUuid: vmUuid?.toLowerCase() ?? randomUUID() };
   if (vmUuid !== undefined) {
     throw new ToolstackError('usage', '--adopt takes the VM that the vTPM belongs to; leave --vm-uuid out');
   }

@@ -72,6 +72,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['state blobs', entry.stateBlobs === 'plain' ? PLAIN_STATE : entry.stateBlobs],
       ['suspended', entry.isSuspended ? 'a reference to its state is out, and works once' : null],
       ['sockets', entry.socketOwner && `for ${entry.socketOwner}, mode ${entry.socketMode}`],
+      ['drop-in', entry.dropin && `swtpm of user ${entry.dropin.uid}, token in ${entry.dropin.place}`],
       ['worker', entry.worker ? `process ${entry.worker.pid}` : null],
       ['VMM', entry.vmm && sayVmm(entry.vmm)],
       ['profile', entry.worker?.profile],
