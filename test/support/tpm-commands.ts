@@ -26,13 +26,15 @@ export const createPrimaryEcc = (): Buffer =>
     `40000001 ${PASSWORD} 0004 0000 0000 001a 0023 000b 00030072 0000 0006 0080 0043 0010 0003 0010 0000 0000 0000 00000000`,
     0x8002,
   );
-/** An RSA-2048 storage primary in the owner hierarchy: slow. */
-export const createPrimaryRsa = (): Buffer =>
+/** An RSA storage primary in the owner hierarchy: slow. @param policy 32 bytes, which make another key, or none */
+export const createPrimaryRsa = (bits: 2048 | 3072 = 2048, policy = Buffer.alloc(0)): Buffer =>
   command(
     0x131,
-    `40000001 ${PASSWORD} 0004 0000 0000 001a 0001 000b 00030072 0000 0006 0080 0043 0010 0800 00000000 0000 0000 00000000`,
+    `40000001 ${PASSWORD} 0004 0000 0000 ${hex16(0x1a + policy.length)} 0001 000b 00030072 ${hex16(policy.length)} ${policy.toString('hex')} 0006 0080 0043 0010 ${hex16(bits)} 00000000 0000 0000 00000000`,
     0x8002,
   );
+/** PP_Commands that changes nothing: it wants physical presence. */
+export const ppCommands = (): Buffer => command(0x12d, `4000000c ${PASSWORD} 00000000 00000000`, 0x8002);
 export const startAuthSession = (): Buffer =>
   command(0x176, `40000007 40000007 0010 ${'11'.repeat(16)} 0000 00 0010 000b`);
 export const flushContext = (handle: number): Buffer => command(0x165, hex32(handle));

@@ -178,7 +178,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     socketMode: null,
     worker: null,
     vmm: null,
-    sockets: { tpm: null, tcti: null, control: null, ring: null },
+    sockets: { tpm: null, tcti: null, control: null, mssim: null, ring: null },
     savedBytes: record.savedBytes,
     savedAt: record.savedAt,
     createdAt: record.createdAt,

@@ -73,6 +73,7 @@ export interface SupervisorVtpm extends VtpmSettings {
     readonly tpm: string | null;
     readonly tcti: string | null;
     readonly control: string | null;
+    readonly mssim?: number | null;
     readonly ring: string | null;
   };
 }

@@ -13,7 +13,7 @@ export type DoorKind = (typeof DOOR_KINDS)[number];
 export const DEFAULT_DOORS: readonly DoorKind[] = ['tpm', 'tcti'];
 
 /** Those that workers of this version serve. */
-const SERVED: readonly DoorKind[] = ['tpm', 'tcti', 'control', 'ring'];
+const SERVED: readonly DoorKind[] = DOOR_KINDS;
 /** Nothing but connections can be passed into a worker's own VM. */
 const SERVED_IN_VM: readonly DoorKind[] = ['tpm', 'tcti'];
 

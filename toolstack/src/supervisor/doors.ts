@@ -8,6 +8,7 @@ import { DoorClients } from './door-clients.js';
 import { type DoorKind, doorFile, doorFiles, entrancesOf } from './door-kinds.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { DoorsHandOver } from './handover/state.js';
+import { listenOnPair, peerUid } from './loopback.js';
 
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
 const MAX_CONNECTIONS = 64;
@@ -67,12 +68,23 @@ export class Doors {
     const { directory, access, kinds } = plan;
     try {
       chmodSync(passingDirectory(directory), directoryMode(access));
-      await Promise.all(entrancesOf(kinds).map((door) => doors.#listen(door)));
+      const files = entrancesOf(kinds).filter((door) => doorFile(directory, door) !== undefined);
+      await Promise.all(files.map((door) => doors.#listen(door)));
+      if (kinds.includes('mssim')) {
+        await listenOnPair(doors.#entrance('mssim'), doors.#entrance('mssim-platform'));
+        for (const door of entrancesOf(['mssim'])) doors.#servers.get(door)?.on('error', () => undefined);
+      }
       return doors;
     } catch (error) {
       doors.close();
       throw ToolstackError.from(error, `the sockets in ${directory} cannot be made`);
     }
+  }
+
+  /** The port of the command door of `mssim`; its platform door is at the next one. Undefined where it has none. */
+  get mssimPort(): number | undefined {
+    const address = this.#servers.get('mssim')?.address();
+    return typeof address === 'object' ? address?.port : undefined;
   }
 
   /** Those that are open, in the order in which they came. */
@@ -232,7 +244,8 @@ export class Doors {
   /** @returns undefined where it was turned away */
   #bringIn(door: DoorName, socket: Socket): number | undefined {
     // Counted here: a server counts only what it accepted itself, and some came to the program before this one.
-    if (this.visits().filter((visit) => visit.door === door).length >= MAX_CONNECTIONS) {
+    const isFull = this.visits().filter((visit) => visit.door === door).length >= MAX_CONNECTIONS;
+    if (isFull || !this.#mayEnter(door, socket)) {
       socket.destroy();
       return undefined;
     }
@@ -248,6 +261,13 @@ export class Doors {
       this.forget(id);
       return undefined;
     }
+  }
+
+  /** Of unix sockets the kernel has made sure. */
+  #mayEnter(door: DoorName, socket: Socket): boolean {
+    if (doorFile(this.#plan.directory, door) !== undefined) return true;
+    const uid = peerUid(socket);
+    return uid === 0 || uid === (this.#plan.access.owner?.uid ?? process.getuid?.());
   }
 
   #keep(visit: Visit): void {

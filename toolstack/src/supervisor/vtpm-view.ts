@@ -38,8 +38,10 @@ export interface VtpmView {
   } | null;
   /** Of a vTPM that its VMM powers and that runs. */
   readonly vmm: VmmStatus | null;
-  /** Null for doors that it does not have. */
-  readonly sockets: Readonly<Record<'tpm' | 'tcti' | 'control' | 'ring', string | null>>;
+  /** Null for doors that it does not have. `mssim`: its command port while it is open, the platform port is the next one. */
+  readonly sockets: Readonly<Record<'tpm' | 'tcti' | 'control' | 'ring', string | null>> & {
+    readonly mssim: number | null;
+  };
 }
 
 /** @param looksAgain at the layers of the worker: some twenty files of /proc, too many for each one of a long list */
@@ -70,11 +72,14 @@ export function viewOf(
             startedAt: worker.startedAt.toISOString(),
           },
     vmm: worker && vmm ? vmm : null,
-    sockets: socketsOf(doors, doorsDirectory),
+    sockets: {
+      ...socketsOf(doors, doorsDirectory),
+      mssim: ('doors' in state ? state.doors.mssimPort : undefined) ?? null,
+    },
   };
 }
 
-function socketsOf(doors: readonly DoorKind[], directory: string): VtpmView['sockets'] {
+function socketsOf(doors: readonly DoorKind[], directory: string): Omit<VtpmView['sockets'], 'mssim'> {
   const path = (kind: 'tpm' | 'tcti' | 'control' | 'ring'): string | null =>
     (doors.includes(kind) ? doorFile(directory, kind) : undefined) ?? null;
   return { tpm: path('tpm'), tcti: path('tcti'), control: path('control'), ring: path('ring') };

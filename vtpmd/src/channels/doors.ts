@@ -8,6 +8,7 @@ import { flushContext } from '../engine/command.js';
 import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
 import { RingConnection } from '../ring/ring-connection.js';
+import { Mssim, type Power } from '../mssim/mssim.js';
 import type { CommandQueue } from '../worker/command-queue.js';
 import type { HandleOwner, HandleOwners } from './handle-owners.js';
 import { KeptConnection, type KeptConnectionOptions } from './kept-connection.js';
@@ -33,6 +34,11 @@ export type DoorKind = (typeof DOOR_KINDS)[number];
 
 export function isDoorKind(text: string): text is DoorKind {
   return DOOR_KINDS.some((kind) => kind === text);
+}
+
+/** TCP has no offset that outlives the worker, see KeptConnection: its clients connect again. */
+export function endsWithWorker(kind: DoorKind): boolean {
+  return kind === 'mssim' || kind === 'mssim-platform';
 }
 
 /** The client of connections whose process the supervisor could not see. */
@@ -77,6 +83,17 @@ export interface Kept {
   readonly memory: CheckpointMemory;
 }
 
+export interface DoorsOptions {
+  /** Where connections outlive this worker. */
+  readonly kept?: Kept | undefined;
+  /** Where they do, and nothing else of it. */
+  readonly taken?: Uint32Array | undefined;
+  /** For doors from which the TPM is turned on and off. */
+  readonly power?: Power;
+  /** Where a VMM powers the TPM. */
+  readonly vmm?: VmmDoors | undefined;
+}
+
 /** A connection as the supervisor passes it. */
 export interface Visitor {
   readonly kind: DoorKind;
@@ -100,29 +117,21 @@ export class Doors {
   /** Of a worker before this one, until they are opened here. */
   readonly #adopted = new Set<number>();
   readonly #kept: Kept | undefined;
+  readonly #power: Power | undefined;
+  /** Made with the first of its clients. */
+  #mssim: Mssim | undefined;
   readonly #taken: TakenNotes | undefined;
   readonly #vmm: VmmDoors | undefined;
 
-  /**
-   * @param kept where connections outlive this worker @param taken where they do, and nothing else of it
-   * @param vmm where a VMM powers the TPM
-   */
   constructor(
     engine: TpmEngine,
     queue: CommandQueue,
     owners: HandleOwners,
-    {
-      kept,
-      taken,
-      vmm,
-    }: {
-      readonly kept?: Kept | undefined;
-      readonly taken?: Uint32Array | undefined;
-      readonly vmm?: VmmDoors | undefined;
-    } = {},
+    { kept, taken, power, vmm }: DoorsOptions = {},
   ) {
     this.#vmm = vmm;
     this.#taken = taken && new TakenNotes(taken);
+    this.#power = power;
     this.#engine = engine;
     this.#queue = queue;
     this.#owners = owners;
@@ -161,6 +170,12 @@ export class Doors {
           if (!this.#vmm) break;
           this.#openData(this.#vmm, id, fd, onClosed);
           return;
+        case 'mssim':
+          this.#simulator().openCommandPort(fd, onClosed);
+          return;
+        case 'mssim-platform':
+          this.#simulator().openPlatformPort(fd, onClosed);
+          return;
       }
       throw new VtpmdError('protocol', `nobody serves the door "${kind}"`);
     } catch {
@@ -176,7 +191,14 @@ export class Doors {
     for (const connection of this.#owners.busy) {
       if (!this.#adopted.has(connection)) this.#endOf(connection);
     }
-    for (const visitor of visitors) this.open(visitor, () => onClosed(visitor.id));
+    for (const visitor of visitors) {
+      if (endsWithWorker(visitor.kind)) {
+        closeSync(visitor.fd);
+        onClosed(visitor.id);
+      } else {
+        this.open(visitor, () => onClosed(visitor.id));
+      }
+    }
     this.#vmm?.adopted();
   }
 
@@ -226,6 +248,12 @@ export class Doors {
       },
       ...(word !== undefined && { note: (taken: Taken) => this.#taken?.set(word, taken) }),
     });
+  }
+
+  #simulator(): Mssim {
+    if (!this.#power) throw new VtpmdError('protocol', 'nobody powers this TPM on');
+    this.#mssim ??= new Mssim(this.#engine, this.#queue, this.#power);
+    return this.#mssim;
   }
 
   #endOf(connection: number): void {

@@ -80,6 +80,8 @@ export interface TpmEngine {
   /** The same on another thread. No other call until it resolves, `cancel` excepted. */
   processAsync(command: Uint8Array, locality?: Locality): Promise<Processed>;
   cancel(): void;
+  /** Whether an operator is physically present (part 1, section 34); not before it is said so. */
+  setPhysicalPresence(isAsserted: boolean): void;
   /** A copy of the volatile state. */
   volatileState(): Buffer;
   /** As `volatileState`, without the copy: what `use` gets is wiped and gone when it returns. */
@@ -333,6 +335,10 @@ class Engine implements TpmEngine {
 
   cancel(): void {
     this.#library.cancelCommand();
+  }
+
+  setPhysicalPresence(isAsserted: boolean): void {
+    this.#library.setPhysicalPresence(isAsserted);
   }
 
   volatileState(): Buffer {

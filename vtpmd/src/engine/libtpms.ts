@@ -46,6 +46,8 @@ export interface Libtpms {
   ): Promise<number>;
   /** Commands that start from now on are at this locality, 0 to 4. 0 before the first call. */
   setLocality(locality: number): void;
+  /** Whether an operator is physically present, for commands that ask; false before the first call. */
+  setPhysicalPresence(isAsserted: boolean): void;
   /** Asks a command that runs on another thread to end early; few commands look. */
   cancelCommand(): void;
   /** TPM_IO_TpmEstablished_Get: whether a dynamic root of trust was measured. */
@@ -171,6 +173,11 @@ function bind(): Libtpms {
     }
   };
   let table: CallbackTable | undefined;
+  const changeTable = (change: (table: CallbackTable) => void): void => {
+    if (!table) throw new VtpmdError('engine', 'there is no TPM whose platform this could be');
+    change(table);
+    check('TPMLIB_RegisterCallbacks', Number(register(table.bytes)));
+  };
   return {
     version: `${(number >> 16) & 0xff}.${(number >> 8) & 0xff}.${number & 0xff}`,
     registerCallbacks(callbacks) {
@@ -193,11 +200,8 @@ function bind(): Libtpms {
           (error: Error | null, result: number): void => (error ? reject(error) : resolve(Number(result))),
         );
       }),
-    setLocality(locality) {
-      if (!table) throw new VtpmdError('engine', 'a locality without a TPM');
-      table.setLocality(locality);
-      check('TPMLIB_RegisterCallbacks', Number(register(table.bytes)));
-    },
+    setLocality: (locality) => changeTable((of) => of.setLocality(locality)),
+    setPhysicalPresence: (isAsserted) => changeTable((of) => of.setPhysicalPresence(isAsserted)),
     cancelCommand: () => void cancel(),
     isEstablished() {
       const bit = [0];
@@ -245,15 +249,17 @@ interface CallbackTable {
   /** libtpms copies it. */
   readonly bytes: Buffer;
   setLocality(locality: number): void;
+  setPhysicalPresence(isAsserted: boolean): void;
 }
 
-/** Of the io_getlocality callback, among the callbacks. */
+/** Of io_getlocality and io_getphysicalpresence, among the callbacks. */
 const GET_LOCALITY = 5;
+const GET_PHYSICAL_PRESENCE = 6;
 
 /**
  * struct libtpms_callbacks on 64-bit Linux: int sizeOfStruct (64 bytes with padding), then seven pointers. The registered
  * functions live as long as the process. io_getlocality is NULL while the locality is 0, which libtpms takes without it, so
- * that the many commands at locality 0 do not come here to ask. The last pointer stays NULL: no physical presence.
+ * that the many commands at locality 0 do not come here to ask; so is io_getphysicalpresence while nobody is present.
  */
 function callbackTable(callbacks: Callbacks): CallbackTable {
   const initialise = koffi.proto('uint32_t TpmsInit(void)');
@@ -262,6 +268,7 @@ function callbackTable(callbacks: Callbacks): CallbackTable {
     'uint32_t TpmsStore(void *data, uint32_t length, uint32_t tpm, const char *name)',
   );
   const remove = koffi.proto('uint32_t TpmsDelete(uint32_t tpm, const char *name, uint8_t mustExist)');
+  const getPresence = koffi.proto('uint32_t TpmsGetPresence(void *isPresent, uint32_t tpm)');
   const getLocality = koffi.proto('uint32_t TpmsGetLocality(void *locality, uint32_t tpm)');
   const address = (callback: (...args: never[]) => number, type: ReturnType<typeof koffi.proto>): bigint =>
     koffi.register(guarded(callback), koffi.pointer(type));
@@ -288,8 +295,15 @@ function callbackTable(callbacks: Callbacks): CallbackTable {
     writeU32(locality, current);
     return TPM_SUCCESS;
   }, getLocality);
+  const present = address((isPresent: bigint) => {
+    viewOf(isPresent, 1).writeUInt8(1);
+    return TPM_SUCCESS;
+  }, getPresence);
   return {
     bytes: table,
+    setPhysicalPresence(isAsserted) {
+      table.writeBigUInt64LE(isAsserted ? present : 0n, 8 + 8 * GET_PHYSICAL_PRESENCE);
+    },
     setLocality(locality) {
       current = locality;
       table.writeBigUInt64LE(locality === 0 ? 0n : asked, 8 + 8 * GET_LOCALITY);

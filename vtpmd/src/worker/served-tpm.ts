@@ -223,7 +223,7 @@ function compose(
       : undefined;
   const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe, memory: checkpoint.left.memory };
   const taken = kept ? undefined : checkpoint?.left.memory.taken;
-  const doors = new Doors(engine, queue, owners, { kept, taken, vmm });
+  const doors = new Doors(engine, queue, owners, { kept, taken, vmm, power });
   return { engine, queue, session, keeper, blobs, doors, power, state };
 }
 

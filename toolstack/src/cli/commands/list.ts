@@ -81,6 +81,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['tpm', entry.sockets.tpm],
       ['tcti', entry.sockets.tcti],
       ['control', entry.sockets.control],
+      ['mssim', entry.sockets.mssim && `host=127.0.0.1,port=${entry.sockets.mssim}`],
       ['ring', entry.sockets.ring],
     ]),
   );
