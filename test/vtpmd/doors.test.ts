@@ -154,16 +154,46 @@ for (const isKept of [false, true])
     it('let the supervisor and other doors be heard while a key is made', async () => {
       const client = worker.connect('tpm');
       const control = worker.connect('tcti-ctrl');
-      control.send('00000001');
-      await control.bytes(8);
-      client.send(createPrimaryRsa());
-      control.send('00000009');
-      assert.equal((await control.bytes(4)).readUInt32BE(0), 0);
-      const response = await client.response();
-      assert.equal(responseCode(response), 0);
-      await client.transmit(flushContext(response.readUInt32BE(10)));
-      client.close();
-      control.close();
+      const waiting = worker.connect('tpm');
+      // Some keys are there at once: then another one. Were nobody heard meanwhile, none would ever be late.
+      for (let round = 0, wasHeard = false; !wasHeard; round++) {
+        assert.ok(round < 20, 'nobody was ever heard while a key was made');
+        let isMade = false;
+        const made = client.transmit(createPrimaryRsa(3072, Buffer.alloc(32, round))).finally(() => {
+          isMade = true;
+        });
+        const queued = waiting.transmit(getRandom());
+        control.send('00000001');
+        assert.equal((await control.bytes(8)).readUInt32BE(0), 0);
+        const closed = worker.next('connection-closed');
+        worker.connect('tpm').close();
+        await closed;
+        wasHeard = !isMade;
+        const response = await made;
+        assert.equal(responseCode(response), 0);
+        assert.equal(responseCode(await queued), 0);
+        await client.transmit(flushContext(response.readUInt32BE(10)));
+      }
+      for (const one of [client, control, waiting]) one.close();
+    });
+
+    it('cancel what nobody waits for any more', async () => {
+      const other = worker.connect('tpm');
+      const left = async (): Promise<number[]> => handlesOf(await other.transmit(getHandles(TRANSIENT)));
+      for (let round = 0, wasCancelled = false; !wasCancelled; round++) {
+        assert.ok(round < 20, 'every key was made');
+        const client = worker.connect('tpm');
+        client.send(createPrimaryRsa(3072, Buffer.alloc(32, 100 + round)));
+        client.close();
+        const handles = await left();
+        // Of the door tpm a key stays where its client is gone, if it is made.
+        wasCancelled = handles.length === 0;
+        for (const handle of handles) await other.transmit(flushContext(handle));
+      }
+      const stays = await other.transmit(createPrimaryRsa(3072));
+      assert.deepEqual(await left(), [stays.readUInt32BE(10)]);
+      await other.transmit(flushContext(stays.readUInt32BE(10)));
+      other.close();
     });
 
     describe('tcti', () => {

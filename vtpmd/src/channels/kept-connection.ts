@@ -13,7 +13,15 @@ import {
   readMessage,
 } from './framing.js';
 import type { HandleOwner } from './handle-owners.js';
-import { hasEnded, isWritable, peekNow, receiveNow, setPeekOffset, waitReadable } from './socket-io.js';
+import {
+  hasEnded,
+  hasHungUp,
+  isWritable,
+  peekNow,
+  receiveNow,
+  setPeekOffset,
+  waitReadable,
+} from './socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
 import { WatchedSocket } from './watched-socket.js';
 
@@ -96,6 +104,10 @@ export class KeptConnection implements CommandSource {
 
   get isGone(): boolean {
     return this.#isClosed;
+  }
+
+  hasLeft(): boolean {
+    return !this.#isClosed && hasHungUp(this.fd);
   }
 
   answer(response: Buffer): void {

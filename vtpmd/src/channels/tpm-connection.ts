@@ -8,7 +8,7 @@ import type { ClientKind } from '../worker/outage-policy.js';
 import { CommandReader } from './command-reader.js';
 import { type Frame, framed, type Localities, localityOf, ONLY_ZERO } from './framing.js';
 import type { HandleOwner } from './handle-owners.js';
-import { receiveNow, sendNow, waitReadable } from './socket-io.js';
+import { hasHungUp, receiveNow, sendNow, waitReadable } from './socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from './stay.js';
 
 // Every connection reads into the same memory: what is read is run or copied before the next read.
@@ -103,6 +103,10 @@ export class TpmConnection implements CommandSource {
   get isGone(): boolean {
     // From this moment the descriptor is closed, and its number may be another connection's; `close` comes later.
     return this.#socket.destroyed;
+  }
+
+  hasLeft(): boolean {
+    return !this.isGone && hasHungUp(this.#fd);
   }
 
   answer(response: Buffer): void {

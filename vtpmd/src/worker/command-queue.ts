@@ -32,6 +32,8 @@ export interface CommandSource {
   readonly kind?: ClientKind;
   /** True once nobody waits for the answer: a command that did not run yet is dropped. */
   readonly isGone: boolean;
+  /** Asked while a slow command of it runs: nobody will take the answer, though the event loop does not know it yet. */
+  hasLeft?(): boolean;
   /** The command's own answer, or RETRY where it did not run; a view that is valid during the call. */
   answer(response: Buffer): void;
   /** Instead of `answer`: the command was dropped and did not run. */
@@ -238,10 +240,16 @@ export class CommandQueue {
     }
     // Its connection's memory may be another command's meanwhile.
     source.command = Buffer.from(command);
-    engine.processAsync(source.command, locality).then(
-      (processed) => this.#guard(() => done(processed, true)),
-      (error: unknown) => this.#fail(error),
-    );
+    const watch = setInterval(() => {
+      if (source.isGone || source.hasLeft?.()) engine.cancel();
+    }, LEFT_CHECK_MS);
+    engine
+      .processAsync(source.command, locality)
+      .finally(() => clearInterval(watch))
+      .then(
+        (processed) => this.#guard(() => done(processed, true)),
+        (error: unknown) => this.#fail(error),
+      );
   }
 
   #processed(source: CommandSource, processed: Processed, wasAsync: boolean): void {
@@ -402,6 +410,9 @@ function stayingSource(source: CommandSource): CommandSource {
     dropped: () => source.dropped(),
   };
 }
+
+/** How often a slow command looks whether somebody waits for it. */
+const LEFT_CHECK_MS = 20;
 
 /** Commands that run before the event loop gets a turn. */
 const PUMP_BUDGET = 64;
