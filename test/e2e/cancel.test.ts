@@ -35,10 +35,12 @@ describe('a key that nobody wants any more', () => {
     await installation?.destroy();
   });
 
-  /** Objects that are loaded; they are flushed. */
+  /** Objects that are loaded; they are flushed. Over a connection that comes after every command that was sent before. */
   async function loaded(): Promise<number> {
-    const handles = handlesOf(await raw.transmit(getHandles(TRANSIENT)));
-    for (const handle of handles) assert.equal(responseCode(await raw.transmit(flushContext(handle))), 0);
+    const client = new TpmClient(createConnection(installation.door('web1')));
+    const handles = handlesOf(await client.transmit(getHandles(TRANSIENT)));
+    for (const handle of handles) assert.equal(responseCode(await client.transmit(flushContext(handle))), 0);
+    client.close();
     return handles.length;
   }
 
@@ -54,6 +56,7 @@ describe('a key that nobody wants any more', () => {
   it('is given up by a client of the frontend that aborts', async () => {
     await untilCancelled(async (command) => {
       const client = await FrontendClient.connect(installation.door('web1'));
+      await client.transmit(getRandom());
       const abort = new AbortController();
       const transmitted = client.transmit(command, { signal: abort.signal });
       abort.abort();
@@ -68,6 +71,7 @@ describe('a key that nobody wants any more', () => {
   it('is given up by a client of the frontend whose time is over', async () => {
     await untilCancelled(async (command) => {
       const client = await FrontendClient.connect(installation.door('web1'));
+      await client.transmit(getRandom());
       const isLate = (error: unknown) => error instanceof FrontendError && error.code === 'deadline';
       await assert.rejects(client.transmit(command, { deadline: 1 }), isLate);
       await client.close();

@@ -110,6 +110,7 @@ export class WorkerProcess {
   readonly #waiters: { type: string; resolve: (message: Message) => void }[] = [];
   readonly #vmmConnections = new Map<number, number>();
   #run: KeptRun | undefined;
+  readonly #ids = new WeakMap<TpmClient, number>();
   #nextId = 1;
   log = '';
 
@@ -255,8 +256,17 @@ export class WorkerProcess {
   /** A guest's connection through a door. */
   connect(door: 'tpm' | 'tcti' | 'tcti-ctrl', peer?: number): TpmClient {
     const [here, there] = socketPair();
+    const client = new TpmClient(new Socket({ fd: here, allowHalfOpen: true }));
+    this.#ids.set(client, this.#nextId);
     this.pass(door, there, peer);
-    return new TpmClient(new Socket({ fd: here, allowHalfOpen: true }));
+    return client;
+  }
+
+  /** Resolves when the worker has closed its end of that connection. */
+  async closed(client: TpmClient): Promise<void> {
+    const id = this.#ids.get(client);
+    const isClosed = (message: Message) => message.type === 'connection-closed' && message.id === id;
+    while (!this.messages.some(isClosed)) await this.next('connection-closed');
   }
 
   /** Hands a copy of `fd` over. */

@@ -165,9 +165,9 @@ for (const isKept of [false, true])
         const queued = waiting.transmit(getRandom());
         control.send('00000001');
         assert.equal((await control.bytes(8)).readUInt32BE(0), 0);
-        const closed = worker.next('connection-closed');
-        worker.connect('tpm').close();
-        await closed;
+        const passing = worker.connect('tpm');
+        passing.close();
+        await worker.closed(passing);
         wasHeard = !isMade;
         const response = await made;
         assert.equal(responseCode(response), 0);
@@ -185,6 +185,8 @@ for (const isKept of [false, true])
         const client = worker.connect('tpm');
         client.send(createPrimaryRsa(3072, Buffer.alloc(32, 100 + round)));
         client.close();
+        // Not before its command is done.
+        await worker.closed(client);
         const handles = await left();
         // Of the door tpm a key stays where its client is gone, if it is made.
         wasCancelled = handles.length === 0;

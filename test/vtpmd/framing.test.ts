@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import fc from 'fast-check';
+import { CHECKPOINT_LAYOUT } from 'vtpm-common/checkpoint-layout';
 import { frame, framedResponse, transmitFramed } from '../support/framed.js';
 import { MiniManager } from '../support/mini-manager.js';
 import {
@@ -12,6 +13,7 @@ import {
   pcrRead,
   responseCode,
 } from '../support/tpm-commands.js';
+import { until } from '../support/until.js';
 import { KeptRun, WorkerProcess } from '../support/worker-process.js';
 
 const COUNTER = 0x01500002;
@@ -120,6 +122,9 @@ for (const isKept of [false, true])
         framedGuest!.send(frame(nvIncrement(COUNTER)));
         await saving;
         bareGuest!.send(getRandom());
+        // Without checkpoints the worker has taken it from the socket, and must have noted that.
+        const isNoted = () => lost.image().readUInt32LE(CHECKPOINT_LAYOUT.taken + 4) === guests[1]!.id;
+        await until('the second command waits', () => isKept || isNoted());
         await workers[0]!.kill();
         workers.push(new WorkerProcess(lostManager));
         await workers[1]!.beLost(lost, guests);
