@@ -15,7 +15,8 @@ if [ "$purpose" != build ]; then
   packages+=(libtpms0 bubblewrap)
 fi
 if [ "$purpose" = test ] || [ "$purpose" = long ]; then
-  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 strace openssl systemd qemu-system-x86)
+  packages+=(swtpm swtpm-tools tpm2-tools libtss2-tcti-swtpm0 libtss2-tcti-cmd0 libtss2-tcti-mssim0)
+  packages+=(socat strace openssl systemd qemu-system-x86)
 fi
 if [ "$purpose" = long ]; then
   packages+=(e2fsprogs)
@@ -30,6 +31,7 @@ present() {
   case "$1" in
     libtpms0) [[ $libraries == *'libtpms.so.0 '* ]] ;;
     bubblewrap) command -v bwrap >/dev/null ;;
+    socat) command -v socat >/dev/null ;;
     strace) command -v strace >/dev/null ;;
     qemu-system-x86) command -v qemu-system-x86_64 >/dev/null ;;
     e2fsprogs) PATH=$PATH:/sbin:/usr/sbin command -v mkfs.ext4 >/dev/null ;;
