@@ -67,7 +67,7 @@ describe('which doors a vTPM has', function () {
     await supervisor.call('POST', '/vtpms/raw/stop');
   });
 
-  it('are refused where nobody serves them, and where it is no list of kinds', async () => {
+  it('are refused where they are no list of kinds', async () => {
     await supervisor.create('odd');
     for (const doors of [[], ['tpm', 'tpm'], ['tpm', 'vmm-data'], 'tpm', null, [['tpm']], { 0: 'tpm' }]) {
       for (const { status, body } of [

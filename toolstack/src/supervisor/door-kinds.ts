@@ -12,8 +12,6 @@ export type DoorKind = (typeof DOOR_KINDS)[number];
 
 export const DEFAULT_DOORS: readonly DoorKind[] = ['tpm', 'tcti'];
 
-/** Those that workers of this version serve. */
-const SERVED: readonly DoorKind[] = DOOR_KINDS;
 /** Nothing but connections can be passed into a worker's own VM. */
 const SERVED_IN_VM: readonly DoorKind[] = ['tpm', 'tcti'];
 
@@ -69,11 +67,10 @@ export function checkDoors(kinds: readonly DoorKind[], isolation: 'sandbox' | 'v
       'a vTPM of a VM (door "control") cannot have the door "mssim": whoever may connect to it could power the TPM of the VM off',
     );
   }
-  const served = isolation === 'vm' ? SERVED_IN_VM : SERVED;
-  for (const kind of kinds) {
-    if (served.includes(kind)) continue;
-    const who =
-      isolation === 'vm' ? 'a worker in a VM of its own does not serve' : 'this version does not serve';
-    throw new ToolstackError('bad-request', `${who} the door "${kind}"; choose among: ${served.join(', ')}`);
-  }
+  const other = isolation === 'vm' && kinds.find((kind) => !SERVED_IN_VM.includes(kind));
+  if (!other) return;
+  throw new ToolstackError(
+    'bad-request',
+    `a worker in a VM of its own does not serve the door "${other}"; choose among: ${SERVED_IN_VM.join(', ')}`,
+  );
 }

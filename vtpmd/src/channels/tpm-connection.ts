@@ -106,7 +106,7 @@ export class TpmConnection implements CommandSource {
   }
 
   hasLeft(): boolean {
-    return !this.isGone && hasHungUp(this.#fd);
+    return !this.isGone && hasHungUp(this.fd);
   }
 
   answer(response: Buffer): void {
