@@ -22,7 +22,7 @@ export interface InitramfsParts {
  * worker. @throws ToolstackError `corrupt` where the kernel lacks a module
  */
 export function buildInitramfs(parts: InitramfsParts): Buffer {
-  const modules = inLoadingOrder(modulesIn(parts.modules), MODULES);
+  const modules = kernelModules(parts.modules, MODULES);
   const archive = cpioArchive([
     { name: 'init', content: Buffer.from(initScript(parts, [...modules.keys()])), executable: true },
     { name: 'busybox', content: readFileSync(parts.busybox), executable: true },
@@ -55,6 +55,14 @@ exec /busybox env -i ${variables.map(quoted).join(' ')} /busybox switch_root /ro
 
 function quoted(word: string): string {
   return `'${word.replaceAll("'", "'\\''")}'`;
+}
+
+/**
+ * Modules of a kernel and what they depend on, in the order in which they can be loaded.
+ * @param directory `/lib/modules/<release>` @throws ToolstackError `corrupt` where one is missing
+ */
+export function kernelModules(directory: string, wanted: readonly string[]): Map<string, Buffer> {
+  return inLoadingOrder(modulesIn(directory), wanted);
 }
 
 /** By name, with `_` for `-`: a dependency may be written either way. */
