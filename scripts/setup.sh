@@ -19,7 +19,7 @@ if [ "$purpose" = test ] || [ "$purpose" = long ]; then
   packages+=(socat strace openssl systemd qemu-system-x86)
 fi
 if [ "$purpose" = long ]; then
-  packages+=(e2fsprogs)
+  packages+=(e2fsprogs libtss2-tcti-device0)
 fi
 
 die() { printf '%s\n' "$@" >&2; exit 1; }

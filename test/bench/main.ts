@@ -10,6 +10,7 @@ import { manySuite } from './many-rows.js';
 import { crowdSuite, memorySuite } from './memory-rows.js';
 import { poolSuite } from './pool-rows.js';
 import { heading, machine, tableLine } from './report.js';
+import { ringSuite } from './ring-rows.js';
 import type { Effort, Row } from './row.js';
 import { saveSuite } from './save-rows.js';
 import { startSuite } from './start-rows.js';
@@ -26,6 +27,7 @@ Measures this service beside Debian's swtpm and prints a table. Takes about thre
 
 const SUITES = [
   commandSuite,
+  ringSuite,
   checkpointSuite,
   startSuite,
   poolSuite,

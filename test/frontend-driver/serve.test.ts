@@ -45,7 +45,7 @@ describe('vtpm-frontend serve', function () {
   };
 
   for (const door of ['tpm', 'ring'] as const) {
-    it(`serves unmodified tpm2-tools through the door ${door}, over a kill -9 and a new start`, async () => {
+    it(`serves unmodified tpm2-tools through the door ${door}, over an upgrade, a kill -9 and a new start`, async () => {
       const socket = join(directory, `${door}.sock`);
       const flags = door === 'ring' ? ['--ring'] : [];
       const bridge = await serve(socket, ...flags, installation.door('web1', door));
@@ -58,6 +58,7 @@ describe('vtpm-frontend serve', function () {
       await tool(socket, 'tpm2_flushcontext', '-t');
       await tool(socket, 'tpm2_pcrextend', `16:sha256=${'ab'.repeat(32)}`);
       const pcr = await tool(socket, 'tpm2_pcrread', 'sha256:16');
+      await installation.ctlJson('supervisor', 'upgrade');
       process.kill(await installation.workerPid('web1'), 'SIGKILL');
       assert.equal(await tool(socket, 'tpm2_pcrread', 'sha256:16'), pcr, 'a worker is replaced');
       await installation.ctlJson('stop', 'web1');

@@ -711,4 +711,25 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (blobs.isFrozen && data.isOpen) {',
     test: { file: 'e2e/state-blobs', name: 'and comes anew, has not' },
   },
+  {
+    name: 'a ring whose worker was killed has its answer from beside the page',
+    file: 'vtpmd/src/ring/recover.ts',
+    guard: 'if (kept?.connection === id) giveAnswer',
+    without: 'if (kept?.connection === id && kept.number < 0) giveAnswer',
+    test: { file: 'fault/checkpoint', name: 'at every such point of a ring' },
+  },
+  {
+    name: 'an answer of before a request was taken is not the answer to it',
+    file: 'vtpmd/src/ring/recover.ts',
+    guard: '!isAfterClaim(number, claim)',
+    without: '(number < 0 && !isAfterClaim(number, claim))',
+    test: { file: 'fault/checkpoint', name: 'at every such point of a ring' },
+  },
+  {
+    name: 'I-10 memory of a ring that could be made smaller is refused',
+    file: 'vtpmd/src/ring/setup.ts',
+    guard: '(seals & F_SEAL_SHRINK) === 0',
+    without: '(seals & F_SEAL_SHRINK) > F_SEAL_SHRINK',
+    test: { file: 'vtpmd/ring', name: 'refuses by name what is no ring' },
+  },
 ];

@@ -4,10 +4,10 @@ import { createServer } from 'node:net';
 import fc from 'fast-check';
 import { pipePair, socketFd, socketPair } from 'vtpm-common/libc';
 import { FrontendError, RingClient, RingDevice } from 'vtpm-frontend-driver';
-import { sendNow } from 'vtpm-frontend-driver/system-calls';
 import { MiniManager } from '../support/mini-manager.js';
 import { memoryOf, RawFrontend, SEAL, SETUP } from '../support/raw-frontend.js';
 import { RingDoorway } from '../support/ring-doorway.js';
+import { FuzzedRing, pageChanges, sendSetup, setups } from '../support/ring-fuzz.js';
 import {
   counterOf,
   createPrimaryRsa,
@@ -23,7 +23,6 @@ import { until } from '../support/until.js';
 import { KeptRun, WorkerProcess } from '../support/worker-process.js';
 
 const INDEX = 0x01500001;
-const NOTE = Buffer.of(0);
 const CANCELED = 0x909;
 const refused = (code: string) => (error: unknown) => {
   assert.ok(error instanceof FrontendError, String(error));
@@ -238,36 +237,16 @@ for (const isKept of [true, false])
 
     it('I-10: is harmed by no page, whatever a frontend writes and when', async () => {
       const honest = await connect();
-      const frontend = await RawFrontend.connect(doorway.path);
-      const { bytes, event } = frontend.open();
-      await until('it is connected', () => frontend.said.includes('state=4'));
-      const change = fc.record({
-        header: fc.uint8Array({ minLength: 8, maxLength: 8 }),
-        state: fc.integer({ min: 0, max: 4 }),
-        isRequest: fc.boolean(),
-        at: fc.integer({ min: 0, max: 8100 }),
-        packet: fc.uint8Array({ maxLength: 64 }),
-        notes: fc.integer({ min: 0, max: 5 }),
-      });
+      const ring = await FuzzedRing.open(doorway.path);
       await fc.assert(
-        fc.asyncProperty(fc.array(change, { minLength: 1, maxLength: 30 }), async (changes) => {
-          for (const { header, state, isRequest, at, packet, notes } of changes) {
-            bytes.set(packet, at);
-            if (isRequest) {
-              bytes.set([...getRandom()], 8);
-              bytes.set([12, 0, 0, 0, state, 0, 0, 0], 0);
-            } else {
-              bytes.set(header, 0);
-              bytes[4] = state;
-            }
-            for (let left = notes; left > 0; left--) sendNow(event, NOTE);
-          }
+        fc.asyncProperty(pageChanges(30), setups, async (changes, setup) => {
+          for (const one of changes) ring.change(one);
+          await sendSetup(doorway.path, setup);
           assert.equal(responseCode(await honest.transmit(getRandom())), 0);
         }),
         { numRuns: 100 },
       );
-      closeSync(event);
-      frontend.close();
+      ring.close();
       await honest.close();
     });
   });
