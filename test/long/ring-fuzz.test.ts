@@ -27,7 +27,7 @@ describe('a hundred thousand messages of hostile frontends at a ring door (test:
     const before = descriptors();
     let count = 0;
     let warm = 0;
-    const round = fc.asyncProperty(pageChanges(200), setups, async (changes, setup) => {
+    const round = fc.asyncProperty(pageChanges(100, 300), setups, async (changes, setup) => {
       const ring = await FuzzedRing.open(doorway.path);
       for (const one of changes) ring.change(one);
       await sendSetup(doorway.path, setup);

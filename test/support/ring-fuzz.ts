@@ -18,8 +18,8 @@ const change = fc.record({
   notes: fc.integer({ min: 0, max: 5 }),
 });
 export type PageChange = typeof change extends fc.Arbitrary<infer T> ? T : never;
-export const pageChanges = (most: number): fc.Arbitrary<PageChange[]> =>
-  fc.array(change, { minLength: 1, maxLength: most });
+export const pageChanges = (least: number, most: number): fc.Arbitrary<PageChange[]> =>
+  fc.array(change, { minLength: least, maxLength: most });
 
 /** A ring of two pages in the hands of a fuzzer. */
 export class FuzzedRing {

@@ -239,7 +239,7 @@ for (const isKept of [true, false])
       const honest = await connect();
       const ring = await FuzzedRing.open(doorway.path);
       await fc.assert(
-        fc.asyncProperty(pageChanges(30), setups, async (changes, setup) => {
+        fc.asyncProperty(pageChanges(1, 30), setups, async (changes, setup) => {
           for (const one of changes) ring.change(one);
           await sendSetup(doorway.path, setup);
           assert.equal(responseCode(await honest.transmit(getRandom())), 0);
