@@ -134,29 +134,33 @@ for (const isKept of [true, false])
     it('ends a command that runs early where it is cancelled, and never runs one that waits', async () => {
       const [busy, other] = [await connect(), await connect()];
       const before = counterOf(await other.transmit(nvReadCounter(INDEX)));
+      let ran = 0n;
+      let dropped = 0;
       let code = 0;
       // An RSA key is sometimes found before anybody can say anything.
-      for (let round = 0; round < 20 && code !== CANCELED; round++) {
+      for (let round = 0; round < 50 && (code !== CANCELED || dropped === 0); round++) {
         const [running, waiting] = [new AbortController(), new AbortController()];
         const key = busy.transmit(createPrimaryRsa(), { signal: running.signal });
-        const increment = other.transmit(nvIncrement(INDEX), { signal: waiting.signal });
-        waiting.abort();
-        const dropped = increment.then(
-          () => false,
-          (error: unknown) => refused('aborted')(error),
+        const increment = other.transmit(nvIncrement(INDEX), { signal: waiting.signal }).then(
+          () => ran++,
+          (error: unknown) => {
+            refused('aborted')(error);
+            dropped++;
+          },
         );
+        waiting.abort();
         // It is told at once, while the key is still being made.
-        await Promise.race([dropped, key]);
+        await Promise.race([increment, key]);
         running.abort();
         const answer = await key;
         code = responseCode(answer);
-        if (!(await dropped)) code = 0;
-        if (responseCode(answer) === 0) {
+        if (code === 0) {
           await busy.transmit(Buffer.from(`80010000000e00000165${answer.toString('hex', 10, 14)}`, 'hex'));
         }
+        await increment;
       }
-      assert.equal(code, CANCELED);
-      assert.ok(counterOf(await other.transmit(nvReadCounter(INDEX))) <= before + 20n);
+      assert.deepEqual([code, dropped > 0], [CANCELED, true]);
+      assert.equal(counterOf(await other.transmit(nvReadCounter(INDEX))), before + ran);
       await busy.close();
       await other.close();
     });
@@ -251,30 +255,58 @@ for (const isKept of [true, false])
     });
   });
 
-describe('worker: a ring whose worker is gone for good', () => {
-  it('tells a command that was taken as lost, and one that was not as not sent', async () => {
-    const run = new KeptRun();
-    const manager = new MiniManager();
-    const worker = new WorkerProcess(manager);
-    await worker.begin(run);
-    const doorway = await RingDoorway.open(run);
+describe('worker: a ring whose worker is gone', () => {
+  let run: KeptRun;
+  let manager: MiniManager;
+  let worker: WorkerProcess;
+  let doorway: RingDoorway;
+
+  beforeEach(async () => {
+    run = new KeptRun();
+    manager = new MiniManager();
+    worker = await new WorkerProcess(manager).begin(run);
+    doorway = await RingDoorway.open(run);
     doorway.leadTo(worker);
-    const [taken, late] = [await RingClient.connect(doorway.path), await RingClient.connect(doorway.path)];
-    // It waits for its save, and with it everything else.
+  });
+  afterEach(async () => {
+    await worker.kill();
+    await doorway.close();
+    manager.stop();
+    run.close();
+  });
+
+  /** It was taken, ran, and waits for its save; another one was not looked at. */
+  const twoUnderWay = async (): Promise<[Promise<Buffer>, Promise<Buffer>]> => {
+    const [first, second] = [await RingClient.connect(doorway.path), await RingClient.connect(doorway.path)];
     manager.holdSaves = true;
     const saving = manager.next('SAVE');
-    const outcome = taken.transmit(nvDefineCounter(INDEX));
+    const taken = first.transmit(nvDefineCounter(INDEX));
     await saving;
     worker.child.kill('SIGSTOP');
-    const untaken = late.transmit(nvReadCounter(INDEX));
+    return [taken, second.transmit(nvReadCounter(INDEX))];
+  };
+
+  it('for good: a command that was taken is told as lost, and one that was not as not sent', async () => {
+    const [taken, untaken] = await twoUnderWay();
     const outcomes = Promise.all([
-      assert.rejects(outcome, refused('lost')),
+      assert.rejects(taken, refused('lost')),
       assert.rejects(untaken, refused('closed')),
     ]);
     await worker.kill();
     await doorway.close();
     await outcomes;
-    manager.stop();
-    run.close();
+    doorway = await RingDoorway.open(run);
+  });
+
+  it('with its state: what stands in a page is answered with TPM_RC_FAILURE', async () => {
+    const [taken, untaken] = await twoUnderWay();
+    await worker.kill();
+    manager.cut();
+    worker = new WorkerProcess(manager);
+    doorway.leadTo(worker);
+    await worker.beLost(run, doorway.visits);
+    assert.deepEqual([responseCode(await taken), responseCode(await untaken)], [0x101, 0x101]);
+    const late = await RingClient.connect(doorway.path);
+    assert.equal(responseCode(await late.transmit(getRandom())), 0x101);
   });
 });
