@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
-import { readFileSync, writeFileSync } from 'node:fs';
+import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import type { ToolstackError } from 'vtpm-toolstack/error';
@@ -100,6 +100,54 @@ describe('the list of vTPMs', () => {
       }),
       { numRuns: 60 },
     );
+  });
+
+  it('never reads a damaged journal as something else, and one without its end as what was there before (I-9)', () => {
+    fc.assert(
+      fc.property(entries, fc.nat(), fc.nat({ max: 7 }), fc.nat(), (items, at, bit, cut) => {
+        const [first, ...others] = items;
+        if (!first || others.length === 0) return;
+        write(items);
+        const journal = join(directory, JSON.parse(readFileSync(path, 'utf8')).journal);
+        const good = readFileSync(journal);
+        assert.equal(String(good).split('\n').length - 1, others.length, 'a line for each change');
+        const flipped = Buffer.from(good);
+        flipped.writeUInt8(flipped.readUInt8(at % good.length) ^ (1 << bit), at % good.length);
+        writeFileSync(journal, flipped);
+        // The end of the last line is all that makes it a line.
+        if (at % good.length === good.length - 1)
+          assert.deepEqual(VtpmList.open(path)?.all(), items.slice(0, -1));
+        else assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
+        const torn = good.subarray(0, cut % good.length);
+        writeFileSync(journal, torn);
+        const whole = String(torn).split('\n').length;
+        assert.deepEqual(VtpmList.open(path)?.all(), items.slice(0, whole));
+        // What goes on from there does not go on behind what is torn.
+        const last = items.at(-1)!;
+        const list = VtpmList.open(path)!;
+        if (whole < items.length) list.add(last);
+        assert.deepEqual(VtpmList.open(path)?.get(last.id), last);
+        rmSync(journal, { force: true });
+        if (whole === items.length) assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
+      }),
+      { numRuns: 60 },
+    );
+  });
+
+  it('is written whole by the first change of a process, and leaves one journal', () => {
+    const items = fc.sample(entries, 20).find((some) => some.length > 2)!;
+    const list = write(items);
+    const before = statSync(path).ino;
+    list.update(items[0]!.id, { epoch: 5 });
+    assert.equal(statSync(path).ino, before);
+    const again = VtpmList.open(path)!;
+    again.update(items[1]!.id, { epoch: 6 });
+    assert.notEqual(statSync(path).ino, before);
+    assert.equal(readdirSync(directory).length, 2);
+    again.close();
+    assert.deepEqual(readdirSync(directory), ['vtpms.json']);
+    const read = VtpmList.open(path)!;
+    assert.deepEqual([read.get(items[0]!.id)?.epoch, read.get(items[1]!.id)?.epoch], [5, 6]);
   });
 
   it('reads the lists of older formats, whose vTPMs have the doors that there were, and no others without a format', () => {

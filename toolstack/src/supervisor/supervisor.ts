@@ -177,6 +177,15 @@ export class Supervisor {
     setPassage(paths, list.all(), settings);
   }
 
+  #closeList(): void {
+    try {
+      this.#context.list.close();
+    } catch (error) {
+      // It is complete with its journal.
+      this.#context.log.warn({ reason: (error as Error).message }, 'the list of vTPMs keeps its journal');
+    }
+  }
+
   /** Stops every worker, in order. */
   async close(): Promise<void> {
     this.#closing.abort();
@@ -190,6 +199,7 @@ export class Supervisor {
     });
     await this.#autostart.settled;
     await isPoolEmpty;
+    this.#closeList();
     this.#context.confinements.close();
   }
 }

@@ -126,7 +126,10 @@ function removeFiles(paths: Paths): { removed: string[]; left: string[] } {
   remove(paths.supervisor.delegateKey, "the supervisor's key");
   remove(paths.supervisor.images, 'the worker images');
   remove(paths.supervisor.vm, 'the image for workers in VMs');
-  sweep(paths.supervisor.directory, /^(workers\.json|lock|(vtpms\.json|delegate\.key|workers\.json)\.new)$/);
+  sweep(
+    paths.supervisor.directory,
+    /^(workers\.json|lock|vtpms\.journal-[0-9a-f]+|(vtpms\.json|delegate\.key|workers\.json)\.new)$/,
+  );
   remove(paths.toolstack.managerIdentity, "the manager's identity");
   remove(paths.toolstack.key, 'the toolstack key');
   sweep(paths.toolstack.directory, /^(manager\.json|toolstack\.key)\.new$/);
