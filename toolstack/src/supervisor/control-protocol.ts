@@ -25,8 +25,15 @@ export type WorkerMessage =
   | { readonly type: 'stopped' };
 
 export type SupervisorMessage =
-  /** There is no identity yet: time to do everything once that a start will do. `managerKey` as in `identity`, if known. */
-  | { readonly type: 'rehearse'; readonly managerKey: string | undefined }
+  /**
+   * There is no identity yet: time to do everything once that a start will do. `managerKey` as in `identity`, if known;
+   * `checkpoint` of a VM run that there is not.
+   */
+  | {
+      readonly type: 'rehearse';
+      readonly managerKey: string | undefined;
+      readonly checkpoint: CheckpointFields;
+    }
   /**
    * `ticket`: a serialised SignedTicket, base64. `managerKey`: 32 bytes in hex. `outage`: for each kind of client, how
    * many milliseconds its commands are held, while the manager is away, before they are tried.

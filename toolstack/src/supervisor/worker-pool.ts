@@ -1,6 +1,7 @@
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger, Paths, Settings } from 'vtpm-common';
+import { CheckpointStore } from './checkpoint-store.js';
 import type { WorkerMessage } from './control-protocol.js';
 import type { Entry } from './entry.js';
 import { Lanes } from './lanes.js';
@@ -246,7 +247,7 @@ export class WorkerPool {
     try {
       await waiting.ready;
       const rehearsed = worker.waitFor('rehearsed', READY_LIMIT_MS);
-      worker.send({ type: 'rehearse', managerKey });
+      passRehearsal(worker, managerKey);
       await rehearsed;
       waiting.isRehearsed = true;
     } catch {
@@ -277,6 +278,17 @@ export class WorkerPool {
   async #endWorkers(surplus: readonly Waiting[]): Promise<void> {
     for (const waiting of surplus) this.#waiting.delete(waiting);
     await Promise.all(surplus.map(({ worker }) => worker.kill()));
+  }
+}
+
+/** The checkpoint is of no VM run: the worker alone has it then. */
+function passRehearsal(worker: WorkerProcess, managerKey: string | undefined): void {
+  const none = CheckpointStore.create({ control: false });
+  try {
+    const checkpoint = { keeps: true, control: false, resumes: null };
+    worker.passAll(none.descriptors, { type: 'rehearse', managerKey, checkpoint });
+  } finally {
+    none.close();
   }
 }
 

@@ -71,11 +71,6 @@ export class CheckpointMemory {
     return new CheckpointMemory(viewOf(address, LAYOUT.bytes));
   }
 
-  /** Of this process alone, for a rehearsal. */
-  static ofOwn(): CheckpointMemory {
-    return new CheckpointMemory(Buffer.from(new ArrayBuffer(LAYOUT.bytes)));
-  }
-
   private constructor(bytes: Buffer) {
     this.#bytes = bytes;
     const { buffer, byteOffset } = bytes;

@@ -27,8 +27,12 @@ export type WorkerMessage =
 
 /** What it hears. Descriptors come over a channel of their own, before the line that announces them. */
 export type SupervisorMessage =
-  /** `managerKey`: of the manager that the identity will probably be for. */
-  | { type: 'rehearse'; managerKey: Uint8Array | undefined }
+  /** `managerKey`: of the manager that the identity will probably be for. `checkpoint`: of a VM run that there is not. */
+  | {
+      type: 'rehearse';
+      managerKey: Uint8Array | undefined;
+      checkpoint: CheckpointDescriptors | undefined;
+    }
   | { type: 'identity'; fields: Record<string, unknown>; checkpoint: CheckpointDescriptors | undefined }
   /** Nothing can go on: see LostTpm. */
   | { type: 'lost'; checkpoint: CheckpointDescriptors }
@@ -110,8 +114,7 @@ function parse(line: string, descriptors: number): SupervisorMessage {
   }
   switch (fields.type) {
     case 'identity': {
-      const checkpoint =
-        fields.checkpoint == null ? undefined : takeCheckpoint(descriptors, fields.checkpoint);
+      const checkpoint = takeCheckpointIfAny(descriptors, fields.checkpoint);
       return { type: 'identity', fields, checkpoint };
     }
     case 'lost':
@@ -119,7 +122,11 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     case 'rehearse': {
       const { managerKey } = fields;
       const isKey = typeof managerKey === 'string' && /^[0-9a-f]{64}$/i.test(managerKey);
-      return { type: 'rehearse', managerKey: isKey ? Buffer.from(managerKey, 'hex') : undefined };
+      return {
+        type: 'rehearse',
+        managerKey: isKey ? Buffer.from(managerKey, 'hex') : undefined,
+        checkpoint: takeCheckpointIfAny(descriptors, fields.checkpoint),
+      };
     }
     case 'no-data-channel':
     case 'no-vm-reset':
@@ -141,6 +148,10 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     default:
       throw new VtpmdError('protocol', `unknown control message "${String(fields.type).slice(0, 40)}"`);
   }
+}
+
+function takeCheckpointIfAny(descriptors: number, fields: unknown): CheckpointDescriptors | undefined {
+  return fields == null ? undefined : takeCheckpoint(descriptors, fields);
 }
 
 function takeCheckpoint(descriptors: number, fields: unknown): CheckpointDescriptors {

@@ -3,36 +3,30 @@ import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { duplexPair } from 'node:stream';
 import { boxKeyPair, encode } from 'vtpm-proto';
-import { Doors } from '../channels/doors.js';
-import { HandleOwners } from '../channels/handle-owners.js';
-import { AnswerPipe } from '../checkpoint/answer-pipe.js';
-import { CheckpointKeeper } from '../checkpoint/keeper.js';
-import { CheckpointMemory } from '../checkpoint/memory.js';
-import { UnitSealer } from '../checkpoint/unit.js';
-import { getRandom, startupClear } from '../engine/command.js';
-import { startEngine } from '../engine/engine.js';
-import { loadVtpm, readIdentity } from '../manager-link/load.js';
+import type { Doors } from '../channels/doors.js';
+import { openLeft } from '../checkpoint/left.js';
+import { getRandom } from '../engine/command.js';
+import { readIdentity } from '../manager-link/load.js';
 import { LoadKeys } from '../manager-link/load-keys.js';
 import { openManagerLink } from '../manager-link/manager-link.js';
-import { SaveSession } from '../manager-link/save-session.js';
-import { CommandQueue } from './command-queue.js';
-import { HOLD_MS, OutagePolicy } from './outage-policy.js';
-import { runOwnCommand } from './own-command.js';
-import { PowerState } from './power-state.js';
+import type { CheckpointDescriptors } from './control-channel.js';
+import { HOLD_MS } from './outage-policy.js';
+import { beginRun } from './power.js';
 import { playManager } from './rehearsal-manager.js';
+import { loadTpm } from './served-tpm.js';
 
-/** What can be made before a worker is locked down only. It is closed by whoever has it last. */
-export interface RehearsalStage {
-  /** Two connected sockets, for a guest and for its door. */
-  readonly door: readonly [number, number];
-  readonly pipe: { readonly read: number; readonly write: number };
-}
+/** Two connected sockets, for a guest and for its door. They can be made before a worker is locked down only. */
+export type RehearsalStage = readonly [number, number];
 
 /**
  * Does everything once that a start does, with a manager made up in this process and a TPM that is thrown away: what is
- * compiled, bound and paged in now, the start does not wait for. Nothing of it is left but that.
+ * compiled, bound and paged in now, the start does not wait for. Nothing of it is left but that, and the descriptors are closed.
+ * @param checkpoint of a VM run that there is not
  */
-export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): Promise<void> {
+export async function rehearse(
+  stage: RehearsalStage,
+  checkpoint: CheckpointDescriptors | undefined,
+): Promise<void> {
   const [here, there] = duplexPair();
   const managerKeys = boxKeyPair();
   const keys = new LoadKeys();
@@ -43,43 +37,27 @@ export async function rehearse(libtpmsVersion: string, stage: RehearsalStage): P
     startup: 'clear',
   });
   const link = openManagerLink(here);
-  const grant = await loadVtpm(link, identity, keys, libtpmsVersion);
-  keys.wipe();
-  const engine = startEngine({ manufacture: true });
-  try {
-    const session = new SaveSession(grant, identity.vtpmUuid, libtpmsVersion, {
-      up: () => queue.release('link'),
-      lost: () => {},
-      over: () => {},
-      freeze: () => {},
-      thaw: () => {},
-    });
-    const owners = new HandleOwners();
-    const memory = CheckpointMemory.ofOwn();
-    const keeper = new CheckpointKeeper({
-      memory,
-      sealer: new UnitSealer(randomBytes(32), identity, grant.epoch),
-      ...{ engine, owners, policy: new OutagePolicy(HOLD_MS, false), power: new PowerState() },
-      granted: { generation: 0n, permanentDigest: new Uint8Array(32) },
-      last: { sequence: 0, unit: 0, inUse: [] },
-    });
-    const queue = new CommandQueue({
-      engine,
-      persist: (permanent) => session.save(permanent),
-      keep: (source, response, stored) => keeper.keep(source, response, stored),
-      onFailure: () => {},
-    });
-    queue.hold('link');
-    session.attach(link);
-    await runOwnCommand(queue, startupClear());
-    const pipe = new AnswerPipe(memory.marks, stage.pipe);
-    await useDoor(new Doors(engine, queue, owners, { kept: { keeper, pipe, memory } }), stage.door);
-    session.close();
-  } finally {
-    engine.terminate();
-    closeSync(stage.pipe.read);
-    closeSync(stage.pipe.write);
-  }
+  const parts = { identity, holdTimes: HOLD_MS, left: openLeft(checkpoint) };
+  await new Promise<void>((resolve, reject) => {
+    const nothing = (): void => {};
+    const events = {
+      ...{ linkUp: nothing, linkLost: nothing, failed: reject, log: nothing },
+      ...{ dataChannel: nothing, vmmChanged: nothing, vmmShutDown: nothing },
+    };
+    const play = async (): Promise<void> => {
+      const { tpm } = await loadTpm(link, keys, parts, events);
+      try {
+        tpm.session.attach(link);
+        await beginRun(tpm, identity);
+        await useDoor(tpm.doors, stage);
+        tpm.session.close();
+      } finally {
+        tpm.engine.terminate();
+      }
+    };
+    play().then(resolve, reject);
+  });
+  if (checkpoint) for (const fd of Object.values(checkpoint.pipe)) closeSync(fd);
 }
 
 /** One guest that asks once. */

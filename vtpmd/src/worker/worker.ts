@@ -1,7 +1,7 @@
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
-import { forbidCoreDumps, pipePair, sendDescriptor, socketPair } from 'vtpm-common/libc';
+import { forbidCoreDumps, sendDescriptor, socketPair } from 'vtpm-common/libc';
 import { type Doors, isDoorKind, type Visitor } from '../channels/doors.js';
 import { Inherited, type Left, openLeft } from '../checkpoint/left.js';
 import { loadLibtpms } from '../engine/libtpms.js';
@@ -9,7 +9,12 @@ import { VtpmdError } from '../error.js';
 import { readIdentity } from '../manager-link/load.js';
 import { LoadKeys } from '../manager-link/load-keys.js';
 import { type ManagerLink, openManagerLink } from '../manager-link/manager-link.js';
-import { type ControlChannel, openControlChannel, type SupervisorMessage } from './control-channel.js';
+import {
+  type CheckpointDescriptors,
+  type ControlChannel,
+  openControlChannel,
+  type SupervisorMessage,
+} from './control-channel.js';
 import { IdleLink } from './idle-link.js';
 import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
@@ -84,7 +89,7 @@ class Worker {
   start(isLocked: boolean): void {
     // Ready means that nothing but the identity is missing.
     const { version } = loadLibtpms();
-    this.#stage = { door: socketPair(), pipe: pipePair() };
+    this.#stage = socketPair();
     if (isLocked) lockDown();
     const publicKey = Buffer.from(this.#keys?.publicKey ?? []).toString('hex');
     this.#control.send({ type: 'ready', publicKey, libtpms: version });
@@ -96,7 +101,7 @@ class Worker {
     if (!keys) throw new VtpmdError('protocol', 'a second identity');
     this.#keys = undefined;
     const stage = this.#takeStage();
-    if (stage) for (const fd of [...stage.door, stage.pipe.read, stage.pipe.write]) closeSync(fd);
+    if (stage) for (const fd of stage) closeSync(fd);
     return keys;
   }
 
@@ -118,7 +123,7 @@ class Worker {
         this.#beLost(openLeft(message.checkpoint)).catch((error: unknown) => this.#fail(error));
         return;
       case 'rehearse':
-        this.#rehearse();
+        this.#rehearse(message.checkpoint);
         if (message.managerKey) this.#keys?.agree(message.managerKey);
         return;
       case 'link':
@@ -142,10 +147,10 @@ class Worker {
     }
   }
 
-  #rehearse(): void {
+  #rehearse(checkpoint: CheckpointDescriptors | undefined): void {
     const stage = this.#takeStage();
     if (!stage) throw new VtpmdError('protocol', 'a second rehearsal, or one after the identity');
-    this.#rehearsal = rehearse(loadLibtpms().version, stage).then(
+    this.#rehearsal = rehearse(stage, checkpoint).then(
       () => this.#control.send({ type: 'rehearsed' }),
       (error: unknown) => this.#fail(error),
     );
