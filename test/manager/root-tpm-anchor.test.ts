@@ -234,11 +234,12 @@ describe('manager: the anchor counter in the root TPM', () => {
   it('I-5 an answer that was changed on its way is refused', async () => {
     const { enrolment } = await chip.enrol();
     const before = await counter(enrolment, (anchor) => anchor.read());
-    let isChanging = true;
+    let changed: number | undefined = NV_Read.code;
     const bus = await startRecordingProxy(chip.swtpm.socket, {
       response: (message, command) => {
-        // Header, parameter size, TPM2B size: then the counter, of which the last byte counts.
-        if (isChanging && commandCode(command) === NV_Read.code) message[23] = (message[23] ?? 0) ^ 1;
+        // Header, parameter size, TPM2B size: then the counter, of which the last byte counts. The HMAC is the end.
+        const at = changed === NV_Read.code ? 23 : message.length - 1;
+        if (commandCode(command) === changed) message[at] = (message[at] ?? 0) ^ 1;
         return message;
       },
     });
@@ -248,8 +249,12 @@ describe('manager: the anchor counter in the root TPM', () => {
         async (anchor) => {
           await assert.rejects(anchor.read(), refuses('tpm-fault', /changed on its way/));
           await assert.rejects(anchor.increment(), refuses('tpm-fault', /changed on its way/));
-          isChanging = false;
-          assert.equal(await anchor.read(), before + 1n, 'in a session of its own again');
+          changed = undefined;
+          assert.equal(await anchor.read(), before, 'in a session of its own again');
+          changed = NV_Increment.code;
+          await assert.rejects(anchor.increment(), refuses('tpm-fault', /changed on its way/));
+          changed = undefined;
+          assert.equal(await anchor.read(), before + 1n, 'it was counted, and nobody knew');
         },
         { path: bus.path },
       );

@@ -49,6 +49,7 @@ export class Session implements Entity {
   #boundTo: Entity | undefined;
   #audit: AuditDigest | undefined;
   #isExclusive = false;
+  #endsWithNext = false;
   #resetsAudit = false;
   /** Of the command under way. */
   #sent: { readonly cpHash: Buffer; readonly attributes: number } = { cpHash: NOTHING, attributes: 0 };
@@ -66,6 +67,11 @@ export class Session implements Entity {
     this.name = u32Bytes(handle);
     this.kind = options.kind;
     this.#boundTo = options.bind;
+  }
+
+  /** The next command is its last one: where that succeeds, the TPM removes the session with the answer. */
+  endWithNext(): void {
+    this.#endsWithNext = true;
   }
 
   /**
@@ -152,7 +158,8 @@ export class Session implements Entity {
         'after PolicyPassword a session can only authorise: no HMAC would prove more',
       );
     }
-    const attributes = (this.options.once === true ? 0 : SessionAttribute.continueSession) | crypts;
+    const isLast = this.options.once === true || this.#endsWithNext;
+    const attributes = (isLast ? 0 : SessionAttribute.continueSession) | crypts;
     if (this.options.audit === undefined && (authorises || crypts !== 0)) return attributes;
     if (this.kind !== 'hmac')
       throw new TpmError('usage', 'a policy session cannot audit, and this command has no other use for it');

@@ -27,7 +27,7 @@ import { enrolledSrk } from './srk.js';
 export interface AnchorCounter {
   read(): Promise<bigint>;
   /**
-   * Counts, and returns the value read after it.
+   * Counts, and returns the value that it shows then, unless somebody else counted at the same moment: the next use shows that.
    * @param stated waited for when all is ready to count; where it rejects, so does this, and nothing is counted
    */
   increment(stated?: Promise<void>): Promise<bigint>;
@@ -67,9 +67,12 @@ export class SessionCounter {
 
   increment(tpm: Tpm, stated?: Promise<void>): Promise<bigint> {
     return this.#use(tpm, async (index, session) => {
+      const shown = await readCounterBy(tpm, index, session);
       await stated;
+      // Who waits for the count waits for one command.
+      session.endWithNext();
       await tpm.run(NV_Increment, { authHandle: withSession(index, session), nvIndex: index }, {});
-      return await readCounterBy(tpm, index, session);
+      return shown + 1n;
     });
   }
 
