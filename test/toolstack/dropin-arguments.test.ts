@@ -116,7 +116,7 @@ describe('arguments of the drop-in commands', () => {
         gid: undefined,
       },
       isOnAtOnce: false,
-      startup: 'none',
+      isStartedUp: false,
       isIncoming: true,
       terminates: true,
       isDaemon: false,
@@ -146,7 +146,7 @@ describe('arguments of the drop-in commands', () => {
     assert.deepEqual(other.server, { kind: 'descriptor', fd: 9, isConnected: true, disconnects: false });
     assert.deepEqual(other.pid, { fd: 8 });
     const started = parseSwtpmArguments([...base, '-f', '9', '--flags', 'startup-clear']);
-    assert.ok(started.isOnAtOnce && started.startup === 'clear');
+    assert.ok(started.isOnAtOnce && started.isStartedUp);
     assert.deepEqual(parseSwtpmArguments(['--tpm2', '-f', '9'], { TPM_PATH: '/srv/tpm' }).state, {
       path: '/srv/tpm',
       isFile: false,
@@ -171,8 +171,13 @@ describe('arguments of the drop-in commands', () => {
     ],
     [
       'two startups',
-      ['--tpm2', '-f', '3', '--tpmstate', 'dir=/x', '--flags', 'startup-clear,startup-state'],
+      ['--tpm2', '-f', '3', '--tpmstate', 'dir=/x', '--flags', 'startup-clear,startup-none'],
       /name one/,
+    ],
+    [
+      'a startup that finds no state',
+      ['--tpm2', '-f', '3', '--tpmstate', 'dir=/x', '--flags', 'startup-state'],
+      /write startup-clear/,
     ],
     [
       'a startup of TPM 1.2',

@@ -8,7 +8,7 @@ which swtpm_setup makes.
   --tpmstate dir=DIR | backend-uri=dir://DIR | backend-uri=file://FILE
   --ctrl type=unixio,path=PATH[,mode=0600][,uid=N][,gid=N] | type=tcp,port=N | type=unixio,fd=N | clientfd=N
   --server type=unixio,path=PATH | type=tcp,port=N[,disconnect] | fd=N      -p N, -f N as well
-  --flags not-need-init,startup-clear | startup-state | startup-none
+  --flags not-need-init,startup-clear | startup-none
   --migration incoming,release-lock-outgoing
   -t, --terminate                ends when the client on the data channel is gone
   -d, --daemon   --pid file=PATH | fd=N   --log file=PATH | fd=N   -r, --runas USER

@@ -135,7 +135,7 @@ class Setup {
     const { link, place } = this.#parts;
     await link.start({ ...token, place: place.place });
     await powerOn(link);
-    await startUp(link, 'clear');
+    await startUp(link);
     const tpm = createTpm(overSocket(await openDoor(link, 'tpm'), 'the vTPM'));
     try {
       await work(tpm);

@@ -26,7 +26,8 @@ export interface SwtpmOptions {
   readonly control: Entrance | undefined;
   /** Powered on without a CMD_INIT. */
   readonly isOnAtOnce: boolean;
-  readonly startup: 'clear' | 'state' | 'none';
+  /** TPM2_Startup(CLEAR) is sent before anybody is served. */
+  readonly isStartedUp: boolean;
   readonly isIncoming: boolean;
   readonly terminates: boolean;
   readonly isDaemon: boolean;
@@ -149,16 +150,25 @@ function fromEnvironment({ TPM_PATH: directory }: NodeJS.ProcessEnv): string | u
   return directory === undefined || directory === '' ? undefined : `dir=${directory}`;
 }
 
-function startOf(flags: OptionValue<typeof FLAGS> | undefined): Pick<SwtpmOptions, 'isOnAtOnce' | 'startup'> {
+function startOf(
+  flags: OptionValue<typeof FLAGS> | undefined,
+): Pick<SwtpmOptions, 'isOnAtOnce' | 'isStartedUp'> {
   if (flags?.['startup-deactivated']) {
     throw new DropinRefusal('--flags startup-deactivated is of TPM 1.2; leave it out');
   }
-  const startups = (['clear', 'state', 'none'] as const).filter((kind) => flags?.[`startup-${kind}`]);
+  if (flags?.['startup-state']) {
+    throw new DropinRefusal(
+      '--flags startup-state finds nothing: no volatile state outlives the power-off of a vTPM; write startup-clear',
+    );
+  }
+  const startups = (['clear', 'none'] as const).filter((kind) => flags?.[`startup-${kind}`]);
   if (startups.length > 1) {
     throw new DropinRefusal(`--flags has startup-${startups.join(' and startup-')}; name one`);
   }
-  const [startup = 'none'] = startups;
-  return { startup, isOnAtOnce: flags?.['not-need-init'] === true || startups.length > 0 };
+  return {
+    isStartedUp: startups.includes('clear'),
+    isOnAtOnce: flags?.['not-need-init'] === true || startups.length > 0,
+  };
 }
 
 function parseControl(

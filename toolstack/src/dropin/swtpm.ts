@@ -92,9 +92,9 @@ class SwtpmProcess {
     this.#token = { ...tokenFields(token), place: this.#place.place };
     const { name } = await link.start(this.#token);
     this.#report.note(`vTPM ${name} is on, token in ${this.#place.token}`);
-    const { isOnAtOnce, startup } = this.#options;
+    const { isOnAtOnce, isStartedUp } = this.#options;
     if (isOnAtOnce) await powerOn(link);
-    if (startup !== 'none') await startUp(link, startup);
+    if (isStartedUp) await startUp(link);
     this.#isUp = true;
     this.#clients.serve(link, []);
   }

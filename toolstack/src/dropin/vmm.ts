@@ -5,11 +5,8 @@ import { DropinRefusal } from './refusal.js';
 import type { SupervisorLink, VmmDoor } from './supervisor-link.js';
 
 const CMD_INIT = Buffer.from('0000000200000000', 'hex');
-/** TPM2_Startup (Part 3, section 9.3) with TPM_SU_CLEAR and TPM_SU_STATE. */
-const STARTUP = {
-  clear: Buffer.from('80010000000c000001440000', 'hex'),
-  state: Buffer.from('80010000000c000001440001', 'hex'),
-} as const;
+/** TPM2_Startup with TPM_SU_CLEAR (Part 3, section 9.3). */
+const STARTUP = Buffer.from('80010000000c000001440000', 'hex');
 /** TPM_RC_INITIALIZE: it was started already. */
 const ALREADY_STARTED = 0x100;
 
@@ -20,11 +17,11 @@ export async function powerOn(link: SupervisorLink): Promise<void> {
   if (result !== 0) throw new DropinRefusal(`the TPM cannot be powered on (result 0x${result.toString(16)})`);
 }
 
-export async function startUp(link: SupervisorLink, kind: keyof typeof STARTUP): Promise<void> {
-  const answer = await exchange(link, 'tpm', STARTUP[kind], 10);
+export async function startUp(link: SupervisorLink): Promise<void> {
+  const answer = await exchange(link, 'tpm', STARTUP, 10);
   const code = answer.readUInt32BE(6);
   if (code !== 0 && code !== ALREADY_STARTED) {
-    throw new DropinRefusal(`TPM2_Startup(${kind.toUpperCase()}) failed with 0x${code.toString(16)}`);
+    throw new DropinRefusal(`TPM2_Startup(CLEAR) failed with 0x${code.toString(16)}`);
   }
 }
 
