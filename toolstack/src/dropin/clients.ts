@@ -15,10 +15,16 @@ export class Clients {
   readonly #waiting: Client[] = [];
   /** Connections that were passed, by their numbers. */
   readonly #passed = new Map<number, VmmDoor>();
-  /** Numbers whose end was heard before they were. */
+  /** Numbers whose end was heard before they were, or that are not of clients. */
   readonly #early = new Set<number>();
+  readonly #gone: (door: VmmDoor) => void;
   #link: SupervisorLink | undefined;
   #isPassing = false;
+
+  /** @param gone hears of the end of each connection that was passed */
+  constructor(gone: (door: VmmDoor) => void) {
+    this.#gone = gone;
+  }
 
   add(door: VmmDoor, socket: Socket): void {
     // Nothing is read from it, so only a failure to close can be said.
@@ -31,7 +37,7 @@ export class Clients {
   serve(link: SupervisorLink, there: readonly number[]): void {
     this.#link = link;
     for (const connection of [...this.#passed.keys()]) {
-      if (!there.includes(connection)) this.#passed.delete(connection);
+      if (!there.includes(connection)) this.disconnected(connection);
     }
     void this.#passAll();
   }
@@ -47,7 +53,13 @@ export class Clients {
   }
 
   disconnected(connection: number): void {
-    if (!this.#passed.delete(connection)) this.#early.add(connection);
+    const door = this.#passed.get(connection);
+    if (door === undefined) {
+      this.#early.add(connection);
+      return;
+    }
+    this.#passed.delete(connection);
+    this.#gone(door);
     void this.#passAll();
   }
 
@@ -60,8 +72,9 @@ export class Clients {
       if (!next) break;
       try {
         const id = await link.pass(next.door, socketFd(next.socket));
-        if (!this.#early.delete(id)) this.#passed.set(id, next.door);
+        this.#passed.set(id, next.door);
         this.#done(next);
+        if (this.#early.delete(id)) this.disconnected(id);
       } catch {
         // Refused: it would be again. Where the session was lost, it takes its way in the next one.
         if (this.#link === link) this.#done(next);

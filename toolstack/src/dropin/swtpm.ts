@@ -7,7 +7,7 @@ import { type OpenEntrance, openEntrance } from './entrances.js';
 import { DropinRefusal } from './refusal.js';
 import type { Report } from './report.js';
 import { type ResolvedPlace, resolvePlace } from './state-place.js';
-import { SupervisorLink, SupervisorLost, SupervisorRefusal } from './supervisor-link.js';
+import { SupervisorLink, SupervisorLost, SupervisorRefusal, type VmmDoor } from './supervisor-link.js';
 import { dropinSocket } from './supervisor-socket.js';
 import { type Destination, parseSwtpmArguments, type SwtpmOptions } from './swtpm-arguments.js';
 import { readToken, type Token } from './token.js';
@@ -35,13 +35,12 @@ class SwtpmProcess {
   readonly #options: SwtpmOptions;
   readonly #place: ResolvedPlace;
   readonly #report: Report;
-  readonly #clients = new Clients();
+  readonly #clients = new Clients((door) => this.#gone(door));
   readonly #entrances: OpenEntrance[] = [];
   #token: PlacedToken | undefined;
   #link: SupervisorLink | undefined;
   #isReturning = false;
-  /** Clients are served. */
-  #isUp = false;
+
   /** Ends the process; the first reason counts. */
   #end: (status: number | DropinRefusal) => void = () => undefined;
 
@@ -95,7 +94,7 @@ class SwtpmProcess {
     const { isOnAtOnce, isStartedUp } = this.#options;
     if (isOnAtOnce) await powerOn(link);
     if (isStartedUp) await startUp(link);
-    this.#isUp = true;
+
     this.#clients.serve(link, []);
   }
 
@@ -122,8 +121,13 @@ class SwtpmProcess {
 
   #disconnected(connection: number, door: string): void {
     this.#clients.disconnected(connection);
+    if (door === 'vmm-data') this.#gone(door);
+  }
+
+  /** `vmm-data`: what a client of the control channel gave. */
+  #gone(door: VmmDoor | 'vmm-data'): void {
     const wasData = door === 'vmm-data' || (door === 'tpm' && this.#clients.count('tpm') === 0);
-    if (wasData && this.#isUp && this.#options.terminates) void this.#stop('its client has gone');
+    if (wasData && this.#options.terminates) void this.#stop('its client has gone');
   }
 
   /** The supervisor is gone. Where it became another program, the vTPM runs on and has to be held again. */
