@@ -170,14 +170,7 @@ ${EXIT_STATUSES}`,
       ]),
     )
     .option('--autostart', 'start it with the supervisor')
-    .addOption(
-      new Option(
-        '--startup <kind>',
-        'clear: send TPM2_Startup(CLEAR) before the doors open; none: the firmware does',
-      )
-        .choices(['clear', 'none'])
-        .default('clear'),
-    )
+    .addOption(startupOption())
     .addOption(doorsOption())
     .addOption(
       new Option(
@@ -195,9 +188,11 @@ ${EXIT_STATUSES}`,
 
   const setCommand = add(program, 'set', 'changes a vTPM that is stopped', [
     'vtpmctl set web1 --doors tpm,tcti',
+    'vtpmctl set web1 --doors tpm,tcti,control --startup none      for a VM',
   ])
     .argument('<name>', 'name or id')
-    .addOption(doorsOption());
+    .addOption(doorsOption())
+    .addOption(startupOption());
   setCommand.action((name: string, flags: SetFlags) =>
     run(setCommand, (context) => set(name, flags, context)),
   );
@@ -329,6 +324,13 @@ ${EXIT_STATUSES}`,
   ]);
   configShow.action(() => run(configShow, showConfig));
   return program;
+}
+
+function startupOption(): Option {
+  return new Option(
+    '--startup <kind>',
+    'clear: send TPM2_Startup(CLEAR) before anybody is served; none: the firmware does (default: none with the door control, else clear)',
+  ).choices(['clear', 'none']);
 }
 
 function doorsOption(): Option {

@@ -86,6 +86,7 @@ export interface DropinBinding {
 
 export interface VtpmChange {
   readonly doors?: readonly string[];
+  readonly startup?: string;
   readonly dropin?: DropinBinding | null;
 }
 

@@ -149,13 +149,13 @@ export function parseNewEntry(value: unknown): NewEntry {
 }
 
 /** What can be changed while it is stopped. */
-export type EntryChange = Partial<Pick<Entry, 'doors' | 'dropin'>>;
+export type EntryChange = Partial<Pick<Entry, 'doors' | 'startup' | 'dropin'>>;
 
 /** @throws ToolstackError `bad-request` that names the field, or where nothing would change */
 export function parseEntryChange(value: unknown): EntryChange {
   const given = Object.keys(typeof value === 'object' && value !== null ? value : {});
-  const fields = Object.entries({ doors: ENTRY.doors, dropin: ENTRY.dropin }).filter(([name]) =>
-    given.includes(name),
+  const fields = Object.entries({ doors: ENTRY.doors, startup: ENTRY.startup, dropin: ENTRY.dropin }).filter(
+    ([name]) => given.includes(name),
   );
   const change = check(value, Object.fromEntries(fields)) as EntryChange;
   if (fields.length === 0) throw new ToolstackError('bad-request', 'nothing is named that is to be changed');

@@ -18,7 +18,7 @@ export interface CreateFlags {
   readonly vmUuid?: string;
   readonly isolation?: string;
   readonly autostart?: boolean;
-  readonly startup: string;
+  readonly startup?: string;
   readonly doors?: readonly string[];
   readonly stateBlobs?: string;
   readonly socketOwner?: string;
@@ -55,7 +55,8 @@ export async function create(name: string, flags: CreateFlags, context: Context)
     vmUuid,
     isolation: flags.isolation ?? configuration.settings.isolation,
     autostart: flags.autostart === true,
-    startup: flags.startup,
+    // Firmware that finds a TPM started up measures nothing.
+    startup: flags.startup ?? (flags.doors?.includes('control') ? 'none' : 'clear'),
     ...(flags.doors && { doors: flags.doors }),
     ...(flags.stateBlobs && { stateBlobs: flags.stateBlobs }),
     ...access,

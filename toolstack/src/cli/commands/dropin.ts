@@ -40,6 +40,8 @@ export async function dropin(
   const doors = [...new Set([...(vtpm.doors ?? []), 'control'])];
   const changed = await supervisor.change(vtpm.id, {
     doors,
+    // The VM's firmware sends it, or swtpm where its caller says so.
+    startup: 'none',
     dropin: { secretSha256: digestOf(secret), uid, place: place.place },
   });
   writeToken(place, { id: vtpm.id, vmUuid: vtpm.vmUuid, secret });

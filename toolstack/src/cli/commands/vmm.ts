@@ -44,12 +44,18 @@ async function controlSocket(nameOrId: string, { supervisor, output }: Context):
       `vTPM ${name} is started by swtpm, with the token in ${dropin.place}; for a VMM that is given a socket: vtpmctl dropin ${name} --remove`,
     );
   }
+  const doors = [...new Set([...(vtpm.doors ?? []), 'control'])].join(',');
+  const change = `${isOff(vtpm) ? '' : `vtpmctl stop ${name} && `}vtpmctl set ${name}`;
   if (vtpm.sockets.control === null) {
-    const doors = [...(vtpm.doors ?? []), 'control'].join(',');
-    const stop = isOff(vtpm) ? '' : `vtpmctl stop ${name} && `;
     throw new ToolstackError(
       'bad-request',
-      `vTPM ${name} has no door for a VMM; ${stop}vtpmctl set ${name} --doors ${doors}`,
+      `vTPM ${name} has no door for a VMM; ${change} --doors ${doors} --startup none`,
+    );
+  }
+  if (vtpm.startup !== 'none') {
+    throw new ToolstackError(
+      'bad-request',
+      `the firmware of a VM would find vTPM ${name} started up already, and measure nothing; ${change} --startup none`,
     );
   }
   if (isOff(vtpm)) output.note(`${name} is ${vtpm.state}; before the VM: vtpmctl start ${name}`);
