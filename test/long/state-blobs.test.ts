@@ -62,7 +62,7 @@ describe('state blobs, with kill -9', function () {
 
   it('of workers at any step of any request: each request is done once, nothing is lost, a reference works once', async () => {
     await installation.startManager();
-    const manifest = await buildFaultyWorker(directory, endsAnywhere(WORKER_BARRIERS, 2));
+    const manifest = await buildFaultyWorker(directory, endsAnywhere(WORKER_BARRIERS, 3));
     await installation.startSupervisor({
       args: ['--restart-burst', '1000000', '--worker-manifest', manifest],
     });
