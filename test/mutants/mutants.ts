@@ -716,7 +716,7 @@ export const MUTANTS: readonly Mutant[] = [
     file: 'vtpmd/src/ring/recover.ts',
     guard: 'if (kept?.connection === id) giveAnswer',
     without: 'if (kept?.connection === id && kept.number < 0) giveAnswer',
-    test: { file: 'fault/checkpoint', name: 'at every such point of a ring' },
+    test: { file: 'vtpmd/ring', name: 'answers it once' },
   },
   {
     name: 'an answer of before a request was taken is not the answer to it',

@@ -1,9 +1,12 @@
 import assert from 'node:assert/strict';
-import { closeSync, openSync, readdirSync } from 'node:fs';
+import { closeSync, mkdtempSync, openSync, readdirSync, rmSync } from 'node:fs';
 import { createServer } from 'node:net';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
 import fc from 'fast-check';
 import { pipePair, socketFd, socketPair } from 'vtpm-common/libc';
 import { FrontendError, RingClient, RingDevice } from 'vtpm-frontend-driver';
+import { buildFaultyWorker, killAt } from '../support/faulty-worker.js';
 import { MiniManager } from '../support/mini-manager.js';
 import { memoryOf, RawFrontend, SEAL, SETUP } from '../support/raw-frontend.js';
 import { RingDoorway } from '../support/ring-doorway.js';
@@ -309,4 +312,45 @@ describe('worker: a ring whose worker is gone', () => {
     const late = await RingClient.connect(doorway.path);
     assert.equal(responseCode(await late.transmit(getRandom())), 0x101);
   });
+});
+
+/** Commands that change nothing leave no checkpoint: with the page half written, nothing else has their answer. */
+describe('worker: a ring whose worker is killed over a command without checkpoint', () => {
+  let directory: string;
+  before(() => {
+    directory = mkdtempSync(join(tmpdir(), 'vtpm-ring-kill-'));
+  });
+  after(() => rmSync(directory, { recursive: true, force: true }));
+
+  for (const barrier of [
+    'after-claim',
+    'before-ring-answer',
+    'after-ring-answer',
+    'before-finish',
+    'after-finish',
+  ]) {
+    it(`answers it once: ${barrier}`, async () => {
+      const program = join(dirname(await buildFaultyWorker(directory, killAt(barrier, 2))), 'vtpmd.cjs');
+      const run = new KeptRun();
+      const manager = new MiniManager();
+      const killed = await new WorkerProcess(manager, { program }).begin(run);
+      const doorway = await RingDoorway.open(run);
+      doorway.leadTo(killed);
+      const client = await RingClient.connect(doorway.path);
+      await client.transmit(getRandom());
+      const answer = client.transmit(getRandom(20));
+      await killed.exited;
+      const next = new WorkerProcess(manager);
+      doorway.leadTo(next);
+      assert.equal((await next.goOn(run, doorway.visits)).type, 'serving');
+      assert.equal((await answer).readUInt16BE(10), 20);
+      assert.equal((await client.transmit(getRandom(21))).readUInt16BE(10), 21);
+      await client.close();
+      await next.kill();
+      await killed.kill();
+      await doorway.close();
+      manager.stop();
+      run.close();
+    });
+  }
 });
