@@ -16,6 +16,10 @@ export interface PortParts<R> {
   onClosed(): void;
 }
 
+const EMPTY = Buffer.alloc(0);
+/** How long a client may take to close its end of a connection that is over. */
+const LINGER_MS = 1000;
+
 /**
  * A connection to one of the simulator's ports: requests are read, done and answered one after another. What a client sends
  * ahead, or does not take, is kept for it up to a bound.
@@ -23,10 +27,12 @@ export interface PortParts<R> {
 export class PortConnection<R> {
   readonly #parts: PortParts<R>;
   readonly #socket: Socket;
-  #pending: Buffer = Buffer.alloc(0);
+  #pending: Buffer = EMPTY;
   #isBusy = false;
   #isClosed = false;
   #isEnded = false;
+  #isOver = false;
+  #timer: NodeJS.Timeout | undefined;
 
   /** @param fd owned by the connection from now on */
   constructor(fd: number, parts: PortParts<R>) {
@@ -34,6 +40,7 @@ export class PortConnection<R> {
     const options: SocketConstructorOpts & ConnectOpts = { fd, allowHalfOpen: true };
     this.#socket = new Socket(options);
     this.#socket.on('data', (chunk: Buffer) => {
+      if (this.#isOver) return;
       this.#pending = Buffer.concat([this.#pending, chunk]);
       if (this.#pending.length >= MAX_FRAMED_BYTES) this.#socket.pause();
       this.#next();
@@ -41,11 +48,13 @@ export class PortConnection<R> {
     this.#socket.on('drain', () => this.#next());
     this.#socket.on('end', () => {
       this.#isEnded = true;
-      this.#next();
+      if (this.#isOver) this.#socket.destroySoon();
+      else this.#next();
     });
     this.#socket.on('error', () => {});
     this.#socket.on('close', () => {
       this.#isClosed = true;
+      clearTimeout(this.#timer);
       if (!this.#isBusy) parts.onClosed();
     });
   }
@@ -55,8 +64,7 @@ export class PortConnection<R> {
   }
 
   #next(): void {
-    if (this.#isBusy || this.#isClosed || this.#socket.writableNeedDrain || this.#socket.writableEnded)
-      return;
+    if (this.#isBusy || this.#isClosed || this.#isOver || this.#socket.writableNeedDrain) return;
     const read = this.#parts.read(this.#pending);
     if (!read) {
       if (this.#isEnded) this.#end();
@@ -84,7 +92,16 @@ export class PortConnection<R> {
     else this.#next();
   }
 
+  /** Its client is to get the last answer and not ECONNRESET: what it sent behind the last request is thrown away. */
   #end(): void {
-    this.#socket.end(() => this.#socket.destroy());
+    this.#isOver = true;
+    this.#pending = EMPTY;
+    this.#socket.end();
+    if (this.#isEnded) {
+      this.#socket.destroySoon();
+      return;
+    }
+    this.#socket.resume();
+    this.#timer = setTimeout(() => this.#socket.destroy(), LINGER_MS);
   }
 }
