@@ -53,6 +53,7 @@ export class DoorFuzz {
   }
 
   destroy(): Promise<void> {
+    this.#platform?.close();
     for (const neighbour of this.#neighbours.values()) neighbour.close();
     return this.#installation.destroy();
   }
@@ -118,6 +119,7 @@ export class DoorFuzz {
   }
 
   #mssimPort: number | undefined;
+  #platform: MssimClient | undefined;
 
   async #port(door: 'mssim' | 'mssim-platform'): Promise<number> {
     if (this.#mssimPort === undefined) {
@@ -131,9 +133,8 @@ export class DoorFuzz {
   async #serveNeighbour(door: FuzzedDoor): Promise<void> {
     const vtpm = vtpmOf(door);
     if (vtpm === 'guest') {
-      const platform = await MssimClient.connect(await this.#port('mssim'));
-      assert.equal(await platform.signal(1), 0);
-      platform.close();
+      this.#platform ??= await MssimClient.connect(await this.#port('mssim'));
+      assert.equal(await this.#platform.signal(1), 0);
     }
     let neighbour = this.#neighbours.get(vtpm);
     if (!neighbour) {

@@ -223,6 +223,7 @@ export class WorkerProcess {
   /** A connection that the test keeps, as the supervisor does. */
   connectKept(run: KeptRun, door = 'tpm'): KeptGuest {
     const guest = makeKept(run, door);
+    this.#ids.set(guest.client, guest.id);
     this.passKept([guest]);
     return guest;
   }

@@ -31,7 +31,7 @@ const STATUS_PAUSE_MS = 50;
 export class VmmDoors {
   readonly data: DataChannel;
   readonly control: ControlDoor;
-  /** Commands run at the locality that the VMM has chosen; it may say another one with a command. */
+  /** Commands run at the locality that the VMM has chosen, and at no other. */
   readonly localities: Localities;
   readonly #parts: VmmDoorsParts;
   readonly #vmm: VmmState;
@@ -55,7 +55,8 @@ export class VmmDoors {
       get current(): Locality {
         return vmm.locality;
       },
-      allows: () => true,
+      // A guest may write a frame itself, for example into the command buffer that QEMU hands on as it is.
+      allows: (locality) => locality === vmm.locality,
     };
     this.data = new DataChannel((fd) => parts.offer(fd));
     this.control = new ControlDoor({
