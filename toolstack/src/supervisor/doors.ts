@@ -1,5 +1,6 @@
-import { chmodSync, closeSync, fstatSync, rmSync } from 'node:fs';
+import { chmodSync, closeSync, fstatSync, renameSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
+import { basename, dirname, join } from 'node:path';
 import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
@@ -50,6 +51,7 @@ export class Doors {
   readonly #plan: DoorPlan;
   readonly #events: DoorEvents;
   #nextId: number;
+  #isShown = false;
 
   private constructor(
     plan: DoorPlan,
@@ -62,7 +64,10 @@ export class Doors {
     this.#events = events;
   }
 
-  /** @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made */
+  /**
+   * Makes them, where nobody finds them yet: `show`. There is time for it while a worker loads.
+   * @throws ToolstackError `bad-request` where a path is too long, `internal` where a socket cannot be made
+   */
   static async open(plan: DoorPlan, events: DoorEvents): Promise<Doors> {
     const doors = new Doors(plan, events);
     const { directory, access, kinds } = plan;
@@ -87,6 +92,20 @@ export class Doors {
     return typeof address === 'object' ? address?.port : undefined;
   }
 
+  /** From now on somebody may come in. @throws ToolstackError `internal` */
+  show(): void {
+    const { directory, kinds } = this.#plan;
+    try {
+      for (const door of entrancesOf(kinds)) {
+        const path = doorFile(directory, door);
+        if (path !== undefined) renameSync(hidden(path), path);
+      }
+      this.#isShown = true;
+    } catch (error) {
+      throw ToolstackError.from(error, `the sockets in ${directory} cannot be made`);
+    }
+  }
+
   /** Those that are open, in the order in which they came. */
   visits(): Visit[] {
     return [...this.#connections.values()];
@@ -100,6 +119,7 @@ export class Doors {
     inherited: InheritedDescriptors,
   ): Doors {
     const doors = new Doors(plan, events, before);
+    doors.#isShown = true;
     try {
       // The connections first: whoever comes in next gets another id.
       for (const { id, door, peer, fd } of before.connections) {
@@ -192,7 +212,7 @@ export class Doors {
   }
 
   #listen(door: DoorName): Promise<void> {
-    const path = checkSocketPath(this.#file(door));
+    const path = hidden(checkSocketPath(this.#file(door)));
     // This supervisor holds the lock, so what is there was left by one that is gone.
     rmSync(path, { force: true });
     const server = this.#entrance(door);
@@ -245,7 +265,7 @@ export class Doors {
   #bringIn(door: DoorName, socket: Socket): number | undefined {
     // Counted here: a server counts only what it accepted itself, and some came to the program before this one.
     const isFull = this.visits().filter((visit) => visit.door === door).length >= MAX_CONNECTIONS;
-    if (isFull || !this.#mayEnter(door, socket)) {
+    if (!this.#isShown || isFull || !this.#mayEnter(door, socket)) {
       socket.destroy();
       return undefined;
     }
@@ -279,4 +299,9 @@ export class Doors {
 /** A connection that is never read from here. */
 function holdOpen(fd: number): Socket {
   return new Socket({ fd, readable: false, writable: true, allowHalfOpen: true });
+}
+
+/** Not longer than the path itself, which may be as long as a socket's can be. */
+function hidden(path: string): string {
+  return join(dirname(path), `.${basename(path).slice(1)}`);
 }

@@ -164,6 +164,7 @@ export class VtpmWorkers {
     const { vmRunId: lastRunId, runningInBoot, crashed, epoch: lastEpoch } = this.#status.entry;
     this.#status.state = { kind: 'starting', worker };
     this.#status.vmm = undefined;
+    let making: Promise<Doors> | undefined;
     try {
       const { epoch, generation } = await giveIdentity(claimed, {
         ...this.#parts(run),
@@ -173,19 +174,26 @@ export class VtpmWorkers {
         onIssued: (issued) => {
           const { epoch } = issued;
           this.#status.update({ vmRunId, runningInBoot: bootId().toString('hex'), crashed: null, epoch });
+          making = Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
+          making.catch(() => undefined);
         },
       });
       if (!this.#status.entry.manufactured || this.#status.entry.epoch !== epoch) {
         this.#status.update({ manufactured: true, epoch });
       }
-      const doors = await Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
+      const doors = await (making ?? Doors.open(this.#doorPlan(), doorEvents(this.#status, run)));
       this.#status.state = { kind: 'running', worker, doors };
+      doors.show();
       this.#watch(worker);
       this.#status.log.info({ epoch, generation, pid: worker.pid }, 'running');
     } catch (error) {
       const hasEnded = worker.hasEnded;
       const end = await worker.kill();
       this.#status.lingering = end.lingering;
+      await making?.then(
+        (doors) => doors.close(),
+        () => undefined,
+      );
       const isPresumedWrong = presumes && presumedWrong(end);
       const isWorkersFault = !isFresh && (hasEnded ? wasLost(end) : isOutdated(error));
       if (this.#isShuttingDown || !(isPresumedWrong || isWorkersFault)) throw error;
