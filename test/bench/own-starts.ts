@@ -6,6 +6,9 @@ import { getRandom } from '../support/tpm-commands.js';
 import { until } from '../support/until.js';
 import { BlockingClient } from './blocking-client.js';
 
+/** A worker made ahead takes a tenth of a second of a processor, and there may be forty and other work. */
+const POOL_LIMIT_MS = 180_000;
+
 /** Starts by the supervisor's API, with as little of a client as there can be. */
 export class OwnStarts {
   readonly #toolstack: SigningKey;
@@ -86,11 +89,15 @@ export class OwnStarts {
 
   /** Resolves when as many workers wait as there shall be. */
   async poolIsFull(): Promise<void> {
-    await until('the pool is full', async () => {
-      const { pool } = (await this.installation.supervisord('GET', '/health')).body as {
-        pool: { idle: number; target: number };
-      };
-      return pool.idle === pool.target ? pool : undefined;
-    });
+    await until(
+      'the pool is full',
+      async () => {
+        const { pool } = (await this.installation.supervisord('GET', '/health')).body as {
+          pool: { idle: number; target: number };
+        };
+        return pool.idle === pool.target ? pool : undefined;
+      },
+      POOL_LIMIT_MS,
+    );
   }
 }

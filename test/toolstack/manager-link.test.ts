@@ -81,6 +81,32 @@ describe('a manager link', () => {
     for (const fd of [ours, theirs, ...kept]) closeSync(fd);
   });
 
+  it('comes seldom to a worker that loses it again and again', async () => {
+    await once(server.listen(path), 'listening');
+    const said: string[] = [];
+    const log = { ...createLogger('test', { 'log-level': 'silent', 'log-format': 'json' }) };
+    const noting = Object.assign(log, { warn: (text: string) => said.push(text), info: () => {} });
+    const worker = {
+      hasEnded: false,
+      passed: 0,
+      pass() {
+        this.passed++;
+      },
+    };
+    const links = new WorkerLinks(worker, path, () => noting as never);
+    for (let link = 1; link <= 8; link++) {
+      await links.lost();
+      links.up();
+    }
+    assert.ok(!said.some((text) => text.includes('too often')));
+    const ninth = links.lost();
+    assert.match(said.at(-1) ?? '', /too often; the next one comes within ten seconds/);
+    worker.hasEnded = true;
+    await ninth;
+    assert.equal(worker.passed, 8, 'one that has ended gets none');
+    links.end();
+  });
+
   it('of one worker is no matter of the next worker of the same vTPM', async () => {
     const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
     const worker = () => ({

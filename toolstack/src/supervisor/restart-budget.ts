@@ -1,7 +1,7 @@
-/** Each costs a worker, a Load and an entry of the audit log. */
+/** A restart costs a worker, a Load and an entry of the audit log; a link costs a connection to the manager. */
 const REFILL_MS = 10_000;
 
-/** So many restarts at once, then one each ten seconds. What a worker says of its progress does not count here. */
+/** So many at once, then one each ten seconds. What a worker says of its progress does not count here. */
 export class RestartBudget {
   readonly #burst: number;
   /** Below 0 by those that are to wait. */

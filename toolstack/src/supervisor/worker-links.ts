@@ -3,10 +3,13 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { type Logger, shutDownSocket, socketFd } from 'vtpm-common';
 import type { SupervisorMessage } from './control-protocol.js';
 import { connectWorkerLinkAgain } from './manager-link.js';
+import { RestartBudget } from './restart-budget.js';
 
 /** A worker that keeps losing links gets them, and the log its lines, at a bounded rate. */
 const LINK_PAUSE_MS = 200;
 const PASS_RETRY_MS = 50;
+/** Links that a worker gets as fast as it loses them, then one each ten seconds: all workers share what the manager takes. */
+const LINKS_AT_ONCE = 8;
 
 export interface LinkedWorker {
   readonly hasEnded: boolean;
@@ -26,6 +29,7 @@ export class WorkerLinks {
   /** Of the link that the worker got last: what it has a copy of can be ended from here. */
   #passed: Socket | undefined;
   #passedAt = Number.NEGATIVE_INFINITY;
+  readonly #budget = new RestartBudget(LINKS_AT_ONCE);
 
   constructor(
     private readonly worker: LinkedWorker,
@@ -51,7 +55,13 @@ export class WorkerLinks {
     this.#state = 'wanting';
     this.end();
     this.log().warn('the manager is away: the worker holds what must be saved');
-    if (performance.now() - this.#passedAt < LINK_PAUSE_MS) await delay(LINK_PAUSE_MS);
+    this.#budget.spend();
+    const { waitMs } = this.#budget;
+    if (waitMs > 0) {
+      this.log().warn('the worker lost its link too often; the next one comes within ten seconds');
+    }
+    const isSoon = performance.now() - this.#passedAt < LINK_PAUSE_MS;
+    await this.#pause(Math.max(waitMs, isSoon ? LINK_PAUSE_MS : 0));
     while (this.#state === 'wanting') {
       const link = await connectWorkerLinkAgain(this.workerSocket, () => !this.worker.hasEnded);
       if (!link) return;
@@ -66,6 +76,13 @@ export class WorkerLinks {
         this.log().debug({ reason: (error as Error).message }, 'the new manager link cannot be passed yet');
         await delay(PASS_RETRY_MS);
       }
+    }
+  }
+
+  async #pause(milliseconds: number): Promise<void> {
+    const until = performance.now() + milliseconds;
+    for (let left = milliseconds; left > 0 && !this.worker.hasEnded; left = until - performance.now()) {
+      await delay(Math.min(left, LINK_PAUSE_MS));
     }
   }
 
