@@ -30,7 +30,7 @@ describe('state blobs over the control door', function () {
   });
 
   const create = (name: string, ...args: string[]) =>
-    installation.vtpm(name, '--doors', 'control,tpm', ...args);
+    installation.vtpm(name, '--startup', 'clear', '--doors', 'control,tpm', ...args);
 
   /** A vTPM that is on, with what a guest put into it. */
   async function used(name: string) {

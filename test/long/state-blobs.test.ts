@@ -66,7 +66,7 @@ describe('state blobs, with kill -9', function () {
     await installation.startSupervisor({
       args: ['--restart-burst', '1000000', '--worker-manifest', manifest],
     });
-    await installation.ctlJson('create', 'web1', '--doors', 'control,tpm');
+    await installation.ctlJson('create', 'web1', '--startup', 'clear', '--doors', 'control,tpm');
     await until('the vTPM runs', async () => (await installation.ctl('start', 'web1')).code === 0);
     const control = controlOf(installation, 'web1');
     const door = installation.door('web1');
