@@ -24,6 +24,10 @@ const image = JSON.parse(readFileSync(new URL('image.json', bundle), 'utf8')) as
   environment: Record<string, string>;
 };
 
+const FIRST_FILTER = fileURLToPath(new URL('./first-filter.js', import.meta.url));
+/** It takes what the sandbox would not give it. */
+const hasMore = Number.parseInt(process.versions.node, 10) > 20;
+
 type Message = Record<string, unknown> & { type: string };
 
 /** What a supervisor keeps of a connection that outlives its worker. */
@@ -127,9 +131,10 @@ export class WorkerProcess {
     this.#control = new Socket({ fd: controlHere });
     this.#descriptors = descriptorsHere;
     const path = options.program ?? fileURLToPath(new URL(image.main, bundle));
+    const worker = [...image.nodeArguments, ...(options.nodeArguments ?? []), path];
     this.child = spawn(
       process.execPath,
-      [...image.nodeArguments, ...(options.nodeArguments ?? []), path, ...(options.workerArguments ?? [])],
+      [...(hasMore ? [FIRST_FILTER] : []), ...worker, ...(options.workerArguments ?? [])],
       {
         env: { ...image.environment, PATH: process.env.PATH },
         stdio: ['ignore', 'ignore', 'pipe', linkThere, controlThere, descriptorsThere],
