@@ -9,7 +9,8 @@ import { DoorClients } from './door-clients.js';
 import { type DoorKind, doorFile, doorFiles, entrancesOf } from './door-kinds.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { DoorsHandOver } from './handover/state.js';
-import { listenOnPair, peerUid } from './loopback.js';
+import { listenOnPair } from './loopback.js';
+import { peerUid } from './peer-uid.js';
 
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
 const MAX_CONNECTIONS = 64;

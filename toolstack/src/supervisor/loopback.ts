@@ -1,6 +1,5 @@
 import { once } from 'node:events';
-import { readFileSync } from 'node:fs';
-import type { AddressInfo, Server, Socket } from 'node:net';
+import type { AddressInfo, Server } from 'node:net';
 import { ToolstackError } from '../error.js';
 
 const HOST = '127.0.0.1';
@@ -28,27 +27,14 @@ async function listen(server: Server, port: number): Promise<number | undefined>
     server.listen(port, HOST);
     await once(server, 'listening');
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'EADDRINUSE') return undefined;
-    throw error;
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'EADDRINUSE') return undefined;
+    if (code !== 'EAFNOSUPPORT' && code !== 'EADDRNOTAVAIL') throw error;
+    throw new ToolstackError(
+      'internal',
+      'this supervisor may not use the network, which the door "mssim" needs: the unit of its service forbids it',
+      { cause: error },
+    );
   }
   return (server.address() as AddressInfo).port;
-}
-
-/**
- * Of which user the other end of a connection on this host is. Unix sockets have permission bits for that, ports do not.
- * @returns undefined where the kernel's table does not have it (proc(5), /proc/net/tcp)
- */
-export function peerUid({
-  localPort,
-  remotePort,
-}: Pick<Socket, 'localPort' | 'remotePort'>): number | undefined {
-  if (localPort === undefined || remotePort === undefined) return undefined;
-  // Addresses are in the host's order of bytes.
-  const address = (port: number): string => `0100007F:${port.toString(16).toUpperCase().padStart(4, '0')}`;
-  const [near, far] = [address(remotePort), address(localPort)];
-  for (const line of readFileSync('/proc/net/tcp', 'utf8').split('\n')) {
-    const [, local, remote, , , , , uid] = line.trim().split(/\s+/);
-    if (local === near && remote === far) return Number(uid);
-  }
-  return undefined;
 }
