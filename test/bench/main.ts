@@ -1,6 +1,7 @@
 import { writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { anchorSuite } from './anchor-rows.js';
+import { busySuite } from './busy-rows.js';
 import { chart } from './chart.js';
 import { checkpointSuite } from './checkpoint-rows.js';
 import { clientSuite } from './client-rows.js';
@@ -35,6 +36,7 @@ const SUITES = [
   anchorSuite,
   hostileSuite,
   manySuite,
+  busySuite,
   memorySuite,
   crowdSuite,
   clientSuite,
