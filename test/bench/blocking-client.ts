@@ -34,7 +34,13 @@ const time = Buffer.from(koffi.view(timeAddress, 16));
 export class BlockingClient {
   readonly #fd: number;
 
-  constructor(path: string) {
+  /** @param at path of a socket, or a connected one, which is closed with the client */
+  constructor(at: string | number) {
+    if (typeof at === 'number') {
+      this.#fd = at;
+      return;
+    }
+    const path = at;
     const name = Buffer.from(path);
     const address = Buffer.alloc(110);
     address.writeUInt16LE(AF_UNIX, 0);

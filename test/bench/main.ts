@@ -15,6 +15,7 @@ import { ringSuite } from './ring-rows.js';
 import type { Effort, Row } from './row.js';
 import { saveSuite } from './save-rows.js';
 import { startSuite } from './start-rows.js';
+import { vmmSuite } from './vmm-rows.js';
 
 const USAGE = `Usage: npm run bench -- [--only PATTERN] [--json FILE] [--svg FILE] [--full]
 
@@ -29,6 +30,7 @@ Measures this service beside Debian's swtpm and prints a table. Takes about thre
 const SUITES = [
   commandSuite,
   ringSuite,
+  vmmSuite,
   checkpointSuite,
   startSuite,
   poolSuite,

@@ -26,8 +26,10 @@ export class QemuVm {
       ...['-tpmdev', 'emulator,id=t,chardev=c', '-device', `${device},tpmdev=t`],
     ];
     const machine = ['-M', 'q35,accel=tcg', '-m', '128', '-display', 'none', '-nodefaults'];
-    // What the firmware says.
-    const debug = ['-debugcon', 'stdio', '-global', 'isa-debugcon.iobase=0x402'];
+    // What the firmware says, where nobody else talks.
+    const debug = args.includes('-serial')
+      ? []
+      : ['-debugcon', 'stdio', '-global', 'isa-debugcon.iobase=0x402'];
     this.child = spawn(
       QEMU,
       [...machine, ...debug, ...tpm, '-monitor', `unix:${monitor},server,nowait`, ...args],

@@ -109,3 +109,20 @@ function isListening(path: string): boolean {
     .split('\n')
     .some((line) => line.endsWith(` ${path}`) && line.split(' ')[3] === '00010000');
 }
+
+/** One that a VMM powers: it has no data socket until SET_DATAFD. Ends with its VMM's SHUTDOWN, or at `stop`. */
+export async function startSwtpmForVmm(
+  directory: string,
+): Promise<Pick<Swtpm, 'control' | 'process'> & { stop(): Promise<void> }> {
+  const control = join(directory, 'swtpm.ctrl');
+  rmSync(control, { force: true });
+  const options = ['--tpmstate', `dir=${directory}`, '--ctrl', `type=unixio,path=${control}`];
+  const child = reapAtExit(spawn('swtpm', ['socket', '--tpm2', ...options], { stdio: 'ignore' }));
+  const gone = once(child, 'exit');
+  await until('swtpm listens', () => isListening(control));
+  const stop = async (): Promise<void> => {
+    if (child.exitCode === null && child.signalCode === null) child.kill('SIGKILL');
+    await gone;
+  };
+  return { control, process: child, stop };
+}

@@ -66,13 +66,18 @@ export class Vmm {
 
   /** Gives one end of a new pair of sockets; the other one is `data` when the answer is success. */
   async setDataFd(): Promise<number> {
-    const [here, there] = socketPair();
+    const { result, fd } = await this.giveDataFd();
+    if (result === 0) this.data = new TpmClient(new Socket({ fd, allowHalfOpen: true }));
+    else closeSync(fd);
+    return result;
+  }
+
+  /** The same; what is done with this end is up to the caller. */
+  async giveDataFd(): Promise<{ readonly result: number; readonly fd: number }> {
+    const [fd, there] = socketPair();
     sendDescriptor(socketFd(this.control.socket), there, request('SET_DATAFD'));
     closeSync(there);
-    const result = (await this.control.bytes(4)).readUInt32BE(0);
-    if (result === 0) this.data = new TpmClient(new Socket({ fd: here, allowHalfOpen: true }));
-    else closeSync(here);
-    return result;
+    return { result: (await this.control.bytes(4)).readUInt32BE(0), fd };
   }
 
   /** As any request, with a descriptor that nobody asked for. */
