@@ -272,6 +272,70 @@ describe('control.sock: a VMM powers its TPM', () => {
     assert.equal(count(), before);
   });
 
+  describe('while the manager is away', () => {
+    const HOLD = { holdMs: { power: 200 } };
+    const FAIL = 9;
+
+    beforeEach(async () => {
+      vmm.close();
+      await worker.kill();
+      await begin({ outage: HOLD });
+    });
+
+    async function away(): Promise<void> {
+      const lost = worker.next('link-lost');
+      manager.cut();
+      await lost;
+    }
+
+    it('no VM powers on: INIT waits and fails, and works when it is back', async () => {
+      await away();
+      assert.equal(await vmm.powerOn(), FAIL);
+      assert.equal(await vmm.result('GET_TPMESTABLISHED'), BAD_ORDINAL);
+      assert.equal((await vmm.data!.transmit(STARTUP_CLEAR)).toString('hex'), FAILURE);
+      const up = worker.next('link-up');
+      worker.relink();
+      await up;
+      assert.equal(await vmm.result('INIT', u32(0)), SUCCESS);
+      assert.equal(code(await vmm.data!.transmit(STARTUP_CLEAR)), SUCCESS);
+    });
+
+    it('INIT goes on where it comes back in time', async () => {
+      vmm.close();
+      await worker.kill();
+      await begin({ outage: { holdMs: { power: 60_000 } } });
+      await away();
+      const powered = vmm.powerOn();
+      assert.equal(await Promise.race([powered, vmm.control.ended.then(() => 'ended'), tick()]), 'waits');
+      worker.relink();
+      assert.equal(await powered, SUCCESS);
+    });
+
+    it('the power is cut at once, and the Shutdown is saved with the next power-on', async () => {
+      await vmm.powerOn();
+      await vmm.data!.transmit(STARTUP_CLEAR);
+      await vmm.data!.transmit(pcrExtend(1, randomBytes(32)));
+      await away();
+      const saves = manager.saves.length;
+      assert.equal(await vmm.result('STOP'), SUCCESS);
+      assert.equal(await vmm.result('INIT', u32(0)), FAIL);
+      assert.equal(manager.saves.length, saves);
+      const up = worker.next('link-up');
+      worker.relink();
+      await up;
+      assert.equal(await vmm.result('INIT', u32(0)), SUCCESS);
+      assert.equal(manager.saves.length, saves + 1);
+    });
+
+    /** Behind what was asked before: the worker has read it. */
+    async function tick(): Promise<string> {
+      const tpm = worker.connectKept(run, 'tpm').client;
+      assert.equal((await tpm.transmit(getRandom())).toString('hex'), FAILURE);
+      tpm.close();
+      return 'waits';
+    }
+  });
+
   describe('I-10 bad input', () => {
     const NEEDS_ON: readonly ControlCommand[] = [
       ...(['GET_TPMESTABLISHED', 'HASH_START', 'HASH_END', 'CANCEL_TPM_CMD', 'STORE_VOLATILE'] as const),
