@@ -177,6 +177,24 @@ describe('a VMM at control.sock', () => {
     await expectStatus('lost', { connected: true, power: 'on', bufferSize: 0xb00, locality: 0 });
   });
 
+  it('goes on over an upgrade of the supervisor, and a kill -9 of the worker after it', async () => {
+    await start('upgrade', '--startup', 'none');
+    vmm = new Vmm(connect(socket('upgrade', 'control.sock')));
+    assert.equal(await vmm.powerOn(0xf80), 0);
+    await vmm.data!.transmit(STARTUP_CLEAR);
+    await vmm.data!.transmit(pcrExtend(9, Buffer.alloc(32, 9)));
+    const pcr = await readPcr('upgrade', 9);
+    const status = { connected: true, power: 'on', bufferSize: 0xf80, locality: 0 };
+    await expectStatus('upgrade', status);
+    assert.equal((await installation.supervisord('POST', '/upgrade')).status, 200);
+    assert.deepEqual((await show('upgrade')).vmm, status);
+    process.kill(await installation.workerPid('upgrade'), 'SIGKILL');
+    assert.equal(pcrOf(await vmm.data!.transmit(pcrRead(9))), pcr);
+    assert.equal(await vmm.result('INIT', Buffer.alloc(4)), 0);
+    await vmm.data!.transmit(STARTUP_CLEAR);
+    assert.equal(pcrOf(await vmm.data!.transmit(pcrRead(9))), ZERO);
+  });
+
   it('Cloud Hypervisor: a stray descriptor with each request, one receive, 100 ms', async () => {
     await start('ch', '--startup', 'none');
     vmm = new Vmm(connect(socket('ch', 'control.sock')));

@@ -59,9 +59,18 @@ const served = fc.record({
     clients: processes,
   }),
 });
+const vmm = fc.option(
+  fc.record({
+    connected: fc.boolean(),
+    power: fc.constantFrom('on', 'off'),
+    bufferSize: fc.nat(),
+    locality: fc.nat(),
+  }),
+);
 const vtpm = fc.oneof(
   fc.record({
     id: fc.uuid(),
+    vmm,
     state: fc.constantFrom('running', 'lost'),
     reason: fc.option(fc.string()),
     lingering: fc.constant([]),
@@ -69,6 +78,7 @@ const vtpm = fc.oneof(
   }),
   fc.record({
     id: fc.uuid(),
+    vmm,
     state: fc.constant('restarting'),
     reason: fc.string(),
     lingering: processes,
@@ -76,6 +86,7 @@ const vtpm = fc.oneof(
   }),
   fc.record({
     id: fc.uuid(),
+    vmm,
     state: fc.constantFrom('stopped', 'crashed'),
     reason: fc.option(fc.string()),
     lingering: processes,
@@ -127,11 +138,12 @@ describe('what one supervisor hands over to the next', () => {
     const [given] = fc.sample(state, 1) as [HandOverState];
     const worker = fc.sample(served, 1)[0]!;
     const doors = { ...worker.doors, servers: { tpm: 10, tcti: 11, 'tcti-ctrl': 12 }, connections: [] };
-    const vtpms = [
-      { id: ID, state: 'running', reason: null, lingering: [], served: { ...worker, doors } },
-    ] as unknown as HandOverState['vtpms'];
-    const old = { ...given, format: 1, vtpms };
-    assert.deepEqual(parseHandOver(bytes(old)), JSON.parse(JSON.stringify(old)));
+    const { controlPipe: _, ...run } = worker.run;
+    const old = { id: ID, state: 'running', reason: null, lingering: [], served: { ...worker, run, doors } };
+    // No VMM powered them.
+    const read = { ...old, vmm: null, served: { ...old.served, run: { ...run, controlPipe: null } } };
+    const before = { ...given, format: 1, vtpms: [old] };
+    assert.deepEqual(parseHandOver(bytes(before)), JSON.parse(JSON.stringify({ ...before, vtpms: [read] })));
   });
 
   it('is refused by name where it is of a newer format', () => {

@@ -38,6 +38,7 @@ export class Vtpm {
     const vtpm = new Vtpm(context, entry);
     const status = vtpm.#status;
     status.lingering = before.lingering;
+    status.vmm = before.vmm ?? undefined;
     if (before.served) await vtpm.#workers.adopt(before, before.served, inherited);
     else if (status.state.kind === 'stopped') status.state = { kind: 'stopped', reason: before.reason };
     return vtpm;
@@ -228,7 +229,7 @@ export class Vtpm {
     const { state, entry } = this.#status;
     const { run } = this.#workers;
     const lingering = this.#status.lingering.map(({ pid, startTime }) => ({ pid, startTime }));
-    const common = { id: entry.id, lingering };
+    const common = { id: entry.id, lingering, vmm: this.#status.vmm ?? null };
     if (state.kind === 'stopped' || state.kind === 'crashed') {
       return { ...common, state: state.kind, reason: state.reason, served: null };
     }

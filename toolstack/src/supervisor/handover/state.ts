@@ -90,8 +90,12 @@ const RUN = object({
   lost: orNull(SENTENCE),
 });
 
+const VMM = object({ connected: flag, power: oneOf('on', 'off'), bufferSize: count(), locality: count() });
+
 const VTPM = object({
   id: UUID,
+  /** What the worker said last of the VMM, where that powers the TPM. */
+  vmm: added(VMM),
   state: oneOf('stopped', 'running', 'restarting', 'lost', 'crashed'),
   reason: orNull(SENTENCE),
   /** What a kill could not end. */
