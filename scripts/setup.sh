@@ -5,7 +5,7 @@
 #   scripts/setup.sh build   what building and generating need: no Debian packages
 #   scripts/setup.sh run     also what the service needs
 #   scripts/setup.sh test    also what the tests and benchmarks need
-#   scripts/setup.sh long    also what the long tests need: the packages a VM image is made of (27 MB, not installed)
+#   scripts/setup.sh long    also what the long tests need: libvirt, and the packages a VM image is made of (27 MB, not installed)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 purpose=${1:-run}
@@ -19,7 +19,7 @@ if [ "$purpose" = test ] || [ "$purpose" = long ]; then
   packages+=(socat strace openssl systemd qemu-system-x86)
 fi
 if [ "$purpose" = long ]; then
-  packages+=(e2fsprogs libtss2-tcti-device0)
+  packages+=(e2fsprogs libtss2-tcti-device0 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients)
 fi
 
 die() { printf '%s\n' "$@" >&2; exit 1; }
@@ -35,6 +35,9 @@ present() {
     strace) command -v strace >/dev/null ;;
     qemu-system-x86) command -v qemu-system-x86_64 >/dev/null ;;
     e2fsprogs) PATH=$PATH:/sbin:/usr/sbin command -v mkfs.ext4 >/dev/null ;;
+    libvirt-daemon) PATH=$PATH:/sbin:/usr/sbin command -v libvirtd >/dev/null ;;
+    libvirt-daemon-driver-qemu) compgen -G '/usr/lib/*/libvirt/connection-driver/libvirt_driver_qemu.so' >/dev/null ;;
+    libvirt-clients) command -v virsh >/dev/null ;;
     openssl) command -v openssl >/dev/null ;;
     systemd) command -v systemd-analyze >/dev/null ;;
     swtpm) command -v swtpm >/dev/null ;;

@@ -212,6 +212,12 @@ describe('the drop-in for swtpm', function () {
     assert.ok(!existsSync(tokenPath()), 'nothing was made in its place');
   });
 
+  it('I-9 a directory with state of swtpm does not get a new TPM in its place', async () => {
+    writeFileSync(join(state, 'tpm2-00.permall'), 'state');
+    await refusedAt(state, /holds the state of a TPM of swtpm \(tpm2-00\.permall\)/);
+    assert.ok(!existsSync(tokenPath()));
+  });
+
   it('a user who is not named is not served, and one who is has no right to the tokens of others', async function () {
     if (!isRoot) this.skip();
     const { command } = await served();

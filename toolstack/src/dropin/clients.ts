@@ -1,5 +1,5 @@
 import type { Socket } from 'node:net';
-import { socketFd } from 'vtpm-common/libc';
+
 import type { SupervisorLink, VmmDoor } from './supervisor-link.js';
 
 interface Client {
@@ -71,7 +71,7 @@ export class Clients {
       const next = this.#waiting.find(({ door }) => door !== 'control' || isControlFree);
       if (!next) break;
       try {
-        const id = await link.pass(next.door, socketFd(next.socket));
+        const id = await link.pass(next.door, next.socket);
         this.#passed.set(id, next.door);
         this.#done(next);
         if (this.#early.delete(id)) this.disconnected(id);

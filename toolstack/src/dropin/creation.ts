@@ -1,4 +1,6 @@
 import { randomUUID } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
 import { DropinRefusal } from './refusal.js';
 import type { ResolvedPlace } from './state-place.js';
 import type { SupervisorLink } from './supervisor-link.js';
@@ -15,6 +17,7 @@ export interface NewVm {
  * @throws DropinRefusal
  */
 export async function createVtpm(link: SupervisorLink, place: ResolvedPlace, vm: NewVm): Promise<Token> {
+  refuseSwtpmState(place);
   const id = randomUUID();
   const token = { id, vmUuid: vm.uuid ?? randomUUID(), secret: newSecret() };
   try {
@@ -37,6 +40,18 @@ export async function createVtpm(link: SupervisorLink, place: ResolvedPlace, vm:
     removeToken(place);
     throw error;
   }
+}
+
+/** What swtpm leaves in its directory, of TPM 2.0 and 1.2. */
+const SWTPM_STATE = ['tpm2-00.permall', 'tpm-00.permall'];
+
+/** A new TPM in the place of one that somebody used would be a loss that nobody sees at first. */
+function refuseSwtpmState({ place, isFile }: ResolvedPlace): void {
+  const found = isFile ? undefined : SWTPM_STATE.find((name) => existsSync(join(place, name)));
+  if (found === undefined) return;
+  throw new DropinRefusal(
+    `${place} holds the state of a TPM of swtpm (${found}), and a new TPM does not take its place; docs/dropin.md says how it is brought in, for a new TPM move it away`,
+  );
 }
 
 /** The vTPM's name from the VM's: 1 to 63 of a-z 0-9 . _ - that begin with a letter or digit. */

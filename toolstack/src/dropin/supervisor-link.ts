@@ -96,10 +96,13 @@ export class SupervisorLink {
     return this.request({ type: 'start', token, goesOn });
   }
 
-  /** Gives a client away: `fd` stays the caller's, who closes it then. @returns the id of the connection */
-  async pass(door: VmmDoor, fd: number): Promise<number> {
+  /** Gives a client away: it stays the caller's, too, who closes it then. @returns the id of the connection */
+  async pass(door: VmmDoor, client: Socket | number): Promise<number> {
     if (this.#isOver || !this.#descriptors) throw new SupervisorLost();
-    sendDescriptor(socketFd(this.#descriptors.#lines), fd);
+    sendDescriptor(
+      socketFd(this.#descriptors.#lines),
+      typeof client === 'number' ? client : socketFd(client),
+    );
     const { connection } = await this.request({ type: 'connection', door });
     return connection ?? -1;
   }
