@@ -239,6 +239,47 @@ describe('vTPMs for software that starts swtpm itself', function () {
     assert.equal((await view()).state, 'stopped');
   });
 
+  it('a TPM of swtpm is refused where it would be replaced, and goes on as a vTPM once it is brought in', async () => {
+    const real = async (program: string, ...args: string[]): Promise<void> => {
+      const { code, stderr } = await run(`/usr/bin/${program}`, args);
+      assert.equal(code, 0, stderr);
+    };
+    await real('swtpm_setup', '--tpm2', '--tpmstate', state, '--createek', '--config', config);
+    const refused = await setup('--createek', '--not-overwrite');
+    assert.equal(refused.code, 1);
+    assert.match(refused.stderr, /holds the state of a TPM of swtpm \(tpm2-00\.permall\)/);
+    const [old, blob] = [join(directory, 'old'), join(directory, 'blob')];
+    const args = ['socket', '--tpm2', '--tpmstate', `dir=${state}`, '--flags', 'startup-clear'];
+    const sockets = ['--ctrl', `type=unixio,path=${old}.ctrl`, '--server', `type=unixio,path=${old}`];
+    const swtpm = reapAtExit(spawn('/usr/bin/swtpm', [...args, ...sockets], { stdio: 'ignore' }));
+    await until('swtpm listens', () => existsSync(old));
+    const before = createTpm(await openSocket(old));
+    const key = await readObject(before, 0x81010001);
+    await before.close();
+    await real('swtpm_ioctl', '--unix', `${old}.ctrl`, '--save', 'permanent', blob);
+    await end(swtpm, 'SIGTERM');
+    await installation.ctlJson(
+      'create',
+      'old',
+      '--vm-uuid',
+      VM,
+      '--doors',
+      'control',
+      '--state-blobs',
+      'plain',
+    );
+    await installation.ctlJson('start', 'old');
+    const control = join(installation.paths.supervisor.doors, 'old/control.sock');
+    for (const verb of [['--stop'], ['--load', 'permanent', blob], ['-i']]) {
+      await real('swtpm_ioctl', '--unix', control, ...verb);
+    }
+    await installation.ctlJson('stop', 'old');
+    await installation.ctlJson('dropin', 'old', state);
+    await whileOn(async (tpm) => {
+      assert.deepEqual((await readObject(tpm, 0x81010001))?.name, key?.name);
+    });
+  });
+
   it("vtpmctl qemu-args and libvirt-xml say what is missing, and QEMU's firmware measures with what they print", async () => {
     await installation.ctlJson('create', 'vmm');
     for (const command of ['qemu-args', 'libvirt-xml']) {
