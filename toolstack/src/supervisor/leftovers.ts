@@ -1,4 +1,6 @@
 import {
+  closeSync,
+  openSync,
   readdirSync,
   readFileSync,
   readlinkSync,
@@ -6,19 +8,26 @@ import {
   renameSync,
   statSync,
   writeFileSync,
+  writeSync,
 } from 'node:fs';
 import { join } from 'node:path';
 import { bootId, type Logger } from 'vtpm-common';
 import { killAndWait, type ProcessId, processId } from './processes.js';
 
+/** Lines behind the first one, beside one for each process: then the ledger is written anew. */
+const SPARE_LINES = 4096;
+
 /**
  * Which worker processes there are, so that a supervisor that comes after a killed one can end them. Workers die with
- * their supervisor anyway (PR_SET_PDEATHSIG, and their control channel ends); this is the belt to those braces.
+ * their supervisor anyway (PR_SET_PDEATHSIG, and their control channel ends); this is the belt to those braces. The first line
+ * of the file has those that there were when it was written, each further one somebody who came, or who is gone.
  */
 export class WorkerLedger {
   readonly #path: string;
   readonly #log: Logger;
   readonly #workers = new Map<number, ProcessId>();
+  #fd: number | undefined;
+  #lines = 0;
 
   constructor(path: string, log: Logger) {
     this.#path = path;
@@ -27,27 +36,57 @@ export class WorkerLedger {
 
   add(processes: readonly ProcessId[]): void {
     for (const process of processes) this.#workers.set(process.pid, process);
-    this.#write();
+    this.#note(processes.map(({ pid, startTime }) => ({ pid, startTime })));
   }
 
   remove(processes: readonly ProcessId[]): void {
     for (const process of processes) this.#workers.delete(process.pid);
-    this.#write();
+    this.#note(processes.map(({ pid }) => ({ gone: pid })));
   }
 
   /** Not synced: it needs to outlive the supervisor, not the kernel. A full disk is no reason to end a worker. */
-  #write(): void {
-    const content = { boot: bootId().toString('hex'), workers: [...this.#workers.values()] };
+  #note(lines: readonly object[]): void {
     try {
-      writeFileSync(`${this.#path}.new`, JSON.stringify(content), { mode: 0o600 });
-      renameSync(`${this.#path}.new`, this.#path);
+      this.#lines += lines.length;
+      if (this.#fd === undefined || this.#lines > SPARE_LINES + this.#workers.size) this.#writeAnew();
+      else writeSync(this.#fd, lines.map((line) => `${JSON.stringify(line)}\n`).join(''));
     } catch (error) {
+      // What was written of a line would spoil the next one.
+      this.#close();
       this.#log.warn(
         { path: this.#path, reason: (error as Error).message },
         "the workers' ledger cannot be written",
       );
     }
   }
+
+  #writeAnew(): void {
+    this.#close();
+    const content = { boot: bootId().toString('hex'), workers: [...this.#workers.values()] };
+    writeFileSync(`${this.#path}.new`, `${JSON.stringify(content)}\n`, { mode: 0o600 });
+    renameSync(`${this.#path}.new`, this.#path);
+    this.#fd = openSync(this.#path, 'a');
+    this.#lines = 0;
+  }
+
+  #close(): void {
+    if (this.#fd !== undefined) closeSync(this.#fd);
+    this.#fd = undefined;
+  }
+}
+
+/** Those that a ledger names. A last line without an end was not written to its end. @throws Error */
+function readLedger(path: string): unknown[] {
+  const [first = '', ...lines] = readFileSync(path, 'utf8').split('\n');
+  const { boot, workers } = JSON.parse(first) as { boot?: unknown; workers?: unknown };
+  if (boot !== bootId().toString('hex') || !Array.isArray(workers)) return [];
+  const found = new Map<unknown, unknown>(workers.map((worker: { pid?: unknown }) => [worker?.pid, worker]));
+  for (const line of lines.slice(0, -1)) {
+    const change = JSON.parse(line) as { pid?: unknown; gone?: unknown };
+    if ('gone' in change) found.delete(change.gone);
+    else found.set(change.pid, change);
+  }
+  return [...found.values()];
 }
 
 /**
@@ -70,10 +109,8 @@ export async function endLeftovers(
 
 function fromLedger(path: string): ProcessId[] {
   try {
-    const content = JSON.parse(readFileSync(path, 'utf8')) as { boot?: unknown; workers?: unknown };
-    if (content.boot !== bootId().toString('hex') || !Array.isArray(content.workers)) return [];
-    return content.workers.filter(
-      (item: Partial<ProcessId> | null): item is ProcessId =>
+    return (readLedger(path) as (Partial<ProcessId> | null)[]).filter(
+      (item): item is ProcessId =>
         typeof item?.pid === 'number' && item.pid > 1 && typeof item.startTime === 'string',
     );
   } catch {
