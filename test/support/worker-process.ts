@@ -58,9 +58,12 @@ export class KeptRun {
   #isClosed = false;
 
   /** @param power who powers the TPM */
-  constructor(readonly power: 'on' | 'vmm' = 'on') {
+  constructor(
+    readonly power: 'on' | 'vmm' = 'on',
+    controlRoom = 256 * 1024,
+  ) {
     this.controlPipe = power === 'vmm' ? pipePair() : undefined;
-    if (this.controlPipe) setPipeRoom(this.controlPipe.write, 256 * 1024);
+    if (this.controlPipe) setPipeRoom(this.controlPipe.write, controlRoom);
   }
 
   get descriptors(): readonly number[] {

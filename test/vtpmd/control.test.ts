@@ -385,6 +385,23 @@ describe('control.sock: a VMM powers its TPM', () => {
       assert.equal(await vmm.result('INIT', Buffer.alloc(8)), BAD_PARAMETER);
       assert.equal(await vmm.result('INIT', u32(2)), BAD_PARAMETER);
       assert.equal(await vmm.result('GET_TPMESTABLISHED'), BAD_ORDINAL, 'it is on');
+      assert.equal(await vmm.result('GET_CONFIG', Buffer.alloc(5000)), BAD_PARAMETER);
+      await vmm.control.ended;
+    });
+
+    it('a state for which there is no room on its way out is refused', async () => {
+      vmm.close();
+      await worker.kill();
+      run = new KeptRun('vmm', 4096);
+      run.startup = 'none';
+      run.verbs = ['EXPORT'];
+      worker = await new WorkerProcess(manager).begin(run, 'none');
+      vmm = new Vmm(worker.connectKept(run, 'control').client);
+      await vmm.powerOn();
+      await vmm.data!.transmit(STARTUP_CLEAR);
+      assert.equal(((await vmm.getBlob(1)) as Buffer).length > 1000, true);
+      assert.equal(await vmm.getBlob(2), 9);
+      assert.equal(await vmm.result('GET_CONFIG'), SUCCESS);
     });
 
     it('a request in pieces is one request', async () => {

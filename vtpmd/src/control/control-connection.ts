@@ -4,6 +4,7 @@ import { barrier } from 'vtpm-common/barrier';
 import { hasEnded, peekNow, receiveNow, setPeekOffset } from '../channels/socket-io.js';
 import type { AnswerNumbers, AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { Answered } from '../checkpoint/unit.js';
+import { shapeOf } from './commands.js';
 import { type ControlRequest, type Reading, readRequest, response } from './request.js';
 import { RESULT } from './results.js';
 
@@ -15,6 +16,8 @@ const LONGEST_RETRY_MS = 50;
 const MOST_LEFT_BYTES = 160 * 1024;
 /** More than any body, and more than any client pads. */
 const LOOK_BYTES = 4096;
+/** What a client sent behind its last request is thrown away, so that it gets its answer and not ECONNRESET. */
+const MAX_LEFT_BYTES = 1024 * 1024;
 
 /** Who waits for an answer. */
 export interface Asker {
@@ -104,7 +107,11 @@ export class ControlConnection {
     if (this.#isClosed) return;
     this.#isClosed = true;
     clearTimeout(this.#timer);
-    while (receiveNow(this.fd, this.#buffer) > 0);
+    for (let left = 0; left < MAX_LEFT_BYTES; ) {
+      const length = receiveNow(this.fd, this.#buffer);
+      if (length <= 0) break;
+      left += length;
+    }
     this.#socket.destroy();
     this.#options.onClosed();
   }
@@ -183,21 +190,24 @@ export class ControlConnection {
       }),
       answer: (answer) => this.#answer(answer),
     };
-    if (reading.kind === 'request') {
+    // More than any client pads is there: nobody knows where the next request begins.
+    const isFlooded =
+      this.#there >= LOOK_BYTES && 'request' in reading && reading.request.content.length === 0;
+    if ('request' in reading && !isFlooded) {
       this.#options.serve(reading.request, asker);
       return;
     }
-    const shape = 'shape' in reading ? reading.shape : undefined;
-    this.#answer(response(shape, REFUSALS[reading.kind]));
-    if (reading.kind === 'endless' || this.#there > LOOK_BYTES) this.close();
+    const kind = 'request' in reading ? 'malformed' : reading.kind;
+    const { shape } = 'request' in reading ? reading.request : { shape: undefined, ...reading };
+    this.#answer(response(shape, REFUSALS[kind]));
+    if (isFlooded || reading.kind === 'endless') this.close();
   }
 
   #answer(answer: Buffer): void {
     if (this.#isClosed) return;
-    const { pipe, numbers, notes } = this.#options;
-    const length = this.#there - this.#taken;
+    const { notes } = this.#options;
     barrier('control-before-answer');
-    const isTaken = pipe.deliver(numbers, { fd: this.fd, connection: this.id }, length, answer);
+    const isTaken = this.#deliver(answer);
     if (this.#taken > 0) notes.torn = 0;
     // Contents are state, which has secrets.
     this.#buffer.fill(0, 0, this.#there);
@@ -206,6 +216,19 @@ export class ControlConnection {
     this.#isBusy = false;
     if (isTaken) setImmediate(() => this.#look());
     else this.close();
+  }
+
+  #deliver(answer: Buffer): boolean {
+    const { pipe, numbers } = this.#options;
+    const to = { fd: this.fd, connection: this.id };
+    const length = this.#there - this.#taken;
+    try {
+      return pipe.deliver(numbers, to, length, answer);
+    } catch (error) {
+      // A state is larger than what the supervisor's user may have in pipes.
+      if (answer.length <= LOOK_BYTES) throw error;
+      return pipe.deliver(numbers, to, length, response(shapeOf(this.#buffer.readUInt32BE(0)), RESULT.Fail));
+    }
   }
 
   #watch(): void {

@@ -31,6 +31,9 @@ export interface ControlDoorParts {
   failed(error: unknown): void;
 }
 
+/** Refusals of one VMM that are worth a line each. */
+const MOST_LOGGED = 50;
+
 /**
  * Where a VMM says what is to become of the TPM. One at a time: another one is refused while the first is there, because
  * each would pull the plug on the other. A VMM that goes leaves the TPM as it is: on, if it was (swtpm's tools connect for
@@ -39,6 +42,8 @@ export interface ControlDoorParts {
 export class ControlDoor {
   readonly #parts: ControlDoorParts;
   #connection: ControlConnection | undefined;
+  /** Of the VMM that is there. */
+  #refusals = 0;
 
   constructor(parts: ControlDoorParts) {
     this.#parts = parts;
@@ -70,6 +75,7 @@ export class ControlDoor {
       },
     });
     this.#connection = connection;
+    this.#refusals = 0;
     this.#parts.changed();
     connection.start();
   }
@@ -131,7 +137,11 @@ export class ControlDoor {
       return;
     }
     const { name } = request.shape;
-    this.#parts.log('warn', `${name} was refused: ${(error as Error).message}`, { result });
+    this.#refusals++;
+    if (this.#refusals <= MOST_LOGGED) {
+      const more = this.#refusals === MOST_LOGGED ? '; what else this VMM is refused is not logged' : '';
+      this.#parts.log('warn', `${name} was refused: ${(error as Error).message}${more}`, { result });
+    }
     this.#answer(request, asker, { result });
   }
 }
