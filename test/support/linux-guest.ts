@@ -1,14 +1,6 @@
-import { execFileSync } from 'node:child_process';
-import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
-import { type ArchiveEntry, cpioArchive } from 'vtpm-toolstack/vm/cpio';
-import { unpack } from 'vtpm-toolstack/vm/debian';
-import { debianPackage } from './vm-image.js';
-
-/** What tpm2-tools loads by name. */
-const PLUGINS = ['libtss2-tcti-device.so.0', 'libtss2-tctildr.so.0'].map(
-  (name) => `/usr/lib/x86_64-linux-gnu/${name}`,
-);
+import { writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { bootable } from './guest-tree.js';
 
 /** How often the guest extends PCR 16 when it has run each tool. */
 export const EXTENDS = 120;
@@ -67,47 +59,17 @@ while :; do /busybox sleep 1; done
 
 /** A small Linux with tpm2-tools. @returns QEMU's arguments for it */
 export function linuxGuest(directory: string): string[] {
-  const kernel = unpack(debianPackage('linux-image-'), join(directory, 'kernel'));
-  const busybox = unpack(debianPackage('busybox-static'), join(directory, 'busybox'));
-  const tree = join(directory, 'tree');
-  for (const name of ['dev', 'proc', 'sys', 'tmp']) mkdirSync(join(tree, name), { recursive: true });
-  writeFileSync(join(tree, 'init'), INIT, { mode: 0o755 });
-  writeFileSync(join(tree, 'message'), 'a secret');
-  copy(join(busybox, 'bin/busybox'), join(tree, 'busybox'));
-  for (const file of needed(['/usr/bin/tpm2', ...PLUGINS])) copy(file, join(tree, file));
-  const initramfs = join(directory, 'initramfs');
-  writeFileSync(initramfs, cpioArchive(entriesOf(tree)));
-  const boot = readdirSync(join(kernel, 'boot')).find((name) => name.startsWith('vmlinuz-'));
-  if (!boot) throw new Error('the kernel package has no kernel');
+  const { kernel, initramfs } = bootable(
+    directory,
+    () => INIT,
+    ['/usr/bin/tpm2'],
+    (tree) => writeFileSync(join(tree, 'message'), 'a secret'),
+  );
   return [
     ...['-m', '512', '-cpu', 'max', '-serial', 'stdio', '-no-reboot'],
-    ...['-kernel', join(kernel, 'boot', boot), '-initrd', initramfs],
-    ...['-append', 'console=ttyS0 quiet panic=-1'],
+    ...['-kernel', kernel, '-initrd', initramfs, '-append', 'console=ttyS0 quiet panic=-1'],
   ];
 }
 
 /** How many tools the guest runs before it extends. */
 export const TOOL_COUNT = TOOLS.length;
-
-/** Programs, and all that the loader wants for them. */
-function needed(programs: readonly string[]): string[] {
-  const said = execFileSync('ldd', [...programs], { encoding: 'utf8' });
-  const libraries = [...said.matchAll(/(\/[^\s:]+)(?= \()/g)].map(([path]) => path);
-  return [...new Set([...programs, ...libraries])];
-}
-
-function copy(from: string, to: string): void {
-  mkdirSync(dirname(to), { recursive: true });
-  cpSync(from, to, { dereference: true });
-}
-
-function entriesOf(tree: string): ArchiveEntry[] {
-  return readdirSync(tree, { recursive: true, encoding: 'utf8' })
-    .sort()
-    .map((name) => {
-      const path = join(tree, name);
-      const stat = statSync(path);
-      if (stat.isDirectory()) return { name };
-      return { name, content: readFileSync(path), executable: (stat.mode & 0o111) !== 0 };
-    });
-}

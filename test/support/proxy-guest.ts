@@ -1,14 +1,12 @@
-import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
-import { type ArchiveEntry, cpioArchive } from 'vtpm-toolstack/vm/cpio';
-import { unpack } from 'vtpm-toolstack/vm/debian';
+import { cpSync, mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { kernelModules } from 'vtpm-toolstack/vm/initramfs';
+import { bootable } from './guest-tree.js';
 import { REPOSITORY } from './installation.js';
 import { reapAtExit } from './reap.js';
 import { until } from './until.js';
-import { debianPackage } from './vm-image.js';
 
 const MODULES = ['virtio_pci', 'virtio_console', 'tpm_vtpm_proxy'];
 const TOOLS = ['/usr/bin/tpm2', process.execPath];
@@ -64,22 +62,20 @@ export class ProxyGuest {
   readonly #qemu: ChildProcess;
 
   static start(directory: string, door: string): ProxyGuest {
-    const kernel = unpack(debianPackage('linux-image-'), join(directory, 'kernel'));
-    const busybox = unpack(debianPackage('busybox-static'), join(directory, 'busybox'));
-    const modules = kernelModules(join(kernel, 'lib/modules'), MODULES);
-    const tree = join(directory, 'tree');
-    for (const name of ['dev', 'proc', 'sys', 'modules', 'tmp'])
-      mkdirSync(join(tree, name), { recursive: true });
-    for (const [name, content] of modules) writeFileSync(join(tree, 'modules', `${name}.ko`), content);
-    writeFileSync(join(tree, 'init'), INIT([...modules.keys()]), { mode: 0o755 });
-    writeFileSync(join(tree, 'guest.mjs'), GUEST);
-    copy(join(busybox, 'bin/busybox'), join(tree, 'busybox'));
-    for (const file of needed(TOOLS)) copy(file, join(tree, file));
-    copyFrontend(join(tree, 'frontend'));
-    const initramfs = join(directory, 'initramfs');
-    writeFileSync(initramfs, cpioArchive(entriesOf(tree)));
-    const boot = readdirSync(join(kernel, 'boot')).find((name) => name.startsWith('vmlinuz-'))!;
-    return new ProxyGuest(join(kernel, 'boot', boot), initramfs, door);
+    const { kernel, initramfs } = bootable(
+      directory,
+      (kernelFiles) => INIT([...modulesOf(kernelFiles).keys()]),
+      TOOLS,
+      (tree, kernelFiles) => {
+        mkdirSync(join(tree, 'modules'));
+        for (const [name, content] of modulesOf(kernelFiles)) {
+          writeFileSync(join(tree, 'modules', `${name}.ko`), content);
+        }
+        writeFileSync(join(tree, 'guest.mjs'), GUEST);
+        copyFrontend(join(tree, 'frontend'));
+      },
+    );
+    return new ProxyGuest(kernel, initramfs, door);
   }
 
   private constructor(kernel: string, initramfs: string, door: string) {
@@ -121,18 +117,8 @@ export class ProxyGuest {
   }
 }
 
-/** Programs, and all that the loader wants for them and for what they load by name. */
-function needed(programs: readonly string[]): string[] {
-  const plugins = ['libtss2-tcti-device.so.0', 'libtss2-tctildr.so.0'].map(
-    (name) => `/usr/lib/x86_64-linux-gnu/${name}`,
-  );
-  const files = new Set([...programs, ...plugins]);
-  for (const [, path] of execFileSync('ldd', [...files], { encoding: 'utf8' }).matchAll(
-    /(\/[^\s:]+)(?= \()/g,
-  )) {
-    files.add(path!);
-  }
-  return [...files];
+function modulesOf(kernelFiles: string): Map<string, Buffer> {
+  return kernelModules(join(kernelFiles, 'lib/modules'), MODULES);
 }
 
 function copyFrontend(target: string): void {
@@ -143,21 +129,4 @@ function copyFrontend(target: string): void {
     const from = join(REPOSITORY, 'node_modules', name);
     cpSync(from, join(target, 'node_modules', name), { recursive: true, dereference: true });
   }
-}
-
-function copy(from: string, to: string): void {
-  mkdirSync(dirname(to), { recursive: true });
-  cpSync(from, to, { dereference: true });
-}
-
-function entriesOf(tree: string): ArchiveEntry[] {
-  return readdirSync(tree, { recursive: true, encoding: 'utf8' })
-    .sort()
-    .map((name) => {
-      const path = join(tree, name);
-      const { mode } = statSync(path);
-      return statSync(path).isDirectory()
-        ? { name }
-        : { name, content: readFileSync(path), executable: (mode & 0o111) !== 0 };
-    });
 }
