@@ -11,6 +11,7 @@ import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
 import { killAndWait } from './processes.js';
 import { isFinal, isHopeless, isOutdated, passingRetryMs, presumedWrong, wasLost } from './restart-policy.js';
+import { type ResetParts, resetLost } from './vm-reset.js';
 import { VmRun } from './vm-run.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
@@ -245,66 +246,30 @@ export class VtpmWorkers {
     }
   }
 
-  /** The VMM of a TPM that is lost begins a new run of its VM. */
-  #resetLost(state: VtpmState & { kind: 'lost' }, { bufferSize, locality }: VmmChoice): void {
+  #resetLost(lost: VtpmState & { kind: 'lost' }, { bufferSize, locality }: VmmChoice): void {
+    const run = this.#run;
+    if (!run) return;
+    const { pool } = this.#context;
+    const { isolation } = this.#status.entry;
+    const parts: ResetParts = {
+      ...{ status: this.#status, run },
+      claim: () => pool.take(isolation, this.#owner(), run.endOr(this.#gate.held)),
+      nextRun: () => {
+        const next = this.#newRun();
+        this.#run = next;
+        run.end();
+        return next;
+      },
+      startParts: (next) => this.#parts(next),
+      watch: (worker) => this.#watch(worker),
+      goOn: (next, doors, reason) => this.#goOn(next, doors, reason),
+    };
     this.#isResetting = true;
     this.#restart = this.#restart
-      .then(() => this.#powerCycle(state, { bufferSize, locality }))
+      .then(() => resetLost(parts, lost, { bufferSize, locality }))
       .finally(() => {
         this.#isResetting = false;
       });
-  }
-
-  /** Never rejects. A lost worker stays where no other can take its place: no VM powers on while the manager is away. */
-  async #powerCycle(lost: VtpmState & { kind: 'lost' }, vmm: VmmChoice): Promise<void> {
-    const { doors, worker: before } = lost;
-    const run = this.#run;
-    if (this.#status.state !== lost || !run) return;
-    const broken = run.endOr(this.#gate.held);
-    let claimed: ClaimedWorker;
-    try {
-      claimed = await this.#context.pool.take(this.#status.entry.isolation, this.#owner(), broken);
-    } catch (error) {
-      this.#status.log.warn({ reason: (error as Error).message }, 'the VM cannot be reset yet');
-      before.send({ type: 'no-vm-reset' });
-      return;
-    }
-    const { worker } = claimed;
-    if (run.isOver || this.#status.state !== lost) {
-      await worker.kill();
-      return;
-    }
-    const state: VtpmState = { kind: 'restarting', reason: 'its VM is reset', doors, worker };
-    this.#status.state = state;
-    let next = run;
-    try {
-      this.#status.lingering = (await before.kill()).lingering;
-      await killAndWait(this.#status.lingering);
-      this.#status.lingering = [];
-      if (run.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
-      next = this.#newRun();
-      this.#run = next;
-      run.end();
-      const vmRunId = randomUUID();
-      const parts = { ...this.#parts(next), entry: { ...this.#status.entry, vmRunId }, vmm };
-      const { epoch, generation } = await giveIdentity(claimed, {
-        ...parts,
-        onIssued: (issued) => this.#status.update({ vmRunId, epoch: issued.epoch }),
-      });
-      if (next.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
-      this.#status.state = { kind: 'running', worker, doors };
-      for (const visit of doors.visits()) passVisit(this.#status, next, visit);
-      this.#watch(worker);
-      this.#status.log.info({ epoch, generation, pid: worker.pid }, 'running again: the VM was reset');
-    } catch (error) {
-      state.worker = undefined;
-      this.#status.lingering = (await worker.kill()).lingering;
-      if (next.isOver) return;
-      const { message } = ToolstackError.from(error, 'the VM cannot be reset');
-      // Another lost worker hears the VMM ask again.
-      next.lost = `${lost.reason}; ${message}`;
-      await this.#goOn(next, doors, message);
-    }
   }
 
   /** The worker ended. Where a stop is waiting for that, it deals with it. */
