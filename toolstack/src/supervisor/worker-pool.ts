@@ -60,6 +60,8 @@ const FIRST_BACKOFF_MS = 250;
 const LONGEST_BACKOFF_MS = 60_000;
 /** A worker that was well for so long did not die of what the one before it died of. */
 const WELL_MS = 10_000;
+/** To find out what is available several files of the kernel are read; a worker takes longer to come up. */
+const MEMORY_MS = 100;
 /** What a worker that waits costs at most. */
 const WORKER_MIB = 16;
 const MIB = 2 ** 20;
@@ -77,6 +79,7 @@ export class WorkerPool {
   readonly #waiting = new Set<Waiting>();
   #tick: NodeJS.Timeout | undefined;
   #recent: number[] = [];
+  #memory = { mib: 0, at: Number.NEGATIVE_INFINITY };
   #underWay = 0;
   #quietAt = 0;
   #failures = 0;
@@ -195,8 +198,14 @@ export class WorkerPool {
     const since = performance.now() - RECENT_MS;
     this.#recent = this.#recent.filter((at) => at >= since);
     const wanted = Math.min(most, Math.max(least, this.#recent.length));
-    const room = Math.floor((process.availableMemory() / MIB - reserve) / WORKER_MIB);
+    const room = Math.floor((this.#availableMib() - reserve) / WORKER_MIB);
     return Math.max(0, Math.min(wanted, this.#waiting.size + room));
+  }
+
+  #availableMib(): number {
+    const now = performance.now();
+    if (now - this.#memory.at >= MEMORY_MS) this.#memory = { mib: process.availableMemory() / MIB, at: now };
+    return this.#memory.mib;
   }
 
   #adjust(): void {
