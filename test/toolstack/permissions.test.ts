@@ -127,7 +127,7 @@ describe('who may use a door', function () {
 
     const list = JSON.parse(readFileSync(listPath, 'utf8')) as { vtpms: Record<string, unknown>[] };
     const vtpms = list.vtpms.map(
-      ({ socketOwner: _owner, socketMode: _mode, doors: _doors, stateBlobs: _blobs, ...old }) => old,
+      ({ socketOwner: _o, socketMode: _m, doors: _d, stateBlobs: _s, dropin: _i, ...old }) => old,
     );
     const sha256 = createHash('sha256').update(JSON.stringify(vtpms)).digest('hex');
     writeFileSync(listPath, JSON.stringify({ format: 1, sha256, vtpms }));
