@@ -5,7 +5,14 @@ import { Socket } from 'node:net';
 import { socketPair } from 'vtpm-common/libc';
 import { MiniManager } from '../support/mini-manager.js';
 import { TpmClient } from '../support/tpm-client.js';
-import { createPrimaryRsa, getRandom, pcrExtend, pcrRead, readClock } from '../support/tpm-commands.js';
+import {
+  createPrimaryRsa,
+  getRandom,
+  nvDefineCounter,
+  pcrExtend,
+  pcrRead,
+  readClock,
+} from '../support/tpm-commands.js';
 import { CMD, type ControlCommand, request, u32, Vmm } from '../support/vmm.js';
 import { KeptRun, WorkerProcess } from '../support/worker-process.js';
 
@@ -236,6 +243,36 @@ describe('control.sock: a VMM powers its TPM', () => {
     await data!.ended;
     vmm = new Vmm(worker.connectKept(run, 'control').client);
     assert.equal(await vmm.powerOn(), SUCCESS);
+  });
+
+  it('takes the data channel of the next VMM when a command of the one before it is done', async () => {
+    await vmm.powerOn();
+    await vmm.data!.transmit(STARTUP_CLEAR);
+    manager.holdSaves = true;
+    const saving = manager.next('SAVE');
+    vmm.data!.send(nvDefineCounter(0x01500001));
+    await saving;
+    vmm.close();
+    vmm = new Vmm(worker.connectKept(run, 'control').client);
+    assert.equal(await vmm.result('GET_CONFIG'), SUCCESS);
+    const given = vmm.setDataFd();
+    // Behind that: the worker has read it.
+    await worker.connectKept(run, 'control').client.ended;
+    manager.release();
+    assert.equal(await given, SUCCESS);
+    assert.equal(code(await vmm.data!.transmit(getRandom())), SUCCESS);
+  });
+
+  it('takes it, too, where a command of the one before it waits for the end of a measurement', async () => {
+    await vmm.powerOn();
+    await vmm.data!.transmit(STARTUP_CLEAR);
+    assert.equal(await vmm.result('HASH_START'), SUCCESS);
+    vmm.data!.send(getRandom());
+    assert.equal(await vmm.result('GET_CONFIG'), SUCCESS);
+    vmm.close();
+    vmm = new Vmm(worker.connectKept(run, 'control').client);
+    assert.equal(await vmm.powerOn(), SUCCESS);
+    assert.equal(code(await vmm.data!.transmit(STARTUP_CLEAR)), SUCCESS);
   });
 
   it('refuses a second VMM, and takes the next one when the first is gone', async () => {

@@ -6,7 +6,16 @@ import { ControlRefusal, RESULT } from './results.js';
 /** The stream that the VMM's TPM commands come through. */
 export interface DataConnection {
   readonly fd: number;
+  /** From this moment `fd` may be another descriptor; that it is closed is heard later where a command of it runs. */
+  readonly isGone: boolean;
   close(): void;
+}
+
+export interface DataChannelParts {
+  /** Gives the supervisor a copy of the descriptor; `opened` or `refused` follows. */
+  offer(fd: number): void;
+  /** As CommandQueue.dropGone. */
+  dropGone(): void;
 }
 
 /**
@@ -14,17 +23,18 @@ export interface DataConnection {
  * back as a connection of the door `vmm-data`. One at a time, and with the control connection it ends.
  */
 export class DataChannel {
-  readonly #offer: (fd: number) => void;
+  readonly #parts: DataChannelParts;
   #connection: DataConnection | undefined;
   #offered: { accepted(): void; refused(): void } | undefined;
+  /** Waits for the end of what is gone. */
+  #wasClosed: (() => void) | undefined;
 
-  /** @param offer gives the supervisor a copy of the descriptor; `opened` or `refused` follows */
-  constructor(offer: (fd: number) => void) {
-    this.#offer = offer;
+  constructor(parts: DataChannelParts) {
+    this.#parts = parts;
   }
 
   get isOpen(): boolean {
-    return this.#connection !== undefined;
+    return this.#connection !== undefined && !this.#connection.isGone;
   }
 
   /**
@@ -33,6 +43,8 @@ export class DataChannel {
    * @throws ControlRefusal
    */
   async set(asker: Pick<Asker, 'fd' | 'length'>): Promise<void> {
+    // The supervisor has that of the VMM before this one until its command is done.
+    if (this.#connection?.isGone) await new Promise<void>((resolve) => (this.#wasClosed = resolve));
     const descriptors = peekDescriptors(asker.fd, asker.length);
     try {
       const [fd] = descriptors;
@@ -46,7 +58,7 @@ export class DataChannel {
       const answered = new Promise<boolean>((resolve) => {
         this.#offered = { accepted: () => resolve(true), refused: () => resolve(false) };
       });
-      this.#offer(fd);
+      this.#parts.offer(fd);
       if (!(await answered))
         throw new ControlRefusal(RESULT.IoError, 'the supervisor does not keep the data channel');
     } finally {
@@ -67,11 +79,15 @@ export class DataChannel {
   }
 
   closed(connection: DataConnection): void {
-    if (this.#connection === connection) this.#connection = undefined;
+    if (this.#connection !== connection) return;
+    this.#connection = undefined;
+    this.#wasClosed?.();
+    this.#wasClosed = undefined;
   }
 
   /** The VMM is gone. */
   close(): void {
     this.#connection?.close();
+    this.#parts.dropGone();
   }
 }

@@ -21,6 +21,8 @@ export interface VmmDoorsParts
   bufferSize(): number;
   /** Gives the supervisor a copy of what is to be the data channel. */
   offer(fd: number): void;
+  /** As CommandQueue.dropGone. */
+  dropGone(): void;
   status(status: VmmStatus): void;
 }
 
@@ -58,7 +60,7 @@ export class VmmDoors {
       // A guest may write a frame itself, for example into the command buffer that QEMU hands on as it is.
       allows: (locality) => locality === vmm.locality,
     };
-    this.data = new DataChannel((fd) => parts.offer(fd));
+    this.data = new DataChannel(parts);
     this.control = new ControlDoor({
       ...parts,
       data: this.data,

@@ -146,6 +146,13 @@ export class CommandQueue {
     return true;
   }
 
+  /** Commands that wait and whose sources are gone, whatever holds the queue. */
+  dropGone(): void {
+    for (const source of this.#waiting.filter(({ isGone }) => isGone)) {
+      if (this.cancel(source)) source.dropped();
+    }
+  }
+
   /** No command starts until `release` with the same reason. What runs goes on to its end. */
   hold(reason: string): void {
     this.#holds.add(reason);

@@ -134,6 +134,8 @@ export class LostTpm {
       numbers: controlNumbers(memory.controlMarks),
       bufferSize: () => engine.bufferSizes.size,
       offer: (fd) => events.dataChannel(fd),
+      // No command waits.
+      dropGone: () => {},
       status: (status) => events.vmmChanged(status),
       shutDown: () => events.vmmShutDown(),
       failed: (error) => events.failed(error),

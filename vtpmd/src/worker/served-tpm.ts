@@ -216,6 +216,7 @@ function compose(
             : controlNumbers(memory.controlMarks),
           bufferSize: () => engine.bufferSizes.size,
           offer: (fd) => events.dataChannel(fd),
+          dropGone: () => queue.dropGone(),
           status: (status) => events.vmmChanged(status),
           shutDown: () => events.vmmShutDown(),
           failed: (error) => events.failed(error),
