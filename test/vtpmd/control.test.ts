@@ -290,6 +290,19 @@ describe('control.sock: a VMM powers its TPM', () => {
     assert.equal((await status(({ connected }) => connected === true)).power, 'on');
   });
 
+  it('does what a VMM asked for that is gone already', async () => {
+    await vmm.powerOn();
+    await status(({ connected, power }) => connected === true && power === 'on');
+    worker.child.kill('SIGSTOP');
+    // The worker hears of the next VMM first.
+    const second = worker.connectKept(run, 'control').client;
+    vmm.control.send(request('STOP'));
+    vmm.close();
+    worker.child.kill('SIGCONT');
+    await second.ended;
+    assert.equal((await status(({ connected }) => connected === false)).power, 'off');
+  });
+
   it('tells what the VMM does', async () => {
     assert.equal(await vmm.powerOn(0xf80), SUCCESS);
     await vmm.answer('SET_LOCALITY', Buffer.from([3]));

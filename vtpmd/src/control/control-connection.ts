@@ -100,7 +100,11 @@ export class ControlConnection {
   /** The client is gone, whether the event loop has seen it or not, and nothing that it asked for is left to do. */
   get hasLeft(): boolean {
     if (this.#isClosed) return true;
-    return !this.#isBusy && this.#there === 0 && hasEnded(this.fd) && peekNow(this.fd, this.#buffer) === 0;
+    if (this.#isBusy || this.#there > 0 || !hasEnded(this.fd)) return false;
+    const count = peekNow(this.fd, this.#buffer);
+    // A request that is there is still to be done.
+    setPeekOffset(this.fd, 0);
+    return count === 0;
   }
 
   close(): void {
@@ -121,7 +125,8 @@ export class ControlConnection {
     clearTimeout(this.#timer);
     for (;;) {
       const count = this.#receive();
-      if (count === -1) break;
+      // What the client asked for before it went is done, as with one that goes while it is done.
+      if (count === -1 || (count === 0 && this.#there > 0)) break;
       if (count <= 0) {
         this.close();
         return;
