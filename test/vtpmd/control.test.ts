@@ -377,6 +377,21 @@ describe('control.sock: a VMM powers its TPM', () => {
       assert.equal(manager.saves.length, saves + 1);
     });
 
+    it('a worker that is killed behind a cut leaves a TPM that is off', async () => {
+      await vmm.powerOn();
+      await vmm.data!.transmit(STARTUP_CLEAR);
+      await vmm.data!.transmit(pcrExtend(1, randomBytes(32)));
+      await away();
+      assert.equal(await vmm.result('INIT', u32(0)), FAIL);
+      vmm.close();
+      await worker.kill();
+      run.dataChannel = undefined;
+      worker = new WorkerProcess(manager);
+      assert.equal((await worker.goOn(run)).type, 'serving');
+      assert.equal((await status(() => true)).power, 'off');
+      vmm = new Vmm(worker.connectKept(run, 'control').client);
+    });
+
     /** Behind what was asked before: the worker has read it. */
     async function tick(): Promise<string> {
       const tpm = worker.connectKept(run, 'tpm').client;

@@ -145,15 +145,17 @@ export class PowerSwitch {
 
   /** Cuts the power, after a Shutdown(CLEAR) where the TPM needs one. Only within a step. */
   async turnOff(): Promise<undefined> {
-    const { engine, queue, state, owners, blobs } = this.#parts;
+    const { engine, queue, state, owners, blobs, keeper } = this.#parts;
     if (state.isOff) return;
     // Where a reference to it is out, that is to the TPM as it is.
     if (!state.isOrderly && !blobs.isFrozen) await this.#shutDown();
     this.#permanent = engine.powerOff();
     state.isOff = true;
     state.isMeasuring = false;
-    queue.powerOff();
     owners.release(() => true);
+    // Before anybody hears of it, and whatever becomes of the power-on that this may be a part of.
+    keeper?.keepNow();
+    queue.powerOff();
     this.#parts.changed();
     return undefined;
   }
