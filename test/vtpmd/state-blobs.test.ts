@@ -208,6 +208,19 @@ describe('state blobs', () => {
       assert.equal(worker.tpm.blobs.isFrozen, false);
     });
 
+    it('a stop is refused where a taking-back does not end, because the manager is away', async () => {
+      await measured();
+      await worker.takeOut();
+      manager.cut();
+      await until('the loss of the link is known', () => worker.tpm.queue.isOutage);
+      const takenBack = worker.tpm.blobs.takeBack();
+      await assert.rejects(worker.stop(), refused('manager-away'));
+      worker.relink();
+      await takenBack;
+      await worker.stop();
+      assert.equal(worker.tpm.power.isOn, false);
+    });
+
     it('a VMM without the verbs brings in no state in the clear', async () => {
       await measured({ verbs: PLAIN });
       const plain = await worker.takeOut();

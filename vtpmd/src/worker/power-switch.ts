@@ -161,11 +161,10 @@ export class PowerSwitch {
   }
 
   async #perform(step: Step): Promise<void> {
-    const { queue, keeper, session, blobs } = this.#parts;
+    const { queue, keeper, session } = this.#parts;
     queue.hold(HOLD);
     try {
       await this.#whenIdle();
-      await blobs.settled();
       const keepSave: KeepSave = (permanent) => keeper?.keepSave(permanent, step.answered?.());
       const stored = await step.run(keepSave);
       if (stored) {
@@ -181,12 +180,15 @@ export class PowerSwitch {
     }
   }
 
-  /** In an outage a command may wait without end for its acknowledgement. */
+  /** In an outage a command, or what is done with a state blob, may wait without end for its acknowledgement. */
   async #whenIdle(): Promise<void> {
-    const { queue, engine } = this.#parts;
+    const { queue, engine, blobs } = this.#parts;
     // What runs ends with the power anyway, and everything else waits for it.
     if (queue.current) engine.cancel();
-    const isIdle = queue.whenIdle().then(() => true);
+    const isIdle = queue
+      .whenIdle()
+      .then(() => blobs.settled())
+      .then(() => true);
     while (!(await this.#within(isIdle))) {
       if (queue.isOutage) throw managerAway();
     }
