@@ -411,6 +411,46 @@ describe('state blobs', () => {
       });
     }
 
+    it('at the taking-back that a command of its VMM began meanwhile: the TPM goes on', async () => {
+      await measured();
+      manager.holdSaves = true;
+      const suspending = manager.next('SAVE');
+      const taken = worker.get('permanent');
+      await suspending;
+      worker.send(pcrRead(PCR), 'vmm-data').catch(() => undefined);
+      const takingBack = manager.next('SAVE');
+      manager.release();
+      manager.holdSaves = true;
+      await Promise.all([taken, takingBack]);
+      const { run } = worker;
+      await worker.kill();
+      manager.cut();
+      manager.holdSaves = false;
+      await start({ run });
+      assert.ok(worker.tpm.blobs.isFrozen);
+      await worker.tpm.blobs.takeBack();
+      assert.deepEqual(await pcr(), extended);
+    });
+
+    it('more than once, frozen: each that goes on has another generator', async () => {
+      await measured();
+      await worker.takeOut();
+      const { run } = worker;
+      const memory = run.image();
+      const random: string[] = [];
+      for (let life = 0; life < 2; life++) {
+        await worker.kill();
+        run.put(memory);
+        await start({ run });
+        assert.ok(worker.tpm.blobs.isFrozen);
+        await worker.tpm.blobs.takeBack();
+        random.push((await worker.send(getRandom())).toString('hex'));
+        // As if that had not been committed.
+        manager.saves.pop();
+      }
+      assert.notEqual(random[0], random[1]);
+    });
+
     it('between the two halves, or with the TPM frozen, is not noticed', async () => {
       await measured();
       const permanent = await worker.get('permanent');

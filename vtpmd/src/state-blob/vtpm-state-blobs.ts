@@ -32,6 +32,8 @@ export interface StateBlobParts {
   readonly note: BroughtInNote;
   /** Waits for a manager that is away, as long as a VM can stand still. @throws VtpmdError `manager-away` */
   whenLinked(): Promise<void>;
+  /** As PowerSwitch.settled. */
+  stepDone(): Promise<void>;
   /** What nobody waits for went wrong: the TPM must not go on. */
   failed(error: unknown): void;
 }
@@ -171,7 +173,7 @@ export class VtpmStateBlobs implements StateBlobs {
 
   /** No command runs from here on. Permanent state, volatile state and reference become durable as one. */
   async #suspend(): Promise<Suspended> {
-    const { queue, session } = this.#parts;
+    const { queue, session, stepDone } = this.#parts;
     this.#freeze();
     await queue.whenIdle();
     const snapshot = this.#parts.engine.snapshot();
@@ -186,8 +188,8 @@ export class VtpmStateBlobs implements StateBlobs {
     snapshot.permanent.fill(0);
     const suspended = { reference, volatile: snapshot.volatile, generation: session.generation };
     this.#suspended = suspended;
-    // What came while it was being frozen.
-    if (queue.hasWaiting((source) => source.kind === VMM)) this.#goOnHere();
+    // What came while it was being frozen. The step that this is a part of leaves its checkpoint before that one's.
+    if (queue.hasWaiting((source) => source.kind === VMM)) void stepDone().then(() => this.#goOnHere());
     return suspended;
   }
 

@@ -193,6 +193,7 @@ function compose(
     mayExport: verbs.includes('EXPORT'),
     mayImport: verbs.includes('IMPORT'),
     whenLinked: () => power.whenLinked(),
+    stepDone: () => power.settled(),
     note: checkpoint?.left.memory ?? { broughtIn: 0 },
     failed: (error) => events.failed(error),
   });
