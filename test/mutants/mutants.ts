@@ -664,10 +664,16 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'the next worker of a suspended TPM is frozen too',
     file: 'vtpmd/src/state-blob/vtpm-state-blobs.ts',
-    guard:
-      'if (this.#parts.session.generation > this.#suspended.generation) this.#forget();\n    else this.#freeze();',
+    guard: 'this.#freeze();\n    this.#mustStir = mustStir;',
     without: '',
     test: { file: 'vtpmd/state-blobs', name: 'and is frozen exactly if it is suspended' },
+  },
+  {
+    name: 'a frozen TPM that is taken back by a later worker has another generator',
+    file: 'vtpmd/src/state-blob/vtpm-state-blobs.ts',
+    guard: 'if (this.#mustStir) expectStirred',
+    without: 'if (!this.#mustStir) expectStirred',
+    test: { file: 'vtpmd/state-blobs', name: 'more than once, frozen' },
   },
   {
     name: 'the generator is stirred after a restore',

@@ -432,6 +432,23 @@ describe('state blobs', () => {
       assert.deepEqual(await pcr(), extended);
     });
 
+    it('frozen: no command of its successor runs, because what that stores would end the suspension', async () => {
+      await measured();
+      await worker.takeOut();
+      await worker.kill();
+      const hooks = globalThis as Record<symbol, unknown>;
+      const hook = Symbol.for('vtpm.barrier');
+      const passed: string[] = [];
+      hooks[hook] = (name: string) => passed.push(name);
+      try {
+        await start({ run: worker.run });
+      } finally {
+        delete hooks[hook];
+      }
+      assert.ok(passed.includes('half-checkpoint'));
+      assert.ok(!passed.includes('before-process'), passed.join(' '));
+    });
+
     it('more than once, frozen: each that goes on has another generator', async () => {
       await measured();
       await worker.takeOut();

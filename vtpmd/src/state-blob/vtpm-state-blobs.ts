@@ -60,6 +60,8 @@ export class VtpmStateBlobs implements StateBlobs {
   readonly #broughtIn: BroughtIn;
   #suspended: Suspended | undefined;
   #isFrozen = false;
+  /** When it is taken back. */
+  #mustStir = false;
   /** What is left of the last export. */
   #pair: Pair = {};
   /** What the power-on that is under way is, for the Save that makes it durable. */
@@ -84,13 +86,15 @@ export class VtpmStateBlobs implements StateBlobs {
     return this.#isFrozen;
   }
 
-  /** The TPM of a worker before this one goes on. Where a reference to it is out, it stays frozen. */
-  goOn(): void {
+  /**
+   * The TPM of a worker before this one goes on. Where a reference to it is out, it stays frozen.
+   * @param mustStir its generator, before a command runs: done here where it is frozen
+   */
+  goOn(mustStir: boolean): void {
     this.#broughtIn.clear();
     if (!this.#suspended) return;
-    // A save of its own, from the stir, ended the suspension.
-    if (this.#parts.session.generation > this.#suspended.generation) this.#forget();
-    else this.#freeze();
+    this.#freeze();
+    this.#mustStir = mustStir;
   }
 
   takeOut(type: StateBlobType): Promise<Buffer | undefined> {
@@ -104,6 +108,7 @@ export class VtpmStateBlobs implements StateBlobs {
   takeBack(): Promise<void> {
     return this.#inOrder(async () => {
       if (!this.#isFrozen || !this.#suspended) return;
+      if (this.#mustStir) expectStirred(this.#parts.engine.process(freshStir()).response);
       await this.#save(useOf('TAKE_BACK', this.#suspended));
       barrier('after-take-back');
       this.#forget();
@@ -244,6 +249,7 @@ export class VtpmStateBlobs implements StateBlobs {
 
   #thaw(): void {
     this.#isFrozen = false;
+    this.#mustStir = false;
     this.#parts.queue.release(FROZEN);
   }
 

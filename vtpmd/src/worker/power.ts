@@ -57,10 +57,12 @@ export async function goOn(
   endWhatWasGoingOn(unit, visitors, left);
   unit.volatile.fill(0);
   // The generator stands where it stood at the checkpoint: no random number may come twice. A command would end a measurement
-  // that is under way, so that one is stirred behind it.
-  if (!state.isOff && !state.isMeasuring) expectStirred(await runOwnCommand(queue, freshStir()));
+  // that is under way, so that one is stirred behind it. And one that is frozen when it is taken back: what that stores would
+  // end the suspension.
+  const mustStir = !state.isOff && !state.isMeasuring;
+  if (!state.isOff) blobs.goOn(mustStir);
+  if (mustStir && !blobs.isFrozen) expectStirred(await runOwnCommand(queue, freshStir()));
   keeper?.keepNow();
-  if (!state.isOff) blobs.goOn();
   doors.adopt(visitors, onClosed);
 }
 
