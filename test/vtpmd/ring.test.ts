@@ -1,10 +1,10 @@
 import assert from 'node:assert/strict';
-import { closeSync, mkdtempSync, openSync, readdirSync, rmSync } from 'node:fs';
+import { closeSync, mkdtempSync, openSync, readdirSync, rmSync, writeSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import fc from 'fast-check';
-import { pipePair, socketFd, socketPair } from 'vtpm-common/libc';
+import { fcntl, pipePair, socketFd, socketPair } from 'vtpm-common/libc';
 import { FrontendError, RingClient, RingDevice } from 'vtpm-frontend-driver';
 import { buildFaultyWorker, killAt } from '../support/faulty-worker.js';
 import { MiniManager } from '../support/mini-manager.js';
@@ -27,6 +27,7 @@ import { KeptRun, WorkerProcess } from '../support/worker-process.js';
 
 const INDEX = 0x01500001;
 const CANCELED = 0x909;
+const F_SETFL = 4;
 const refused = (code: string) => (error: unknown) => {
   assert.ok(error instanceof FrontendError, String(error));
   assert.equal(error.code, code, error.message);
@@ -186,6 +187,24 @@ for (const isKept of [true, false])
       const client = await connect();
       await client.close();
       await closed;
+    });
+
+    it('I-10: goes on where a frontend makes the event channel block, and sends what the worker reads at once', async () => {
+      const frontend = await RawFrontend.connect(doorway.path);
+      const memory = memoryOf(8192, SEAL.SHRINK);
+      const [here, there] = socketPair();
+      frontend.send(SETUP, [memory, there]);
+      await until('it is open', () => frontend.said.includes('state=4'));
+      // The flags belong to the open file, which is the worker's, too.
+      assert.equal(fcntl(there, F_SETFL, 0), 0);
+      assert.equal(writeSync(here, Buffer.alloc(4096)), 4096);
+      const client = await connect();
+      assert.equal(responseCode(await client.transmit(getRandom())), 0);
+      await client.close();
+      const closed = worker.next('connection-closed');
+      frontend.close();
+      await closed;
+      for (const fd of [memory, here, there]) closeSync(fd);
     });
 
     it('I-10: refuses by name what is no ring, keeps nothing of it, and answers elsewhere', async () => {

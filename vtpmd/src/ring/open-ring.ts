@@ -1,8 +1,8 @@
-import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import { availableParallelism } from 'node:os';
 import { barrier } from 'vtpm-common/barrier';
-import { sendNow, yieldProcessor } from '../channels/socket-io.js';
+import { hasHungUp, receiveNow, sendNow, yieldProcessor } from '../channels/socket-io.js';
 import { STAY_COMMANDS, STAY_MICROSECONDS, STAY_MILLISECONDS } from '../channels/stay.js';
+import { WatchedSocket } from '../channels/watched-socket.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import type { CheckpointMemory } from '../checkpoint/memory.js';
 import { errorResponse, MAX_COMMAND_BYTES, TPM_RC_COMMAND_SIZE, TPM_RC_LOCALITY } from '../engine/command.js';
@@ -64,7 +64,7 @@ export class OpenRing implements CommandSource {
   readonly #pages: MappedPages;
   readonly #page: RingPage;
   readonly #eventFd: number;
-  readonly #event: Socket;
+  readonly #event: WatchedSocket;
   #isWaiting = false;
   #isClosed = false;
   #isOver = false;
@@ -77,25 +77,12 @@ export class OpenRing implements CommandSource {
     this.#pages = MappedPages.of(setup.page, setup.pageBytes);
     this.#page = new RingPage(this.#pages.bytes);
     this.#eventFd = setup.event;
-    const options: SocketConstructorOpts & ConnectOpts = {
-      fd: setup.event,
-      onread: {
-        buffer: eventBuffer,
-        callback: () => {
-          this.#onEvent();
-          return true;
-        },
-      },
-    };
-    this.#event = new Socket(options);
-    this.#event.on('error', () => {});
-    this.#event.on('end', () => this.close());
-    this.#event.on('close', () => this.close());
+    this.#event = new WatchedSocket(setup.event, () => this.#receive());
   }
 
   /** Serves it. @param isAdopted a worker before this one may have taken a request */
   start(isAdopted: boolean): void {
-    this.#event.resume();
+    this.#event.watch();
     if (!isAdopted) return;
     // The frontend may wait for a note that was never sent.
     this.#notify();
@@ -138,6 +125,13 @@ export class OpenRing implements CommandSource {
     if (this.#isOver) return;
     this.#isOver = true;
     this.#events.closed();
+  }
+
+  /** The frontend has this open file too, and may make it block (O_NONBLOCK): no system call here depends on that. */
+  #receive(): void {
+    const length = receiveNow(this.#eventFd, eventBuffer);
+    if (length > 0) this.#onEvent();
+    else if (length === 0 || hasHungUp(this.#eventFd)) this.close();
   }
 
   /** Only after a command: bytes alone are not worth waiting for more. */
