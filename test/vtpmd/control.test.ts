@@ -1,8 +1,8 @@
 import assert from 'node:assert/strict';
 import { createHash, randomBytes } from 'node:crypto';
-import { readdirSync } from 'node:fs';
+import { closeSync, readdirSync, writeSync } from 'node:fs';
 import { Socket } from 'node:net';
-import { socketPair } from 'vtpm-common/libc';
+import { fcntl, pipePair, sendDescriptor, socketFd, socketPair } from 'vtpm-common/libc';
 import { MiniManager } from '../support/mini-manager.js';
 import { TpmClient } from '../support/tpm-client.js';
 import {
@@ -25,6 +25,7 @@ const BAD_PARAMETER = 3;
 const BAD_ORDINAL = 0x0a;
 const IO_ERROR = 0x1f;
 const BAD_LOCALITY = 0x3d;
+const F_SETFL = 4;
 const ZERO = '00'.repeat(32);
 const ONES = 'ff'.repeat(32);
 
@@ -500,6 +501,25 @@ describe('control.sock: a VMM powers its TPM', () => {
       await vmm.control.ended;
     });
 
+    it('a VMM that fills the end that it gave, and makes it block, keeps nobody else waiting', async () => {
+      const [here, there] = socketPair();
+      sendDescriptor(socketFd(vmm.control.socket), there, request('SET_DATAFD'));
+      assert.equal((await vmm.control.bytes(4)).readUInt32BE(0), SUCCESS);
+      assert.equal(await vmm.result('INIT', u32(0)), SUCCESS);
+      const filler = Buffer.alloc(4096);
+      assert.throws(() => {
+        for (;;) writeSync(there, filler);
+      }, /EAGAIN/);
+      assert.equal(fcntl(there, F_SETFL, 0), 0);
+      writeSync(here, getRandom());
+      for (let round = 0; round < 3; round++) {
+        const other = worker.connectKept(run, 'tpm').client;
+        assert.equal(code(await other.transmit(round === 0 ? STARTUP_CLEAR : getRandom())), SUCCESS);
+        other.close();
+      }
+      for (const end of [here, there]) closeSync(end);
+    });
+
     it('a data channel that is no socket, or two of them, is refused', async () => {
       const [here, there] = socketPair();
       const other = new TpmClient(new Socket({ fd: there }));
@@ -507,6 +527,11 @@ describe('control.sock: a VMM powers its TPM', () => {
       assert.equal(await vmm.result('SET_DATAFD'), BAD_PARAMETER);
       other.close();
       new Socket({ fd: here }).destroy();
+      const pipe = pipePair();
+      sendDescriptor(socketFd(vmm.control.socket), pipe.read, request('SET_DATAFD'));
+      for (const end of [pipe.read, pipe.write]) closeSync(end);
+      assert.equal((await vmm.control.bytes(4)).readUInt32BE(0), BAD_PARAMETER);
+      assert.equal(await vmm.setDataFd(), SUCCESS);
     });
   });
 });

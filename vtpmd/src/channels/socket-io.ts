@@ -1,4 +1,4 @@
-import { koffi } from 'vtpm-common/libc';
+import { fcntl, koffi } from 'vtpm-common/libc';
 import { allocate, viewOf } from '../engine/libtpms.js';
 
 const libc = koffi.load('libc.so.6');
@@ -49,6 +49,8 @@ const SOL_SOCKET = 1;
 const SO_PEEK_OFF = 42;
 const SPLICE_F_MOVE_NONBLOCK = 1 | 2;
 const EAGAIN = 11;
+const F_SETFL = 4;
+const O_NONBLOCK = 0o4000;
 
 const offsetValue = Buffer.alloc(4);
 
@@ -77,6 +79,11 @@ export function peekOffset(fd: number): number {
 /** @returns the number of bytes written, -1 where none */
 export function writeNow(fd: number, bytes: Buffer): number {
   return Number(write(fd, bytes, bytes.length));
+}
+
+/** Of the open file, whoever else has it. */
+export function setNonBlocking(fd: number): void {
+  fcntl(fd, F_SETFL, O_NONBLOCK);
 }
 
 /** Moves what is in a pipe to a socket. @returns the number of bytes, 0 for an empty pipe, -1 where it cannot be moved now or ever */

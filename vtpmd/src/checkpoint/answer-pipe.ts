@@ -6,6 +6,7 @@ import {
   peekOffset,
   pipeHolds,
   receiveNow,
+  setNonBlocking,
   spliceNow,
   waitWritable,
   writeNow,
@@ -93,6 +94,8 @@ export class AnswerPipe {
   #send(fd: number, length = Number.POSITIVE_INFINITY): boolean {
     let left = length;
     for (let tries = 0; tries < SPLICE_TRIES; tries++) {
+      // Whoever passed this end may have it too, and splice(2) does wait for a socket that blocks.
+      setNonBlocking(fd);
       const moved = spliceNow(this.pipe.read, fd, MOST_PIPE_BYTES);
       if (moved > 0) {
         left -= moved;
