@@ -1,7 +1,8 @@
-import { chmodSync, closeSync, fstatSync, renameSync, rmSync } from 'node:fs';
+import { chmodSync, renameSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
 import { basename, dirname, join } from 'node:path';
 import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
+import { closeUnknown, isUnixStream } from 'vtpm-common/passed-descriptors';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
 import { applyAccess, type DoorAccess, directoryMode } from './door-access.js';
@@ -179,13 +180,13 @@ export class Doors {
 
   /**
    * The data channel of a VMM, which a worker was given: from now on it outlives the worker.
-   * @param fd is closed where it is not kept @returns undefined where there is one already, or it is no socket
+   * @param fd is closed where it is not kept @returns undefined where there is one already, or it is no unix stream socket
    */
   keepDataChannel(fd: number): Visit | undefined {
     const isWanted =
       this.#plan.kinds.includes('control') && !this.visits().some(({ door }) => door === 'vmm-data');
-    if (!isWanted || !fstatSync(fd).isSocket()) {
-      closeSync(fd);
+    if (!isWanted || !isUnixStream(fd)) {
+      closeUnknown(fd);
       return undefined;
     }
     const visit: Visit = { door: 'vmm-data', id: this.#nextId++, peer: undefined, socket: holdOpen(fd) };

@@ -1,5 +1,6 @@
 import { closeSync, fstatSync } from 'node:fs';
 import { peekDescriptors } from 'vtpm-common/libc';
+import { closeUnknown, isUnixStream } from 'vtpm-common/passed-descriptors';
 import type { Asker } from './control-connection.js';
 import { ControlRefusal, RESULT } from './results.js';
 
@@ -48,8 +49,8 @@ export class DataChannel {
     const descriptors = peekDescriptors(asker.fd, asker.length);
     try {
       const [fd] = descriptors;
-      if (fd === undefined || descriptors.length > 1 || !fstatSync(fd).isSocket()) {
-        throw new ControlRefusal(RESULT.BadParameter, 'SET_DATAFD came without one socket');
+      if (fd === undefined || descriptors.length > 1 || !isUnixStream(fd)) {
+        throw new ControlRefusal(RESULT.BadParameter, 'SET_DATAFD came without one unix stream socket');
       }
       if (this.#connection) {
         if (fstatSync(this.#connection.fd).ino === fstatSync(fd).ino) return;
@@ -62,7 +63,10 @@ export class DataChannel {
       if (!(await answered))
         throw new ControlRefusal(RESULT.IoError, 'the supervisor does not keep the data channel');
     } finally {
-      for (const fd of descriptors) closeSync(fd);
+      for (const fd of descriptors) {
+        if (isUnixStream(fd)) closeSync(fd);
+        else closeUnknown(fd);
+      }
     }
   }
 

@@ -1,5 +1,6 @@
-import { close, fstatSync } from 'node:fs';
-import { fcntl, koffi } from 'vtpm-common/libc';
+import { fstatSync } from 'node:fs';
+import { fcntl } from 'vtpm-common/libc';
+import { closeUnknown, isUnixStream } from 'vtpm-common/passed-descriptors';
 import { MOST_PAGES, PAGE_BYTES } from './page.js';
 import { MOST_MESSAGE_BYTES, type PassedMessage } from './passed-message.js';
 
@@ -106,39 +107,9 @@ function sizeOfPages(fd: number): number {
   return size;
 }
 
-const libc = koffi.load('libc.so.6');
-const getsockopt = libc.func(
-  'int getsockopt(int fd, int level, int name, _Out_ int32_t *value, _Inout_ uint32_t *length)',
-);
-const SOL_SOCKET = 1;
-const SO_TYPE = 3;
-const SO_ACCEPTCONN = 30;
-const SO_DOMAIN = 39;
-const AF_UNIX = 1;
-const SOCK_STREAM = 1;
-
 /** @throws RingRefusal */
 function checkEvent(fd: number): void {
-  const option = (name: number): number | undefined => {
-    const value = [0];
-    return Number(getsockopt(fd, SOL_SOCKET, name, value, [4])) === 0 ? value[0] : undefined;
-  };
-  if (option(SO_DOMAIN) !== AF_UNIX || option(SO_TYPE) !== SOCK_STREAM || option(SO_ACCEPTCONN) !== 0) {
+  if (!isUnixStream(fd)) {
     throw new RingRefusal('the event channel is not one end of a pair of unix stream sockets');
   }
-}
-
-let closing = 0;
-
-/** Not in this thread: closing a file of another program's file system takes as long as that program likes. */
-function closeUnknown(fd: number): void {
-  closing++;
-  close(fd, () => {
-    closing--;
-  });
-}
-
-/** Descriptors of a ring that was refused are being closed: no more are taken meanwhile. */
-export function isClosing(): boolean {
-  return closing > 0;
 }

@@ -1,6 +1,7 @@
-import { closeSync, fstatSync, writeSync } from 'node:fs';
+import { closeSync, writeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { duplicate, type Logger, type Paths, receiveDescriptor, socketFd } from 'vtpm-common';
+import { closeUnknown, isSocket } from 'vtpm-common/passed-descriptors';
 import { ToolstackError } from '../../error.js';
 import { type DoorName, LineReader } from '../control-protocol.js';
 import { ShapeError } from '../handover/shape.js';
@@ -222,8 +223,8 @@ export class DropinSession implements Attendant {
   #takeDescriptor(): number {
     const fd = this.#descriptors && receiveDescriptor(this.#descriptors);
     if (fd === undefined) throw new ToolstackError('bad-request', 'no descriptor came with the connection');
-    if (fstatSync(fd).isSocket()) return fd;
-    closeSync(fd);
+    if (isSocket(fd)) return fd;
+    closeUnknown(fd);
     throw new ToolstackError('bad-request', 'what was passed as a connection is no socket');
   }
 
