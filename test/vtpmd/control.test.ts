@@ -8,7 +8,11 @@ import { TpmClient } from '../support/tpm-client.js';
 import {
   createPrimaryRsa,
   getRandom,
+  lockoutCounter,
+  lockoutCounterOf,
   nvDefineCounter,
+  nvDefineSecret,
+  nvReadSecret,
   pcrExtend,
   pcrRead,
   readClock,
@@ -26,6 +30,7 @@ const BAD_ORDINAL = 0x0a;
 const IO_ERROR = 0x1f;
 const BAD_LOCALITY = 0x3d;
 const F_SETFL = 4;
+const INDEX = 0x01500001;
 const ZERO = '00'.repeat(32);
 const ONES = 'ff'.repeat(32);
 
@@ -391,6 +396,32 @@ describe('control.sock: a VMM powers its TPM', () => {
       assert.equal((await worker.goOn(run)).type, 'serving');
       assert.equal((await status(() => true)).power, 'off');
       vmm = new Vmm(worker.connectKept(run, 'control').client);
+    });
+
+    it('cutting the power makes no free guesses: a wrong authorisation is counted with the next power-on', async () => {
+      vmm.close();
+      await worker.kill();
+      await begin({ startup: 'clear', outage: { holdMs: { tpm: 20, 'vmm-data': 20 } } });
+      assert.equal(await vmm.powerOn(), SUCCESS);
+      const data = vmm.data!;
+      assert.equal(code(await data.transmit(nvDefineSecret(INDEX, 'right'))), SUCCESS);
+      // The first use of such an authorisation after Startup is noted in the TPM before it is checked.
+      for (let use = 0; use < 2; use++) await data.transmit(nvReadSecret(INDEX, 'right'));
+      const before = lockoutCounterOf(await data.transmit(lockoutCounter()));
+      await away();
+      data.send(nvReadSecret(INDEX, 'wrong'));
+      const other = worker.connectKept(run, 'tpm').client;
+      assert.equal(code(await other.transmit(getRandom())), SUCCESS);
+      assert.equal(lockoutCounterOf(await other.transmit(lockoutCounter())), before, 'the count is undone');
+      assert.equal(data.received.length, 0);
+      other.close();
+      assert.equal(await vmm.result('STOP'), SUCCESS);
+      assert.equal((await data.response()).toString('hex'), FAILURE);
+      const up = worker.next('link-up');
+      worker.relink();
+      await up;
+      assert.equal(await vmm.result('INIT', u32(0)), SUCCESS);
+      assert.equal(lockoutCounterOf(await data.transmit(lockoutCounter())), before + 1);
     });
 
     /** Behind what was asked before: the worker has read it. */

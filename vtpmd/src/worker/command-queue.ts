@@ -75,6 +75,8 @@ export class CommandQueue {
   readonly #options: CommandQueueOptions;
   readonly #waiting: CommandSource[] = [];
   readonly #holds = new Set<string>();
+  /** Wrong authorisations that were undone and are to be counted. They wait, too. */
+  readonly #guesses = new Set<CommandSource>();
   readonly #idleWaiters: (() => void)[] = [];
   readonly #trials: Trials;
   /** When the commands that wait may be tried; only in an outage. */
@@ -180,8 +182,26 @@ export class CommandQueue {
     this.release(OUTAGE);
   }
 
+  /**
+   * Before the power is cut: wrong authorisations that were undone are counted, because nothing that waits will run. Nobody
+   * gets these answers, so nothing of a generator that was not stirred is given out. Only while nothing runs.
+   * @returns whether there were any: what the TPM stored is to be saved
+   */
+  countGuesses(): boolean {
+    const { engine, observe } = this.#options;
+    for (const source of this.#guesses) {
+      const { response, stored } = engine.process(source.command, source.locality);
+      observe?.(source, source.command, response, stored);
+      stored?.fill(0);
+    }
+    const counted = this.#guesses.size > 0;
+    this.#guesses.clear();
+    return counted;
+  }
+
   /** The TPM is off now: nothing that waits will run. Only while nothing runs. */
   powerOff(): void {
+    this.#guesses.clear();
     const waiting = this.#waiting.splice(0);
     for (const source of waiting) {
       this.#due?.delete(source);
@@ -225,6 +245,7 @@ export class CommandQueue {
 
   #run(source: CommandSource): void {
     this.#current = source;
+    this.#guesses.delete(source);
     try {
       barrier('before-process');
       this.#process(source, (processed, wasAsync) => this.#processed(source, processed, wasAsync));
@@ -322,6 +343,7 @@ export class CommandQueue {
 
   #try(source: CommandSource): void {
     this.#current = source;
+    this.#guesses.delete(source);
     this.#guard(() => {
       barrier('before-process');
       const trial = this.#trials.begin();
@@ -338,14 +360,15 @@ export class CommandQueue {
       this.#processed(source, { response: processed.response, stored }, wasAsync);
       return;
     }
-    const mustWait = this.#options.policy?.undone(processed.response) || source.kind === undefined;
+    const isGuess = this.#options.policy?.undone(processed.response) === true;
     stored.fill(0);
     trial.undo();
     this.#current = undefined;
-    if (mustWait) {
+    if (isGuess || source.kind === undefined) {
       // It runs when the manager is back, whether somebody still waits for its answer or not.
       const kept = stayingSource(source);
       this.#waiting.unshift(kept);
+      if (isGuess) this.#guesses.add(kept);
       this.#due.set(kept, Number.POSITIVE_INFINITY);
     } else {
       source.answer(errorResponse(TPM_RC_RETRY));

@@ -147,6 +147,7 @@ export class PowerSwitch {
   async turnOff(): Promise<undefined> {
     const { engine, queue, state, owners, blobs, keeper } = this.#parts;
     if (state.isOff) return;
+    if (!blobs.isFrozen && queue.countGuesses()) this.#isUnsaved = true;
     // Where a reference to it is out, that is to the TPM as it is.
     if (!state.isOrderly && !blobs.isFrozen) await this.#shutDown();
     this.#permanent = engine.powerOff();
