@@ -234,8 +234,23 @@ describe('the mssim door', () => {
       const [program = '', ...args] = [...prefix, process.execPath, '-e', ask];
       return (await run(program, args)).stdout.split('\n')[0];
     };
+    const asOther = ['setpriv', '--reuid', '54321', '--clear-groups'];
     assert.equal(await asUser(), '000000010000000d00000000');
-    assert.equal(await asUser('setpriv', '--reuid', '54321', '--clear-groups'), 'closed');
+    assert.equal(await asUser(...asOther), 'closed');
+    // Who is gone when the supervisor looks is nobody.
+    const powerOff = `const s = require('node:net').connect(${port + 1}, '127.0.0.1');
+      s.end(Buffer.from('00000002', 'hex'), () => process.exit());`;
+    installation.supervisor?.kill('SIGSTOP');
+    try {
+      const [program = '', ...args] = [...asOther, process.execPath, '-e', powerOff];
+      assert.equal((await run(program, args)).code, 0);
+    } finally {
+      installation.supervisor?.kill('SIGCONT');
+    }
+    const later = await MssimClient.connect(port);
+    assert.equal(await later.signal(CANCEL_OFF), 0);
+    assert.equal(responseCode(await later.transmit(getRandom())), 0, 'the TPM is on');
+    later.close();
   });
 
   it('is not there for a vTPM without it', async () => {

@@ -22,11 +22,12 @@ const REQUEST_BYTES = 56;
 const SOCKID = HEADER_BYTES + 8;
 /** Of the uid in struct inet_diag_msg: four bytes, the sockid, expires, rqueue, wqueue. */
 const UID = HEADER_BYTES + 4 + 48 + 12;
+const INODE = UID + 4;
 
 /**
  * Of which user the other end of a connection over the loopback interface is. Unix sockets have permission bits for that,
  * ports do not. One lookup in the kernel's table, however many sockets there are (sock_diag(7)).
- * @returns undefined where the kernel does not know it
+ * @returns undefined where the kernel does not know it, or it is closed already
  */
 export function peerUid({
   localPort,
@@ -55,8 +56,9 @@ export function peerUid({
     if (Number(send(fd, request, request.length, 0)) !== request.length) return undefined;
     // The kernel has answered before send returns.
     const length = Number(recv(fd, answer, answer.length, MSG_DONTWAIT));
-    const isFound = length >= UID + 4 && answer.readUInt16LE(4) === SOCK_DIAG_BY_FAMILY;
-    return isFound ? answer.readUInt32LE(UID) : undefined;
+    if (length < INODE + 4 || answer.readUInt16LE(4) !== SOCK_DIAG_BY_FAMILY) return undefined;
+    // What its process has closed has no inode any more, and older kernels say then that it is root's.
+    return answer.readUInt32LE(INODE) === 0 ? undefined : answer.readUInt32LE(UID);
   } finally {
     closeSync(fd);
   }
