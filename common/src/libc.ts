@@ -146,22 +146,21 @@ export function sendDescriptor(fd: number, passed: number, payload: Uint8Array =
 
 const ONE_BYTE = Buffer.from([0x66]);
 
-/** Receives what `sendDescriptor` sent. @returns undefined where nothing is waiting */
+/** Receives what `sendDescriptor` sent, and of several descriptors in one message the first. @returns undefined where nothing is waiting */
 export function receiveDescriptor(fd: number): number | undefined {
   const message = messageHeader();
   message.control.fill(0);
   const received = Number(recvmsg(fd, message.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC));
-  if (received !== 1) {
-    if (received === -1 && koffi.errno() === EAGAIN) return undefined;
-    if (received === 0) return undefined;
-    fail('recvmsg(SCM_RIGHTS)');
-  }
+  if (received === -1 && koffi.errno() !== EAGAIN) fail('recvmsg(SCM_RIGHTS)');
   const isRights =
     message.control.readUInt32LE(0) === 20 &&
     message.control.readInt32LE(8) === SOL_SOCKET &&
     message.control.readInt32LE(12) === SCM_RIGHTS;
   if (!isRights) return undefined;
-  return message.control.readInt32LE(16);
+  const passed = message.control.readInt32LE(16);
+  if (received === 1) return passed;
+  closeSync(passed);
+  return undefined;
 }
 
 /**
@@ -264,7 +263,8 @@ function messageHeader(
   header.writeBigUInt64LE(koffi.address(iov), 16);
   header.writeBigUInt64LE(1n, 24);
   header.writeBigUInt64LE(koffi.address(control), 32);
-  header.writeBigUInt64LE(BigInt(control.length), 40);
+  // To the byte, as CMSG_LEN has it: in the padding behind the last one the kernel would put another.
+  header.writeBigUInt64LE(BigInt(16 + 4 * descriptors), 40);
   // The addresses above are raw: what they point at must outlive the call.
   keepAlive.set(header, [payload, iov, control]);
   return { header, control };

@@ -5,6 +5,7 @@ import {
   fstatSync,
   mkdtempSync,
   openSync,
+  readdirSync,
   readFileSync,
   rmSync,
   statSync,
@@ -22,6 +23,7 @@ import {
   socketPair,
   writeFileDurably,
 } from 'vtpm-common';
+import { sendWithDescriptors } from 'vtpm-frontend-driver/system-calls';
 
 describe('system calls', () => {
   let directory: string;
@@ -44,6 +46,21 @@ describe('system calls', () => {
     }
     assert.equal(receiveDescriptor(b), undefined);
     for (const fd of [a, b, ...files]) closeSync(fd);
+  });
+
+  it('take one of several descriptors that came in one message, and keep none of the others open', () => {
+    const [a, b] = socketPair();
+    const open = () => readdirSync('/proc/self/fd').length;
+    for (const count of [2, 3, 8]) {
+      sendWithDescriptors(a, Buffer.of(1), Array(count).fill(a));
+      const before = open();
+      const received = receiveDescriptor(b)!;
+      assert.equal(fstatSync(received).ino, fstatSync(a).ino);
+      closeSync(received);
+      assert.equal(open(), before, `${count} descriptors`);
+      assert.equal(receiveDescriptor(b), undefined);
+    }
+    for (const fd of [a, b]) closeSync(fd);
   });
 
   it('tell who is at the other end of a socket', async () => {
