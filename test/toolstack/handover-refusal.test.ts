@@ -129,6 +129,12 @@ describe('a running vtpm-supervisord whose program is another one now', function
     }
   });
 
+  it('is refused where a user of the drop-in is none of this host any more', async () => {
+    const settings = supervisor.paths.config;
+    writeFileSync(settings, JSON.stringify({ 'dropin-users': 'nobody-of-this-name' }));
+    await isRefused(/dropin-users names "nobody-of-this-name"/);
+  });
+
   it('is refused where the kernel does not execute it, at the last moment', async () => {
     writeFileSync(
       program,

@@ -98,11 +98,11 @@ async function run(flags: Flags): Promise<void> {
   const log = createLogger('vtpm-supervisord', settings);
   const service = new ServiceNotifier();
   const manifest = flags.workerManifest ?? defaultManifest();
+  const uids = dropinUids(settings['dropin-users']);
   if (flags.checkHandover !== undefined)
     return checkInheritance(flags.checkHandover, { paths, settings, manifest });
   const before = flags.handover === undefined ? undefined : takeInheritance(flags.handover);
   const supervisor = await openSupervisor({ paths, settings, manifest, log, ...(before && { before }) });
-  const uids = dropinUids(settings['dropin-users']);
   const dropin = await DropinServer.open({ supervisor, paths, log, uids }, before !== undefined);
   const api = await serveApi(supervisor, dropin, paths.supervisor.socket, log, before);
   before?.descriptors.closeRest();
