@@ -1,4 +1,15 @@
-import { closeSync, fsyncSync, mkdirSync, openSync, renameSync, rmSync, statSync, writeSync } from 'node:fs';
+import {
+  closeSync,
+  fchownSync,
+  fsyncSync,
+  linkSync,
+  mkdirSync,
+  openSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeSync,
+} from 'node:fs';
 import { dirname } from 'node:path';
 import { barrier } from './barrier.js';
 
@@ -46,26 +57,59 @@ function makeDirectory(path: string, isDurable: boolean): void {
   if (isDurable) syncDirectory(parent);
 }
 
+export interface FileOwner {
+  readonly uid: number;
+  readonly gid: number;
+}
+
 /**
  * Replaces a file so that after a crash or power loss either the old or the new content is there, never a part.
  * The directory is synced after the rename: before it the old content could come back.
+ * @param owner who gets the file. It is given away before it has its name: whoever may write to the directory could put a link
+ * to another file there afterwards
  */
-export function writeFileDurably(path: string, content: Uint8Array | string, mode = 0o600): void {
+export function writeFileDurably(
+  path: string,
+  content: Uint8Array | string,
+  mode = 0o600,
+  owner?: FileOwner,
+): void {
   const temporary = `${path}.new`;
   rmSync(temporary, { force: true });
-  const fd = openSync(temporary, 'wx', mode);
+  writeNew(temporary, content, mode, owner);
+  renameSync(temporary, path);
+  barrier('file.renamed');
+  syncDirectory(dirname(path));
+}
+
+/**
+ * As `writeFileDurably`, for a file that is not there yet.
+ * @param suffix of the temporary file, another one for each who may write that file
+ * @throws Error `EEXIST` where it is there
+ */
+export function createFileDurably(path: string, content: Uint8Array | string, suffix: string): void {
+  const temporary = `${path}.${suffix}`;
+  writeNew(temporary, content, 0o600);
+  try {
+    linkSync(temporary, path);
+  } finally {
+    rmSync(temporary, { force: true });
+  }
+  syncDirectory(dirname(path));
+}
+
+function writeNew(path: string, content: Uint8Array | string, mode: number, owner?: FileOwner): void {
+  const fd = openSync(path, 'wx', mode);
   try {
     const bytes = typeof content === 'string' ? Buffer.from(content) : content;
     for (let offset = 0; offset < bytes.length; ) offset += writeSync(fd, bytes, offset);
     barrier('file.written');
+    if (owner) fchownSync(fd, owner.uid, owner.gid);
     fsyncSync(fd);
   } finally {
     closeSync(fd);
   }
   barrier('file.synced');
-  renameSync(temporary, path);
-  barrier('file.renamed');
-  syncDirectory(dirname(path));
 }
 
 /** Makes creations, renames and removals in a directory durable. */

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { DropinRefusal } from './refusal.js';
 import type { ResolvedPlace } from './state-place.js';
 import type { SupervisorLink } from './supervisor-link.js';
-import { digestOf, newSecret, removeToken, type Token, writeToken } from './token.js';
+import { createToken, digestOf, newSecret, removeToken, type Token } from './token.js';
 
 /** For whom a vTPM is made. */
 export interface NewVm {
@@ -21,8 +21,9 @@ export async function createVtpm(link: SupervisorLink, place: ResolvedPlace, vm:
   const id = randomUUID();
   const token = { id, vmUuid: vm.uuid ?? randomUUID(), secret: newSecret() };
   try {
-    writeToken(place, token);
+    createToken(place, token);
   } catch (error) {
+    if (error instanceof DropinRefusal) throw error;
     const { code, message } = error as NodeJS.ErrnoException;
     throw new DropinRefusal(`the vTPM's token ${place.token} cannot be written (${code ?? message})`);
   }
@@ -37,7 +38,7 @@ export async function createVtpm(link: SupervisorLink, place: ResolvedPlace, vm:
     });
     return token;
   } catch (error) {
-    removeToken(place);
+    removeToken(place, token);
     throw error;
   }
 }

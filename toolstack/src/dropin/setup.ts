@@ -108,18 +108,18 @@ class Setup {
         await this.#allocate(tpm);
       });
     } catch (error) {
-      await this.#discard();
+      await this.#discard(token);
       throw error;
     }
     report.note(`made vTPM ${token.id} of VM ${token.vmUuid}, token in ${place.token}`);
   }
 
   /** One that was not finished is of no use, and would be in the way of the next try. */
-  async #discard(): Promise<void> {
+  async #discard(token: Token): Promise<void> {
     const { place, link, report } = this.#parts;
     try {
       await link.request({ type: 'discard' });
-      removeToken(place);
+      removeToken(place, token);
     } catch (error) {
       report.note(`a vTPM that is not finished stays: ${(error as Error).message}`);
     }

@@ -1,8 +1,21 @@
 import { createHash, randomBytes } from 'node:crypto';
-import { chmodSync, closeSync, fstatSync, fsyncSync, openSync, readSync, rmSync, writeSync } from 'node:fs';
-import { writeFileDurably } from 'vtpm-common/files';
+import {
+  closeSync,
+  constants,
+  fchmodSync,
+  fchownSync,
+  fstatSync,
+  fsyncSync,
+  openSync,
+  readSync,
+  rmSync,
+  writeSync,
+} from 'node:fs';
+import { createFileDurably, type FileOwner, writeFileDurably } from 'vtpm-common/files';
 import { DropinRefusal } from './refusal.js';
 import type { ResolvedPlace } from './state-place.js';
+
+const { O_NOFOLLOW, O_RDWR } = constants;
 
 /** Newer ones are refused by name. */
 const TOKEN_FORMAT = 1;
@@ -80,32 +93,49 @@ function isText(value: unknown): value is string {
   return typeof value === 'string' && value.length <= 64;
 }
 
-/** Durable when it returns. @throws Error where it cannot be written */
-export function writeToken({ token: path, isFile }: ResolvedPlace, token: Token): void {
-  const text = `${JSON.stringify({ format: TOKEN_FORMAT, ...token })}\n`;
-  if (!isFile) {
-    writeFileDurably(path, text, 0o600);
-    return;
-  }
-  const fd = openSync(path, 'r+');
-  try {
-    if (fstatSync(fd).isFile()) chmodSync(path, 0o600);
-    writeSync(fd, Buffer.from(text), 0, undefined, 0);
-    fsyncSync(fd);
-  } finally {
-    closeSync(fd);
-  }
+/**
+ * In the place of the token that may be there. Durable when it returns.
+ * @param owner who gets it. Another user's directory is not trusted: nothing is changed by its path
+ * @throws DropinRefusal where a file place is not that owner's alone, Error where it cannot be written
+ */
+export function writeToken({ token: path, isFile }: ResolvedPlace, token: Token, owner?: FileOwner): void {
+  if (isFile) writeInto(path, textOf(token), owner);
+  else writeFileDurably(path, textOf(token), 0o600, owner);
 }
 
-/** After a creation that failed. */
-export function removeToken({ token: path, isFile }: ResolvedPlace): void {
-  if (!isFile) {
-    rmSync(path, { force: true });
-    return;
-  }
-  const fd = openSync(path, 'r+');
+/** Where there is no token yet. Durable when it returns. @throws Error `EEXIST` where there is one meanwhile */
+export function createToken({ token: path, isFile }: ResolvedPlace, token: Token): void {
+  if (isFile) writeInto(path, textOf(token), undefined);
+  else createFileDurably(path, textOf(token), token.id);
+}
+
+/** After a creation that failed. What is there meanwhile of another one stays. */
+export function removeToken(place: ResolvedPlace, { id }: Token): void {
+  if (readToken(place)?.id !== id) return;
+  const { token: path, isFile } = place;
+  if (isFile) writeInto(path, Buffer.alloc(MAX_TOKEN_BYTES), undefined);
+  else rmSync(path, { force: true });
+}
+
+function textOf(token: Token): Buffer {
+  return Buffer.from(`${JSON.stringify({ format: TOKEN_FORMAT, ...token })}\n`);
+}
+
+function writeInto(path: string, content: Buffer, owner: FileOwner | undefined): void {
+  const fd = openSync(path, O_RDWR | O_NOFOLLOW);
   try {
-    writeSync(fd, Buffer.alloc(MAX_TOKEN_BYTES), 0, undefined, 0);
+    const stat = fstatSync(fd);
+    if (stat.isFile() && stat.nlink !== 1) {
+      throw new DropinRefusal(`${path} has other names (hard links); make a file of its own for the token`);
+    }
+    if (owner && stat.uid !== owner.uid) {
+      throw new DropinRefusal(
+        `${path} belongs to user ${stat.uid}, not to ${owner.uid}, for whom the token is; look that it is the right file, then run: chown ${owner.uid} ${path}`,
+      );
+    }
+    if (stat.isFile()) fchmodSync(fd, 0o600);
+    if (owner) fchownSync(fd, owner.uid, owner.gid);
+    writeSync(fd, content, 0, undefined, 0);
     fsyncSync(fd);
   } finally {
     closeSync(fd);

@@ -1,6 +1,5 @@
-import { chownSync } from 'node:fs';
 import { DropinRefusal } from '../../dropin/refusal.js';
-import { parseStateUri, type ResolvedPlace, resolvePlace } from '../../dropin/state-place.js';
+import { parseStateUri, resolvePlace } from '../../dropin/state-place.js';
 import { digestOf, newSecret, writeToken } from '../../dropin/token.js';
 import { ToolstackError } from '../../error.js';
 import { parseSocketAccess } from '../accounts.js';
@@ -31,7 +30,7 @@ export async function dropin(
   if (directory === undefined) {
     throw new ToolstackError('usage', 'name the directory that the token goes to, or --remove');
   }
-  const place = placeOf(directory);
+  const place = refusing(() => resolvePlace(parseStateUri('the directory', directory)));
   const [uid = 0, gid = 0] =
     user === undefined
       ? [process.getuid?.(), process.getgid?.()]
@@ -44,8 +43,8 @@ export async function dropin(
     startup: 'none',
     dropin: { secretSha256: digestOf(secret), uid, place: place.place },
   });
-  writeToken(place, { id: vtpm.id, vmUuid: vtpm.vmUuid, secret });
-  if (uid !== process.getuid?.()) chownSync(place.token, uid, gid);
+  const owner = uid === process.getuid?.() ? undefined : { uid, gid };
+  refusing(() => writeToken(place, { id: vtpm.id, vmUuid: vtpm.vmUuid, secret }, owner));
   output.result(
     changed,
     fields([
@@ -56,9 +55,9 @@ export async function dropin(
   );
 }
 
-function placeOf(directory: string): ResolvedPlace {
+function refusing<T>(work: () => T): T {
   try {
-    return resolvePlace(parseStateUri('the directory', directory));
+    return work();
   } catch (error) {
     if (error instanceof DropinRefusal) throw new ToolstackError('usage', error.message, { cause: error });
     throw error;
