@@ -17,6 +17,7 @@ import {
 } from 'node:fs';
 import { connect, Socket } from 'node:net';
 import { join } from 'node:path';
+import { createInterface } from 'node:readline';
 import fc from 'fast-check';
 import { sendDescriptor, socketFd, socketPair } from 'vtpm-common';
 import { createVtpm } from 'vtpm-toolstack/dropin/creation';
@@ -458,6 +459,13 @@ describe('the drop-in for swtpm', function () {
     await command.end('SIGTERM');
   });
 
+  it('I-10 who does not wait for answers is cut off', async () => {
+    const lost = { id: randomUUID(), vmUuid: randomUUID(), secret: newSecret(), place: '/nowhere' };
+    assert.deepEqual(await asked(16, { type: 'inspect', token: lost }), { answers: 16, isCutOff: false });
+    const { answers, isCutOff } = await asked(60, { type: 'inspect', token: lost });
+    assert.ok(isCutOff, `${answers} answers`);
+  });
+
   it('a connection for descriptors is lent to the session that it names, of the same user, only', async () => {
     const socket = await connectDoor(supervisor.paths.supervisor.dropinSocket);
     await once(socket, 'data');
@@ -473,6 +481,23 @@ describe('the drop-in for swtpm', function () {
     await supervisor.end('SIGTERM');
     assert.equal(await command.end(), 0);
   });
+
+  /** So many times at once, until there are as many answers or none can come. */
+  async function asked(times: number, request: object) {
+    const socket = await connectDoor(supervisor.paths.supervisor.dropinSocket);
+    socket.on('error', () => undefined);
+    const lines = createInterface(socket);
+    let answers = -1;
+    lines.on('line', () => {
+      // The greeting comes first.
+      if (++answers === times) lines.close();
+    });
+    socket.write(`${JSON.stringify(request)}\n`.repeat(times));
+    await Promise.race([once(lines, 'close'), once(socket, 'close')]);
+    const isCutOff = answers < times;
+    socket.destroy();
+    return { answers, isCutOff };
+  }
 
   function ctl(...args: string[]) {
     return run(process.execPath, [

@@ -1,3 +1,4 @@
+import { once } from 'node:events';
 import { closeSync, writeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { duplicate, type Logger, type Paths, receiveDescriptor, socketFd } from 'vtpm-common';
@@ -36,6 +37,9 @@ const OK: Extract<DropinMessage, { type: 'ok' }> = {
   connections: [],
 };
 
+/** The commands wait for each answer. */
+const MAX_WAITING = 16;
+
 /** One drop-in command that is connected: its vTPM is on while it is. */
 export class DropinSession implements Attendant {
   readonly #context: SessionContext;
@@ -48,7 +52,12 @@ export class DropinSession implements Attendant {
   #vtpm: Vtpm | undefined;
   /** Id of the vTPM that it made. */
   #made: string | undefined;
-  #last: Promise<void> = Promise.resolve();
+  /** Requests that came before the one under way was answered. */
+  readonly #waiting: DropinRequest[] = [];
+  #isWorking = false;
+  #isHeld = false;
+  /** The request under way. */
+  #current: Promise<void> = Promise.resolve();
 
   constructor(socket: Socket, uid: number, key: string, context: SessionContext) {
     this.#socket = socket;
@@ -61,14 +70,16 @@ export class DropinSession implements Attendant {
     socket.resume();
   }
 
-  /** Takes no more requests. Resolves when the one under way is answered. */
+  /** Begins no more requests. Resolves when the one under way is done. */
   async hold(): Promise<void> {
+    this.#isHeld = true;
     this.#socket.pause();
-    await this.#last;
+    await this.#current;
   }
 
   release(): void {
-    this.#socket.resume();
+    this.#isHeld = false;
+    void this.#work();
   }
 
   /** This connection becomes the one for descriptors of that session, and nothing else reads it any more. */
@@ -101,9 +112,10 @@ export class DropinSession implements Attendant {
   #take(chunk: Buffer): void {
     try {
       for (const line of this.#reader.push(chunk)) {
-        const request = parseRequest(line);
-        this.#last = this.#last.then(() => this.#answer(request));
+        this.#waiting.push(parseRequest(line));
+        if (this.#waiting.length > MAX_WAITING) throw new ShapeError('requests without waiting for answers');
       }
+      void this.#work();
     } catch (error) {
       const reason = error instanceof ShapeError ? error.message : 'a line that is too long';
       this.#context.log.warn(
@@ -112,6 +124,24 @@ export class DropinSession implements Attendant {
       );
       this.#socket.destroy();
     }
+  }
+
+  /** One request after the other. Nothing more is read before they are done and their answers are taken. */
+  async #work(): Promise<void> {
+    if (this.#isWorking) return;
+    this.#isWorking = true;
+    this.#socket.pause();
+    for (let request = this.#next(); request; request = this.#next()) {
+      this.#current = this.#answer(request);
+      await this.#current;
+      if (this.#socket.writableNeedDrain) await drained(this.#socket);
+    }
+    this.#isWorking = false;
+    if (!this.#isHeld) this.#socket.resume();
+  }
+
+  #next(): DropinRequest | undefined {
+    return this.#isHeld || this.#socket.destroyed ? undefined : this.#waiting.shift();
   }
 
   async #answer(request: DropinRequest): Promise<void> {
@@ -251,6 +281,16 @@ export class DropinSession implements Attendant {
       this.#context.log.error({ vtpm: vtpm.entry.name, reason: error.message }, 'not stopped in order');
     });
   }
+}
+
+/** Or closed. */
+async function drained(socket: Socket): Promise<void> {
+  const over = new AbortController();
+  const { signal } = over;
+  await Promise.race([once(socket, 'drain', { signal }), once(socket, 'close', { signal })]).catch(
+    () => undefined,
+  );
+  over.abort();
 }
 
 function lineOf(message: DropinMessage): string {
