@@ -10,6 +10,7 @@ import {
   mkdirSync,
   mkdtempSync,
   openSync,
+  readdirSync,
   readFileSync,
   rmSync,
   statSync,
@@ -20,6 +21,7 @@ import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import fc from 'fast-check';
 import { sendDescriptor, socketFd, socketPair } from 'vtpm-common';
+import { koffi } from 'vtpm-common/libc';
 import { createVtpm } from 'vtpm-toolstack/dropin/creation';
 import { resolvePlace } from 'vtpm-toolstack/dropin/state-place';
 import { type LinkEvents, SupervisorLink } from 'vtpm-toolstack/dropin/supervisor-link';
@@ -43,6 +45,14 @@ const NOBODY_LISTENS: LinkEvents = {
   ended: () => undefined,
   lost: () => undefined,
 };
+const makeSocket = koffi.load('libc.so.6').func('int socket(int domain, int type, int protocol)');
+/** Domain and type: AF_UNIX, AF_INET and AF_NETLINK; SOCK_DGRAM, SOCK_SEQPACKET and SOCK_RAW. */
+const NO_STREAMS = [
+  [1, 2],
+  [1, 5],
+  [2, 2],
+  [16, 3],
+] as const;
 const STRANGER = 54321;
 const isRoot = process.getuid?.() === 0;
 
@@ -452,6 +462,16 @@ describe('the drop-in for swtpm', function () {
     const file = openSync(tokenPath(), 'r');
     await assert.rejects(link.pass('control', file), /is no socket/);
     closeSync(file);
+    // Sockets that are no connections.
+    const open = () => readdirSync(`/proc/${supervisor.pid}/fd`).length;
+    const before = open();
+    for (const [domain, type] of NO_STREAMS) {
+      const odd = Number(makeSocket(domain, type, 0));
+      for (let times = 0; times < 16; times++)
+        await assert.rejects(link.pass('control', odd), /no stream socket/);
+      closeSync(odd);
+    }
+    assert.ok(open() < before + 16, 'none stays open');
     await assert.rejects(link.request({ type: 'connection', door: 'tpm' }), /no descriptor came/);
     await assert.rejects(link.start({ ...other, secret }), /has a vTPM already/);
     link.close();

@@ -160,10 +160,17 @@ export class Doors {
   /**
    * A connection that somebody else accepted.
    * @param fd its descriptor, which is closed with it, also where this throws
-   * @returns its id @throws ToolstackError `busy` where there are too many
+   * @returns its id @throws ToolstackError `busy` where there are too many, `bad-request` for no stream socket
    */
   admit(door: DoorName, fd: number): number {
-    const id = this.#bringIn(door, holdOpen(fd));
+    let socket: Socket;
+    try {
+      socket = holdOpen(fd);
+    } catch (error) {
+      const message = 'what was passed as a connection is no stream socket';
+      throw new ToolstackError('bad-request', message, { cause: error });
+    }
+    const id = this.#bringIn(door, socket);
     if (id === undefined)
       throw new ToolstackError('busy', `there are ${MAX_CONNECTIONS} connections at the door "${door}"`);
     return id;
@@ -298,9 +305,14 @@ export class Doors {
   }
 }
 
-/** A connection that is never read from here. */
+/** A connection that is never read from here. @param fd is closed with it, also where this throws @throws Error for no stream socket */
 function holdOpen(fd: number): Socket {
-  return new Socket({ fd, readable: false, writable: true, allowHalfOpen: true });
+  try {
+    return new Socket({ fd, readable: false, writable: true, allowHalfOpen: true });
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
 }
 
 /** Not longer than the path itself, which may be as long as a socket's can be. */
