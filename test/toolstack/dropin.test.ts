@@ -413,8 +413,13 @@ describe('the drop-in for swtpm', function () {
     const { status, body } = await supervisor.call('POST', `/vtpms/${name}/start`);
     assert.equal(status, 400);
     assert.match(body.error.message, /is started by swtpm with the token in/);
+    const refused = await ctl('set', name, '--doors', 'tpm');
+    assert.equal(refused.code, 1);
+    assert.match(refused.stderr, new RegExp(`vtpmctl dropin ${name} --remove first`));
+    assert.equal((await ctl('set', name, '--doors', 'tpm,control')).code, 0);
     const removed = await ctl('dropin', name, '--remove');
     assert.equal(removed.code, 0, removed.stderr);
+    assert.equal((await ctl('set', name, '--doors', 'tpm')).code, 0);
     assert.equal((await supervisor.call('POST', `/vtpms/${name}/start`)).status, 200);
     await refusedAt(state, /is not started by swtpm; vtpmctl dropin/);
   });

@@ -1,7 +1,7 @@
 import { closeSync } from 'node:fs';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
-import { checkDoors } from './door-kinds.js';
+import { checkDoors, type DoorKind } from './door-kinds.js';
 import type { Entry, EntryChange } from './entry.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
@@ -140,9 +140,19 @@ export class Vtpm {
   change(change: EntryChange): Promise<void> {
     return this.#operations.exclusively('changed', async () => {
       this.#expectStopped();
-      if (change.doors) checkDoors(change.doors, this.entry.isolation);
+      if (change.doors) this.#checkChangedDoors(change.doors);
       this.#status.update(change);
     });
+  }
+
+  #checkChangedDoors(doors: readonly DoorKind[]): void {
+    const { name, isolation, dropin } = this.entry;
+    checkDoors(doors, isolation);
+    if (!dropin || doors.includes('control')) return;
+    throw new ToolstackError(
+      'bad-request',
+      `vTPM ${name} is started by swtpm, which needs the door "control"; vtpmctl dropin ${name} --remove first`,
+    );
   }
 
   /** Runs `forget` while nothing else can happen to the vTPM. @throws ToolstackError `not-stopped` | `busy` */
