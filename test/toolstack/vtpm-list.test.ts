@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
-import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readdirSync, readFileSync, rmdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import type { ToolstackError } from 'vtpm-toolstack/error';
@@ -132,6 +132,19 @@ describe('the list of vTPMs', () => {
       }),
       { numRuns: 60 },
     );
+  });
+
+  it('leaves no journal of a list that could not be written', () => {
+    const [first] = fc.sample(entries, 20).find((some) => some.length > 0)!;
+    write([first!]).close();
+    const list = VtpmList.open(path)!;
+    // In the place of the new list, which cannot be made then.
+    mkdirSync(`${path}.new`);
+    for (let tries = 0; tries < 3; tries++) assert.throws(() => list.update(first!.id, { epoch: 5 }));
+    assert.deepEqual(readdirSync(directory).sort(), ['vtpms.json', 'vtpms.json.new']);
+    rmdirSync(`${path}.new`);
+    list.update(first!.id, { epoch: 6 });
+    assert.equal(VtpmList.open(path)?.get(first!.id)?.epoch, 6);
   });
 
   it('is written whole by the first change of a process, and leaves one journal', () => {

@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto';
-import { readFileSync } from 'node:fs';
+import { readFileSync, rmSync } from 'node:fs';
 import { writeFileDurably } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import { ENTRY_FORMAT, type Entry, parseEntry } from './entry.js';
@@ -111,9 +111,10 @@ export class VtpmList {
     try {
       writeFileDurably(this.#path, `${JSON.stringify({ ...content, sha256 }, null, 2)}\n`);
     } catch (error) {
-      // Which of the two lists is there is not known, so the journals of both stay.
+      // Which of the two lists a power loss leaves is not known once the new one is there: then the journals of both stay.
       this.#useJournal(undefined);
       journal?.close();
+      if (journal && !names(this.#path, journal)) rmSync(journal.path, { force: true });
       throw error;
     }
     this.#useJournal(journal);
@@ -129,6 +130,15 @@ export class VtpmList {
 /** A flipped bit inside a name or a signature leaves valid JSON, so the content carries its digest. */
 function digestOf(content: unknown): string {
   return createHash('sha256').update(JSON.stringify(content)).digest('hex');
+}
+
+/** Where that cannot be said, it may. */
+function names(path: string, journal: ListJournal): boolean {
+  try {
+    return readList(path)?.includes(journal.name) ?? false;
+  } catch {
+    return true;
+  }
 }
 
 function readList(path: string): string | undefined {
