@@ -491,6 +491,68 @@ describe('the drop-in for swtpm', function () {
     assert.ok(isCutOff, `${answers} answers`);
   });
 
+  it('of two creations for one place at once one is refused', async () => {
+    const links = await Promise.all([0, 1].map(() => open()));
+    const made = await Promise.allSettled(links.map((link) => link.request(creation(copy))));
+    const refused = made.filter(({ status }) => status === 'rejected');
+    assert.equal(refused.length, 1);
+    assert.match(String((refused[0] as PromiseRejectedResult).reason), /is being made for .*copy already/);
+    for (const link of links) link.close();
+  });
+
+  it("a place that another user names is in nobody's way, and names are told to no other user", async function () {
+    if (!isRoot) this.skip();
+    const stranger = await as(STRANGER, open);
+    const secret = newSecret();
+    await stranger.request(creation(copy));
+    const link = await open();
+    const own = creation(copy, secret);
+    const { name } = await link.request(own);
+    await assert.rejects(link.request(creation(copy)), new RegExp(`place of vTPM ${name} `));
+    const { id, vmUuid, place } = own;
+    const start = stranger.start({ id, vmUuid, place, secret: newSecret() });
+    await assert.rejects(
+      start,
+      (error: Error) => error.message.includes(id) && !error.message.includes(`${name}`),
+    );
+    for (const each of [stranger, link]) each.close();
+  });
+
+  it('who is refused does not keep the connection', async function () {
+    if (!isRoot) this.skip();
+    const path = supervisor.paths.supervisor.dropinSocket;
+    const socket = await as(54399, async () => {
+      const connected = connect({ path, allowHalfOpen: true });
+      await once(connected, 'connect');
+      return connected;
+    });
+    let isOver = false;
+    socket.on('error', () => {
+      isOver = true;
+    });
+    socket.resume();
+    await once(socket, 'end');
+    await until(() => {
+      if (!isOver) socket.write('x');
+      return isOver;
+    });
+  });
+
+  it('an upgrade waits for the request under way, not for those behind it', async () => {
+    const socket = await connectDoor(supervisor.paths.supervisor.dropinSocket);
+    socket.on('error', () => undefined);
+    await once(socket, 'data');
+    const requests = Array.from({ length: 12 }, (_, n) =>
+      creation(join(copy, `${n}`), newSecret(), `queued-${n}`),
+    );
+    socket.write(requests.map((request) => `${JSON.stringify(request)}\n`).join(''));
+    const { status, body } = await supervisor.call('POST', '/upgrade');
+    assert.equal(status, 200, JSON.stringify(body));
+    const { body: last } = await supervisor.call('GET', '/vtpms/queued-11');
+    assert.equal(last.error?.code, 'unknown-vtpm');
+    socket.destroy();
+  });
+
   it('a connection for descriptors is lent to the session that it names, of the same user, only', async () => {
     const socket = await connectDoor(supervisor.paths.supervisor.dropinSocket);
     await once(socket, 'data');
@@ -501,11 +563,22 @@ describe('the drop-in for swtpm', function () {
     socket.destroy();
   });
 
-  it('ends when its supervisor does: the last of these tests', async () => {
+  it('ends when its supervisor does, which waits for nobody: the last of these tests', async () => {
     const { command } = await served();
+    const path = supervisor.paths.supervisor.dropinSocket;
+    const idle = connect({ path, allowHalfOpen: true });
+    await once(idle, 'data');
     await supervisor.end('SIGTERM');
     assert.equal(await command.end(), 0);
+    idle.destroy();
   });
+
+  const open = () => SupervisorLink.open(supervisor.paths.supervisor.dropinSocket, NOBODY_LISTENS);
+
+  function creation(place: string, secret = newSecret(), name = 'made') {
+    const ids = { id: randomUUID(), vmUuid: randomUUID() };
+    return { type: 'create' as const, ...ids, place, name, secretSha256: digestOf(secret) };
+  }
 
   /** So many times at once, until there are as many answers or none can come. */
   async function asked(times: number, request: object) {

@@ -3,13 +3,21 @@ import { ToolstackError } from '../../error.js';
 import type { Entry } from '../entry.js';
 import type { PlacedToken } from './protocol.js';
 
+/** Root and the supervisor's own user. */
+export function isTrusted(uid: number): boolean {
+  return uid === 0 || uid === process.getuid?.();
+}
+
 /**
  * Whether who shows this token may start the vTPM of that entry: the token is the newest one, in the place that it was made for,
  * and the caller is who it was made for, or root.
  * @throws ToolstackError `token-refused` | `not-permitted`
  */
 export function checkToken(entry: Entry, { secret, vmUuid, place }: PlacedToken, uid: number): void {
-  const { name, dropin } = entry;
+  const { dropin } = entry;
+  const isPermitted = uid === dropin?.uid || isTrusted(uid);
+  // Names are told to those only whose vTPM it is.
+  const name = isPermitted ? entry.name : entry.id;
   const again = `vtpmctl dropin ${name} ${place} makes a new token there`;
   if (!dropin) {
     throw new ToolstackError('token-refused', `vTPM ${name} is not started by swtpm; ${again}`);
@@ -18,7 +26,7 @@ export function checkToken(entry: Entry, { secret, vmUuid, place }: PlacedToken,
   if (!timingSafeEqual(digest, Buffer.from(dropin.secretSha256, 'hex'))) {
     throw new ToolstackError('token-refused', `the token in ${place} is not that of vTPM ${name}; ${again}`);
   }
-  if (uid !== dropin.uid && uid !== 0 && uid !== process.getuid?.()) {
+  if (!isPermitted) {
     throw new ToolstackError(
       'not-permitted',
       `the token of vTPM ${name} is for user ${dropin.uid}, not for user ${uid}; ${again}`,

@@ -3,9 +3,12 @@ import { chmodSync, rmSync } from 'node:fs';
 import { createServer, type Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { checkSocketPath, type Logger, type Paths, peerCredentials, socketFd } from 'vtpm-common';
+import { ToolstackError, type ToolstackErrorCode } from '../../error.js';
 import type { Supervisor } from '../supervisor.js';
 import type { Vtpm } from '../vtpm.js';
-import { DropinSession } from './session.js';
+import { isTrusted } from './access.js';
+import { Creations } from './creations.js';
+import { DropinSession, MAX_VTPMS_OF_USER } from './session.js';
 
 export interface DropinServerOptions {
   readonly supervisor: Supervisor;
@@ -17,6 +20,14 @@ export interface DropinServerOptions {
 
 /** Two for each command that runs. */
 const MAX_CONNECTIONS = 4096;
+/** Of each user but root and the supervisor's own. */
+const MAX_CONNECTIONS_OF_USER = 2 * MAX_VTPMS_OF_USER;
+/** To take the refusal. */
+const REFUSED_LIMIT_MS = 1_000;
+/** To go, when all is stopped. */
+const CLOSE_LIMIT_MS = 5_000;
+/** For the requests under way, before an upgrade. */
+const HOLD_LIMIT_MS = 10_000;
 /** That commands have to come back after the supervisor has become another program. They try all the time. */
 const RETURN_LIMIT_MS = 20_000;
 
@@ -28,6 +39,7 @@ export class DropinServer {
   readonly #options: DropinServerOptions;
   readonly #server;
   readonly #sessions = new Map<string, DropinSession>();
+  readonly #creations = new Creations();
   readonly #closing = new AbortController();
   #isHeld = false;
 
@@ -45,10 +57,22 @@ export class DropinServer {
     return server;
   }
 
-  /** From now on requests wait. Resolves when those under way are answered. */
+  /**
+   * From now on requests wait. Resolves when those under way are done.
+   * @throws ToolstackError `busy` where one of them does not come to its end
+   */
   async hold(): Promise<void> {
     this.#isHeld = true;
-    await Promise.all([...this.#sessions.values()].map((session) => session.hold()));
+    const underWay = new Set(this.#sessions.values());
+    const areDone = Promise.all(
+      [...underWay].map((session) => session.hold().then(() => underWay.delete(session))),
+    );
+    if (await isWithin(areDone, HOLD_LIMIT_MS)) return;
+    const uids = [...new Set([...underWay].map(({ uid }) => uid))].join(', ');
+    throw new ToolstackError(
+      'busy',
+      `a request of swtpm or swtpm_setup (user ${uids}) is under way and does not come to its end; try again later`,
+    );
   }
 
   release(): void {
@@ -63,6 +87,8 @@ export class DropinServer {
     rmSync(this.#options.paths.supervisor.dropinSocket, { force: true });
     await done;
     for (const session of this.#sessions.values()) session.end();
+    if (await isWithin(closed, CLOSE_LIMIT_MS)) return;
+    for (const session of this.#sessions.values()) session.cutOff();
     await closed;
   }
 
@@ -95,14 +121,19 @@ export class DropinServer {
     }
     if (!this.#options.uids.has(uid)) {
       const message = `user ${uid} may not use the drop-in commands of this host; add it to the setting dropin-users and restart vtpm-supervisord`;
-      socket.on('error', () => undefined);
-      socket.end(`${JSON.stringify({ type: 'error', code: 'not-permitted', message })}\n`);
-      socket.resume();
+      refuse(socket, 'not-permitted', message);
+      return;
+    }
+    const others = [...this.#sessions.values()].filter((session) => session.uid === uid);
+    if (others.length >= MAX_CONNECTIONS_OF_USER && !isTrusted(uid)) {
+      const message = `user ${uid} has ${others.length} connections to the supervisor, and gets no more; end the commands swtpm that are not needed`;
+      refuse(socket, 'busy', message);
       return;
     }
     const key = randomBytes(16).toString('hex');
     const session = new DropinSession(socket, uid, key, {
       ...this.#options,
+      creations: this.#creations,
       lend: (to, from) => this.#lend(to, from),
     });
     this.#sessions.set(key, session);
@@ -134,6 +165,23 @@ export class DropinServer {
   }
 }
 
+/** Whoever it is cannot keep the connection by not closing it. */
+function refuse(socket: Socket, code: ToolstackErrorCode, message: string): void {
+  const limit = setTimeout(() => socket.destroy(), REFUSED_LIMIT_MS);
+  socket.on('error', () => undefined);
+  socket.once('close', () => clearTimeout(limit));
+  socket.write(`${JSON.stringify({ type: 'error', code, message })}\n`);
+  socket.destroySoon();
+}
+
+async function isWithin(done: Promise<unknown>, limit: number): Promise<boolean> {
+  const timeout = new AbortController();
+  const isLate = delay(limit, false, { signal: timeout.signal }).catch(() => false);
+  const isDone = await Promise.race([done.then(() => true), isLate]);
+  timeout.abort();
+  return isDone;
+}
+
 function isLeft(vtpm: Vtpm): boolean {
   return (
     vtpm.entry.dropin !== null && !vtpm.isAttended && vtpm.state !== 'stopped' && vtpm.state !== 'crashed'
@@ -142,5 +190,5 @@ function isLeft(vtpm: Vtpm): boolean {
 
 /** Whether anybody but root and the supervisor's own user comes. */
 export function isShared(uids: ReadonlySet<number>): boolean {
-  return [...uids].some((uid) => uid !== 0 && uid !== process.getuid?.());
+  return [...uids].some((uid) => !isTrusted(uid));
 }

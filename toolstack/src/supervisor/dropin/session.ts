@@ -9,8 +9,9 @@ import { ShapeError } from '../handover/shape.js';
 import type { Supervisor } from '../supervisor.js';
 import type { Vtpm } from '../vtpm.js';
 import type { Attendant } from '../vtpm-status.js';
-import { checkToken } from './access.js';
+import { checkToken, isTrusted } from './access.js';
 import { createVtpm, deleteVtpm } from './creation.js';
+import type { Creations } from './creations.js';
 import {
   DROPIN_FORMAT,
   type DropinMessage,
@@ -23,6 +24,7 @@ export interface SessionContext {
   readonly supervisor: Supervisor;
   readonly paths: Paths;
   readonly log: Logger;
+  readonly creations: Creations;
   /** Makes `socket` the connection for descriptors of that session. @returns false where there is none */
   lend(session: string, from: DropinSession): boolean;
 }
@@ -39,6 +41,8 @@ const OK: Extract<DropinMessage, { type: 'ok' }> = {
 
 /** The commands wait for each answer. */
 const MAX_WAITING = 16;
+/** Of each user, but root and the supervisor's own. */
+export const MAX_VTPMS_OF_USER = 256;
 
 /** One drop-in command that is connected: its vTPM is on while it is. */
 export class DropinSession implements Attendant {
@@ -96,6 +100,10 @@ export class DropinSession implements Attendant {
     this.#socket.end();
   }
 
+  cutOff(): void {
+    this.#socket.destroy();
+  }
+
   disconnected(connection: number, door: DoorName): void {
     this.#send({ type: 'disconnected', connection, door });
   }
@@ -131,17 +139,22 @@ export class DropinSession implements Attendant {
     if (this.#isWorking) return;
     this.#isWorking = true;
     this.#socket.pause();
-    for (let request = this.#next(); request; request = this.#next()) {
-      this.#current = this.#answer(request);
+    while (this.#hasNext) {
+      const type = this.#waiting[0]?.type;
+      const done = type === 'create' || type === 'discard' ? await this.#context.creations.turn() : undefined;
+      // It may have been held, or have lost its command, until its turn came.
+      const request = this.#hasNext ? this.#waiting.shift() : undefined;
+      if (request) this.#current = this.#answer(request);
       await this.#current;
+      done?.();
       if (this.#socket.writableNeedDrain) await drained(this.#socket);
     }
     this.#isWorking = false;
     if (!this.#isHeld) this.#socket.resume();
   }
 
-  #next(): DropinRequest | undefined {
-    return this.#isHeld || this.#socket.destroyed ? undefined : this.#waiting.shift();
+  get #hasNext(): boolean {
+    return this.#waiting.length > 0 && !this.#isHeld && !this.#socket.destroyed;
   }
 
   async #answer(request: DropinRequest): Promise<void> {
@@ -179,8 +192,25 @@ export class DropinSession implements Attendant {
   }
 
   async #create(request: Extract<DropinRequest, { type: 'create' }>): Promise<Done> {
+    const { creations } = this.#context;
+    const free = creations.reserve(this.uid, request.place);
+    try {
+      return await this.#createReserved(request);
+    } finally {
+      free();
+    }
+  }
+
+  async #createReserved(request: Extract<DropinRequest, { type: 'create' }>): Promise<Done> {
     const { supervisor, paths, log } = this.#context;
     const { id, vmUuid, place, secretSha256 } = request;
+    const own = supervisor.all().filter(({ entry }) => entry.dropin?.uid === this.uid);
+    if (own.length >= MAX_VTPMS_OF_USER && !isTrusted(this.uid)) {
+      throw new ToolstackError(
+        'not-permitted',
+        `user ${this.uid} has ${own.length} vTPMs, and no more are made by swtpm; delete those that are not needed: vtpmctl list, vtpmctl delete`,
+      );
+    }
     const there = this.#at(place);
     if (there) {
       const { name } = there.entry;
@@ -205,8 +235,10 @@ export class DropinSession implements Attendant {
     return {};
   }
 
+  /** One that another user says to have there is in nobody's way: no place is looked at. */
   #at(place: string): Vtpm | undefined {
-    return this.#context.supervisor.all().find(({ entry }) => entry.dropin?.place === place);
+    const isThere = ({ entry }: Vtpm) => entry.dropin?.place === place && entry.dropin.uid === this.uid;
+    return this.#context.supervisor.all().find(isThere);
   }
 
   #permitted(token: PlacedToken): Vtpm {

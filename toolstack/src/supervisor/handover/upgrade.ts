@@ -28,9 +28,10 @@ export async function upgrade({ supervisor, server, dropin, log }: Upgraded, cal
   if (isUnderWay) throw new ToolstackError('busy', 'the supervisor is being upgraded already; wait for that');
   isUnderWay = true;
   try {
+    // First of all: what is under way there goes through the API and the supervisor.
+    await dropin.hold();
     await supervisor.hold();
     await server.hold(caller);
-    await dropin.hold();
     await withMemory(describe(), (memory) => checkSuccessor(memory));
     await supervisor.rest();
     log.info(
