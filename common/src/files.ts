@@ -101,10 +101,10 @@ export function createFileDurably(path: string, content: Uint8Array | string, su
 function writeNew(path: string, content: Uint8Array | string, mode: number, owner?: FileOwner): void {
   const fd = openSync(path, 'wx', mode);
   try {
+    if (owner) fchownSync(fd, owner.uid, owner.gid);
     const bytes = typeof content === 'string' ? Buffer.from(content) : content;
     for (let offset = 0; offset < bytes.length; ) offset += writeSync(fd, bytes, offset);
     barrier('file.written');
-    if (owner) fchownSync(fd, owner.uid, owner.gid);
     fsyncSync(fd);
   } finally {
     closeSync(fd);
