@@ -38,8 +38,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-4 a file is synced before it takes the place of the old one',
     file: 'common/src/files.ts',
-    guard: 'fchownSync(fd, owner.uid, owner.gid);\n    fsyncSync(fd);',
-    without: 'fchownSync(fd, owner.uid, owner.gid);',
+    guard: "barrier('file.written');\n    fsyncSync(fd);",
+    without: "barrier('file.written');",
     test: { file: 'fault/sync-order', name: 'is on the disk before it does' },
   },
   {
