@@ -253,6 +253,38 @@ describe('the mssim door', () => {
     later.close();
   });
 
+  it('lets no other user in who has gone before anybody looks', async function () {
+    if (process.getuid?.() !== 0) this.skip();
+    const supervisor = installation.supervisor?.pid ?? 0;
+    const extended = await pcr();
+    // Connected by the kernel, left behind with what is to be done, and closed.
+    const ask = `const request = Buffer.from('0000000${POWER_OFF}', 'hex');
+      for (let left = 16; left > 0; left--) {
+        const socket = require('node:net').connect(${port + 1}, '127.0.0.1', () => {
+          socket.write(request);
+          socket.destroy();
+        });
+      }`;
+    process.kill(supervisor, 'SIGSTOP');
+    try {
+      const args = ['--reuid', '54321', '--clear-groups', process.execPath, '-e', ask];
+      assert.equal((await run('setpriv', args)).code, 0);
+      // Until their end is acknowledged they are their user's still.
+      const FIN_WAIT2 = '05';
+      await until(
+        'all are closed',
+        () => statesTowards(port + 1).filter((state) => state === FIN_WAIT2).length >= 16,
+      );
+    } finally {
+      process.kill(supervisor, 'SIGCONT');
+    }
+    // Whoever comes later is let in later.
+    const late = await MssimClient.connect(port);
+    assert.equal(await late.signal(PRESENCE_OFF), 0);
+    assert.equal(await pcr(late), extended);
+    late.close();
+  });
+
   it('is not there for a vTPM without it', async () => {
     await installation.vtpm('web2');
     const { body } = await installation.supervisord('GET', '/vtpms/web2');
@@ -267,6 +299,14 @@ describe('the mssim door', () => {
     await assert.rejects(MssimClient.connect(port), { code: 'ECONNREFUSED' });
   });
 });
+
+/** Of the clients' ends. */
+function statesTowards(port: number): string[] {
+  return readFileSync('/proc/net/tcp', 'utf8')
+    .split('\n')
+    .map((line) => line.trim().split(/\s+/))
+    .flatMap(([, , remote, state]) => (remote === `0100007F:${hexPort(port)}` && state ? [state] : []));
+}
 
 function hexPort(port: number): string {
   return port.toString(16).toUpperCase().padStart(4, '0');

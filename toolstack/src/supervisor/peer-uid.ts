@@ -23,11 +23,14 @@ const SOCKID = HEADER_BYTES + 8;
 /** Of the uid in struct inet_diag_msg: four bytes, the sockid, expires, rqueue, wqueue. */
 const UID = HEADER_BYTES + 4 + 48 + 12;
 const INODE = UID + 4;
+const STATE = HEADER_BYTES + 1;
+const TCP_ESTABLISHED = 1;
+const TCP_CLOSE_WAIT = 8;
 
 /**
  * Of which user the other end of a connection over the loopback interface is. Unix sockets have permission bits for that,
  * ports do not. One lookup in the kernel's table, however many sockets there are (sock_diag(7)).
- * @returns undefined where the kernel does not know it, or it is closed already
+ * @returns undefined where the kernel does not know it, or that end is closed: it belongs to nobody then and is shown as root's
  */
 export function peerUid({
   localPort,
@@ -57,8 +60,9 @@ export function peerUid({
     // The kernel has answered before send returns.
     const length = Number(recv(fd, answer, answer.length, MSG_DONTWAIT));
     if (length < INODE + 4 || answer.readUInt16LE(4) !== SOCK_DIAG_BY_FAMILY) return undefined;
-    // What its process has closed has no inode any more, and older kernels say then that it is root's.
-    return answer.readUInt32LE(INODE) === 0 ? undefined : answer.readUInt32LE(UID);
+    const state = answer.readUInt8(STATE);
+    const isOpen = state === TCP_ESTABLISHED || state === TCP_CLOSE_WAIT;
+    return isOpen && answer.readUInt32LE(INODE) !== 0 ? answer.readUInt32LE(UID) : undefined;
   } finally {
     closeSync(fd);
   }
