@@ -1,4 +1,4 @@
-import { chmodSync, renameSync, rmSync } from 'node:fs';
+import { chmodSync, closeSync, renameSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
 import { basename, dirname, join } from 'node:path';
 import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
