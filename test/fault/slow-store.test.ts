@@ -15,7 +15,7 @@ import { type TestSession, TestToolstack, testVtpm, WorkerClient } from '../supp
 
 const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
 /** As many of the largest Saves as do not fit into what is worked on at once. */
-const WORKERS = 176;
+const WORKERS = 208;
 const MAX_WORK_BYTES = 64 * 1024 * 1024;
 
 describe('I-8 a store that does not answer', () => {
