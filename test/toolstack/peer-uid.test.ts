@@ -42,12 +42,4 @@ describe('whose a connection over the loopback interface is', () => {
       here.destroy();
     }
   });
-
-  it('is nobody where it will send nothing more: it may be closed at any time', async () => {
-    const { here, there } = await accepted();
-    await new Promise<void>((resolve) => there.end('x', resolve));
-    assert.equal(peerUid(here), undefined);
-    there.destroy();
-    here.destroy();
-  });
 });

@@ -4,8 +4,9 @@ import { randomBytes } from 'node:crypto';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
-import { VtpmdError, type VtpmdErrorCode } from 'vtpmd/error';
+import type { VtpmdErrorCode } from 'vtpmd/error';
 import { decodeBlob, encodeBlob, MAX_BLOB_BYTES } from 'vtpmd/state-blob/swtpm-format';
+import { refused } from '../support/refused.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { removeDirectory, temporaryDirectory } from '../toolstack/supervisor-fixture.js';
 
@@ -23,14 +24,6 @@ function stateOf(type: Type, content: Uint8Array): Buffer {
 
 const type = fc.constantFrom<Type>('permanent', 'volatile');
 const content = fc.uint8Array({ maxLength: 3000 });
-
-const refused =
-  (...codes: VtpmdErrorCode[]) =>
-  (error: unknown): boolean => {
-    assert.ok(error instanceof VtpmdError, String(error));
-    assert.ok(codes.includes(error.code), `${error.code}: ${error.message}`);
-    return true;
-  };
 
 /** Header and items, as the tests below spoil them. */
 function blob(

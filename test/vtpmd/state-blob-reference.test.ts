@@ -2,25 +2,18 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
 import { startEngine, startupClear } from 'vtpmd';
-import { VtpmdError, type VtpmdErrorCode } from 'vtpmd/error';
+import type { VtpmdErrorCode } from 'vtpmd/error';
 import { BroughtIn } from 'vtpmd/state-blob/brought-in';
 import { checkReference, encodeReference, isReference } from 'vtpmd/state-blob/reference';
 import type { StateBlobType } from 'vtpmd/state-blob/state-blobs';
 import { encodeBlob } from 'vtpmd/state-blob/swtpm-format';
+import { refused } from '../support/refused.js';
 
 const key = randomBytes(32);
 const names = { managerKey: randomBytes(32), vtpmUuid: randomBytes(16) };
 const suspended = { generation: 7n, reference: randomBytes(32) };
 const permanent = encodeReference(key, names, 'permanent', suspended);
 const volatile = encodeReference(key, names, 'volatile', suspended);
-
-const refused =
-  (...codes: VtpmdErrorCode[]) =>
-  (error: unknown): boolean => {
-    assert.ok(error instanceof VtpmdError, String(error));
-    assert.ok(codes.includes(error.code), `${error.code}: ${error.message}`);
-    return true;
-  };
 
 describe('references to a suspended state', () => {
   it('are taken where they are whole and the newest, of this manager and vTPM', () => {

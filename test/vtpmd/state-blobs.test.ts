@@ -2,8 +2,8 @@ import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
 import { setImmediate as turn } from 'node:timers/promises';
 import type { StateAction, Verb } from 'vtpm-proto';
-import { VtpmdError, type VtpmdErrorCode } from 'vtpmd/error';
 import { MiniManager } from '../support/mini-manager.js';
+import { refused } from '../support/refused.js';
 import { BlobWorker, type Halves, type StartOptions } from '../support/state-blob-rig.js';
 import {
   counterOf,
@@ -22,14 +22,6 @@ const INDEX = 0x01500001;
 const PCR = 16;
 const PLAIN: Verb[] = ['IMPORT', 'EXPORT'];
 const digest = createHash('sha256').update('measured').digest();
-
-const refused =
-  (code: VtpmdErrorCode) =>
-  (error: unknown): boolean => {
-    assert.ok(error instanceof VtpmdError, String(error));
-    assert.equal(error.code, code, error.message);
-    return true;
-  };
 
 describe('state blobs', () => {
   let manager: MiniManager;

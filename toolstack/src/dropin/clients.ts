@@ -47,8 +47,12 @@ export class Clients {
     this.#link = undefined;
   }
 
-  /** How many are connected through that door. */
+  /** How many came through that door and have not gone: also one whose way was not heard to be confirmed yet. */
   count(door: VmmDoor): number {
+    return this.#countPassed(door) + this.#waiting.filter((client) => client.door === door).length;
+  }
+
+  #countPassed(door: VmmDoor): number {
     return [...this.#passed.values()].filter((other) => other === door).length;
   }
 
@@ -67,7 +71,7 @@ export class Clients {
     if (this.#isPassing) return;
     this.#isPassing = true;
     for (let link = this.#link; link; link = this.#link) {
-      const isControlFree = this.count('control') === 0;
+      const isControlFree = this.#countPassed('control') === 0;
       const next = this.#waiting.find(({ door }) => door !== 'control' || isControlFree);
       if (!next) break;
       try {

@@ -23,9 +23,6 @@ const SOCKID = HEADER_BYTES + 8;
 /** Of the uid in struct inet_diag_msg: four bytes, the sockid, expires, rqueue, wqueue. */
 const UID = HEADER_BYTES + 4 + 48 + 12;
 const INODE = UID + 4;
-const STATE = HEADER_BYTES + 1;
-const TCP_ESTABLISHED = 1;
-const TCP_CLOSE_WAIT = 8;
 
 /**
  * Of which user the other end of a connection over the loopback interface is. Unix sockets have permission bits for that,
@@ -60,9 +57,8 @@ export function peerUid({
     // The kernel has answered before send returns.
     const length = Number(recv(fd, answer, answer.length, MSG_DONTWAIT));
     if (length < INODE + 4 || answer.readUInt16LE(4) !== SOCK_DIAG_BY_FAMILY) return undefined;
-    const state = answer.readUInt8(STATE);
-    const isOpen = state === TCP_ESTABLISHED || state === TCP_CLOSE_WAIT;
-    return isOpen && answer.readUInt32LE(INODE) !== 0 ? answer.readUInt32LE(UID) : undefined;
+    // One that its process still holds has an inode, also where it has ended its half.
+    return answer.readUInt32LE(INODE) === 0 ? undefined : answer.readUInt32LE(UID);
   } finally {
     closeSync(fd);
   }
