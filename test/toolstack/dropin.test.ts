@@ -1,5 +1,4 @@
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import {
@@ -12,6 +11,7 @@ import {
   openSync,
   readdirSync,
   readFileSync,
+  readlinkSync,
   rmSync,
   statSync,
   writeFileSync,
@@ -621,7 +621,14 @@ async function as<T>(uid: number, work: () => Promise<T>): Promise<T> {
 
 /** The TCP port that a process listens at. */
 function portOf(pid: number): number | undefined {
-  const inodes = execFileSync('ls', ['-l', `/proc/${pid}/fd`], { encoding: 'utf8' });
+  const inodes = readdirSync(`/proc/${pid}/fd`).map((fd) => {
+    try {
+      return readlinkSync(`/proc/${pid}/fd/${fd}`);
+    } catch {
+      // It was closed meanwhile.
+      return '';
+    }
+  });
   // proc(5), /proc/net/tcp: number, local address and port in hex, …, state (0A: listening) …, inode.
   for (const line of readFileSync(`/proc/${pid}/net/tcp`, 'utf8').split('\n')) {
     const [, local, , kind, , , , , , inode] = line.trim().split(/\s+/);
