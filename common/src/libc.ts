@@ -11,8 +11,9 @@ const libc = koffi.load('libc.so.6');
 const getsockopt = libc.func(
   'int getsockopt(int fd, int level, int name, void *value, _Inout_ uint32_t *length)',
 );
-const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *value, uint32_t length)');
-const peekOffsetValue = Buffer.alloc(4);
+const getOption = libc.func(
+  'int getsockopt(int fd, int level, int name, _Out_ int32_t *value, _Inout_ uint32_t *length)',
+);
 const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int32_t *pair)');
 const sendmsg = libc.func('long sendmsg(int fd, void *header, int flags)');
 const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
@@ -36,10 +37,8 @@ const SOCK_STREAM = 1;
 /** The same bit as O_CLOEXEC. */
 const SOCK_CLOEXEC = 0o2000000;
 const SCM_RIGHTS = 1;
-/** The most that one message carries (SCM_MAX_FD). */
-const MOST_DESCRIPTORS = 253;
-const SO_PEEK_OFF = 42;
-const MSG_PEEK = 2;
+/** Of one descriptor. */
+const CMSG_LEN = 20n;
 const MSG_NOSIGNAL = 0x4000;
 const MSG_DONTWAIT = 0x40;
 const MSG_CMSG_CLOEXEC = 0x40000000;
@@ -85,6 +84,12 @@ export function peerCredentials(fd: number): PeerCredentials {
   const length = [12];
   if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, value, length) !== 0) fail('getsockopt(SO_PEERCRED)');
   return { pid: value.readInt32LE(0), uid: value.readUInt32LE(4), gid: value.readUInt32LE(8) };
+}
+
+/** An int of the level SOL_SOCKET (socket(7)). @returns undefined where there is none, as of what is no socket */
+export function socketOption(fd: number, name: number): number | undefined {
+  const value = [0];
+  return Number(getOption(fd, SOL_SOCKET, name, value, [4])) === 0 ? value[0] : undefined;
 }
 
 /** The descriptor under a net.Socket or net.Server. Node has no public way to it. */
@@ -153,7 +158,7 @@ export function receiveDescriptor(fd: number): number | undefined {
   const received = Number(recvmsg(fd, message.header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC));
   if (received === -1 && koffi.errno() !== EAGAIN) fail('recvmsg(SCM_RIGHTS)');
   const isRights =
-    message.control.readUInt32LE(0) === 20 &&
+    message.control.readBigUInt64LE(0) === CMSG_LEN &&
     message.control.readInt32LE(8) === SOL_SOCKET &&
     message.control.readInt32LE(12) === SCM_RIGHTS;
   if (!isRights) return undefined;
@@ -161,31 +166,6 @@ export function receiveDescriptor(fd: number): number | undefined {
   if (received === 1) return passed;
   closeSync(passed);
   return undefined;
-}
-
-/**
- * Copies of the descriptors that came along with the first `length` bytes in a unix stream socket; bytes and descriptors stay
- * there (recvmsg(2), MSG_PEEK). The socket's peek offset is behind these bytes then.
- */
-export function peekDescriptors(fd: number, length: number): number[] {
-  const found: number[] = [];
-  peekOffsetValue.writeInt32LE(0, 0);
-  if (setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, peekOffsetValue, 4) !== 0) fail('setsockopt(SO_PEEK_OFF)');
-  const payload = Buffer.alloc(Math.max(1, length));
-  // A receive ends where descriptors came along.
-  for (let there = 0; there < length; ) {
-    const message = messageHeader(payload.subarray(there), MOST_DESCRIPTORS);
-    message.control.fill(0);
-    const received = Number(recvmsg(fd, message.header, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC));
-    if (received <= 0) break;
-    there += received;
-    const bytes = Number(message.control.readBigUInt64LE(0));
-    const isRights =
-      message.control.readInt32LE(8) === SOL_SOCKET && message.control.readInt32LE(12) === SCM_RIGHTS;
-    if (!isRights) continue;
-    for (let at = 16; at < bytes; at += 4) found.push(message.control.readInt32LE(at));
-  }
-  return found;
 }
 
 /** A file in memory that nobody can change any more (memfd_create(2), sealed), close-on-exec. The caller closes it. */
@@ -247,24 +227,21 @@ export function forbidCoreDumps(): void {
   if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) !== 0) fail('prctl(PR_SET_DUMPABLE)');
 }
 
-/** struct msghdr of 56 bytes with one iovec and room for descriptors (64-bit Linux). */
-function messageHeader(
-  payload: Uint8Array = Buffer.alloc(1),
-  descriptors = 1,
-): { header: Buffer; control: Buffer } {
+/** struct msghdr of 56 bytes with one iovec and room for one descriptor (64-bit Linux). */
+function messageHeader(payload: Uint8Array = Buffer.alloc(1)): { header: Buffer; control: Buffer } {
   const iov = Buffer.alloc(16);
   iov.writeBigUInt64LE(koffi.address(payload), 0);
   iov.writeBigUInt64LE(BigInt(payload.length), 8);
-  const control = Buffer.alloc(Math.ceil((16 + 4 * descriptors) / 8) * 8);
-  control.writeBigUInt64LE(20n, 0);
+  const control = Buffer.alloc(24);
+  control.writeBigUInt64LE(CMSG_LEN, 0);
   control.writeInt32LE(SOL_SOCKET, 8);
   control.writeInt32LE(SCM_RIGHTS, 12);
   const header = Buffer.alloc(56);
   header.writeBigUInt64LE(koffi.address(iov), 16);
   header.writeBigUInt64LE(1n, 24);
   header.writeBigUInt64LE(koffi.address(control), 32);
-  // To the byte, as CMSG_LEN has it: in the padding behind the last one the kernel would put another.
-  header.writeBigUInt64LE(BigInt(16 + 4 * descriptors), 40);
+  // To the byte: in the padding behind the descriptor the kernel would put another.
+  header.writeBigUInt64LE(CMSG_LEN, 40);
   // The addresses above are raw: what they point at must outlive the call.
   keepAlive.set(header, [payload, iov, control]);
   return { header, control };

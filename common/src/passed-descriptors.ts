@@ -1,10 +1,6 @@
 import { close } from 'node:fs';
-import { koffi } from './libc.js';
+import { socketOption } from './libc.js';
 
-const getsockopt = koffi
-  .load('libc.so.6')
-  .func('int getsockopt(int fd, int level, int name, _Out_ int32_t *value, _Inout_ uint32_t *length)');
-const SOL_SOCKET = 1;
 const SO_TYPE = 3;
 const SO_ACCEPTCONN = 30;
 const SO_DOMAIN = 39;
@@ -16,21 +12,16 @@ const SOCK_STREAM = 1;
  * system takes as long as that program likes.
  */
 export function isSocket(fd: number): boolean {
-  return option(fd, SO_TYPE) !== undefined;
+  return socketOption(fd, SO_TYPE) !== undefined;
 }
 
 /** As `isSocket`: a unix stream socket that is not listening. */
 export function isUnixStream(fd: number): boolean {
   return (
-    option(fd, SO_DOMAIN) === AF_UNIX &&
-    option(fd, SO_TYPE) === SOCK_STREAM &&
-    option(fd, SO_ACCEPTCONN) === 0
+    socketOption(fd, SO_DOMAIN) === AF_UNIX &&
+    socketOption(fd, SO_TYPE) === SOCK_STREAM &&
+    socketOption(fd, SO_ACCEPTCONN) === 0
   );
-}
-
-function option(fd: number, name: number): number | undefined {
-  const value = [0];
-  return Number(getsockopt(fd, SOL_SOCKET, name, value, [4])) === 0 ? value[0] : undefined;
 }
 
 const closing: number[] = [];

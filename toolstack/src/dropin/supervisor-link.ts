@@ -6,6 +6,7 @@ import {
   DROPIN_FORMAT,
   type DropinMessage,
   type DropinRequest,
+  lineOf,
   type PlacedToken,
   parseMessage,
 } from '../supervisor/dropin/protocol.js';
@@ -88,7 +89,7 @@ export class SupervisorLink {
     return new Promise((resolve, reject) => {
       if (this.#isOver) return reject(new SupervisorLost());
       this.#waiters.push({ resolve, reject });
-      this.#lines.write(`${JSON.stringify(request)}\n`);
+      this.#lines.write(lineOf(request));
     });
   }
 

@@ -6,6 +6,7 @@ import { checkSocketPath, type Logger, peerCredentials, socketFd } from 'vtpm-co
 import { ToolstackError } from '../error.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { ApiHandOver } from './handover/state.js';
+import { isWithin } from './is-within.js';
 
 export interface ApiServerOptions {
   readonly path: string;
@@ -82,10 +83,7 @@ export class ApiServer {
     this.#http.closeIdleConnections();
     for (const socket of this.#waiting) socket.destroy();
     await done;
-    const timeout = new AbortController();
-    const isLate = delay(CALL_LIMIT_MS, undefined, { signal: timeout.signal }).catch(() => undefined);
-    await Promise.race([closed, isLate]);
-    timeout.abort();
+    await isWithin(closed, CALL_LIMIT_MS);
     for (const socket of this.#read.keys()) socket.destroy();
     await closed;
   }

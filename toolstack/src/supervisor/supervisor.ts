@@ -1,4 +1,3 @@
-import { setTimeout as delay } from 'node:timers/promises';
 import type { SigningKey } from 'vtpm-proto';
 import { ToolstackError } from '../error.js';
 import type { AdminClient } from './admin-client.js';
@@ -8,6 +7,7 @@ import type { KeptDescriptors } from './handover/descriptors.js';
 import type { HandOverState } from './handover/state.js';
 import type { WorkerImage } from './image.js';
 import { inParallel } from './in-parallel.js';
+import { isWithin } from './is-within.js';
 import type { ManagerEvents } from './manager-events.js';
 import { checkedNewEntry } from './new-vtpm.js';
 import { Vtpm } from './vtpm.js';
@@ -65,12 +65,8 @@ export class Supervisor {
     this.#checkOpen();
     this.#isHeld = true;
     this.#autostart.hold();
-    const isQuiet = Promise.all(this.all().map((vtpm) => vtpm.hold())).then(() => true);
-    const timeout = new AbortController();
-    const isLate = delay(HOLD_LIMIT_MS, false, { signal: timeout.signal }).catch(() => false);
-    const isHeld = await Promise.race([isQuiet, isLate]);
-    timeout.abort();
-    if (isHeld) return;
+    const areQuiet = Promise.all(this.all().map((vtpm) => vtpm.hold()));
+    if (await isWithin(areQuiet, HOLD_LIMIT_MS)) return;
     const busy = this.all().filter(({ operation }) => operation !== undefined);
     throw new ToolstackError(
       'busy',

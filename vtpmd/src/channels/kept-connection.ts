@@ -14,11 +14,11 @@ import {
 } from './framing.js';
 import type { HandleOwner } from './handle-owners.js';
 import {
+  discardLeft,
   hasEnded,
   hasHungUp,
   isWritable,
   peekNow,
-  receiveNow,
   setPeekOffset,
   waitReadable,
 } from './socket-io.js';
@@ -30,8 +30,6 @@ const ANSWERS_PER_CHECK = 16;
 /** When a part of a command, or a client that does not read, is looked at again. */
 const FIRST_RETRY_MS = 1;
 const LONGEST_RETRY_MS = 100;
-/** What a client sent behind its last command is thrown away, so that it gets its answer and not ECONNRESET. */
-const MAX_LEFT_BYTES = 1024 * 1024;
 
 // Every connection looks at its command in the same memory: it is run or copied before the next look.
 const lookBuffer = Buffer.alloc(MAX_FRAMED_BYTES);
@@ -134,11 +132,7 @@ export class KeptConnection implements CommandSource {
     if (this.#isClosed) return;
     this.#isClosed = true;
     clearTimeout(this.#timer);
-    for (let left = 0; left < MAX_LEFT_BYTES; ) {
-      const length = receiveNow(this.fd, lookBuffer);
-      if (length <= 0) break;
-      left += length;
-    }
+    discardLeft(this.fd, lookBuffer);
     this.#socket.destroy();
     if (!this.#isWaiting) this.#options.onClosed(this);
   }

@@ -1,4 +1,4 @@
-import { fcntl, koffi } from 'vtpm-common/libc';
+import { fcntl, koffi, socketOption } from 'vtpm-common/libc';
 import { allocate, viewOf } from '../engine/libtpms.js';
 
 const libc = koffi.load('libc.so.6');
@@ -19,6 +19,21 @@ export function receiveNow(fd: number, buffer: Buffer): number {
   return Number(recv(fd, buffer, buffer.length, MSG_DONTWAIT));
 }
 
+/** What is thrown away at most. */
+const MOST_LEFT_BYTES = 1024 * 1024;
+
+/**
+ * Throws away what a client sent behind its last request, so that it gets its answer and not ECONNRESET.
+ * @param scratch is written to
+ */
+export function discardLeft(fd: number, scratch: Buffer): void {
+  for (let left = 0; left < MOST_LEFT_BYTES; ) {
+    const length = receiveNow(fd, scratch);
+    if (length <= 0) break;
+    left += length;
+  }
+}
+
 /** Writes what fits. @returns the number of bytes, 0 where none fits or the write failed */
 export function sendNow(fd: number, bytes: Buffer): number {
   const sent = Number(send(fd, bytes, bytes.length, MSG_DONTWAIT | MSG_NOSIGNAL));
@@ -34,9 +49,6 @@ const write = libc.func('long write(int fd, void *buffer, size_t length)');
 const read = libc.func('long read(int fd, void *buffer, size_t length)');
 const splice = libc.func(
   'long splice(int from, void *fromOffset, int to, void *toOffset, size_t length, uint32_t flags)',
-);
-const getsockopt = libc.func(
-  'int getsockopt(int fd, int level, int name, _Out_ int32_t *value, _Inout_ uint32_t *length)',
 );
 const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *value, uint32_t length)');
 
@@ -72,8 +84,7 @@ export function setPeekOffset(fd: number, offset: number): void {
 
 /** -1 where none was ever set. */
 export function peekOffset(fd: number): number {
-  const value = [0];
-  return Number(getsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, value, [4])) === 0 ? (value[0] ?? -1) : -1;
+  return socketOption(fd, SO_PEEK_OFF) ?? -1;
 }
 
 /** @returns the number of bytes written, -1 where none */

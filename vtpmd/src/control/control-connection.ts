@@ -1,7 +1,7 @@
 import { hash } from 'node:crypto';
-import { type ConnectOpts, Socket, type SocketConstructorOpts } from 'node:net';
 import { barrier } from 'vtpm-common/barrier';
-import { hasEnded, peekNow, receiveNow, setPeekOffset } from '../channels/socket-io.js';
+import { discardLeft, hasEnded, peekNow, receiveNow, setPeekOffset } from '../channels/socket-io.js';
+import { WatchedSocket } from '../channels/watched-socket.js';
 import type { AnswerNumbers, AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { Answered } from '../checkpoint/unit.js';
 import { shapeOf } from './commands.js';
@@ -16,8 +16,6 @@ const LONGEST_RETRY_MS = 50;
 const MOST_LEFT_BYTES = 160 * 1024;
 /** More than any body, and more than any client pads. */
 const LOOK_BYTES = 4096;
-/** What a client sent behind its last request is thrown away, so that it gets its answer and not ECONNRESET. */
-const MAX_LEFT_BYTES = 1024 * 1024;
 
 /** Who waits for an answer. */
 export interface Asker {
@@ -51,8 +49,7 @@ export class ControlConnection {
   readonly id: number;
   readonly fd: number;
   readonly #options: ControlConnectionOptions;
-  readonly #socket: Socket;
-  readonly #handle: ReadHandle;
+  readonly #socket: WatchedSocket;
   #buffer = Buffer.alloc(LOOK_BYTES);
   /** Bytes of the request so far, and how many of them are not in the socket any more. */
   #there = 0;
@@ -61,7 +58,6 @@ export class ControlConnection {
   #retryMs = FIRST_RETRY_MS;
   #timer: NodeJS.Timeout | undefined;
   #isBusy = false;
-  #isReading = false;
   #isClosed = false;
 
   /** @param fd owned by the connection from now on */
@@ -69,16 +65,7 @@ export class ControlConnection {
     this.id = options.id;
     this.fd = fd;
     this.#options = options;
-    const socketOptions: SocketConstructorOpts & ConnectOpts & { manualStart: boolean } = {
-      fd,
-      allowHalfOpen: true,
-      manualStart: true,
-      onread: { buffer: new Uint8Array(0), callback: () => false },
-    };
-    this.#socket = new Socket(socketOptions);
-    this.#socket.on('error', () => {});
-    this.#handle = (this.#socket as unknown as { _handle: ReadHandle })._handle;
-    this.#handle.onread = () => this.#look();
+    this.#socket = new WatchedSocket(fd, () => this.#look());
   }
 
   /** Serves it; before that nothing is read. */
@@ -111,11 +98,7 @@ export class ControlConnection {
     if (this.#isClosed) return;
     this.#isClosed = true;
     clearTimeout(this.#timer);
-    for (let left = 0; left < MAX_LEFT_BYTES; ) {
-      const length = receiveNow(this.fd, this.#buffer);
-      if (length <= 0) break;
-      left += length;
-    }
+    discardLeft(this.fd, this.#buffer);
     this.#socket.destroy();
     this.#options.onClosed();
   }
@@ -136,10 +119,10 @@ export class ControlConnection {
       this.#retryMs = FIRST_RETRY_MS;
     }
     if (this.#there === 0) {
-      this.#watch();
+      this.#socket.watch();
       return;
     }
-    this.#unwatch();
+    this.#socket.unwatch();
     const reading = readRequest(this.#buffer.subarray(0, this.#there));
     if (reading.kind === 'partial') this.#waitFor(reading.least);
     else this.#serve(reading);
@@ -235,18 +218,6 @@ export class ControlConnection {
       return pipe.deliver(numbers, to, length, response(shapeOf(this.#buffer.readUInt32BE(0)), RESULT.Fail));
     }
   }
-
-  #watch(): void {
-    if (this.#isReading) return;
-    this.#isReading = true;
-    this.#handle.readStart();
-  }
-
-  #unwatch(): void {
-    if (!this.#isReading) return;
-    this.#isReading = false;
-    this.#handle.readStop();
-  }
 }
 
 const REFUSALS = {
@@ -262,11 +233,4 @@ function readAnyway(received: Buffer, least: number): Exclude<Reading, { kind: '
   const reading = readRequest(padded);
   if ('request' in reading) return { kind: 'malformed', shape: reading.request.shape };
   return reading.kind === 'partial' ? { kind: 'unknown' } : reading;
-}
-
-/** What Node keeps under a net.Socket. */
-interface ReadHandle {
-  onread: () => void;
-  readStart(): number;
-  readStop(): number;
 }

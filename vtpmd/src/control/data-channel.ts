@@ -1,6 +1,6 @@
 import { closeSync, fstatSync } from 'node:fs';
-import { peekDescriptors } from 'vtpm-common/libc';
 import { closeUnknown, isUnixStream } from 'vtpm-common/passed-descriptors';
+import { peekDescriptors } from '../channels/passed-message.js';
 import type { Asker } from './control-connection.js';
 import { ControlRefusal, RESULT } from './results.js';
 

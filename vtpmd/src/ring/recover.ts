@@ -1,12 +1,12 @@
 import { closeSync } from 'node:fs';
 import type { Visitor } from '../channels/doors.js';
+import { peekMessage } from '../channels/passed-message.js';
 import { sendNow } from '../channels/socket-io.js';
 import type { CheckpointMemory } from '../checkpoint/memory.js';
 import type { Unit } from '../checkpoint/unit.js';
 import { MAX_COMMAND_BYTES } from '../engine/command.js';
 import { isAfterClaim, RingPage, STATE } from './page.js';
 import { MappedPages } from './page-memory.js';
-import { peekMessage } from './passed-message.js';
 import { takeSetup } from './setup.js';
 
 const NOTE = Buffer.of(0);

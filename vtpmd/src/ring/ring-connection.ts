@@ -1,9 +1,9 @@
 import { closeSync } from 'node:fs';
 import { isClosing } from 'vtpm-common/passed-descriptors';
+import { MOST_MESSAGE_BYTES, type PassedMessage, peekMessage } from '../channels/passed-message.js';
 import { receiveNow, sendNow } from '../channels/socket-io.js';
 import { WatchedSocket } from '../channels/watched-socket.js';
 import { OpenRing, type RingParts } from './open-ring.js';
-import { MOST_MESSAGE_BYTES, type PassedMessage, peekMessage } from './passed-message.js';
 import { encodeNodes, invitation, RingRefusal, takeSetup, XENBUS } from './setup.js';
 
 const CLOSING_RETRY_MS = 10;

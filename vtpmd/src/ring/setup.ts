@@ -1,8 +1,8 @@
 import { fstatSync } from 'node:fs';
 import { fcntl } from 'vtpm-common/libc';
 import { closeUnknown, isUnixStream } from 'vtpm-common/passed-descriptors';
+import { MOST_MESSAGE_BYTES, type PassedMessage } from '../channels/passed-message.js';
 import { MOST_PAGES, PAGE_BYTES } from './page.js';
-import { MOST_MESSAGE_BYTES, type PassedMessage } from './passed-message.js';
 
 /** The states of a device's two ends (xen/include/public/io/xenbus.h). */
 export const XENBUS = { InitWait: 2, Initialised: 3, Connected: 4, Closed: 6 } as const;

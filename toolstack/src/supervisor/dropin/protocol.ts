@@ -92,6 +92,11 @@ export function parseMessage(line: string): DropinMessage {
   return parse<DropinMessage>(line, { ...ANSWERS, ...EVENTS });
 }
 
+/** As it is sent. */
+export function lineOf(message: DropinRequest | DropinMessage): string {
+  return `${JSON.stringify(message)}\n`;
+}
+
 function parse<T>(line: string, shapes: Readonly<Record<string, Shape<T>>>): T {
   let value: unknown;
   try {

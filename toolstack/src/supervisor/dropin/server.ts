@@ -4,10 +4,12 @@ import { createServer, type Socket } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { checkSocketPath, type Logger, type Paths, peerCredentials, socketFd } from 'vtpm-common';
 import { ToolstackError, type ToolstackErrorCode } from '../../error.js';
+import { isWithin } from '../is-within.js';
 import type { Supervisor } from '../supervisor.js';
 import type { Vtpm } from '../vtpm.js';
 import { isTrusted } from './access.js';
 import { Creations } from './creations.js';
+import { lineOf } from './protocol.js';
 import { DropinSession, MAX_VTPMS_OF_USER } from './session.js';
 
 export interface DropinServerOptions {
@@ -170,16 +172,8 @@ function refuse(socket: Socket, code: ToolstackErrorCode, message: string): void
   const limit = setTimeout(() => socket.destroy(), REFUSED_LIMIT_MS);
   socket.on('error', () => undefined);
   socket.once('close', () => clearTimeout(limit));
-  socket.write(`${JSON.stringify({ type: 'error', code, message })}\n`);
+  socket.write(lineOf({ type: 'error', code, message }));
   socket.destroySoon();
-}
-
-async function isWithin(done: Promise<unknown>, limit: number): Promise<boolean> {
-  const timeout = new AbortController();
-  const isLate = delay(limit, false, { signal: timeout.signal }).catch(() => false);
-  const isDone = await Promise.race([done.then(() => true), isLate]);
-  timeout.abort();
-  return isDone;
 }
 
 function isLeft(vtpm: Vtpm): boolean {

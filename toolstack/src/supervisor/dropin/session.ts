@@ -16,6 +16,7 @@ import {
   DROPIN_FORMAT,
   type DropinMessage,
   type DropinRequest,
+  lineOf,
   type PlacedToken,
   parseRequest,
 } from './protocol.js';
@@ -323,8 +324,4 @@ async function drained(socket: Socket): Promise<void> {
     () => undefined,
   );
   over.abort();
-}
-
-function lineOf(message: DropinMessage): string {
-  return `${JSON.stringify(message)}\n`;
 }

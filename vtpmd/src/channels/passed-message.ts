@@ -1,5 +1,6 @@
 import { koffi } from 'vtpm-common/libc';
 import { allocate, viewOf } from '../engine/libtpms.js';
+import { setPeekOffset } from './socket-io.js';
 
 const libc = koffi.load('libc.so.6');
 const recvmsg = libc.func('long recvmsg(int fd, void *header, int flags)');
@@ -37,11 +38,12 @@ let memory: { readonly address: bigint; readonly view: Buffer } | undefined;
 /**
  * Looks at the message at the head of a unix stream socket, where it stays: each look gives descriptors anew (unix(7),
  * SCM_RIGHTS; recv(2), MSG_PEEK). So they outlive a process that has taken them.
- * @returns undefined where there is none; `end` where there will be none
+ * @param most bytes of it @returns undefined where there is none; `end` where there will be none
  */
-export function peekMessage(fd: number): PassedMessage | 'end' | undefined {
+export function peekMessage(fd: number, most = MOST_MESSAGE_BYTES): PassedMessage | 'end' | undefined {
   memory ??= prepare();
   const { address, view } = memory;
+  view.writeBigUInt64LE(BigInt(Math.min(most, MOST_MESSAGE_BYTES)), IOV + 8);
   view.writeBigUInt64LE(BigInt(CONTROL_BYTES), 40);
   view.writeInt32LE(0, 48);
   view.fill(0, CONTROL, MESSAGE);
@@ -55,11 +57,27 @@ export function peekMessage(fd: number): PassedMessage | 'end' | undefined {
   };
 }
 
+/**
+ * Copies of the descriptors that came along with the first `length` bytes; bytes and descriptors stay in the socket, and its
+ * peek offset is behind these bytes then. Of one message there are MOST_DESCRIPTORS at most.
+ */
+export function peekDescriptors(fd: number, length: number): number[] {
+  setPeekOffset(fd, 0);
+  const found: number[] = [];
+  // A receive ends where descriptors came along.
+  for (let there = 0; there < length; ) {
+    const message = peekMessage(fd, length - there);
+    if (message === undefined || message === 'end') break;
+    there += message.bytes.length;
+    found.push(...message.descriptors);
+  }
+  return found;
+}
+
 function prepare(): { readonly address: bigint; readonly view: Buffer } {
   const address = allocate(TOTAL);
   const view = viewOf(address, TOTAL).fill(0);
   view.writeBigUInt64LE(address + BigInt(MESSAGE), IOV);
-  view.writeBigUInt64LE(BigInt(MOST_MESSAGE_BYTES), IOV + 8);
   view.writeBigUInt64LE(address + BigInt(IOV), 16);
   view.writeBigUInt64LE(1n, 24);
   view.writeBigUInt64LE(address + BigInt(CONTROL), 32);
