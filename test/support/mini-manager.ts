@@ -219,6 +219,7 @@ export class MiniManager {
       manufacture: this.saves.length === 0,
       checkpointKey: this.checkpointKey,
       referenceKey: this.referenceKey,
+      arrived: false,
       ...this.#suspended(ticket.verbs),
     };
     done(null, sealBox('LoadGrant', grant, ticket.workerPublicKey, this.keys));

@@ -34,6 +34,7 @@ export function sealGrant(
       checkpointKey: checkpointKey ?? new Uint8Array(0),
       ...(header.suspension && volatile && { suspended: { ...header.suspension, volatile } }),
       referenceKey,
+      arrived: false,
     });
   } finally {
     wipe(sessionKey, permanent, volatile, checkpointKey, referenceKey);

@@ -73,6 +73,8 @@ function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: RecordHeader | unde
     marks: [...new Set([...(held?.marks ?? []), ...copy.marks])],
     savedAt,
     createdAt,
+    unsettled: [],
+    lineage: [],
   };
 }
 

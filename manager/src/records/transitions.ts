@@ -70,6 +70,8 @@ export function newRecord(
     marks: [],
     savedAt: 0n,
     createdAt: now,
+    unsettled: [],
+    lineage: [],
   };
   const checkpointKey = newCheckpointKey(dataKey, header);
   wipe(dataKey);

@@ -47,6 +47,8 @@ export async function createTrustStore(
     storeId: keys.storeId,
     toolstackKeys: [{ publicKey: toolstackKey, vtpmScope: [], addedAt: now }],
     images: [],
+    peers: [],
+    attestationKey: new Uint8Array(0),
   };
   await store.write(TRUST_KEY, 0, encodeTrust(keys, configuration), 'now');
 }

@@ -62,6 +62,7 @@ class RehearsalManager {
       permanent: new Uint8Array(0),
       manufacture: true,
       checkpointKey: new Uint8Array(0),
+      arrived: false,
     };
     const answer = sealBox('LoadGrant', grant, this.workerKey, this.keys);
     call.end(frameMessage(encode('LoadResponse', answer)));
