@@ -7,7 +7,7 @@ describe('I-4 I-5 a manager whose host loses power', function () {
   it('starts with everything it has acknowledged, whatever the disk kept of what was not synced', async () => {
     const rig = await PowerLossRig.record(2);
     try {
-      await rig.cutPower(25);
+      await rig.cutPower(12);
     } finally {
       await rig.destroy();
     }

@@ -26,9 +26,9 @@ describe('I-4 I-5 a thousand crashes of a manager, over all its steps', () => {
     const rig = await ManagerCrashRig.create();
     try {
       for (
-        let points = crashPoints();
+        let points = crashPoints().flat();
         rig.crashes < CRASHES;
-        points = points.length > 0 ? points : crashPoints()
+        points = points.length > 0 ? points : crashPoints().flat()
       ) {
         const point = points.shift();
         if (point) await rig.crash(point);

@@ -43,13 +43,16 @@ export const MANAGER_BARRIERS = Object.keys(BARRIERS);
 /** A life that ends before the TPM has counted what the anchor says: only the next start comes there. */
 const LEFT_TO_RECONCILE: CrashPoint = { barrier: 'anchor.stated', count: 1 };
 
-/** Every barrier once, at a random one of its times, and random moments between. In random order. */
-export function crashPoints(): CrashPoint[] {
+/**
+ * Every barrier once, at a random one of its times, and random moments between. In random order, but for those that one
+ * manager has to go through one after the other.
+ */
+export function crashPoints(): CrashPoint[][] {
   const groups = Object.entries(BARRIERS).map(([barrier, most]): CrashPoint[] => {
     const point = { barrier, count: 1 + randomInt(most) };
     return barrier.startsWith('anchor.reconcile') ? [LEFT_TO_RECONCILE, point] : [point];
   });
   const moments = Array.from({ length: 12 }, (): CrashPoint[] => [{ afterMs: 50 + randomInt(1500) }]);
   const order = [...groups, ...moments].map((group) => ({ group, at: randomInt(2 ** 32) }));
-  return order.sort((a, b) => a.at - b.at).flatMap(({ group }) => group);
+  return order.sort((a, b) => a.at - b.at).map(({ group }) => group);
 }
