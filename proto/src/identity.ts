@@ -1,9 +1,10 @@
-import { createHash, createPrivateKey, sign, verify } from 'node:crypto';
+import { createHash, createPrivateKey, sign } from 'node:crypto';
 import { expectLength, uuidToText } from './bytes.js';
 import { decode, encode } from './codec.js';
 import { ProtoError } from './error.js';
 import type { Delegation, SignedTicket, Ticket } from './generated/messages.js';
-import { rawBytesOf, rawPublicKey } from './raw-key.js';
+import { rawBytesOf } from './raw-key.js';
+import { checkFormat, checkSignature } from './signature.js';
 
 /** Format number of tickets and delegations; a newer one is refused by name. */
 export const IDENTITY_FORMAT = 1;
@@ -71,8 +72,8 @@ export interface VerifiedTicket {
 export function verifyTicketChain(signed: SignedTicket): VerifiedTicket {
   const delegation = decode('Delegation', signed.delegation);
   const ticket = decode('Ticket', signed.ticket);
-  checkFormat('ticket', ticket.format);
-  checkFormat('delegation', delegation.format);
+  checkFormat('ticket', ticket.format, IDENTITY_FORMAT);
+  checkFormat('delegation', delegation.format, IDENTITY_FORMAT);
   for (const [what, bytes, length] of [
     ['manager id', ticket.managerId, 32],
     ['vTPM uuid', ticket.vtpmUuid, 16],
@@ -107,31 +108,4 @@ export function verifyTicketChain(signed: SignedTicket): VerifiedTicket {
       throw new ProtoError('forged', `the delegation does not grant ${verb}`);
   }
   return { ticket, delegation, vtpmUuid: uuidToText(ticket.vtpmUuid) };
-}
-
-function checkFormat(what: string, format: number): void {
-  if (format > IDENTITY_FORMAT) {
-    throw new ProtoError(
-      'newer-format',
-      `the ${what} has format ${format}, this version knows ${IDENTITY_FORMAT}; upgrade this side`,
-    );
-  }
-  if (format !== IDENTITY_FORMAT) throw new ProtoError('malformed', `the ${what} has format ${format}`);
-}
-
-function checkSignature(
-  what: string,
-  publicKey: Uint8Array,
-  domain: Uint8Array,
-  message: Uint8Array,
-  signature: Uint8Array,
-): void {
-  if (!verifySignature(publicKey, Buffer.concat([domain, message]), signature)) {
-    throw new ProtoError('forged', `the ${what}'s signature does not verify`);
-  }
-}
-
-/** Ed25519 (RFC 8032). @param publicKey 32 bytes */
-export function verifySignature(publicKey: Uint8Array, message: Uint8Array, signature: Uint8Array): boolean {
-  return verify(null, message, rawPublicKey('Ed25519', publicKey), signature);
 }

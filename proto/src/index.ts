@@ -5,5 +5,7 @@ export * from './generated/messages.js';
 export * from './grpc-wire.js';
 export * from './identity.js';
 export * from './load-box.js';
+export * from './migrate-order.js';
 export * from './random.js';
 export * from './session.js';
+export { verifySignature } from './signature.js';

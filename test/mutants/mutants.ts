@@ -86,7 +86,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-2 the worker key on the ticket opens the Load',
-    file: 'proto/src/identity.ts',
+    file: 'proto/src/signature.ts',
     guard: 'if (!verifySignature(publicKey, Buffer.concat([domain, message]), signature)) {',
     without:
       'if (!verifySignature(publicKey, Buffer.concat([domain, message]), signature) && message.length === 0) {',
