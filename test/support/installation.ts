@@ -50,19 +50,26 @@ export class Installation {
     readonly tpm: Swtpm | undefined,
     /** Under the home, where the test asked for one. */
     readonly disk: SmallDisk | undefined,
+    /** A program with its arguments that runs each of the commands. */
+    private readonly under: readonly string[] = [],
   ) {
     this.paths = pathsOf(home);
   }
 
   /** Initialised, and allowed to run the worker image of this build; no daemon runs yet. */
   static async create(
-    options: { tpm?: 'swtpm' | 'embedded'; initArgs?: string[]; homeDisk?: string } = {},
+    options: {
+      tpm?: 'swtpm' | 'embedded';
+      initArgs?: string[];
+      homeDisk?: string;
+      under?: readonly string[];
+    } = {},
   ): Promise<Installation> {
     const directory = mkdtempSync(join(tmpdir(), 'vtpm-'));
     const home = join(directory, 'h');
     const tpm = options.tpm === 'embedded' ? undefined : await startSwtpm();
     const disk = options.homeDisk ? SmallDisk.mount(home, options.homeDisk) : undefined;
-    const installation = new Installation(directory, home, tpm, disk);
+    const installation = new Installation(directory, home, tpm, disk, options.under);
     const tpmArgs = tpm ? ['--tpm', `unix:${tpm.socket}`] : ['--tpm', 'embedded', '--yes-embedded'];
     const init = await installation.ctl('init', ...tpmArgs, ...(options.initArgs ?? []));
     if (init.code !== 0) {
@@ -79,7 +86,9 @@ export class Installation {
 
   /** Runs vtpmctl on this installation and waits for its end. */
   ctl(...args: string[]): Promise<Finished> {
-    return run(process.execPath, [
+    const [program = '', ...rest] = [...this.under, process.execPath];
+    return run(program, [
+      ...rest,
       join(REPOSITORY, 'toolstack/bin/vtpmctl.js'),
       '--home',
       this.home,
@@ -95,7 +104,9 @@ export class Installation {
   }
 
   /** Starts the manager and waits until it answers. @returns its /health */
-  async startManager(options: { nodeArgs?: string[]; env?: NodeJS.ProcessEnv } = {}): Promise<Answer> {
+  async startManager(
+    options: { args?: string[]; nodeArgs?: string[]; env?: NodeJS.ProcessEnv } = {},
+  ): Promise<Answer> {
     this.manager = this.#daemon('manager', 'manager/bin/vtpm-managerd.js', options);
     return this.#healthy(this.manager, 'manager', () => this.admin('GET', '/health'));
   }
@@ -178,7 +189,8 @@ export class Installation {
     options: { nodeArgs?: string[]; args?: string[]; env?: NodeJS.ProcessEnv },
   ): ChildProcess {
     const log = createWriteStream(join(this.directory, `${name}.log`), { flags: 'a' });
-    const args = [
+    const [program = '', ...args] = [
+      ...[...this.under, process.execPath],
       ...(options.nodeArgs ?? []),
       join(REPOSITORY, script),
       '--home',
@@ -187,7 +199,7 @@ export class Installation {
       'json',
     ];
     const child = reapAtExit(
-      spawn(process.execPath, [...args, ...(options.args ?? [])], {
+      spawn(program, [...args, ...(options.args ?? [])], {
         env: cleanEnvironment(options.env),
         stdio: ['ignore', 'pipe', 'pipe'],
       }),

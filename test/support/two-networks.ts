@@ -1,0 +1,112 @@
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { createServer } from 'node:net';
+import { reapAtExit } from './reap.js';
+
+const LINK = 'vt0';
+
+/** Where one host is in its network. */
+export interface Place {
+  readonly v4: string;
+  /** Undefined where this machine has no IPv6. */
+  readonly v6: string | undefined;
+  readonly port: number;
+  /** A program with its arguments that runs another one there. */
+  readonly under: readonly string[];
+}
+
+/**
+ * Two places with addresses of their own that reach each other: a network namespace each, joined by one link. Nothing of them
+ * is in the namespace of the test, and they end with it however it ends. Where namespaces are not permitted, they are
+ * two loopback addresses, and the link cannot be cut.
+ */
+export class TwoNetworks {
+  private constructor(
+    readonly places: readonly [Place, Place],
+    private readonly holders: readonly ChildProcess[],
+  ) {}
+
+  static async create(): Promise<TwoNetworks> {
+    if (process.getuid?.() === 0) {
+      const holders = [await holdNamespace(), await holdNamespace()] as const;
+      return TwoNetworks.#joined(holders);
+    }
+    console.log('      network namespaces take root: the two hosts are two loopback addresses');
+    const places = await Promise.all([loopback('127.0.0.2'), loopback('127.0.0.3')]);
+    return new TwoNetworks(places, []);
+  }
+
+  static #joined(holders: readonly [ChildProcess, ChildProcess]): TwoNetworks {
+    const enter = holders.map(({ pid }) => ['nsenter', `--net=/proc/${pid}/ns/net`, '--']);
+    const [here = [], there = []] = enter;
+    const end = ['type', 'veth', 'peer', 'name', LINK, 'netns', String(holders[1].pid)];
+    runIn(here, 'ip', 'link', 'add', LINK, ...end);
+    const places = [here, there].map((under, index): Place => {
+      const [v4, v6] = [`192.0.2.${index + 1}`, `2001:db8::${index + 1}`];
+      for (const device of ['lo', LINK]) runIn(under, 'ip', 'link', 'set', device, 'up');
+      runIn(under, 'ip', 'address', 'add', `${v4}/24`, 'dev', LINK);
+      return { v4, v6: addV6(under, v6) ? v6 : undefined, port: 7799, under };
+    });
+    return new TwoNetworks(places as [Place, Place], holders);
+  }
+
+  get canCut(): boolean {
+    return this.holders.length > 0;
+  }
+
+  /** No packet comes through any more, and nobody is told. */
+  cut(): void {
+    if (!this.canCut) throw new Error('this link cannot be cut: run the test as root');
+    runIn(this.places[0].under, 'ip', 'link', 'set', LINK, 'down');
+  }
+
+  heal(): void {
+    const { under, v6 } = this.places[0];
+    runIn(under, 'ip', 'link', 'set', LINK, 'up');
+    // The kernel takes it from a link that goes down.
+    if (v6) addV6(under, v6);
+  }
+
+  async destroy(): Promise<void> {
+    for (const holder of this.holders) {
+      const gone = once(holder, 'exit');
+      holder.kill('SIGKILL');
+      await gone;
+    }
+  }
+}
+
+function addV6(under: readonly string[], address: string): boolean {
+  try {
+    // Without the check for duplicates it can be used at once.
+    runIn(under, 'ip', '-6', 'address', 'replace', `${address}/64`, 'dev', LINK, 'nodad');
+    return true;
+  } catch {
+    console.log('      this machine has no IPv6');
+    return false;
+  }
+}
+
+function runIn(under: readonly string[], ...command: string[]): void {
+  const [program = '', ...args] = [...under, ...command];
+  execFileSync(program, args, { stdio: ['ignore', 'ignore', 'pipe'] });
+}
+
+/** A network namespace lives as long as a process in it. */
+async function holdNamespace(): Promise<ChildProcess> {
+  const held = ['unshare', '--net', '--', 'sh', '-c', 'echo ready; exec sleep infinity'];
+  const holder = reapAtExit(
+    spawn('setpriv', ['--pdeathsig', 'KILL', ...held], { stdio: ['ignore', 'pipe', 'inherit'] }),
+  );
+  const [said] = (await Promise.race([once(holder.stdout, 'data'), once(holder, 'exit')])) as [unknown];
+  if (String(said) !== 'ready\n') throw new Error('no network namespace could be made');
+  return holder;
+}
+
+async function loopback(v4: string): Promise<Place> {
+  const server = createServer().listen(0, v4);
+  await once(server, 'listening');
+  const { port } = server.address() as { port: number };
+  server.close();
+  return { v4, v6: '::1', port, under: [] };
+}
