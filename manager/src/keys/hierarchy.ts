@@ -23,6 +23,8 @@ export class KeyHierarchy {
   readonly identity: BoxKeyPair;
   /** Signs backups. It stays over rotations, so that the installation knows its own for ever. */
   readonly backupKey: SigningKey;
+  /** Signs what this host decides of a migration. It stays over rotations: peers know the host by its public half. */
+  readonly hostKey: SigningKey;
   readonly #sessionRoot: Buffer;
   readonly #anchorAuth: Buffer;
   readonly #generations = new Map<number, RootKeys>();
@@ -33,9 +35,16 @@ export class KeyHierarchy {
     this.#current = root;
     this.#generations.set(root.keyId, root);
     this.identity = boxKeyPair(secrets.identity);
-    const seed = hkdf(secrets.identity, root.storeId, 'vtpm.v1 backup signature');
-    this.backupKey = signingKeyFromSeed(seed);
-    wipe(seed);
+    const signingKey = (purpose: string): SigningKey => {
+      const seed = hkdf(secrets.identity, root.storeId, purpose);
+      try {
+        return signingKeyFromSeed(seed);
+      } finally {
+        wipe(seed);
+      }
+    };
+    this.backupKey = signingKey('vtpm.v1 backup signature');
+    this.hostKey = signingKey('vtpm.v1 host identity');
     this.#sessionRoot = hkdf(secrets.session, root.storeId, 'vtpm.v1 session root');
     this.#anchorAuth = anchorAuthOf(secrets, root.storeId);
   }

@@ -34,7 +34,9 @@ import {
 } from '../records/index.js';
 import type { AnchoredStore } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
+import { Arrivals } from './arrival.js';
 import type { Census } from './census.js';
+import { Departures } from './departure.js';
 import { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { type HeldRecord, LiveSession } from './live-session.js';
@@ -100,6 +102,8 @@ const MAX_WORK_BYTES = 64 * 1024 * 1024;
  */
 export class VtpmRegistry {
   readonly events = new VtpmEvents();
+  readonly departures = new Departures();
+  readonly arrivals = new Arrivals();
   /** Saves that are worked on. */
   readonly work = new WorkGate(MAX_WORK_BYTES);
   readonly #slots = new Map<string, Slot>();
