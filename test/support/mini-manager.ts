@@ -5,6 +5,7 @@ import { bootId, monotonicMs } from 'vtpm-common/clock';
 import {
   type BoxKeyPair,
   boxKeyPair,
+  bytesEqual,
   decode,
   encode,
   LOAD_PATH,
@@ -21,6 +22,7 @@ import {
   signDelegation,
   signingKeyFromSeed,
   signTicket,
+  type Ticket,
   uuidToBytes,
   type Verb,
   verifyTicketChain,
@@ -35,6 +37,7 @@ interface Committed {
   /** The TPM is suspended. */
   readonly volatile?: Buffer | undefined;
   readonly use?: StateUse | undefined;
+  readonly vmRunId?: Uint8Array;
 }
 
 type SaveCall = grpc.ServerDuplexStream<WorkerFrame, ManagerFrame>;
@@ -64,6 +67,7 @@ export class MiniManager {
   #injector: grpc.ConnectionInjector | undefined;
   #cipher: SessionCipher | undefined;
   #sessionId = Buffer.alloc(16);
+  #vmRunId: Uint8Array = Buffer.alloc(16);
   #call: SaveCall | undefined;
   #held: { sequence: bigint; body: Buffer }[] = [];
   #committed = 0n;
@@ -177,8 +181,9 @@ export class MiniManager {
     for (const socket of this.#sockets) socket.destroy();
   }
 
-  send(type: 'FREEZE' | 'THAW'): void {
-    this.#write(type, ++this.#controlFrames, new Uint8Array(0));
+  send(type: 'FREEZE' | 'THAW', suspend = false): void {
+    const payload = suspend ? encode('Freeze', { suspend }) : new Uint8Array(0);
+    this.#write(type, ++this.#controlFrames, payload);
   }
 
   fence(reason: string): void {
@@ -220,16 +225,20 @@ export class MiniManager {
       checkpointKey: this.checkpointKey,
       referenceKey: this.referenceKey,
       arrived: false,
-      ...this.#suspended(ticket.verbs),
+      ...this.#suspended(ticket),
     };
+    this.#vmRunId = ticket.vmRunId;
     done(null, sealBox('LoadGrant', grant, ticket.workerPublicKey, this.keys));
   }
 
-  #suspended(verbs: readonly Verb[]): Pick<LoadGrant, 'suspended'> {
+  #suspended({ verbs, vmRunId }: Ticket): Pick<LoadGrant, 'suspended'> & Partial<Pick<LoadGrant, 'arrived'>> {
     const last = this.saves.at(-1);
     if (!last?.volatile || !last.use || !verbs.includes('RESUME')) return {};
     const { volatile, use } = last;
-    return { suspended: { volatile, referenceDigest: use.digest, generation: this.#baseGeneration } };
+    return {
+      suspended: { volatile, referenceDigest: use.digest, generation: this.#baseGeneration },
+      arrived: last.vmRunId !== undefined && bytesEqual(last.vmRunId, vmRunId),
+    };
   }
 
   #save(call: SaveCall): void {
@@ -260,7 +269,7 @@ export class MiniManager {
       permanent: Buffer.from(permanent!),
       digest: createHash('sha256').update(body).digest(),
       volatile: volatile && Buffer.from(volatile),
-      use,
+      ...{ use, vmRunId: this.#vmRunId },
     });
     this.#committed = sequence;
   }

@@ -11,7 +11,7 @@ import { LoadKeys } from 'vtpmd/manager-link/load-keys';
 import { type ManagerLink, openManagerLink } from 'vtpmd/manager-link/manager-link';
 import type { StateBlobType } from 'vtpmd/state-blob/state-blobs';
 import { HOLD_MS } from 'vtpmd/worker/outage-policy';
-import { beginRun, goOn } from 'vtpmd/worker/power';
+import { arrive, beginRun, goOn } from 'vtpmd/worker/power';
 import { loadTpm, type ServedTpm } from 'vtpmd/worker/served-tpm';
 import type { MiniManager } from './mini-manager.js';
 import { KeptRun } from './worker-process.js';
@@ -145,7 +145,7 @@ export class BlobWorker {
       resumes: goesOn ? { newest: this.run.newest(), connections: 0 } : undefined,
     };
     const parts = { identity, holdTimes: { ...HOLD_MS, power: POWER_HOLD_MS }, left };
-    const { tpm, chosen } = await loadTpm(link, keys, parts, {
+    const { tpm, chosen, hasArrived } = await loadTpm(link, keys, parts, {
       linkUp: () => undefined,
       linkLost: (_error: VtpmdError) => undefined,
       failed: (error) => this.failures.push(error),
@@ -157,6 +157,7 @@ export class BlobWorker {
     this.#tpm = tpm;
     tpm.session.attach(link);
     if (chosen) await goOn(tpm, chosen, [], left, () => undefined);
+    else if (hasArrived) await arrive(tpm);
     else await beginRun(tpm, identity);
   }
 }

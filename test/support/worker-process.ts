@@ -44,7 +44,6 @@ export interface KeptGuest extends KeptVisit {
 
 /** What a supervisor keeps over the workers of one VM run, in the hands of a test. */
 export class KeptRun {
-  readonly vmRunId = randomBytes(16);
   readonly memory = sharedMemory('vtpm-checkpoint', CHECKPOINT_LAYOUT.bytes);
   readonly pipe = pipePair();
   readonly controlPipe: { readonly read: number; readonly write: number } | undefined;
@@ -61,6 +60,7 @@ export class KeptRun {
   constructor(
     readonly power: 'on' | 'vmm' = 'on',
     controlRoom = 256 * 1024,
+    readonly vmRunId = randomBytes(16),
   ) {
     this.controlPipe = power === 'vmm' ? pipePair() : undefined;
     if (this.controlPipe) setPipeRoom(this.controlPipe.write, controlRoom);
@@ -119,6 +119,7 @@ export class WorkerProcess {
   #run: KeptRun | undefined;
   readonly #ids = new WeakMap<TpmClient, number>();
   #nextId = 1;
+  #isKilled = false;
   log = '';
 
   /** @param options `program`: what inherits a worker's descriptors in its place */
@@ -308,11 +309,9 @@ export class WorkerProcess {
     if (this.child.exitCode === null && this.child.signalCode === null) this.child.kill('SIGKILL');
     await this.exited;
     this.#control.destroy();
-    try {
-      closeSync(this.#descriptors);
-    } catch {
-      // Closed by an earlier kill.
-    }
+    // By a second one the number may be another descriptor's.
+    if (!this.#isKilled) closeSync(this.#descriptors);
+    this.#isKilled = true;
   }
 
   /** As the supervisor does. */

@@ -100,6 +100,20 @@ describe('state blobs', () => {
       assert.throws(() => worker.bringIn(halves), refused('reference-used'));
     });
 
+    it('freeze for a VMM and for a migration are one: no second save, and what ends the migration does not end the other', async () => {
+      await measured();
+      const halves = await worker.takeOut();
+      const saves = manager.saves.length;
+      for (const type of ['FREEZE', 'THAW'] as const) {
+        const frozen = manager.next('FROZEN');
+        manager.send(type, true);
+        if (type === 'FREEZE') await frozen;
+      }
+      assert.deepEqual(await worker.takeOut(), halves);
+      assert.equal(manager.saves.length, saves);
+      assert.ok(worker.tpm.blobs.isFrozen);
+    });
+
     it('give the same one until it is used, and there is none for TPM 1.2', async () => {
       await measured();
       const saves = manager.saves.length;

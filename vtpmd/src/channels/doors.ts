@@ -207,6 +207,12 @@ export class Doors {
     this.#flush((owner) => owner.client === client);
   }
 
+  /** Nobody is there who loaded anything: all that clients would have been relieved of when they go is flushed. */
+  everyoneGone(): void {
+    for (const connection of this.#owners.busy) this.#owners.setBusy(connection, false);
+    this.#flush(() => true);
+  }
+
   /** The supervisor does not keep what a VMM gave as its data channel. */
   dataChannelRefused(): void {
     this.#vmm?.data.refused();

@@ -21,8 +21,8 @@ export interface SaveSessionEvents {
   lost(error: VtpmdError): void;
   /** The session is over: fenced, refused or a manager that cannot be trusted. Nothing may be answered any more. */
   over(error: VtpmdError): void;
-  /** The manager wants no command to run. `frozen` answers when none does. */
-  freeze(): void;
+  /** The manager wants no command to run. `frozen` answers when none does. @param suspends the last save suspends the TPM */
+  freeze(suspends: boolean): void;
   thaw(): void;
 }
 
@@ -148,7 +148,7 @@ export class SaveSession {
         }
         case 'FREEZE':
           this.#takeControl(frame.sequence);
-          this.#events.freeze();
+          this.#events.freeze(decode('Freeze', payload).suspend);
           return;
         case 'THAW':
           this.#takeControl(frame.sequence);

@@ -28,6 +28,13 @@ export interface StateBlobs {
    */
   takeBack(): Promise<void>;
   /**
+   * FREEZE: the TPM goes on elsewhere, or in another worker. As `takeOut`, but nobody gets a reference, and no command ends it.
+   * Where a reference is out already that stays what the TPM is suspended for.
+   */
+  leave(): Promise<void>;
+  /** THAW: as `takeBack`, of what `leave` suspended. */
+  stay(): Promise<void>;
+  /**
    * SET_STATEBLOB, while the TPM is off: permanent first. Where it throws, the next INIT fails too, until `stopped`.
    * @param blob the whole of it, of 512 KiB at most; the caller wipes it
    */

@@ -1,13 +1,7 @@
 import { createHash, randomBytes } from 'node:crypto';
 import { barrier } from 'vtpm-common/barrier';
-import {
-  decode,
-  encode,
-  type LoadGrant,
-  type StateAction,
-  type StateUse,
-  type Suspended as Suspension,
-} from 'vtpm-proto';
+import type { LoadGrant, StateUse } from 'vtpm-proto';
+import type { HandleOwners } from '../channels/handle-owners.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { discard, type Snapshot, type TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
@@ -15,8 +9,9 @@ import type { SaveSession } from '../manager-link/save-session.js';
 import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
 import { expectStirred, freshStir } from '../worker/trial.js';
 import { BroughtIn, type BroughtInNote } from './brought-in.js';
-import { encodeReference, type ReferenceNames, type ReferredState, referenceDigest } from './reference.js';
+import { encodeReference, type ReferenceNames } from './reference.js';
 import type { StartState, StateBlobs, StateBlobType } from './state-blobs.js';
+import { encodeSuspended, readSuspended, type Suspended, useOf } from './suspended.js';
 import { encodeBlob } from './swtpm-format.js';
 
 export interface StateBlobParts {
@@ -24,6 +19,7 @@ export interface StateBlobParts {
   readonly queue: Pick<CommandQueue, 'hold' | 'release' | 'whenIdle' | 'hasWaiting'>;
   readonly session: Pick<SaveSession, 'save' | 'generation'>;
   readonly keeper: Pick<CheckpointKeeper, 'keepSave'> | undefined;
+  readonly owners: Pick<HandleOwners, 'serialised'>;
   readonly names: ReferenceNames;
   readonly grant: Pick<LoadGrant, 'suspended' | 'referenceKey'>;
   /** By its ticket the state goes out, and comes in, in the clear. */
@@ -44,12 +40,6 @@ const EXPORT = 'export';
 /** Who goes on with the VM where it sends a command. */
 const VMM: CommandSource['kind'] = 'vmm-data';
 const REFERENCE_BYTES = 32;
-
-/** A TPM of which a reference is out. */
-interface Suspended extends ReferredState {
-  readonly reference: Buffer;
-  readonly volatile: Buffer;
-}
 
 /** Permanent and volatile state of one moment, of which a VMM takes one after the other. */
 type Pair = { permanent?: Buffer; volatile?: Buffer };
@@ -88,13 +78,32 @@ export class VtpmStateBlobs implements StateBlobs {
 
   /**
    * The TPM of a worker before this one goes on. Where a reference to it is out, it stays frozen.
-   * @param mustStir its generator, before a command runs: done here where it is frozen
+   * @param mustStir its generator, before a command runs @returns whether that is done here: it was frozen
    */
-  goOn(mustStir: boolean): void {
+  async goOn(mustStir: boolean): Promise<boolean> {
     this.#broughtIn.clear();
-    if (!this.#suspended) return;
+    if (!this.#suspended) return false;
     this.#freeze();
     this.#mustStir = mustStir;
+    await this.stay();
+    return true;
+  }
+
+  async leave(): Promise<void> {
+    await this.#inOrder(async () => {
+      if (!this.#isFrozen) await this.#suspend(true);
+    });
+  }
+
+  async stay(): Promise<void> {
+    if (this.#suspended?.isMoving) await this.takeBack();
+  }
+
+  /** The engine runs from the suspended state, to which no reference is out. When this resolves that is durable. */
+  async arrived(beforeSave: (permanent: Buffer) => void): Promise<void> {
+    if (!this.#suspended) throw new VtpmdError('internal', 'the TPM is not suspended');
+    await this.#saveStart(useOf('RESTORE', this.#suspended), true, beforeSave);
+    this.#forget();
   }
 
   takeOut(type: StateBlobType): Promise<Buffer | undefined> {
@@ -146,13 +155,7 @@ export class VtpmStateBlobs implements StateBlobs {
   async started(beforeSave: (permanent: Buffer) => void): Promise<void> {
     const use = this.#use;
     this.#use = undefined;
-    if (use) {
-      // The generator stands where it stood when the state was taken out: no random number may come twice.
-      if (this.#isRestored) expectStirred(this.#parts.engine.process(freshStir()).response);
-      barrier('before-start-save');
-      await this.#save(use, beforeSave);
-      barrier('after-start-save');
-    }
+    if (use) await this.#saveStart(use, this.#isRestored, beforeSave);
     this.#forget();
     this.#broughtIn.clear();
     this.#thaw();
@@ -169,29 +172,46 @@ export class VtpmStateBlobs implements StateBlobs {
     await this.#tail;
   }
 
+  async #saveStart(
+    use: StateUse,
+    isRestored: boolean,
+    beforeSave: (permanent: Buffer) => void,
+  ): Promise<void> {
+    // The generator stands where it stood when the state was taken out: no random number may come twice.
+    if (isRestored) expectStirred(this.#parts.engine.process(freshStir()).response);
+    barrier('before-start-save');
+    await this.#save(use, beforeSave);
+    barrier('after-start-save');
+  }
+
   async #refer(type: StateBlobType): Promise<Buffer> {
     const key = this.#referenceKey;
     if (!key) throw new VtpmdError('blob-refused', 'this manager knows no references; upgrade it');
-    const suspended = this.#isFrozen && this.#suspended ? this.#suspended : await this.#suspend();
+    const suspended = this.#isFrozen && this.#suspended ? this.#suspended : await this.#suspend(false);
     return encodeReference(key, this.#parts.names, type, suspended);
   }
 
   /** No command runs from here on. Permanent state, volatile state and reference become durable as one. */
-  async #suspend(): Promise<Suspended> {
-    const { queue, session, stepDone } = this.#parts;
+  async #suspend(isMoving: boolean): Promise<Suspended> {
+    const { queue, session, owners, stepDone } = this.#parts;
     this.#freeze();
     await queue.whenIdle();
     const snapshot = this.#parts.engine.snapshot();
     const reference = randomBytes(REFERENCE_BYTES);
-    const state = encode('SuspendedState', { reference, volatile: snapshot.volatile });
+    const suspension = {
+      ...{ reference, isMoving },
+      volatile: snapshot.volatile,
+      owners: owners.serialised(),
+    };
+    const state = encodeSuspended(suspension);
     this.#parts.keeper?.keepSave(snapshot.permanent);
     barrier('before-suspend');
-    const use: StateUse = { action: 'SUSPEND', digest: referenceDigest(reference) };
+    const use = useOf('SUSPEND', suspension);
     await session.save(snapshot.permanent, { volatile: state, use });
     barrier('after-suspend');
     state.fill(0);
     snapshot.permanent.fill(0);
-    const suspended = { reference, volatile: snapshot.volatile, generation: session.generation };
+    const suspended = { ...suspension, generation: session.generation };
     this.#suspended = suspended;
     // What came while it was being frozen. The step that this is a part of leaves its checkpoint before that one's.
     if (queue.hasWaiting((source) => source.kind === VMM)) void stepDone().then(() => this.#goOnHere());
@@ -269,16 +289,6 @@ export class VtpmStateBlobs implements StateBlobs {
     this.#tail = run.catch(() => undefined);
     return run;
   }
-}
-
-function readSuspended({ volatile, generation }: Suspension): Suspended {
-  const state = decode('SuspendedState', volatile);
-  // The grant is wiped.
-  return { reference: Buffer.from(state.reference), volatile: Buffer.from(state.volatile), generation };
-}
-
-function useOf(action: StateAction, { reference }: Pick<Suspended, 'reference'>): StateUse {
-  return { action, digest: referenceDigest(reference) };
 }
 
 function digestOf(permanent: Uint8Array, volatile: Uint8Array | undefined): Buffer {

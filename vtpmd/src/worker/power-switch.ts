@@ -33,6 +33,8 @@ export type KeepSave = (permanent: Buffer) => void;
 
 /** What is done while no command runs. */
 export interface Step {
+  /** The command that runs has its time: it is not cancelled. */
+  readonly isPatient?: boolean;
   /**
    * @param keepSave called before a save of its own
    * @returns what it stored: that is saved before anybody hears of the step
@@ -161,11 +163,20 @@ export class PowerSwitch {
     return undefined;
   }
 
+  /** What is known of the TPM that is off becomes durable. Only within a step. */
+  async saveOff(): Promise<void> {
+    const { keeper, session } = this.#parts;
+    if (!this.#permanent || !this.#isUnsaved) return;
+    keeper?.keepSave(this.#permanent);
+    await session.save(this.#permanent);
+    this.#isUnsaved = false;
+  }
+
   async #perform(step: Step): Promise<void> {
     const { queue, keeper, session } = this.#parts;
     queue.hold(HOLD);
     try {
-      await this.#whenIdle();
+      await this.#whenIdle(step.isPatient === true);
       const keepSave: KeepSave = (permanent) => keeper?.keepSave(permanent, step.answered?.());
       const stored = await step.run(keepSave);
       if (stored) {
@@ -182,10 +193,10 @@ export class PowerSwitch {
   }
 
   /** In an outage a command, or what is done with a state blob, may wait without end for its acknowledgement. */
-  async #whenIdle(): Promise<void> {
+  async #whenIdle(isPatient: boolean): Promise<void> {
     const { queue, engine, blobs } = this.#parts;
     // What runs ends with the power anyway, and everything else waits for it.
-    if (queue.current) engine.cancel();
+    if (queue.current && !isPatient) engine.cancel();
     const isIdle = queue
       .whenIdle()
       .then(() => blobs.settled())

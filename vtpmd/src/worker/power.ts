@@ -46,6 +46,17 @@ export async function beginRun(
   else if (!isKept) keeper?.keepNow();
 }
 
+/**
+ * From where the TPM was frozen, here or on another host: nothing is left of that VM run but the TPM. Resolves when it is
+ * durable that this worker goes on, and nobody else can. @throws VtpmdError
+ */
+export async function arrive({ keeper, blobs, doors }: ServedTpm): Promise<void> {
+  await blobs.arrived((permanent) => keeper?.keepSave(permanent));
+  doors.adopt([], () => {});
+  doors.everyoneGone();
+  keeper?.keepNow();
+}
+
 /** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */
 export async function goOn(
   { queue, doors, keeper, blobs, state }: ServedTpm,
@@ -60,17 +71,21 @@ export async function goOn(
   // that is under way, so that one is stirred behind it. And one that is frozen when it is taken back: what that stores would
   // end the suspension.
   const mustStir = !state.isOff && !state.isMeasuring;
-  if (!state.isOff) blobs.goOn(mustStir);
-  if (mustStir && !blobs.isFrozen) expectStirred(await runOwnCommand(queue, freshStir()));
+  const isStirred = !state.isOff && (await blobs.goOn(mustStir));
+  if (mustStir && !isStirred) expectStirred(await runOwnCommand(queue, freshStir()));
   keeper?.keepNow();
   doors.adopt(visitors, onClosed);
 }
 
 /** Resolves when no other command runs any more. */
-export async function endRun({ queue, session, blobs, power, state }: ServedTpm, log: Log): Promise<void> {
-  await power.settled();
-  if (blobs.isFrozen) {
-    // A reference to it as it is now is out.
+export async function endRun(
+  { queue, session, blobs, power, freeze, state }: ServedTpm,
+  log: Log,
+): Promise<void> {
+  const isLeaving = await freeze.isLeaving();
+  if (!isLeaving) await power.settled();
+  if (isLeaving || blobs.isFrozen) {
+    // A reference to it as it is now is out, or somebody else goes on from there.
     log('info', 'stopped as it was suspended');
     session.close();
     return;

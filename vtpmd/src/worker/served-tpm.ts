@@ -17,9 +17,11 @@ import { type Identity, loadVtpm } from '../manager-link/load.js';
 import type { LoadKeys } from '../manager-link/load-keys.js';
 import type { ManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
+import { readSuspended, type Suspended } from '../state-blob/suspended.js';
 import { VtpmStateBlobs } from '../state-blob/vtpm-state-blobs.js';
 import { CommandQueue } from './command-queue.js';
 import type { Log } from './log.js';
+import { ManagerFreeze } from './manager-freeze.js';
 import { type HoldTimes, OutagePolicy } from './outage-policy.js';
 import { runOwnCommand } from './own-command.js';
 import { PowerState } from './power-state.js';
@@ -33,6 +35,7 @@ export interface ServedTpm {
   readonly keeper: CheckpointKeeper | undefined;
   readonly doors: Doors;
   readonly power: PowerSwitch;
+  readonly freeze: ManagerFreeze;
   readonly state: PowerState;
   readonly blobs: VtpmStateBlobs;
 }
@@ -65,11 +68,13 @@ export interface LoadedTpm {
   readonly epoch: bigint;
   /** What it goes on from; undefined at a power-on. */
   readonly chosen: ChosenUnit | undefined;
+  /** It goes on from where it was frozen. */
+  readonly hasArrived: boolean;
 }
 
 /**
  * Starts libtpms with the state that the manager gives out, and with the volatile state of a checkpoint where the TPM is to
- * go on. Where a VMM powers it, it stays off: but a new TPM is made. No command runs before its session has a link. Wipes the
+ * go on, or with the one that it was frozen with. Where a VMM powers it, it stays off: but a new TPM is made. No command runs before its session has a link. Wipes the
  * keys, and those of the grant.
  * @throws VtpmdError
  */
@@ -88,11 +93,13 @@ export async function loadTpm(
   };
   const chosen =
     left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
+  const frozen = chosen ? undefined : movingOf(grant);
   const state = new PowerState();
   if (chosen) {
     state.restore(chosen.unit.power);
   } else {
-    state.isOff = identity.power === 'vmm' && !grant.manufacture;
+    state.isOff = identity.power === 'vmm' && !grant.manufacture && !frozen;
+    if (frozen) state.isOrderly = false;
     state.bufferSize = identity.vmm.bufferSize;
     if (left) left.memory.locality = identity.vmm.locality;
   }
@@ -101,21 +108,31 @@ export async function loadTpm(
   if (!state.isOff) {
     engine.powerOn({
       permanent: grant.manufacture ? undefined : grant.permanent,
-      volatile: chosen?.unit.volatile,
+      volatile: (chosen?.unit ?? frozen)?.volatile,
       manufacture: grant.manufacture,
     });
   }
   if (chosen && engine.storedAtStart && !engine.storedAtStart.equals(grant.permanent)) {
     throw new VtpmdError('no-checkpoint', 'libtpms changed the permanent state that it was given back');
   }
-  const tpm = compose(grant, parts, engine, state, left && { left, chosen, granted }, events);
+  const checkpoint = left && { left, chosen, granted };
+  const tpm = compose(grant, parts, engine, state, checkpoint, frozen, events);
+  frozen?.volatile.fill(0);
   if (state.isOff) tpm.power.setOff(grant.permanent);
   grant.permanent.fill(0);
   grant.sessionKey.fill(0);
   grant.checkpointKey.fill(0);
   grant.referenceKey?.fill(0);
   grant.suspended?.volatile.fill(0);
-  return { tpm, epoch: grant.epoch, chosen };
+  return { tpm, epoch: grant.epoch, chosen, hasArrived: frozen !== undefined };
+}
+
+/** Where it was frozen to go on elsewhere, nobody has gone on since, and its VM still runs. */
+function movingOf({ suspended, arrived }: LoadGrant): Suspended | undefined {
+  const state = suspended && readSuspended(suspended);
+  if (state?.isMoving && arrived) return state;
+  state?.volatile.fill(0);
+  return undefined;
 }
 
 function compose(
@@ -124,10 +141,15 @@ function compose(
   engine: TpmEngine,
   state: PowerState,
   checkpoint: Checkpoint | undefined,
+  frozen: Suspended | undefined,
   events: ServedTpmEvents,
 ): ServedTpm {
   const owners = new HandleOwners();
   const policy = new OutagePolicy(holdTimes, identity.startup === 'none');
+  if (frozen) {
+    owners.restore(frozen.owners);
+    policy.restore(false);
+  }
   const keeper = checkpoint?.left.keeps
     ? new CheckpointKeeper({
         memory: checkpoint.left.memory,
@@ -148,6 +170,7 @@ function compose(
       queue.outageOver();
       queue.release('link');
       power.linkUp();
+      freeze.thaw();
     },
     lost: (error) => {
       queue.outage();
@@ -155,14 +178,8 @@ function compose(
       events.linkLost(error);
     },
     over: (error) => events.failed(error),
-    freeze: () => {
-      queue.hold('freeze');
-      queue.whenIdle().then(
-        () => session.frozen(),
-        () => {},
-      );
-    },
-    thaw: () => queue.release('freeze'),
+    freeze: (suspends) => freeze.freeze(suspends),
+    thaw: () => freeze.thaw(),
   });
   const queue = new CommandQueue({
     engine,
@@ -188,7 +205,7 @@ function compose(
   queue.hold('link');
   const { verbs } = identity;
   const blobs = new VtpmStateBlobs({
-    ...{ engine, queue, session, keeper, grant },
+    ...{ engine, queue, session, keeper, owners, grant },
     names: identity,
     mayExport: verbs.includes('EXPORT'),
     mayImport: verbs.includes('IMPORT'),
@@ -202,6 +219,10 @@ function compose(
     startup: identity.startup,
     holdMs: holdTimes.power,
     changed: () => vmm?.changed(),
+  });
+  const freeze = new ManagerFreeze({
+    ...{ queue, session, power, blobs },
+    failed: (error) => events.failed(error),
   });
   const { memory, controlPipe } = checkpoint?.left ?? {};
   const vmm: VmmDoors | undefined =
@@ -226,7 +247,7 @@ function compose(
   const kept = keeper && checkpoint && { keeper, pipe: checkpoint.left.pipe, memory: checkpoint.left.memory };
   const taken = kept ? undefined : checkpoint?.left.memory.taken;
   const doors = new Doors(engine, queue, owners, { kept, taken, vmm, power });
-  return { engine, queue, session, keeper, blobs, doors, power, state };
+  return { engine, queue, session, keeper, blobs, doors, power, freeze, state };
 }
 
 /** Which commands are audited, as soon as the one that runs is done. */

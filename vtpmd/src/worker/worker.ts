@@ -20,7 +20,7 @@ import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
 import { LostTpm } from './lost-tpm.js';
 import { readHoldTimes } from './outage-policy.js';
-import { beginRun, endRun, goOn } from './power.js';
+import { arrive, beginRun, endRun, goOn } from './power.js';
 import { type RehearsalStage, rehearse } from './rehearsal.js';
 import { type LoadParts, loadTpm, type ServedTpm } from './served-tpm.js';
 
@@ -222,7 +222,7 @@ class Worker {
     const inherited = left?.resumes && this.#inherit(left);
     // A process has one TPM at a time.
     await this.#rehearsal;
-    const { tpm, epoch, chosen } = await loadTpm(link, keys, parts, {
+    const { tpm, epoch, chosen, hasArrived } = await loadTpm(link, keys, parts, {
       linkUp: () => this.#control.send({ type: 'link-up' }),
       linkLost: (error) => {
         this.#log('warn', 'the manager is away: nothing can be saved', { reason: error.reason });
@@ -237,6 +237,7 @@ class Worker {
     this.#tpm = tpm;
     tpm.session.attach(link);
     if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, (id) => this.#closed(id));
+    else if (hasArrived) await arrive(tpm);
     else await beginRun(tpm, identity);
     this.#isOpen = true;
     const { generation } = tpm.session;
