@@ -11,9 +11,14 @@ export interface Call {
   readonly body: unknown;
 }
 
-export type Reply =
-  | { status?: number; body?: unknown }
-  | ((call: Call) => { status?: number; body?: unknown });
+export interface Answer {
+  status?: number;
+  body?: unknown;
+  /** Instead of a body: writes JSON lines until it resolves; where it rejects the connection is broken. */
+  lines?(write: (line: object) => void): Promise<void>;
+}
+
+export type Reply = Answer | ((call: Call) => Answer);
 
 /** An HTTP server on a daemon's socket with the answers a test gives it. Unknown calls are 404 `unknown-vtpm`. */
 export class StubDaemon {
@@ -38,7 +43,15 @@ export class StubDaemon {
           status: 404,
           body: { error: { code: 'unknown-vtpm', message: 'there is no such vTPM' } },
         };
-        const { status = 200, body } = reply ?? unknown;
+        const { status = 200, body, lines }: Answer = reply ?? unknown;
+        if (lines) {
+          response.writeHead(status, { 'content-type': 'application/x-ndjson' });
+          lines((line) => response.write(`${JSON.stringify(line)}\n`)).then(
+            () => response.end(),
+            () => response.destroy(),
+          );
+          return;
+        }
         response.writeHead(status, { 'content-type': 'application/json' });
         response.end(body === undefined ? '' : JSON.stringify(body));
       });

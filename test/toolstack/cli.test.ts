@@ -44,6 +44,9 @@ describe('vtpmctl', () => {
         'audit verify',
         'audit export',
         'config show',
+        'migrate',
+        'migrate resolve',
+        'evacuate',
       ]) {
         const help = await desk.ctl([...command.split(' '), '--help']);
         assert.equal(help.code, 0);
@@ -65,6 +68,8 @@ describe('vtpmctl', () => {
       ['image', 'allow', 'abc'],
       ['exec', 'web1'],
       ['logs', '--lines', 'many'],
+      ['migrate', 'web1'],
+      ['evacuate'],
       ['--log-level', 'loud', 'list'],
     ]) {
       it(`ends with 2 on wrong usage: ${args.join(' ')}`, async () => {

@@ -37,6 +37,10 @@ export type ToolstackErrorCode =
   | 'manager-refused'
   | 'locked'
   | 'vtpms-exist'
+  // Migration
+  | 'unknown-peer'
+  | 'unknown-migration'
+  | 'in-doubt'
   | 'internal';
 
 const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
@@ -68,6 +72,9 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'manager-refused',
   'locked',
   'vtpms-exist',
+  'unknown-peer',
+  'unknown-migration',
+  'in-doubt',
   'internal',
 ]);
 

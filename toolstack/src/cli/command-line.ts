@@ -20,6 +20,7 @@ import { type UninstallFlags, uninstall } from './commands/uninstall.js';
 import { up } from './commands/up.js';
 import type { Context } from './context.js';
 import { EXIT } from './exit-status.js';
+import { addMigrateCommands } from './migrate-commands.js';
 import { addPlatformCommands } from './platform-commands.js';
 import { addVmmCommands } from './vmm-commands.js';
 
@@ -310,6 +311,7 @@ ${EXIT_STATUSES}`,
   );
   addPlatformCommands(program, platformCommand, add, run);
   addBackupCommands(program, add, run);
+  addMigrateCommands(program, add, run);
 
   auditCommands(
     group(program, 'audit', 'the log of what was done with this installation, and by whom'),

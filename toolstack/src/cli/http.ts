@@ -11,7 +11,12 @@ export interface RequestOptions {
   readonly body?: unknown;
   /** Milliseconds for the whole answer; 10,000 unless given. */
   readonly timeout?: number;
+  /** Instead of a time. */
+  readonly signal?: AbortSignal;
 }
+
+/** Of one object of JSON lines. */
+const MAX_LINE_BYTES = 1024 * 1024;
 
 /**
  * JSON over HTTP on a daemon's unix socket. Every failure is a ToolstackError: `not-running` where nobody listens,
@@ -47,6 +52,25 @@ export class DaemonClient {
     if (status !== 200) throw this.#refusal(path, status, this.#parse(path, value));
   }
 
+  /**
+   * POSTs, and hands on an answer of JSON lines, one object after the other. No time limits it: it is as long as what it tells
+   * about. A connection that breaks is an error.
+   */
+  async lines<T>(path: string, body: unknown, signal: AbortSignal, take: (line: T) => void): Promise<void> {
+    const { status, value } = await this.#send('POST', path, { body, signal }, async (response) => {
+      if (response.statusCode !== 200) return await readAll(response);
+      let rest = '';
+      for await (const chunk of response.setEncoding('utf8')) {
+        const lines = (rest + chunk).split('\n');
+        rest = lines.pop() ?? '';
+        for (const line of lines) if (line !== '') take(this.#parse(path, line) as T);
+        if (rest.length > MAX_LINE_BYTES) throw new ToolstackError('internal', 'the answer is too long');
+      }
+      return '';
+    });
+    if (status !== 200) throw this.#refusal(path, status, this.#parse(path, value));
+  }
+
   #parse(path: string, text: string): unknown {
     try {
       return text === '' ? undefined : JSON.parse(text);
@@ -62,7 +86,7 @@ export class DaemonClient {
   #send<T>(
     method: string,
     path: string,
-    { body, timeout = DEFAULT_TIMEOUT_MS }: RequestOptions,
+    { body, timeout = DEFAULT_TIMEOUT_MS, signal = AbortSignal.timeout(timeout) }: RequestOptions,
     read: (response: IncomingMessage) => Promise<T>,
   ): Promise<{ status: number; value: T }> {
     const payload = body === undefined ? undefined : Buffer.from(JSON.stringify(body));
@@ -72,7 +96,7 @@ export class DaemonClient {
         method,
         path,
         agent: false,
-        signal: AbortSignal.timeout(timeout),
+        signal,
         headers: payload ? { 'content-type': 'application/json', 'content-length': payload.length } : {},
       });
       const fail = (cause: unknown) => reject(this.#unreachable(cause, timeout));

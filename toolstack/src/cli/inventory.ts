@@ -13,8 +13,10 @@ export interface Entry {
   readonly id: string;
   readonly name: string | null;
   readonly vmUuid: string;
-  /** As the supervisor says; where it does not know the vTPM, whether the manager retired it. */
+  /** As the supervisor says; where it does not know the vTPM, whether the manager retired it or gave it away. */
   readonly state: SupervisorVtpm['state'] | 'retired' | 'unknown';
+  /** Of one that has moved. */
+  readonly movedTo: string | null;
   readonly reason: string | null;
   readonly kind: ManagerVtpm['kind'] | null;
   readonly generation: number | null;
@@ -128,7 +130,9 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     id: vtpm.id,
     name: vtpm.name,
     vmUuid: vtpm.vmUuid,
-    state: vtpm.state,
+    // It hears of that from the manager, perhaps a moment later.
+    state: record?.kind === 'moved' && vtpm.state === 'stopped' ? 'moved' : vtpm.state,
+    movedTo: record?.movedTo ?? null,
     reason: vtpm.reason ?? null,
     kind: record?.kind ?? null,
     // Known to the manager as never saved is 0; not known because it could not be asked is null.
@@ -162,7 +166,8 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     id: record.id,
     name: null,
     vmUuid: record.vmUuid,
-    state: record.kind === 'retired' ? 'retired' : 'unknown',
+    state: record.kind === 'live' ? 'unknown' : record.kind,
+    movedTo: record.movedTo ?? null,
     reason: null,
     kind: record.kind,
     generation: record.generation,

@@ -21,7 +21,11 @@ export interface ManagerHealth {
 export interface ManagerVtpm {
   readonly id: string;
   readonly vmUuid: string;
-  readonly kind: 'live' | 'retired';
+  readonly kind: 'live' | 'retired' | 'moved';
+  /** Of a moved one: the peer's name, or its host id. */
+  readonly movedTo?: string | null;
+  /** Its state is on its way, or nobody knows yet whether it arrived. */
+  readonly migrating?: boolean;
   readonly generation: number;
   readonly epoch: number;
   readonly savedAt: string | null;
@@ -45,6 +49,28 @@ export interface Erasure {
   readonly retiredAt: string | null;
   /** Of the rotation of the root key that does it; null: when somebody asks for one. */
   readonly due: string | null;
+}
+
+/** Another host, as far as a migration needs it. */
+export interface ManagerPeer {
+  readonly name: string;
+  /** 64 hex digits. */
+  readonly hostId: string;
+}
+
+/** A migration that is not settled, or was decided since the manager started. */
+export interface Migration {
+  /** 32 hex digits. */
+  readonly migration: string;
+  /** Of the vTPM. */
+  readonly id: string;
+  readonly role: 'source' | 'destination';
+  readonly mode: string;
+  /** Name of the other host, or its host id. */
+  readonly peer: string;
+  readonly state: 'preparing' | 'departing' | 'in-doubt' | 'committed' | 'aborted';
+  readonly reason?: string | null;
+  readonly message?: string | null;
 }
 
 export interface AllowedImage {
@@ -89,6 +115,9 @@ export interface AuditVerdict {
 /** A log may be of any length, and is read as a whole. */
 const AUDIT_TIMEOUT_MS = 600_000;
 
+/** Connects to another host, and waits for its answer. */
+const RESOLVE_TIMEOUT_MS = 60_000;
+
 /** The manager's admin plane. Errors as in DaemonClient. */
 export class ManagerApi {
   readonly platform: PlatformApi;
@@ -125,6 +154,22 @@ export class ManagerApi {
 
   async retire(id: string): Promise<void> {
     await this.#client.call('POST', `/vtpms/${encodeURIComponent(id)}/retire`);
+  }
+
+  async peers(): Promise<ManagerPeer[]> {
+    return (await this.#client.call<{ peers: ManagerPeer[] }>('GET', '/peers')).peers;
+  }
+
+  async migrations(): Promise<Migration[]> {
+    return (await this.#client.call<{ migrations: Migration[] }>('GET', '/migrations')).migrations;
+  }
+
+  /** Asks the destination now. */
+  async resolve(migration: string): Promise<Migration> {
+    return await this.#client.call('POST', `/migrations/${migration}/resolve`, {
+      body: {},
+      timeout: RESOLVE_TIMEOUT_MS,
+    });
   }
 
   async images(): Promise<AllowedImage[]> {

@@ -7,6 +7,8 @@ export interface Output {
   readonly isJson: boolean;
   /** The result: `value` as one JSON document with --json, `text` otherwise. */
   result(value: unknown, text: string): void;
+  /** One of several results: `value` as one line of JSON with --json, `text` otherwise. */
+  line(value: unknown, text: string): void;
   /** Something the reader should know that is not the result. */
   note(text: string): void;
 }
@@ -20,6 +22,9 @@ export function createOutput(
     isJson,
     result(value, text) {
       stdout.write(isJson ? `${JSON.stringify(value, null, 2)}\n` : `${printable(text)}\n`);
+    },
+    line(value, text) {
+      stdout.write(isJson ? `${JSON.stringify(value)}\n` : `${printable(text)}\n`);
     },
     note(text) {
       stderr.write(`${printable(text)}\n`);

@@ -1,4 +1,5 @@
 import { DaemonClient } from './http.js';
+import type { MigrateProgress } from './migration/progress.js';
 
 /** Starting waits for a worker, a Load and the first durable save; stopping for the last one. */
 const LIFECYCLE_TIMEOUT_MS = 120_000;
@@ -55,7 +56,17 @@ export interface VmmStatus {
 }
 
 export interface SupervisorVtpm extends VtpmSettings {
-  readonly state: 'stopped' | 'starting' | 'running' | 'restarting' | 'lost' | 'stopping' | 'crashed';
+  readonly state:
+    | 'stopped'
+    | 'starting'
+    | 'running'
+    | 'restarting'
+    | 'lost'
+    | 'stopping'
+    | 'crashed'
+    | 'migrating'
+    | 'arriving'
+    | 'moved';
   readonly reason?: string | null;
   readonly vmRunId: string | null;
   readonly epoch: number | null;
@@ -76,6 +87,8 @@ export interface SupervisorVtpm extends VtpmSettings {
     readonly mssim?: number | null;
     readonly ring: string | null;
   };
+  /** What another supervisor makes its entry from, JSON: it goes into a migrate order as it is. */
+  readonly description?: string;
 }
 
 export interface DropinBinding {
@@ -150,6 +163,23 @@ export class SupervisorApi {
 
   async forget(nameOrId: string): Promise<void> {
     await this.#client.call('DELETE', `/vtpms/${encodeURIComponent(nameOrId)}`);
+  }
+
+  /** @param order a serialised SignedMigrateOrder @param take gets what comes of it, until it is settled */
+  async migrate(
+    nameOrId: string,
+    order: Uint8Array,
+    signal: AbortSignal,
+    take: (progress: MigrateProgress) => void,
+  ): Promise<void> {
+    const body = { order: Buffer.from(order).toString('base64') };
+    await this.#client.lines(`/vtpms/${encodeURIComponent(nameOrId)}/migrate`, body, signal, take);
+  }
+
+  /** @returns false where its state is on its way already */
+  async cancelMigration(nameOrId: string): Promise<boolean> {
+    const path = `/vtpms/${encodeURIComponent(nameOrId)}/migrate`;
+    return (await this.#client.call<{ cancelled: boolean }>('DELETE', path)).cancelled;
   }
 
   async #lifecycle(nameOrId: string, verb: 'start' | 'stop'): Promise<SupervisorVtpm> {

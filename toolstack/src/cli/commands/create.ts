@@ -86,5 +86,9 @@ async function namesOf(
   if (!isUuid(adopt)) throw new ToolstackError('usage', `--adopt takes the id of a vTPM, not "${adopt}"`);
   const kept = await manager.vtpm(adopt.toLowerCase());
   if (kept.kind === 'live') return { id: kept.id, vmUuid: kept.vmUuid };
-  throw new ToolstackError('bad-request', `vTPM ${kept.id} was retired for good; create a new one`);
+  const why =
+    kept.kind === 'moved'
+      ? `lives on ${kept.movedTo ?? 'another host'}; migrate it back from there`
+      : 'was retired for good; create a new one';
+  throw new ToolstackError('bad-request', `vTPM ${kept.id} ${why}`);
 }

@@ -46,11 +46,29 @@ export async function remove(
   }
   const { entry } = await findEntry(nameOrId, supervisor, manager);
   const shown = entry.name ?? entry.id;
+  if (entry.name === null && entry.kind === 'moved') {
+    throw new ToolstackError(
+      'bad-request',
+      `${entry.id} lives on ${entry.movedTo ?? 'another host'}; it is deleted there, and stays known here as moved`,
+    );
+  }
   if (entry.name === null && entry.kind === 'retired') {
     throw new ToolstackError(
       'unknown-vtpm',
       `${entry.id} is deleted already; vtpmctl list shows what there is`,
     );
+  }
+  if (entry.state === 'moved') {
+    // Its keys and state are elsewhere: there is nothing to destroy, and nothing to ask.
+    await supervisor.forget(entry.id);
+    output.result(
+      { id: entry.id, name: entry.name, retired: false, movedTo: entry.movedTo },
+      fields([
+        ['forgotten', shown],
+        ['state', `untouched: it lives on ${entry.movedTo ?? 'another host'}`],
+      ]),
+    );
+    return;
   }
   await confirm(shown, flags.yes === true);
   if (entry.name !== null) {

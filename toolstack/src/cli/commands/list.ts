@@ -20,6 +20,7 @@ const MARKS: Readonly<Record<string, string>> = {
   recovered:
     'recovered: it was opened with the recovery key, and nothing says whether this was its newest state',
   restored: 'restored: its state was taken from a backup, the saves after it are lost',
+  rescued: 'rescued: its host was dead, its state was taken from a backup, the saves after it are lost',
   'plain-export':
     'plain export: its whole state was given out in the clear, and copies of it may be anywhere',
 };
@@ -90,6 +91,13 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
 
 function note(entry: Entry): string {
   if (entry.orphan) return ORPHANS[entry.orphan];
+  if (entry.state === 'moved') {
+    const forget = entry.name === null ? '' : `; vtpmctl delete ${entry.name} forgets it here`;
+    return `it lives on ${entry.movedTo ?? 'another host'}${forget}`;
+  }
+  if (entry.state === 'migrating') {
+    return `nobody runs it until its migration is settled: vtpmctl migrate status ${entry.name}`;
+  }
   if (entry.state === 'crashed') {
     return `${entry.reason ?? 'it ended'}; power its VM off, then: vtpmctl start ${entry.name}`;
   }

@@ -2,6 +2,7 @@ import { existsSync } from 'node:fs';
 import { type Finding, finding, libtpmsVersion, VERSION } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
+import type { Migration } from '../manager-api.js';
 
 /** Whether the daemons run, and whether they, the worker image and libtpms fit what is saved. */
 export async function checkDaemons({ configuration, manager, supervisor }: Context): Promise<Finding[]> {
@@ -40,8 +41,27 @@ export async function checkDaemons({ configuration, manager, supervisor }: Conte
   }
   if (!(managerHealth instanceof ToolstackError) && managerHealth.status === 'ready') {
     findings.push(checkSaved(await manager.vtpms()));
+    const migrations = await attempt(() => manager.migrations());
+    // One of another version, which is told apart above.
+    if (!(migrations instanceof ToolstackError)) findings.push(...checkMigrations(migrations));
   }
   return findings;
+}
+
+/** A vTPM of which nobody knows where it lives runs nowhere. */
+export function checkMigrations(
+  migrations: readonly Pick<Migration, 'id' | 'role' | 'state' | 'peer'>[],
+): Finding[] {
+  const open = migrations.filter(({ role, state }) => role === 'source' && state === 'in-doubt');
+  if (open.length === 0) return [finding('migrations', 'ok', 'no migration is in doubt')];
+  return open.map(({ id, peer }) =>
+    finding(
+      'migrations',
+      'problem',
+      `whether vTPM ${id} has moved to ${peer} is in doubt, and nobody runs it`,
+      `vtpmctl migrate resolve ${id}, when ${peer} can be reached`,
+    ),
+  );
 }
 
 function runs(daemon: 'manager' | 'supervisor', health: object | ToolstackError): Finding {

@@ -1,0 +1,105 @@
+import { ToolstackError } from '../../error.js';
+import type { Context } from '../context.js';
+import { EXIT } from '../exit-status.js';
+import { isUuid } from '../inventory.js';
+import type { Migration } from '../manager-api.js';
+import { table } from '../output.js';
+import { because } from './migrate.js';
+
+/** Of a migration, what it means for who looks after the vTPM. */
+function meaning({ role, state, peer }: Migration, name: string): string {
+  switch (state) {
+    case 'preparing':
+      return role === 'source' ? 'it runs here; nothing was stopped yet' : 'it runs at the source';
+    case 'departing':
+      return `stopped here, its state goes to ${peer}`;
+    case 'in-doubt':
+      return role === 'source'
+        ? `nobody runs it until ${peer} says what it decided; to ask: vtpmctl migrate resolve ${name}. Where ${peer} is gone for good: vtpmctl migrate rescue`
+        : `${peer} has not said yet that it has given it up; it runs here`;
+    case 'committed':
+      return role === 'source' ? `it lives on ${peer}` : 'it lives here';
+    case 'aborted':
+      return role === 'source' ? 'it stayed here' : `it stayed on ${peer}`;
+  }
+}
+
+interface Named extends Migration {
+  readonly name: string | null;
+}
+
+/** Those that are not settled, and those of the last time. @returns the exit status: 0 where none is in doubt */
+export async function migrateStatus(nameOrId: string | undefined, context: Context): Promise<number> {
+  const all = await named(context);
+  const shown = nameOrId === undefined ? all : all.filter(isOf(nameOrId));
+  const rows = shown.map((migration) => [
+    migration.name ?? migration.id,
+    migration.role === 'source' ? `to ${migration.peer}` : `from ${migration.peer}`,
+    migration.mode.toLowerCase(),
+    migration.state,
+    sayMeaning(migration),
+  ]);
+  context.output.result(
+    { migrations: shown.map((migration) => ({ ...migration, meaning: sayMeaning(migration) })) },
+    rows.length === 0
+      ? `no migration${nameOrId === undefined ? '' : ` of ${nameOrId}`} is under way or in doubt`
+      : table(['NAME', 'HOST', 'MODE', 'STATE', ''], rows),
+  );
+  return shown.some(isOpen) ? EXIT.failed : EXIT.ok;
+}
+
+/** Asks the destination, which alone decides. @returns the exit status: 0 where it is known now what came of it */
+export async function migrateResolve(nameOrId: string, context: Context): Promise<number> {
+  const { manager, output } = context;
+  const open = (await named(context)).filter(isOf(nameOrId)).find(isOpen);
+  if (!open) {
+    throw new ToolstackError(
+      'unknown-migration',
+      `no migration of ${nameOrId} is in doubt; vtpmctl migrate status shows what there is`,
+    );
+  }
+  const asked: Named = { ...(await manager.resolve(open.migration)), name: open.name };
+  output.result(
+    { ...asked, meaning: sayMeaning(asked) },
+    `${asked.name ?? asked.id}: ${asked.state}; ${sayMeaning(asked)}`,
+  );
+  return isOpen(asked) ? EXIT.failed : EXIT.ok;
+}
+
+/** @returns the exit status: 0 where it was cancelled */
+export async function migrateCancel(nameOrId: string, { supervisor, output }: Context): Promise<number> {
+  const { id, name } = await supervisor.vtpm(nameOrId);
+  const cancelled = await supervisor.cancelMigration(id);
+  output.result(
+    { id, name, cancelled },
+    cancelled
+      ? `cancelled: ${name} stays here`
+      : `too late: the state of ${name} is on its way, and only the other host can say whether it took it; vtpmctl migrate status ${name}`,
+  );
+  return cancelled ? EXIT.ok : EXIT.failed;
+}
+
+async function named({ manager, supervisor }: Context): Promise<Named[]> {
+  const [migrations, vtpms] = await Promise.all([
+    manager.migrations(),
+    // Names are a help: without the supervisor the ids are shown.
+    supervisor.vtpms().catch(() => []),
+  ]);
+  const names = new Map(vtpms.map(({ id, name }) => [id, name]));
+  return migrations.map((migration) => ({ ...migration, name: names.get(migration.id) ?? null }));
+}
+
+function isOf(nameOrId: string): (migration: Named) => boolean {
+  const id = nameOrId.toLowerCase();
+  return isUuid(nameOrId) ? (migration) => migration.id === id : ({ name }) => name === nameOrId;
+}
+
+function isOpen({ role, state }: Migration): boolean {
+  return state === 'in-doubt' && role === 'source';
+}
+
+function sayMeaning(migration: Named): string {
+  const said = meaning(migration, migration.name ?? migration.id);
+  const { reason, message } = migration;
+  return reason ? `${said} (${because({ reason, message: message ?? '' })})` : said;
+}

@@ -1,0 +1,61 @@
+import type { Command } from 'commander';
+import type { Add, Run } from './command-line.js';
+import { type EvacuateFlags, evacuate } from './commands/evacuate.js';
+import { type MigrateFlags, migrate } from './commands/migrate.js';
+import { migrateCancel, migrateResolve, migrateStatus } from './commands/migrations.js';
+
+/** `migrate` with its own commands, and `evacuate`. */
+export function addMigrateCommands(program: Command, add: Add, run: Run): void {
+  const migrateCommand = add(program, 'migrate', 'moves a vTPM to another host, while it runs or stopped', [
+    'vtpmctl migrate web1 --to hostb',
+    'vtpmctl migrate web1 --to hostb --dry-run      checks everything, stops nothing',
+    'vtpmctl migrate status                         what is under way, or in doubt',
+    'vtpmctl migrate resolve web1                   asks the other host what it decided',
+  ])
+    .argument('[name]', 'name or id; a vTPM that is named like one of the commands below: its id')
+    .option('--to <peer>', 'needed: where to, as vtpmctl peer list has it')
+    .option('--dry-run', 'check everything and stop nothing')
+    .option('--offline', 'only where it is stopped')
+    .option('--live', 'only where it runs; a VMM that is connected is not waited for')
+    .option('--timeout <seconds>', 'cancel where it is not done by then and can still be cancelled');
+  migrateCommand.action((name: string | undefined, flags: MigrateFlags) =>
+    run(migrateCommand, (context) => migrate(name, flags, context)),
+  );
+
+  const statusCommand = add(migrateCommand, 'status', 'shows migrations that are under way or in doubt', [
+    'vtpmctl migrate status',
+    'vtpmctl migrate status web1 --json',
+  ]).argument('[name]', 'name or id');
+  statusCommand.action((name: string | undefined) =>
+    run(statusCommand, (context) => migrateStatus(name, context)),
+  );
+
+  const resolveCommand = add(
+    migrateCommand,
+    'resolve',
+    'asks the other host now what it decided; never makes a second one run',
+    ['vtpmctl migrate resolve web1'],
+  ).argument('<name>', 'name or id');
+  resolveCommand.action((name: string) => run(resolveCommand, (context) => migrateResolve(name, context)));
+
+  const cancelCommand = add(
+    migrateCommand,
+    'cancel',
+    'cancels a migration whose state is not on its way yet',
+    ['vtpmctl migrate cancel web1'],
+  ).argument('<name>', 'name or id');
+  cancelCommand.action((name: string) => run(cancelCommand, (context) => migrateCancel(name, context)));
+
+  const evacuateCommand = add(program, 'evacuate', 'moves all vTPMs of this host to another one', [
+    'vtpmctl evacuate --to hostb',
+    "vtpmctl evacuate --to hostb --only 'web*' 'db?' --parallel 8",
+    'vtpmctl evacuate --to hostb --dry-run',
+  ])
+    .requiredOption('--to <peer>', 'where to, as vtpmctl peer list has it')
+    .option('--parallel <count>', 'at a time', '4')
+    .option('--only <glob...>', 'those whose names fit one of these: * is any characters, ? is one')
+    .option('--dry-run', 'check everything and stop nothing');
+  evacuateCommand.action((flags: EvacuateFlags) =>
+    run(evacuateCommand, (context) => evacuate(flags, context)),
+  );
+}
