@@ -3,7 +3,7 @@
 export * from './approval.js';
 export * from './attest.js';
 export * from './audit.js';
-export { concat, wipe } from './bytes.js';
+export { concat, leftPad, wipe } from './bytes.js';
 export * from './client.js';
 export * from './codec.js';
 export * from './command.js';

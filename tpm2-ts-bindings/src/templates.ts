@@ -83,6 +83,17 @@ function storageTemplate(
   });
 }
 
+/** True where a key is of this template in all but its own `unique`: no attribute, algorithm or policy is another. */
+export function isMadeFrom({ bytes, value }: PublicArea, { value: template }: PublicArea): boolean {
+  if (value.type === Alg.ECC && template.type === Alg.ECC) {
+    return publicArea({ ...template, unique: value.unique }).bytes.equals(bytes);
+  }
+  if (value.type === Alg.RSA && template.type === Alg.RSA) {
+    return publicArea({ ...template, unique: value.unique }).bytes.equals(bytes);
+  }
+  return false;
+}
+
 /** Signature algorithm and size; the hash is the usual one for that size. */
 export type SigningKeyName = 'ecdsa-p256' | 'ecdsa-p384' | 'rsassa-2048' | 'rsapss-2048';
 
@@ -118,6 +129,30 @@ function signingTemplate(name: SigningKeyName, objectAttributes: number): Public
       kdf: NO_SCHEME,
     },
     unique: { x: NOTHING, y: NOTHING },
+  });
+}
+
+/**
+ * A P-256 key for key agreement (ECDH_ZGen), under `authPolicy` alone: userWithAuth is clear, so the authValue opens
+ * nothing. No saved context of it outlives a TPM Reset or Restart.
+ * @param unique 32 bytes each, random for another key than any before: a primary key follows from its template
+ */
+export function agreementKeyTemplate(
+  authPolicy: Buffer,
+  unique: { readonly x: Buffer; readonly y: Buffer } = { x: NOTHING, y: NOTHING },
+): PublicArea {
+  return publicArea({
+    type: Alg.ECC,
+    nameAlg: Alg.SHA256,
+    objectAttributes: MADE_HERE | A.stClear | A.noDA | A.decrypt,
+    authPolicy,
+    parameters: {
+      symmetric: NO_SYMMETRIC,
+      scheme: { scheme: Alg.ECDH, hashAlg: Alg.SHA256 },
+      curveID: Curve.NIST_P256,
+      kdf: NO_SCHEME,
+    },
+    unique,
   });
 }
 
