@@ -95,7 +95,8 @@ export async function resolvePolicy(
   return { policy, pcrSelection, policyDigest: digest.toString('hex'), pcrValues };
 }
 
-function fixedPolicy(pcrSelection: string, values: PcrValues): Buffer {
+/** The authPolicy of what only these register values give out, 32 bytes. */
+export function fixedPolicy(pcrSelection: string, values: PcrValues): Buffer {
   const digest = pcrDigest(
     Alg.SHA256,
     Object.values(values).map((value) => Buffer.from(value, 'hex')),

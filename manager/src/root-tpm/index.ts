@@ -1,5 +1,6 @@
 import {
   type Approval,
+  type Credential,
   createTpm,
   intercepted,
   type ObservedExchange,
@@ -11,6 +12,8 @@ import {
 import { metrics } from '../metrics.js';
 import { type AnchorCounter, SessionCounter } from './anchor-counter.js';
 import type { PlatformState } from './approvals.js';
+import { makeAttestationKey } from './attestation-key.js';
+import { activateCredential, type Endorsement, readEndorsement } from './endorsement.js';
 import {
   checkAnchorAuth,
   type Enrolled,
@@ -34,7 +37,9 @@ import {
   type NextGenerationOptions,
   nextGeneration,
 } from './generation.js';
+import { type ImportKey, makeImportKey } from './import-key.js';
 import type { Removal } from './nv-index.js';
+import { certifyRevocation, type QuoteBytes, quote, type StatementBytes } from './quote.js';
 import { releaseRootKey } from './release.js';
 import { incrementRevocation, readPlatformState, readRevocation } from './revocation.js';
 import { flushLeftovers, start } from './start.js';
@@ -42,6 +47,8 @@ import { type Withdrawal, type WithdrawOptions, withdraw } from './withdraw.js';
 
 export type { AnchorCounter } from './anchor-counter.js';
 export { isApproved, type PlatformState, readAuthority, requestApproval } from './approvals.js';
+export { attestationPublic } from './attestation-key.js';
+export type { Endorsement } from './endorsement.js';
 export type { Enrolled, EnrolOptions, RecreateOptions } from './enrol.js';
 export type {
   AnchorIndex,
@@ -52,7 +59,9 @@ export type {
   RootTpmLocation,
 } from './enrolment.js';
 export type { BeforeDefine, NewGeneration, NextGenerationOptions, PolicyChoice } from './generation.js';
+export type { ImportKey } from './import-key.js';
 export type { Removal } from './nv-index.js';
+export type { QuoteBytes, StatementBytes } from './quote.js';
 export { rootKeyFromInputs } from './root-key.js';
 export type { Withdrawal, WithdrawOptions } from './withdraw.js';
 
@@ -131,6 +140,50 @@ export interface RootTpm {
   withdraw(enrolment: RootTpmEnrolment, options: WithdrawOptions): Promise<Withdrawal>;
   /** What the TPM is like, by commands that only read. @throws ManagerError `tpm-fault`, `tpm-unreachable` */
   examine(enrolment: RootTpmEnrolment): Promise<TpmFacts>;
+  /**
+   * The endorsement key and its certificates: by what other hosts know the chip.
+   * @throws ManagerError `tpm-unfit` where its hierarchy is closed
+   */
+  endorsement(): Promise<Endorsement>;
+  /** Made in the chip, kept by the caller: what `attestationPublic` and the calls below take. Nothing in it is secret. */
+  makeAttestationKey(enrolment: RootTpmEnrolment): Promise<Buffer>;
+  /**
+   * What the registers hold, signed.
+   * @param attestationKey as `makeAttestationKey` gave it
+   * @param qualifying 32 bytes that the verifier had a part in
+   * @throws ManagerError `tpm-changed` where the key is another TPM's
+   */
+  quote(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    pcrSelection: string,
+    qualifying: Uint8Array,
+  ): Promise<QuoteBytes>;
+  /** What the revocation counter shows, signed. */
+  certifyRevocation(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    qualifying: Uint8Array,
+  ): Promise<StatementBytes>;
+  /**
+   * The secret of a challenge: proof that the attestation key is in the chip of the endorsement key.
+   * @throws ManagerError `peer-ek` where it was made for another one of the two
+   */
+  activateCredential(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    credential: Credential,
+  ): Promise<Buffer>;
+  /**
+   * A key for one secret from another host, bound to what the registers hold now.
+   * @param qualifying 32 bytes that the attestation key's certification of it is over
+   */
+  makeImportKey(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    pcrSelection: string,
+    qualifying: Uint8Array,
+  ): Promise<ImportKey>;
   close(): Promise<void>;
 }
 
@@ -295,6 +348,49 @@ class OpenRootTpm implements RootTpm {
 
   examine(enrolment: RootTpmEnrolment): Promise<TpmFacts> {
     return this.#inTurn((tpm) => examine(tpm, enrolment.srkHandle, enrolment));
+  }
+
+  endorsement(): Promise<Endorsement> {
+    return this.#inTurn(readEndorsement);
+  }
+
+  makeAttestationKey(enrolment: RootTpmEnrolment): Promise<Buffer> {
+    return this.#inTurn((tpm) => makeAttestationKey(tpm, enrolment));
+  }
+
+  quote(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    pcrSelection: string,
+    qualifying: Uint8Array,
+  ): Promise<QuoteBytes> {
+    return this.#inTurn((tpm) => quote(tpm, enrolment, attestationKey, pcrSelection, qualifying));
+  }
+
+  certifyRevocation(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    qualifying: Uint8Array,
+  ): Promise<StatementBytes> {
+    return this.#inTurn((tpm) => certifyRevocation(tpm, enrolment, attestationKey, qualifying));
+  }
+
+  activateCredential(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    credential: Credential,
+  ): Promise<Buffer> {
+    return this.#inTurn((tpm) => activateCredential(tpm, enrolment, attestationKey, credential));
+  }
+
+  makeImportKey(
+    enrolment: RootTpmEnrolment,
+    attestationKey: Uint8Array,
+    pcrSelection: string,
+    qualifying: Uint8Array,
+  ): Promise<ImportKey> {
+    const inTurn = <T>(body: (tpm: Tpm) => Promise<T>): Promise<T> => this.#inTurn(body);
+    return makeImportKey(inTurn, enrolment, attestationKey, pcrSelection, qualifying);
   }
 
   async close(): Promise<void> {
