@@ -73,6 +73,13 @@ export type ManagerErrorCode =
   | 'too-large'
   | 'rate-limited'
   | 'deadline'
+  // Other hosts
+  | 'unknown-peer'
+  | 'peer-exists'
+  | 'peer-unreachable'
+  | 'peer-closed'
+  | 'peer-late'
+  | 'peer-forbidden'
   | 'shutting-down'
   | 'internal';
 

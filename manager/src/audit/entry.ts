@@ -32,8 +32,11 @@ export const AUDIT_ACTIONS = [
   'image-remove',
   'toolstack-add',
   'toolstack-remove',
+  'peer-identity',
   'peer-add',
+  'peer-change',
   'peer-remove',
+  'peer-connect',
   // Platform policy and keys
   'platform-approve',
   'platform-revoke',

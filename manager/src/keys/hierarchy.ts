@@ -23,8 +23,10 @@ export class KeyHierarchy {
   readonly identity: BoxKeyPair;
   /** Signs backups. It stays over rotations, so that the installation knows its own for ever. */
   readonly backupKey: SigningKey;
-  /** Signs what this host decides of a migration. It stays over rotations: peers know the host by its public half. */
+  /** This host, for other hosts: signs its identity and what it decides of migrations. It stays over rotations too. */
   readonly hostKey: SigningKey;
+  /** Seed of the Ed25519 key of this host's TLS certificate, 32 bytes. It stays over rotations too. */
+  readonly peerTlsSeed: Buffer;
   readonly #sessionRoot: Buffer;
   readonly #anchorAuth: Buffer;
   readonly #generations = new Map<number, RootKeys>();
@@ -35,7 +37,7 @@ export class KeyHierarchy {
     this.#current = root;
     this.#generations.set(root.keyId, root);
     this.identity = boxKeyPair(secrets.identity);
-    const signingKey = (purpose: string): SigningKey => {
+    const signing = (purpose: string): SigningKey => {
       const seed = hkdf(secrets.identity, root.storeId, purpose);
       try {
         return signingKeyFromSeed(seed);
@@ -43,8 +45,9 @@ export class KeyHierarchy {
         wipe(seed);
       }
     };
-    this.backupKey = signingKey('vtpm.v1 backup signature');
-    this.hostKey = signingKey('vtpm.v1 host identity');
+    this.backupKey = signing('vtpm.v1 backup signature');
+    this.hostKey = signing('vtpm.v1 host identity');
+    this.peerTlsSeed = hkdf(secrets.identity, root.storeId, 'vtpm.v1 peer tls');
     this.#sessionRoot = hkdf(secrets.session, root.storeId, 'vtpm.v1 session root');
     this.#anchorAuth = anchorAuthOf(secrets, root.storeId);
   }
@@ -117,7 +120,7 @@ export class KeyHierarchy {
 
   wipe(): void {
     for (const keys of this.#generations.values()) keys.wipe();
-    wipe(this.#sessionRoot, this.#anchorAuth, this.identity.secretKey);
+    wipe(this.#sessionRoot, this.#anchorAuth, this.peerTlsSeed, this.identity.secretKey);
   }
 }
 

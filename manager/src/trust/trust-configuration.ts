@@ -6,12 +6,14 @@ import {
   decode,
   encode,
   expectLength,
+  type Peer,
   ProtoError,
   type TrustConfiguration,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy, RootKeys } from '../keys/index.js';
 import type { AnchoredStore } from '../store/anchored-store.js';
+import { checkNewPeer, checkPeer, unknownPeer } from './peers.js';
 
 export const TRUST_KEY = 'trust';
 const TRUST_FORMAT = 1;
@@ -20,7 +22,7 @@ const MAX_IMAGES = 1024;
 /** The names and versions of the packages that an image is made of. */
 const MAX_NOTE_LENGTH = 1000;
 
-/** Whom the manager honours: toolstack keys and worker images. Changed through the admin plane only. */
+/** Whom the manager honours: toolstack keys, worker images, other hosts. Changed through the admin plane only. */
 export interface TrustStore {
   /** @param vtpmUuid 16 bytes */
   isToolstackKeyTrusted(publicKey: Uint8Array, vtpmUuid: Uint8Array): boolean;
@@ -30,6 +32,28 @@ export interface TrustStore {
   allowImage(digest: Uint8Array, note: string | undefined, now: bigint): Promise<AllowedImage>;
   /** @returns false where the image was not on the list */
   removeImage(digest: Uint8Array): Promise<boolean>;
+  /** In the order in which they were added. */
+  peers(): readonly Peer[];
+  peerNamed(name: string): Peer | undefined;
+  /** @param tlsKey of its certificate, 32 bytes */
+  peerOf(tlsKey: Uint8Array): Peer | undefined;
+  /** @param hostId 32 bytes */
+  peerById(hostId: Uint8Array): Peer | undefined;
+  /**
+   * Durable and anchored when it resolves, as the two below.
+   * @throws ManagerError `peer-exists` where one has its name, host id, TLS key or EK; `bad-request`
+   */
+  addPeer(peer: Peer): Promise<void>;
+  /** @param edit may throw; of what there is at that moment @throws ManagerError `unknown-peer`, `bad-request` */
+  changePeer(name: string, edit: (peer: Peer) => Peer): Promise<Peer>;
+  /** @throws ManagerError `unknown-peer` */
+  removePeer(name: string): Promise<Peer>;
+  /** Told of each peer that is not any more what it was, after that is so. @returns ends it */
+  onPeersChanged(listener: () => void): () => void;
+  /** This host's attestation key as its TPM gave it out. */
+  attestationKey(): Uint8Array | undefined;
+  /** Made once. @param make asked where there is none; one at a time */
+  ensureAttestationKey(make: () => Promise<Uint8Array>): Promise<Uint8Array>;
   /** Puts the record under the current generation of the root key. */
   rekey(): Promise<void>;
 }
@@ -65,9 +89,12 @@ export async function openTrustStore(keys: KeyHierarchy, store: AnchoredStore): 
   return new StoredTrust(keys, store, decodeTrust(keys, entry.value), entry.version);
 }
 
+type Changes = Partial<Pick<TrustConfiguration, 'images' | 'peers' | 'attestationKey'>>;
+
 class StoredTrust implements TrustStore {
   /** Changes run one after the other. */
   #last: Promise<unknown> = Promise.resolve();
+  readonly #onPeersChanged = new Set<() => void>();
 
   constructor(
     private readonly keys: KeyHierarchy,
@@ -103,7 +130,7 @@ class StoredTrust implements TrustStore {
       note: note ?? old?.note ?? '',
       allowedAt: now,
     };
-    await this.#change((images) => {
+    await this.#change(({ images }) => {
       const others = images.filter((other) => !bytesEqual(other.digest, digest));
       if (others.length >= MAX_IMAGES) {
         throw new ManagerError(
@@ -111,45 +138,124 @@ class StoredTrust implements TrustStore {
           `there are ${MAX_IMAGES} allowed images; remove old ones first`,
         );
       }
-      return [...others, image];
+      return { images: [...others, image] };
     });
     return image;
   }
 
   async removeImage(digest: Uint8Array): Promise<boolean> {
     let isRemoved = false;
-    await this.#change((images) => {
+    await this.#change(({ images }) => {
       const others = images.filter((other) => !bytesEqual(other.digest, digest));
       isRemoved = others.length < images.length;
-      return isRemoved ? others : undefined;
+      return isRemoved ? { images: others } : undefined;
     });
     return isRemoved;
   }
 
-  rekey(): Promise<void> {
-    return this.#change((images) => [...images]);
+  peers(): readonly Peer[] {
+    return this.configuration.peers;
   }
 
-  /** In memory the change takes effect only after it is durable and counted. */
-  #change(edit: (images: readonly AllowedImage[]) => AllowedImage[] | undefined): Promise<void> {
+  peerNamed(name: string): Peer | undefined {
+    return this.peers().find((peer) => peer.name === name);
+  }
+
+  peerOf(tlsKey: Uint8Array): Peer | undefined {
+    return this.peers().find((peer) => bytesEqual(peer.tlsKey, tlsKey));
+  }
+
+  peerById(hostId: Uint8Array): Peer | undefined {
+    return this.peers().find((peer) => bytesEqual(peer.hostId, hostId));
+  }
+
+  async addPeer(peer: Peer): Promise<void> {
+    checkPeer(peer);
+    if (bytesEqual(peer.hostId, this.keys.hostKey.publicKey)) {
+      throw new ManagerError('bad-request', 'this is the identity of this host; add it on the other one');
+    }
+    await this.#change(({ peers }) => {
+      checkNewPeer(peers, peer);
+      return { peers: [...peers, peer] };
+    });
+  }
+
+  async changePeer(name: string, edit: (peer: Peer) => Peer): Promise<Peer> {
+    let changed: Peer | undefined;
+    await this.#change(({ peers }) => {
+      const old = peers.find((peer) => peer.name === name);
+      if (!old) throw unknownPeer(name);
+      // Who it is stays: another host is another peer.
+      const { hostId, tlsKey, endorsementKey, attestationKey, addedAt } = old;
+      const next = { ...edit(old), name, hostId, tlsKey, endorsementKey, attestationKey, addedAt };
+      checkPeer(next);
+      changed = next;
+      return { peers: peers.map((peer) => (peer === old ? next : peer)) };
+    });
+    return changed as Peer;
+  }
+
+  async removePeer(name: string): Promise<Peer> {
+    const removed: Peer[] = [];
+    await this.#change(({ peers }) => {
+      removed.push(...peers.filter((peer) => peer.name === name));
+      if (removed.length === 0) throw unknownPeer(name);
+      return { peers: peers.filter((peer) => peer.name !== name) };
+    });
+    return removed[0] as Peer;
+  }
+
+  onPeersChanged(listener: () => void): () => void {
+    this.#onPeersChanged.add(listener);
+    return () => this.#onPeersChanged.delete(listener);
+  }
+
+  attestationKey(): Uint8Array | undefined {
+    const { attestationKey } = this.configuration;
+    return attestationKey.length === 0 ? undefined : attestationKey;
+  }
+
+  async ensureAttestationKey(make: () => Promise<Uint8Array>): Promise<Uint8Array> {
+    await this.#change(async ({ attestationKey }) =>
+      attestationKey.length === 0 ? { attestationKey: await make() } : undefined,
+    );
+    return this.configuration.attestationKey;
+  }
+
+  rekey(): Promise<void> {
+    return this.#change(() => ({}));
+  }
+
+  /**
+   * In memory the change takes effect only after it is durable and counted.
+   * @param edit what is another; undefined where nothing is
+   */
+  #change(
+    edit: (now: TrustConfiguration) => Changes | undefined | Promise<Changes | undefined>,
+  ): Promise<void> {
     const run = this.#last.then(async () => {
-      const images = edit(this.configuration.images);
-      if (!images) return;
-      const next = { ...this.configuration, images };
+      const changes = await edit(this.configuration);
+      if (!changes) return;
+      const next = { ...this.configuration, ...changes };
       const bytes = encodeTrust(this.keys, next);
       barrier('trust.write');
       this.version = await this.store.write(TRUST_KEY, this.version, bytes, 'now');
       barrier('trust.written');
       this.configuration = next;
+      if (changes.peers) for (const listener of this.#onPeersChanged) listener();
     });
     this.#last = run.catch(() => undefined);
     return run;
   }
 }
 
-/** The record under the current generation of the root key. @throws ManagerError `store-corrupt` */
-export function rekeyTrust(keys: KeyHierarchy, bytes: Uint8Array): Buffer {
-  return encodeTrust(keys, decodeTrust(keys, bytes));
+/**
+ * The record of a recovered installation, under the current generation of the root key. The TPM may be another one, which
+ * cannot load the attestation key: a new one is made when it is needed.
+ * @throws ManagerError `store-corrupt`
+ */
+export function recoverTrust(keys: KeyHierarchy, bytes: Uint8Array): Buffer {
+  return encodeTrust(keys, { ...decodeTrust(keys, bytes), attestationKey: new Uint8Array(0) });
 }
 
 function encodeTrust(keys: KeyHierarchy, value: TrustConfiguration): Buffer {
