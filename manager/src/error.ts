@@ -73,13 +73,8 @@ export type ManagerErrorCode =
   | 'too-large'
   | 'rate-limited'
   | 'deadline'
-  // Other hosts
-  | 'unknown-peer'
-  | 'peer-exists'
-  | 'peer-unreachable'
-  | 'peer-closed'
-  | 'peer-late'
   | 'peer-forbidden'
+  | 'peer-closed'
   | 'shutting-down'
   | 'internal';
 

@@ -18,7 +18,7 @@ import { decodeRecord, encodeRecord, type Mark, rekey, resume, vtpmOfKey } from 
 import type { AnchorCounter } from './root-tpm/index.js';
 import { auditKeys } from './service.js';
 import { adoptStore, examineStore, readAnchor, type StateStore, type StoreEntry } from './store/index.js';
-import { recoverTrust, TRUST_KEY } from './trust/trust-configuration.js';
+import { rekeyTrust, TRUST_KEY } from './trust/trust-configuration.js';
 
 export interface AcceptOptions {
   readonly store: StateStore;
@@ -119,7 +119,7 @@ export async function acceptStore(
     await audit.append({ actor, action, verdict: 'intended' });
     const events: { vtpm: string; generation: bigint; epoch: bigint }[] = [];
     const change = (entry: StoreEntry, count: bigint): Uint8Array | undefined => {
-      if (entry.key === TRUST_KEY) return recoverTrust(keys, entry.value);
+      if (entry.key === TRUST_KEY) return rekeyTrust(keys, entry.value, mark === 'recovered');
       const record = recordOf(keys, entry);
       if (!record) return undefined;
       const isLive = record.header.kind === 'LIVE';

@@ -17,6 +17,9 @@ export function testPeer(changes: Partial<Peer> = {}): Peer {
     maySend: true,
     mayReceive: true,
     addedAt: 1n,
+    installation: randomBytes(16),
+    revocationHandle: 0x01800001,
+    backupKey: randomBytes(32),
     ...changes,
   };
 }

@@ -28,9 +28,11 @@ export function checkPeer(peer: Peer): void {
   for (const [what, bytes] of [
     ['host id', peer.hostId],
     ['TLS key', peer.tlsKey],
+    ['backup key', peer.backupKey],
   ] as const) {
     if (bytes.length !== 32) throw unfit(`its ${what} has ${bytes.length} bytes, not 32`);
   }
+  if (peer.installation.length !== 16) throw unfit('its installation is no id of 16 bytes');
   for (const [what, bytes] of [
     ['endorsement key', peer.endorsementKey],
     ['attestation key', peer.attestationKey],
@@ -73,6 +75,19 @@ export function checkNewPeer(peers: readonly Peer[], added: Peer): void {
   if (peers.length >= MAX_PEERS) {
     throw new ManagerError('bad-request', `there are ${MAX_PEERS} peers; remove old ones first`);
   }
+}
+
+/**
+ * @param right what the peer does: send a vTPM to this host, or receive one from it
+ * @throws ManagerError `peer-forbidden`
+ */
+export function checkRight(peer: Peer, right: 'send' | 'receive'): void {
+  if (right === 'send' ? peer.maySend : peer.mayReceive) return;
+  const what = right === 'send' ? 'vTPMs do not come from' : 'vTPMs do not go to';
+  throw new ManagerError(
+    'peer-forbidden',
+    `${what} ${peer.name}: it was added so; to change it: vtpmctl peer allow ${peer.name} --${right}`,
+  );
 }
 
 export function unknownPeer(name: string): ManagerError {

@@ -186,8 +186,9 @@ class StoredTrust implements TrustStore {
       const old = peers.find((peer) => peer.name === name);
       if (!old) throw unknownPeer(name);
       // Who it is stays: another host is another peer.
-      const { hostId, tlsKey, endorsementKey, attestationKey, addedAt } = old;
-      const next = { ...edit(old), name, hostId, tlsKey, endorsementKey, attestationKey, addedAt };
+      const { hostId, tlsKey, backupKey, endorsementKey, attestationKey, addedAt } = old;
+      const who = { name, hostId, tlsKey, backupKey, endorsementKey, attestationKey, addedAt };
+      const next = { ...edit(old), ...who };
       checkPeer(next);
       changed = next;
       return { peers: peers.map((peer) => (peer === old ? next : peer)) };
@@ -250,12 +251,16 @@ class StoredTrust implements TrustStore {
 }
 
 /**
- * The record of a recovered installation, under the current generation of the root key. The TPM may be another one, which
- * cannot load the attestation key: a new one is made when it is needed.
+ * The record under the current generation of the root key.
+ * @param isOtherTpm it cannot load the attestation key: a new one is made when it is needed
  * @throws ManagerError `store-corrupt`
  */
-export function recoverTrust(keys: KeyHierarchy, bytes: Uint8Array): Buffer {
-  return encodeTrust(keys, { ...decodeTrust(keys, bytes), attestationKey: new Uint8Array(0) });
+export function rekeyTrust(keys: KeyHierarchy, bytes: Uint8Array, isOtherTpm: boolean): Buffer {
+  const configuration = decodeTrust(keys, bytes);
+  return encodeTrust(
+    keys,
+    isOtherTpm ? { ...configuration, attestationKey: new Uint8Array(0) } : configuration,
+  );
 }
 
 function encodeTrust(keys: KeyHierarchy, value: TrustConfiguration): Buffer {
