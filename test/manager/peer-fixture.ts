@@ -35,6 +35,7 @@ export async function hostOf(tpm: RootTpm, enrolment: RootTpmEnrolment, name = '
       addedAt: 1n,
       installation: INSTALLATION,
       revocationHandle: enrolment.revocation.handle,
+      backupKey: randomBytes(32),
     },
   };
 }
