@@ -23,13 +23,15 @@ export interface Identity {
   readonly startup: 'clear' | 'none';
   /** `vmm`: the TPM stays off until the VMM powers it on. */
   readonly power: 'on' | 'vmm';
+  /** Its VMM brings it here from another host: the Load is what makes this its host. */
+  readonly arrives: boolean;
   /** What a VMM chose before a run of its VM that was lost. */
   readonly vmm: { readonly bufferSize: number; readonly locality: number };
 }
 
 /** Reads the supervisor's `identity` message. @throws VtpmdError `protocol` */
 export function readIdentity(message: Record<string, unknown>): Identity {
-  const { ticket, managerKey, startup, power = 'on', vmm } = message;
+  const { ticket, managerKey, startup, power = 'on', arrives = false, vmm } = message;
   if (typeof ticket !== 'string' || typeof managerKey !== 'string' || !/^[0-9a-f]{64}$/i.test(managerKey)) {
     throw new VtpmdError('protocol', 'the identity has no ticket or manager key');
   }
@@ -39,11 +41,15 @@ export function readIdentity(message: Record<string, unknown>): Identity {
   if (power !== 'on' && power !== 'vmm') {
     throw new VtpmdError('protocol', 'the identity does not say who powers the TPM on');
   }
+  if (typeof arrives !== 'boolean' || (arrives && power !== 'vmm')) {
+    throw new VtpmdError('protocol', 'only what a VMM powers arrives with it');
+  }
   try {
     const signed = decode('SignedTicket', Buffer.from(ticket, 'base64'));
     const { vtpmUuid, vmRunId, verbs } = decode('Ticket', signed.ticket);
     const key = Buffer.from(managerKey, 'hex');
-    return { ticket: signed, vtpmUuid, vmRunId, verbs, managerKey: key, startup, power, vmm: readVmm(vmm) };
+    const names = { ticket: signed, vtpmUuid, vmRunId, verbs, managerKey: key };
+    return { ...names, startup, power, arrives, vmm: readVmm(vmm) };
   } catch (cause) {
     throw new VtpmdError('protocol', 'the identity holds no readable ticket', { cause });
   }
@@ -60,6 +66,7 @@ function readVmm(vmm: unknown): Identity['vmm'] {
 /**
  * Takes ownership of the vTPM on the ticket. The request and the answer are boxed between this process's key and the
  * manager's: nobody else can ask in its place or read the state. The caller wipes the keys.
+ * @param referenceDigest of the reference that the VMM brought, where the vTPM arrives with that
  * @throws VtpmdError `refused`, `link-lost`, `protocol`
  */
 export async function loadVtpm(
@@ -67,9 +74,13 @@ export async function loadVtpm(
   identity: Identity,
   keys: LoadKeys,
   libtpmsVersion: string,
+  referenceDigest?: Uint8Array,
 ): Promise<LoadGrant> {
   const loadId = randomBytes(16);
-  const claim = { ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion };
+  const claim = {
+    ...{ ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion },
+    ...(referenceDigest && { referenceDigest }),
+  };
   const box = keys.boxFor(identity.managerKey);
   const answered = link.load({ ticket: identity.ticket, ...box.seal('LoadClaim', claim) });
   link.prepareSave();
