@@ -35,6 +35,14 @@ export const CHECKPOINT_LAYOUT = {
   control: { begun: 2304, piped: 2312, connection: 2320, commandLength: 2324 },
   locality: 2328,
   torn: 2332,
+  /** u32: the VMM has switched off the TPM while that was on its way to another host. */
+  switchedOff: 2336,
+  /**
+   * References to the state, to the permanent half and to the volatile one: what was given out at the last suspension, or what
+   * a VMM brought before there was a TPM. u64 length, 0 while it is written, then the bytes.
+   */
+  references: [2560, 2560 + 256],
+  referenceBytes: 248,
   /** The first two lie where versions with two slots of twice the size have theirs: each reads what the other's workers left. */
   slots: [4096, 4096 + 126 * 1024, 4096 + 63 * 1024],
   slotBytes: 63 * 1024,

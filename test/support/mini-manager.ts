@@ -52,8 +52,10 @@ export class MiniManager {
   checkpointKey: Buffer = randomBytes(32);
   /** Committed saves of the session, oldest first. */
   readonly saves: Committed[] = [];
-  readonly referenceKey: Buffer = randomBytes(32);
+  referenceKey: Buffer = randomBytes(32);
   epoch = 0n;
+  /** The next Load must name the reference that the TPM is suspended under: nothing else is decided. */
+  awaitsReference = false;
   /** Frames as they came. */
   readonly received: WorkerFrame['type'][] = [];
   /** While true, saves are neither committed nor acknowledged. */
@@ -73,6 +75,11 @@ export class MiniManager {
   #committed = 0n;
   #controlFrames = 0n;
   #baseGeneration = 0n;
+  #wasLoaded: () => void = () => {};
+  /** Resolves with the first Load that is granted. */
+  readonly loaded = new Promise<void>((resolve) => {
+    this.#wasLoaded = resolve;
+  });
   readonly #sockets = new Set<Socket>();
   readonly #waiters: { type: WorkerFrame['type']; resolve: () => void }[] = [];
 
@@ -174,6 +181,13 @@ export class MiniManager {
     }
   }
 
+  /** Its vTPM is another manager's from now on. */
+  moveTo(destination: MiniManager): void {
+    destination.saves.push(...this.saves);
+    destination.referenceKey = this.referenceKey;
+    destination.awaitsReference = true;
+  }
+
   /** Breaks every link. */
   cut(): void {
     this.#held = [];
@@ -208,6 +222,12 @@ export class MiniManager {
     }
     const { ticket } = verifyTicketChain(request.ticket!);
     const claim = openBox('LoadClaim', request, ticket.workerPublicKey, this.keys);
+    if (this.awaitsReference && !isSame(claim.referenceDigest, this.saves.at(-1)?.use?.digest)) {
+      const metadata = new grpc.Metadata();
+      metadata.set('vtpm-reason', 'wrong-reference');
+      done({ code: grpc.status.FAILED_PRECONDITION, details: 'another reference', metadata });
+      return;
+    }
     this.epoch++;
     this.#sessionId = randomBytes(16);
     const sessionKey = randomBytes(32);
@@ -228,6 +248,8 @@ export class MiniManager {
       ...this.#suspended(ticket),
     };
     this.#vmRunId = ticket.vmRunId;
+    this.awaitsReference = false;
+    this.#wasLoaded();
     done(null, sealBox('LoadGrant', grant, ticket.workerPublicKey, this.keys));
   }
 
@@ -287,4 +309,8 @@ export class MiniManager {
   #write(type: ManagerFrame['type'], sequence: bigint, payload: Uint8Array): void {
     this.#call?.write(this.#cipher!.sealManager(type, sequence, payload));
   }
+}
+
+function isSame(one: Uint8Array | undefined, other: Uint8Array | undefined): boolean {
+  return one !== undefined && other !== undefined && Buffer.from(one).equals(other);
 }

@@ -213,6 +213,33 @@ export class WorkerProcess {
     return Promise.race([this.heard('serving'), this.heard('failed')]);
   }
 
+  /** Holds the VMM's connections while the TPM is on its way. With `goOn` or `arrive` the same process has it. */
+  async standIn(
+    run: KeptRun,
+    kind: 'away' | 'incoming',
+    guests: readonly KeptVisit[] = [],
+    more: { readonly refused?: string; readonly outage?: object } = {},
+  ): Promise<this> {
+    this.#run = run;
+    const all = run.dataChannel ? [...guests, run.dataChannel] : guests;
+    await this.heard('ready');
+    for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
+    const checkpoint = { keeps: false, control: true, resumes: { newest: 0, connections: all.length } };
+    this.send({ ...{ type: 'stand-in', kind, bufferSize: 0 }, ...more, checkpoint });
+    this.passKept(all);
+    await this.heard('standing-in');
+    return this;
+  }
+
+  /** The vTPM comes from another host, with its VMM. @returns as `goOn` */
+  async arrive(run: KeptRun, guests: readonly KeptVisit[]): Promise<Message> {
+    const all = run.dataChannel ? [...guests, run.dataChannel] : guests;
+    const resumes = { newest: 0, connections: all.length };
+    await this.#identify(run, { keeps: true, resumes }, 'none', undefined, { arrives: true });
+    this.passKept(all);
+    return Promise.race([this.heard('serving'), this.heard('failed')]);
+  }
+
   /** Answers failure in the place of the worker before it. */
   async beLost(run: KeptRun, guests: readonly KeptVisit[] = []): Promise<this> {
     this.#run = run;
@@ -250,6 +277,7 @@ export class WorkerProcess {
     checkpoint: object,
     startup: 'clear' | 'none',
     outage?: object,
+    more?: object,
   ): Promise<void> {
     this.#run = run;
     const { publicKey } = await this.heard('ready');
@@ -259,6 +287,7 @@ export class WorkerProcess {
     const identity = this.#manager.identity(publicKey as string, startup, verbs, run.vmRunId);
     this.send({
       ...{ ...identity, power: run.power, outage },
+      ...more,
       checkpoint: { ...checkpoint, control: run.controlPipe !== undefined },
     });
   }

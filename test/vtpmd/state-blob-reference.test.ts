@@ -16,18 +16,23 @@ const permanent = encodeReference(key, names, 'permanent', suspended);
 const volatile = encodeReference(key, names, 'volatile', suspended);
 
 describe('references to a suspended state', () => {
-  it('are taken where they are whole and the newest, of this manager and vTPM', () => {
+  it('are taken where they are whole and the newest, of this vTPM', () => {
     assert.ok(isReference(permanent));
     checkReference(key, names, 'permanent', suspended, permanent);
     checkReference(key, names, 'volatile', suspended, volatile);
   });
 
-  const other = (changes: Partial<typeof names>) =>
-    encodeReference(key, { ...names, ...changes }, 'permanent', suspended);
+  it('are taken from another manager that had the key of this vTPM: it has moved', () => {
+    const here = { ...names, managerKey: randomBytes(32) };
+    checkReference(key, here, 'permanent', suspended, permanent);
+  });
+
+  const other = (changes: Partial<typeof names>, by = key) =>
+    encodeReference(by, { ...names, ...changes }, 'permanent', suspended);
   const later = Buffer.from(permanent);
   later.writeUInt32BE(2, 16);
   const cases: [string, VtpmdErrorCode, Buffer][] = [
-    ['another manager', 'reference-foreign', other({ managerKey: randomBytes(32) })],
+    ['another manager', 'reference-foreign', other({ managerKey: randomBytes(32) }, randomBytes(32))],
     ['another vTPM', 'reference-foreign', other({ vtpmUuid: randomBytes(16) })],
     [
       'who has not the key',

@@ -23,6 +23,8 @@ export type VtpmdErrorCode =
   | 'plain-forbidden'
   | 'reference-foreign'
   | 'reference-used'
+  // The TPM is at another host, or on its way
+  | 'tpm-away'
   | 'internal';
 
 /** The one error class of this package. The message says what happened and holds no secret. */

@@ -24,6 +24,8 @@ export interface Checkpoint {
 }
 
 /** The memory's descriptor is closed, the pipe's stay. @throws VtpmdError `internal` */
+export function openLeft(descriptors: CheckpointDescriptors): Left;
+export function openLeft(descriptors: CheckpointDescriptors | undefined): Left | undefined;
 export function openLeft(descriptors: CheckpointDescriptors | undefined): Left | undefined {
   if (!descriptors) return undefined;
   const { memory: fd, pipe, controlPipe, keeps, resumes } = descriptors;

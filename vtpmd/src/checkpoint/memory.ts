@@ -137,6 +137,37 @@ export class CheckpointMemory {
     Atomics.store(this.#halves, LAYOUT.broughtIn / 4, note);
   }
 
+  /** The TPM was on its way to another host when its VMM switched it off. */
+  get isSwitchedOff(): boolean {
+    return Atomics.load(this.#halves, LAYOUT.switchedOff / 4) !== 0;
+  }
+
+  set isSwitchedOff(is: boolean) {
+    Atomics.store(this.#halves, LAYOUT.switchedOff / 4, is ? 1 : 0);
+  }
+
+  /** @param half 0 is that to the permanent state, 1 that to the volatile one @returns undefined where none is there */
+  reference(half: 0 | 1): Buffer | undefined {
+    const at = LAYOUT.references[half];
+    const length = this.#word(at);
+    if (length === 0 || length > LAYOUT.referenceBytes) return undefined;
+    return Buffer.from(this.#bytes.subarray(at + 8, at + 8 + length));
+  }
+
+  keepReference(half: 0 | 1, blob: Buffer): void {
+    const at = LAYOUT.references[half];
+    this.#setWord(at, 0);
+    this.#bytes.set(blob, at + 8);
+    this.#setWord(at, blob.length);
+  }
+
+  dropReferences(): void {
+    for (const at of LAYOUT.references) {
+      this.#setWord(at, 0);
+      this.#bytes.fill(0, at + 8, at + 8 + LAYOUT.referenceBytes);
+    }
+  }
+
   /** Before an answer is put into the page of a ring, where it takes the place of its command. */
   keepRingAnswer(number: number, connection: number, response: Buffer): void {
     const at = LAYOUT.ringAnswer;

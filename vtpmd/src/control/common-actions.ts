@@ -12,7 +12,8 @@ const MOST_INFO_BYTES = 3 * 1024;
 const ASK = 0;
 
 export interface CommonParts {
-  readonly engine: Pick<TpmEngine, 'isOn' | 'bufferSizes' | 'setBufferSize' | 'info'>;
+  readonly engine: Pick<TpmEngine, 'bufferSizes' | 'setBufferSize' | 'info'>;
+  readonly isOn: () => boolean;
   readonly vmm: VmmState;
   readonly data: DataChannel;
   /** The TPM's buffers have another size from its next power-on on. */
@@ -27,9 +28,10 @@ type CommonName =
   | 'SET_BUFFERSIZE'
   | 'GET_INFO';
 
-/** The commands that are the same for a TPM that is served and for one that is lost. */
+/** The commands that are the same with and without a TPM. */
 export function commonActions({
   engine,
+  isOn,
   vmm,
   data,
   bufferSizeChanged,
@@ -52,7 +54,7 @@ export function commonActions({
     SET_BUFFERSIZE: ({ body }) => {
       const wanted = body.readUInt32BE(0);
       if (wanted !== ASK) {
-        if (engine.isOn) {
+        if (isOn()) {
           throw new ControlRefusal(RESULT.BadOrdinal, 'the TPM is on: its buffers stay as they are');
         }
         engine.setBufferSize(wanted);

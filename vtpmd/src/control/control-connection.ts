@@ -103,6 +103,13 @@ export class ControlConnection {
     this.#options.onClosed();
   }
 
+  /** It is another worker's now: what is in the socket stays there. */
+  release(): void {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    this.#socket.destroy();
+  }
+
   #look(): void {
     if (this.#isBusy || this.#isClosed) return;
     clearTimeout(this.#timer);

@@ -80,6 +80,11 @@ export class ControlDoor {
     connection.start();
   }
 
+  /** As ControlConnection.release. */
+  release(): void {
+    this.#connection?.release();
+  }
+
   #serve(request: ControlRequest, asker: Asker): void {
     const { shape } = request;
     if (shape.turn === 'at-once') {

@@ -2,7 +2,7 @@ import type { Actions, Outcome, VmmState } from './actions.js';
 import { type CommonParts, commonActions, DONE } from './common-actions.js';
 import { ControlRefusal, RESULT } from './results.js';
 
-export interface LostParts extends Omit<CommonParts, 'bufferSizeChanged'> {
+export interface LostParts extends Omit<CommonParts, 'bufferSizeChanged' | 'isOn'> {
   readonly vmm: VmmState;
   /** Asks the supervisor for a worker with a new run of the VM: this one ends then. Resolves where it gives none. */
   reset(): Promise<void>;
@@ -18,7 +18,7 @@ function gone(): Outcome {
  */
 export function lostActions(parts: LostParts): Actions {
   return {
-    ...commonActions({ ...parts, bufferSizeChanged: () => {} }),
+    ...commonActions({ ...parts, isOn: () => false, bufferSizeChanged: () => {} }),
     INIT: async () => {
       await parts.reset();
       return gone();

@@ -1,6 +1,6 @@
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { isLocality, type TpmEngine } from '../engine/engine.js';
-import type { StateBlobs, StateBlobType } from '../state-blob/state-blobs.js';
+import type { StateBlobs } from '../state-blob/state-blobs.js';
 import type { CommandQueue } from '../worker/command-queue.js';
 import type { PowerState } from '../worker/power-state.js';
 import type { PowerSwitch } from '../worker/power-switch.js';
@@ -9,6 +9,7 @@ import type { Actions, Outcome, VmmState } from './actions.js';
 import { commonActions, DONE } from './common-actions.js';
 import type { DataChannel } from './data-channel.js';
 import { ControlRefusal, RESULT } from './results.js';
+import { blobOutcome, blobTypeOf } from './state-blob-requests.js';
 
 export interface ServedParts {
   readonly engine: TpmEngine;
@@ -23,7 +24,6 @@ export interface ServedParts {
 
 /** INIT's only flag: the volatile state is not used again. It never is. */
 const INIT_DELETE_VOLATILE = 1;
-const BLOB_TYPES: Readonly<Record<number, StateBlobType>> = { 1: 'permanent', 2: 'volatile', 3: 'savestate' };
 
 /** The commands for a TPM that is served. */
 export function servedActions(parts: ServedParts): Actions {
@@ -37,6 +37,7 @@ export function servedActions(parts: ServedParts): Actions {
   };
   const common = commonActions({
     ...{ engine, vmm, data },
+    isOn: () => engine.isOn,
     bufferSizeChanged: () => {
       state.bufferSize = engine.bufferSizes.size;
       keeper?.keepControl(undefined);
@@ -91,21 +92,12 @@ export function servedActions(parts: ServedParts): Actions {
       if (!keeper) throw new ControlRefusal(RESULT.IoError, 'nothing is check-pointed');
       return DONE;
     },
-    GET_STATEBLOB: async ({ body }) => {
-      const type = BLOB_TYPES[body.readUInt32BE(4)];
-      if (!type) throw new ControlRefusal(RESULT.BadParameter, 'there is no such kind of state');
-      const blob = await blobs.takeOut(type);
-      if (!blob) throw new ControlRefusal(RESULT.Retry, `there is no ${type}`);
-      const offset = body.readUInt32BE(8);
-      if (offset > blob.length) throw new ControlRefusal(RESULT.BadParameter, 'an offset behind the end');
-      const content = blob.subarray(offset);
-      // state_flags (nothing is encrypted with a key of swtpm's), totlength: all that there is from the offset on.
-      return { ...DONE, words: [0, content.length, content.length], content };
+    GET_STATEBLOB: async (request) => {
+      const type = blobTypeOf(request);
+      return blobOutcome(request, type, await blobs.takeOut(type));
     },
-    SET_STATEBLOB: ({ body, content }) => {
-      const type = BLOB_TYPES[body.readUInt32BE(4)];
-      if (!type) throw new ControlRefusal(RESULT.BadParameter, 'there is no such kind of state');
-      blobs.bringIn(type, content);
+    SET_STATEBLOB: (request) => {
+      blobs.bringIn(blobTypeOf(request), request.content);
       return DONE;
     },
     LOCK_STORAGE: async () => {

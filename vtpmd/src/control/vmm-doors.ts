@@ -98,6 +98,12 @@ export class VmmDoors {
     return true;
   }
 
+  /** Both connections are another worker's now. */
+  release(): void {
+    clearTimeout(this.#timer);
+    this.control.release();
+  }
+
   /** All connections of a worker before this one are opened: a data channel whose VMM is gone is not kept. */
   adopted(): void {
     if (!this.control.isConnected) this.data.close();

@@ -60,6 +60,18 @@ export function encodeReference(
 }
 
 /**
+ * What a blob says, where there is no key yet to check it with.
+ * @returns the reference, 32 bytes
+ * @throws VtpmdError `newer-format`, `blob-malformed`
+ */
+export function readReference(type: StateBlobType, blob: Buffer): Buffer {
+  checkShape(blob);
+  checkType(type, blob);
+  return Buffer.from(blob.subarray(AT.reference, AT.mac));
+}
+
+/**
+ * The name of the manager says only who may have the key: a vTPM that moves takes its key along.
  * @param state what is suspended now
  * @throws VtpmdError `newer-format`, `blob-malformed`, `reference-foreign`, `reference-used`
  */
@@ -70,6 +82,29 @@ export function checkReference(
   state: ReferredState | undefined,
   blob: Buffer,
 ): void {
+  checkShape(blob);
+  const isOf = (at: number, name: Uint8Array): boolean =>
+    bytesEqual(blob.subarray(at, at + name.length), name);
+  if (!isOf(AT.vtpm, names.vtpmUuid)) {
+    throw new VtpmdError('reference-foreign', 'the reference is to the state of another vTPM');
+  }
+  if (!timingSafeEqual(blob.subarray(AT.mac), macOf(key, blob))) {
+    if (!isOf(AT.manager, names.managerKey)) {
+      throw new VtpmdError('reference-foreign', 'the reference is to a state that another manager keeps');
+    }
+    throw new VtpmdError('blob-malformed', 'the reference was changed: it does not authenticate');
+  }
+  checkType(type, blob);
+  const generation = blob.readBigUInt64BE(AT.generation);
+  if (!state || state.generation !== generation || !isOf(AT.reference, state.reference)) {
+    throw new VtpmdError(
+      'reference-used',
+      `the reference to generation ${generation} was used, or the TPM went on after it was given out; a reference works once`,
+    );
+  }
+}
+
+function checkShape(blob: Buffer): void {
   if (blob.length >= AT.type && blob.readUInt32BE(AT.format) > FORMAT) {
     throw new VtpmdError(
       'newer-format',
@@ -79,27 +114,11 @@ export function checkReference(
   if (blob.length !== TOTAL_BYTES) {
     throw new VtpmdError('blob-malformed', `the reference has ${blob.length} bytes, not ${TOTAL_BYTES}`);
   }
-  const isOf = (at: number, name: Uint8Array): boolean =>
-    bytesEqual(blob.subarray(at, at + name.length), name);
-  if (!isOf(AT.manager, names.managerKey)) {
-    throw new VtpmdError('reference-foreign', 'the reference is to a state that another manager keeps');
-  }
-  if (!isOf(AT.vtpm, names.vtpmUuid)) {
-    throw new VtpmdError('reference-foreign', 'the reference is to the state of another vTPM');
-  }
-  if (!timingSafeEqual(blob.subarray(AT.mac), macOf(key, blob))) {
-    throw new VtpmdError('blob-malformed', 'the reference was changed: it does not authenticate');
-  }
-  if (blob.readUInt32BE(AT.type) !== TYPE[type]) {
-    throw new VtpmdError('blob-malformed', `the reference is not that to the ${type} state`);
-  }
-  const generation = blob.readBigUInt64BE(AT.generation);
-  if (!state || state.generation !== generation || !isOf(AT.reference, state.reference)) {
-    throw new VtpmdError(
-      'reference-used',
-      `the reference to generation ${generation} was used, or the TPM went on after it was given out; a reference works once`,
-    );
-  }
+}
+
+function checkType(type: StateBlobType, blob: Buffer): void {
+  if (blob.readUInt32BE(AT.type) === TYPE[type]) return;
+  throw new VtpmdError('blob-malformed', `the reference is not that to the ${type} state`);
 }
 
 function macOf(key: Uint8Array, blob: Buffer): Buffer {

@@ -26,12 +26,20 @@ export interface StateBlobParts {
   readonly mayExport: boolean;
   readonly mayImport: boolean;
   readonly note: BroughtInNote;
+  /** References that are given out outlive this worker there. */
+  readonly kept: KeptReferences;
   /** Waits for a manager that is away, as long as a VM can stand still. @throws VtpmdError `manager-away` */
   whenLinked(): Promise<void>;
   /** As PowerSwitch.settled. */
   stepDone(): Promise<void>;
   /** What nobody waits for went wrong: the TPM must not go on. */
   failed(error: unknown): void;
+}
+
+/** Where the two halves of a reference are: 0 is that to the permanent state, 1 that to the volatile one. */
+export interface KeptReferences {
+  keepReference(half: 0 | 1, blob: Buffer): void;
+  dropReferences(): void;
 }
 
 /** Under which the queue is held while the TPM is frozen. */
@@ -185,10 +193,14 @@ export class VtpmStateBlobs implements StateBlobs {
   }
 
   async #refer(type: StateBlobType): Promise<Buffer> {
+    const { kept, names } = this.#parts;
     const key = this.#referenceKey;
     if (!key) throw new VtpmdError('blob-refused', 'this manager knows no references; upgrade it');
     const suspended = this.#isFrozen && this.#suspended ? this.#suspended : await this.#suspend(false);
-    return encodeReference(key, this.#parts.names, type, suspended);
+    // Whoever answers the VMM when this worker has ended, because the TPM goes to another host, has them from there.
+    kept.keepReference(0, encodeReference(key, names, 'permanent', suspended));
+    kept.keepReference(1, encodeReference(key, names, 'volatile', suspended));
+    return encodeReference(key, names, type, suspended);
   }
 
   /** No command runs from here on. Permanent state, volatile state and reference become durable as one. */
@@ -274,6 +286,7 @@ export class VtpmStateBlobs implements StateBlobs {
   }
 
   #forget(): void {
+    this.#parts.kept.dropReferences();
     this.#suspended?.volatile.fill(0);
     this.#suspended = undefined;
   }

@@ -3,6 +3,7 @@ import type { Duplex } from 'node:stream';
 import { receiveDescriptor } from 'vtpm-common/libc';
 import type { VmmStatus } from '../control/vmm-doors.js';
 import { VtpmdError } from '../error.js';
+import type { StandInKind, VmmCall } from './stand-in.js';
 
 /** What a worker tells its supervisor; one JSON object per line. */
 export type WorkerMessage =
@@ -20,6 +21,10 @@ export type WorkerMessage =
   | { type: 'vmm-shut-down' }
   /** The TPM is lost, and the VMM begins a new run of its VM. */
   | { type: 'vm-reset'; bufferSize: number; locality: number }
+  /** Holds the VMM's connections in the place of a TPM. */
+  | { type: 'standing-in' }
+  /** The VMM needs the TPM that somebody stands in for. */
+  | ({ type: 'vmm-calls' } & VmmCall)
   /** Answers TPM_RC_FAILURE to everything. */
   | { type: 'lost' }
   | { type: 'failed'; reason: string; message: string }
@@ -36,6 +41,17 @@ export type SupervisorMessage =
   | { type: 'identity'; fields: Record<string, unknown>; checkpoint: CheckpointDescriptors | undefined }
   /** Nothing can go on: see LostTpm. */
   | { type: 'lost'; checkpoint: CheckpointDescriptors }
+  /** The TPM is at another host, or on its way: see StandIn. */
+  | {
+      type: 'stand-in';
+      kind: StandInKind;
+      bufferSize: number;
+      refused: string | undefined;
+      outage: unknown;
+      checkpoint: CheckpointDescriptors;
+    }
+  /** It does not come. */
+  | { type: 'no-tpm'; message: string }
   | { type: 'link'; fd: number }
   /** `peer`: process id of the client, where the supervisor says when it is gone. */
   | { type: 'connection'; door: string; id: number; peer: number | undefined; fd: number }
@@ -119,6 +135,22 @@ function parse(line: string, descriptors: number): SupervisorMessage {
     }
     case 'lost':
       return { type: 'lost', checkpoint: takeCheckpoint(descriptors, fields.checkpoint) };
+    case 'stand-in': {
+      const { kind, bufferSize = 0, refused, outage } = fields;
+      const checkpoint = takeCheckpoint(descriptors, fields.checkpoint);
+      if ((kind !== 'away' && kind !== 'incoming') || !isCount(bufferSize)) {
+        throw new VtpmdError('protocol', 'for what it is to stand in is not said');
+      }
+      const why = typeof refused === 'string' ? refused : undefined;
+      return {
+        ...{ type: 'stand-in', kind, bufferSize: Number(bufferSize) },
+        refused: why,
+        outage,
+        checkpoint,
+      };
+    }
+    case 'no-tpm':
+      return { type: 'no-tpm', message: String(fields.message) };
     case 'rehearse': {
       const { managerKey } = fields;
       const isKey = typeof managerKey === 'string' && /^[0-9a-f]{64}$/i.test(managerKey);

@@ -59,7 +59,7 @@ export async function arrive({ keeper, blobs, doors }: ServedTpm): Promise<void>
 
 /** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */
 export async function goOn(
-  { queue, doors, keeper, blobs, state }: ServedTpm,
+  { queue, doors, keeper, blobs, state, power }: ServedTpm,
   { unit }: ChosenUnit,
   visitors: readonly Visitor[],
   left: Left,
@@ -73,6 +73,36 @@ export async function goOn(
   const mustStir = !state.isOff && !state.isMeasuring;
   const isStirred = !state.isOff && (await blobs.goOn(mustStir));
   if (mustStir && !isStirred) expectStirred(await runOwnCommand(queue, freshStir()));
+  if (left.memory.isSwitchedOff) {
+    // By its VMM, to whoever stood in here.
+    if (!state.isOff) await power.off();
+    blobs.stopped();
+    left.memory.isSwitchedOff = false;
+  }
+  keeper?.keepNow();
+  doors.adopt(visitors, onClosed);
+}
+
+/**
+ * It came from another host with its VMM: the TPM is off, and what waits in the VMM's socket is the INIT that restores it from
+ * the reference that was brought before.
+ */
+export function arriveWithVmm(
+  { keeper, blobs, doors }: ServedTpm,
+  visitors: readonly Visitor[],
+  { memory, controlPipe }: Left,
+  onClosed: (id: number) => void,
+  log: Log,
+): void {
+  controlPipe?.finish((connection) => visitors.find(({ id }) => id === connection)?.fd);
+  try {
+    const halves = [memory.reference(0), memory.reference(1)];
+    blobs.bringIn('permanent', halves[0] ?? NOTHING);
+    blobs.bringIn('volatile', halves[1] ?? NOTHING);
+  } catch (error) {
+    // The INIT says so: nothing is powered on from something else.
+    log('warn', `what the VMM brought is refused: ${VtpmdError.from(error).message}`);
+  }
   keeper?.keepNow();
   doors.adopt(visitors, onClosed);
 }
@@ -101,3 +131,5 @@ export async function endRun(
   if (code !== TPM_RC_SUCCESS) log('warn', `the TPM answered Shutdown with 0x${code.toString(16)}`);
   session.close();
 }
+
+const NOTHING = Buffer.alloc(0);

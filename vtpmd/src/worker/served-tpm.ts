@@ -17,6 +17,7 @@ import { type Identity, loadVtpm } from '../manager-link/load.js';
 import type { LoadKeys } from '../manager-link/load-keys.js';
 import type { ManagerLink } from '../manager-link/manager-link.js';
 import { SaveSession } from '../manager-link/save-session.js';
+import { readReference, referenceDigest } from '../state-blob/reference.js';
 import { readSuspended, type Suspended } from '../state-blob/suspended.js';
 import { VtpmStateBlobs } from '../state-blob/vtpm-state-blobs.js';
 import { CommandQueue } from './command-queue.js';
@@ -85,14 +86,18 @@ export async function loadTpm(
   events: ServedTpmEvents,
 ): Promise<LoadedTpm> {
   const { identity, left } = parts;
-  const grant = await loadVtpm(link, identity, keys, loadLibtpms().version);
+  const grant = await loadVtpm(link, identity, keys, loadLibtpms().version, broughtDigest(parts));
   keys.wipe();
+  if (identity.arrives && grant.manufacture) {
+    throw new VtpmdError('protocol', 'a TPM that comes from another host is not made here');
+  }
   const granted = {
     generation: grant.generation,
     permanentDigest: hash('sha256', grant.permanent, 'buffer'),
   };
+  const resumes = identity.arrives ? undefined : left?.resumes;
   const chosen =
-    left?.resumes && chooseUnit(left.memory, grant.checkpointKey, identity, left.resumes.newest, granted);
+    left && resumes && chooseUnit(left.memory, grant.checkpointKey, identity, resumes.newest, granted);
   const frozen = chosen ? undefined : movingOf(grant);
   const state = new PowerState();
   if (chosen) {
@@ -133,6 +138,12 @@ function movingOf({ suspended, arrived }: LoadGrant): Suspended | undefined {
   if (state?.isMoving && arrived) return state;
   state?.volatile.fill(0);
   return undefined;
+}
+
+/** What the VMM brought for a vTPM that arrives, before there was one here. */
+function broughtDigest({ identity, left }: LoadParts): Buffer | undefined {
+  const blob = identity.arrives ? left?.memory.reference(0) : undefined;
+  return blob && referenceDigest(readReference('permanent', blob));
 }
 
 function compose(
@@ -212,6 +223,7 @@ function compose(
     whenLinked: () => power.whenLinked(),
     stepDone: () => power.settled(),
     note: checkpoint?.left.memory ?? { broughtIn: 0 },
+    kept: checkpoint?.left.memory ?? { keepReference: () => {}, dropReferences: () => {} },
     failed: (error) => events.failed(error),
   });
   const power = new PowerSwitch({

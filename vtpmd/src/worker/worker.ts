@@ -13,6 +13,7 @@ import {
   type CheckpointDescriptors,
   type ControlChannel,
   openControlChannel,
+  type PipeEnds,
   type SupervisorMessage,
 } from './control-channel.js';
 import { IdleLink } from './idle-link.js';
@@ -20,9 +21,10 @@ import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
 import { LostTpm } from './lost-tpm.js';
 import { readHoldTimes } from './outage-policy.js';
-import { arrive, beginRun, endRun, goOn } from './power.js';
+import { arrive, arriveWithVmm, beginRun, endRun, goOn } from './power.js';
 import { type RehearsalStage, rehearse } from './rehearsal.js';
 import { type LoadParts, loadTpm, type ServedTpm } from './served-tpm.js';
+import { StandIn } from './stand-in.js';
 
 /** What a worker is connected to its surroundings by, when it starts. It opens nothing itself. */
 export interface WorkerEnds {
@@ -52,6 +54,8 @@ export function runWorker(
   worker.start(isLocked);
 }
 
+type StandInMessage = SupervisorMessage & { type: 'stand-in' };
+
 class Worker {
   readonly #log: Log;
   readonly #end: (status: number) => void;
@@ -65,6 +69,9 @@ class Worker {
   /** After the start none can be made. */
   #stage: RehearsalStage | undefined;
   #lost: LostTpm | undefined;
+  #standIn: StandIn | undefined;
+  /** What it has of the VM run; with an identity all of that comes again. */
+  #standInPipes: PipeEnds[] = [];
   /** Connections that the worker before this one had. */
   #inherited: Inherited | undefined;
   #isOpen = false;
@@ -115,12 +122,19 @@ class Worker {
   #onMessage(message: SupervisorMessage): void {
     switch (message.type) {
       case 'identity':
+        this.#endStandIn();
         this.#beginServing(message.fields, openLeft(message.checkpoint));
         return;
       case 'lost':
         this.#takeKeys().wipe();
         this.#link.take();
         this.#beLost(openLeft(message.checkpoint)).catch((error: unknown) => this.#fail(error));
+        return;
+      case 'stand-in':
+        this.#standInFor(message).catch((error: unknown) => this.#fail(error));
+        return;
+      case 'no-tpm':
+        this.#standIn?.refuse(message.message);
         return;
       case 'rehearse':
         this.#rehearse(message.checkpoint);
@@ -179,8 +193,8 @@ class Worker {
   }
 
   /** Who has the connections. */
-  get #target(): LostTpm | Doors | undefined {
-    return this.#lost ?? this.#tpm?.doors;
+  get #target(): LostTpm | StandIn | Doors | undefined {
+    return this.#lost ?? this.#standIn ?? this.#tpm?.doors;
   }
 
   #sendDataChannel(fd: number): void {
@@ -217,6 +231,39 @@ class Worker {
     this.#control.send({ type: 'lost' });
   }
 
+  #endStandIn(): void {
+    this.#standIn?.leave();
+    this.#standIn = undefined;
+    for (const { read, write } of this.#standInPipes.splice(0)) {
+      closeSync(read);
+      closeSync(write);
+    }
+    this.#isOpen = false;
+  }
+
+  async #standInFor({ kind, bufferSize, refused, outage, checkpoint }: StandInMessage): Promise<void> {
+    const left = openLeft(checkpoint);
+    const { pipe, controlPipe } = checkpoint;
+    this.#standInPipes = controlPipe ? [pipe, controlPipe] : [pipe];
+    const { power: holdMs } = readHoldTimes(outage);
+    const visitors = await this.#inherit(left);
+    this.#standIn = new StandIn(
+      left,
+      { kind, bufferSize, refused, holdMs },
+      {
+        dataChannel: (fd) => this.#sendDataChannel(fd),
+        vmmChanged: (status) => this.#control.send({ type: 'vmm', ...status }),
+        vmmShutDown: () => this.#control.send({ type: 'vmm-shut-down' }),
+        vmmCalls: (call) => this.#control.send({ type: 'vmm-calls', ...call }),
+        failed: (error) => this.#fail(error),
+        log: this.#log,
+      },
+    );
+    this.#standIn.adopt(visitors, (id) => this.#closed(id));
+    this.#isOpen = true;
+    this.#control.send({ type: 'standing-in' });
+  }
+
   async #serve(parts: LoadParts, keys: LoadKeys, link: ManagerLink): Promise<void> {
     const { identity, left } = parts;
     const inherited = left?.resumes && this.#inherit(left);
@@ -236,8 +283,11 @@ class Worker {
     });
     this.#tpm = tpm;
     tpm.session.attach(link);
-    if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, (id) => this.#closed(id));
+    const onClosed = (id: number): void => this.#closed(id);
+    if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, onClosed);
     else if (hasArrived) await arrive(tpm);
+    else if (identity.arrives && inherited && left)
+      arriveWithVmm(tpm, await inherited, left, onClosed, this.#log);
     else await beginRun(tpm, identity);
     this.#isOpen = true;
     const { generation } = tpm.session;
