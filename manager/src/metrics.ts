@@ -66,6 +66,12 @@ export const metrics = {
     commitWrites.observe(writes);
     commitSeconds.observe(seconds);
   },
+  /** @param result `admitted`, or why it was closed before anything of it was read */
+  peerConnection: counter(
+    'vtpm_peer_connections_total',
+    'Connections of other hosts: admitted, or why they were closed before anything of them was read',
+    'result',
+  ),
   anchorStep: new Tally('vtpm_anchor_steps_total', "Steps of the TPM's counter that were taken"),
   anchorFailure: new Tally(
     'vtpm_anchor_step_failures_total',

@@ -4,6 +4,9 @@ import { ProtoError } from './error.js';
 export const LOAD_PATH = '/vtpm.v1.VtpmManager/Load';
 export const SAVE_PATH = '/vtpm.v1.VtpmManager/Save';
 
+/** Path of the one call between managers. */
+export const EXCHANGE_PATH = '/vtpm.v1.MigrationPeer/Exchange';
+
 /** Largest message in either direction: libtpms's largest permanent state is 143 KB, its volatile state 11 KB. */
 export const MAX_MESSAGE_BYTES = 512 * 1024;
 

@@ -1,9 +1,9 @@
-import { createHash, createPrivateKey, sign } from 'node:crypto';
+import { createHash, sign } from 'node:crypto';
 import { expectLength, uuidToText } from './bytes.js';
 import { decode, encode } from './codec.js';
 import { ProtoError } from './error.js';
 import type { Delegation, SignedTicket, Ticket } from './generated/messages.js';
-import { rawBytesOf } from './raw-key.js';
+import { privateKeyFromSeed, rawBytesOf } from './raw-key.js';
 import { checkFormat, checkSignature } from './signature.js';
 
 /** Format number of tickets and delegations; a newer one is refused by name. */
@@ -21,12 +21,8 @@ export interface SigningKey {
   sign(message: Uint8Array): Buffer;
 }
 
-// DER prefix of RFC 8410 section 7 for a raw 32-byte key.
-const PKCS8_PREFIX = Buffer.from('302e020100300506032b657004220420', 'hex');
-
 export function signingKeyFromSeed(seed: Uint8Array): SigningKey {
-  expectLength('Ed25519 seed', seed, 32);
-  const key = createPrivateKey({ key: Buffer.concat([PKCS8_PREFIX, seed]), format: 'der', type: 'pkcs8' });
+  const key = privateKeyFromSeed(seed);
   return { publicKey: rawBytesOf(key), sign: (message) => sign(null, message, key) };
 }
 

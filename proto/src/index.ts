@@ -7,5 +7,6 @@ export * from './identity.js';
 export * from './load-box.js';
 export * from './migrate-order.js';
 export * from './random.js';
+export { privateKeyFromSeed, rawBytesOf } from './raw-key.js';
 export * from './session.js';
 export { verifySignature } from './signature.js';

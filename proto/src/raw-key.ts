@@ -1,4 +1,4 @@
-import { createPublicKey, type KeyObject } from 'node:crypto';
+import { createPrivateKey, createPublicKey, type KeyObject } from 'node:crypto';
 import { expectLength } from './bytes.js';
 
 /**
@@ -9,6 +9,20 @@ export function rawPublicKey(curve: 'Ed25519' | 'X25519', bytes: Uint8Array): Ke
   expectLength('public key', bytes, 32);
   const x = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString('base64url');
   return createPublicKey({ key: { kty: 'OKP', crv: curve, x }, format: 'jwk' });
+}
+
+// DER prefix of RFC 8410 section 7 for a raw 32-byte key.
+const PKCS8_PREFIX = Buffer.from('302e020100300506032b657004220420', 'hex');
+
+/** An Ed25519 private key (RFC 8032) from its seed of 32 bytes. */
+export function privateKeyFromSeed(seed: Uint8Array): KeyObject {
+  expectLength('Ed25519 seed', seed, 32);
+  const pkcs8 = Buffer.concat([PKCS8_PREFIX, seed]);
+  try {
+    return createPrivateKey({ key: pkcs8, format: 'der', type: 'pkcs8' });
+  } finally {
+    pkcs8.fill(0);
+  }
 }
 
 /** The 32 bytes of a key as above, or of the public half of a private one. */

@@ -41,7 +41,8 @@ const WATCH_MS = 250;
 /** What the workers' calls need of the registry. */
 export type WorkerService = Pick<VtpmRegistry, 'load' | 'attach'>;
 
-const raw = {
+/** Messages of a call as they are. */
+export const raw = {
   requestSerialize: (bytes: Buffer) => bytes,
   requestDeserialize: (bytes: Buffer) => bytes,
   responseSerialize: (bytes: Buffer) => bytes,
@@ -172,11 +173,11 @@ export function serveToolstack(path: string, log: Logger): Promise<GrpcListener>
   return listen(newServer(), path, log, () => true);
 }
 
-function newServer(): Server {
+export function newServer(): Server {
   // grpc-js reads 16 messages of a stream ahead, however large they are, and has no setting for it. Its calls are the only
   // streams of objects in this process.
   setDefaultHighWaterMark(true, MESSAGES_AHEAD);
-  // Keepalive pings stay off: the peer is a process on this host, its death closes the socket.
+  // Keepalive pings stay off: a worker's death closes its socket, and another host asks by itself.
   return new Server({
     'grpc.max_receive_message_length': DEFAULT_LIMITS.transportBytes,
     'grpc.max_send_message_length': DEFAULT_LIMITS.transportBytes,
@@ -209,10 +210,12 @@ async function listen(
 }
 
 /**
- * grpc-js tells a call's connection only by its peer address, and a unix socket has none: this gives it one.
+ * grpc-js tells a call's connection only by its peer address, and a unix socket has none: this gives it one. Of a TCP
+ * connection it takes the place of the address.
  */
-function nameConnection(socket: Socket, name: string): void {
+export function nameConnection(socket: Socket, name: string): void {
   Object.defineProperty(socket, 'remoteAddress', { value: name });
+  Object.defineProperty(socket, 'remotePort', { value: undefined });
 }
 
 function connectionOf(
