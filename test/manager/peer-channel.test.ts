@@ -15,7 +15,8 @@ const DEADLINE_MS = 10_000;
 describe('a channel between two hosts', () => {
   let pair: PeerPair;
   beforeEach(async () => {
-    pair = await peerPair();
+    // The runs of one property share a connection.
+    pair = await peerPair({ bytes: 64 * 1024 * 1024 });
   });
   afterEach(() => pair.close());
 
