@@ -1,43 +1,76 @@
-import { randomBytes } from 'node:crypto';
+import assert from 'node:assert/strict';
+import { generateKeyPairSync, randomBytes } from 'node:crypto';
+import {
+  Alg,
+  type Attest,
+  agreementKeyTemplate,
+  attestationKeyTemplate,
+  concat,
+  encode,
+  nameOf,
+  objectEntity,
+  type Public,
+  type PublicArea,
+  parsePcrSelection,
+  pcrDigest,
+  publicArea,
+  Rh,
+  St,
+  signInSoftware,
+  softwareKeyPublic,
+  tpmsAttest,
+  tpmtSignature,
+  u32,
+  u64,
+} from 'tpm2-ts-bindings';
+import { fixedPolicy } from 'vtpm-manager/root-tpm/generation';
 import { attestationPublic, type RootTpm, type RootTpmEnrolment } from 'vtpm-manager/root-tpm/index';
-import type { Evidence, Peer } from 'vtpm-proto';
+import { REVOCATION_SHAPE } from 'vtpm-manager/root-tpm/nv-counter';
+import { writtenEntity } from 'vtpm-manager/root-tpm/nv-index';
+import type { Evidence, ImportKeyOffer, Peer } from 'vtpm-proto';
 import { INSTALLATION, PCRS } from './root-tpm-fixture.js';
 
-/** A host as another one sees it. */
+export const transcript = (): Buffer => randomBytes(32);
+
+/** A host as it is kept, of which no platform is approved. */
+export function peerOf(keys: {
+  readonly endorsementKey: Uint8Array;
+  readonly attestationKey: Uint8Array;
+  readonly revocationHandle: number;
+}): Peer {
+  return {
+    name: 'b',
+    hostId: randomBytes(32),
+    tlsKey: randomBytes(32),
+    addresses: [],
+    endorsedBy: 'pinned',
+    provenAt: 1n,
+    platforms: [],
+    policyAuthority: '',
+    maySend: true,
+    mayReceive: true,
+    addedAt: 1n,
+    installation: INSTALLATION,
+    backupKey: randomBytes(32),
+    ...keys,
+  };
+}
+
+/** A host with a TPM. */
 export interface Host {
   readonly enrolment: RootTpmEnrolment;
   readonly attestationKey: Buffer;
   readonly peer: Peer;
 }
 
-export const transcript = (): Buffer => randomBytes(32);
-
-/** Enrols a chip as a host with an attestation key; nothing of its platform is approved. */
-export async function hostOf(tpm: RootTpm, enrolment: RootTpmEnrolment, name = 'b'): Promise<Host> {
+export async function hostOf(tpm: RootTpm, enrolment: RootTpmEnrolment): Promise<Host> {
   const attestationKey = await tpm.makeAttestationKey(enrolment);
-  const { publicArea } = await tpm.endorsement();
-  return {
-    enrolment,
-    attestationKey,
-    peer: {
-      name,
-      hostId: randomBytes(32),
-      tlsKey: randomBytes(32),
-      addresses: [],
-      endorsementKey: publicArea,
-      attestationKey: attestationPublic(attestationKey),
-      endorsedBy: 'pinned',
-      provenAt: 1n,
-      platforms: [],
-      policyAuthority: '',
-      maySend: true,
-      mayReceive: true,
-      addedAt: 1n,
-      installation: INSTALLATION,
-      revocationHandle: enrolment.revocation.handle,
-      backupKey: randomBytes(32),
-    },
-  };
+  const peer = peerOf({
+    endorsementKey: (await tpm.endorsement()).publicArea,
+    attestationKey: attestationPublic(attestationKey),
+    revocationHandle: enrolment.revocation.handle,
+  });
+  return { enrolment, attestationKey, peer };
 }
 
 /** What the host sends about itself. */
@@ -59,4 +92,98 @@ export async function evidenceOf(
     revocationSignature: revocation.signature,
     challengeAnswer: Buffer.alloc(0),
   };
+}
+
+type Said<T extends Attest['type']> = Extract<Attest, { readonly type: T }>['attested'];
+
+/** Says and signs what a TPM would, and what none would: a key in software whose public area claims to be a TPM's. */
+export class LyingTpm {
+  readonly #key = generateKeyPairSync('ec', { namedCurve: 'P-256' }).privateKey;
+  readonly attestationKey: PublicArea;
+  readonly values = [randomBytes(32), randomBytes(32)];
+  readonly handle = 0x01810001;
+  boot = { resetCount: 7, restartCount: 3 };
+
+  constructor() {
+    const { value } = softwareKeyPublic(this.#key, { use: 'sign' });
+    const template = attestationKeyTemplate().value;
+    assert.ok(value.type === Alg.ECC && template.type === Alg.ECC);
+    this.attestationKey = publicArea({ ...template, unique: value.unique });
+  }
+
+  /** Approved here. */
+  get peer(): Peer {
+    const peer = peerOf({
+      endorsementKey: Buffer.alloc(0),
+      attestationKey: this.attestationKey.bytes,
+      revocationHandle: this.handle,
+    });
+    return { ...peer, platforms: [{ pcrSelection: PCRS, pcrDigest: this.pcrDigest, approvedAt: 1n }] };
+  }
+
+  get pcrDigest(): Buffer {
+    return pcrDigest(Alg.SHA256, this.values);
+  }
+
+  say<T extends Attest['type']>(
+    type: T,
+    over: Buffer,
+    attested: Said<T>,
+  ): { attest: Buffer; signature: Buffer } {
+    const body = encode(tpmsAttest, {
+      type,
+      qualifiedSigner: Buffer.alloc(34),
+      extraData: over,
+      clockInfo: { clock: 1n, safe: true, ...this.boot },
+      firmwareVersion: 1n,
+      attested,
+    } as unknown as Attest);
+    const attest = concat(encode(u32, 0xff544347), body);
+    return { attest, signature: encode(tpmtSignature, signInSoftware(this.#key, attest)) };
+  }
+
+  evidence(over: Buffer, counter = 5n): Evidence {
+    const quote = this.say(St.ATTEST_QUOTE, over, {
+      pcrSelect: parsePcrSelection(PCRS),
+      pcrDigest: this.pcrDigest,
+    });
+    const nv = this.say(St.ATTEST_NV, over, {
+      indexName: writtenEntity(this.handle, REVOCATION_SHAPE).name,
+      offset: 0,
+      nvContents: encode(u64, counter),
+    });
+    return {
+      ...quote,
+      pcrSelection: PCRS,
+      pcrValues: this.values,
+      approvals: [],
+      revocationAttest: nv.attest,
+      revocationSignature: nv.signature,
+      challengeAnswer: Buffer.alloc(0),
+    };
+  }
+
+  /** @param change of the key as it has to be */
+  importKey(
+    over: Buffer,
+    change: (key: Public) => Public = (key) => key,
+    hierarchy: number = Rh.NULL,
+  ): ImportKeyOffer {
+    const [first = '', second = ''] = this.values.map((value) => value.toString('hex'));
+    const policy = fixedPolicy(PCRS, { 'sha256:0': first, 'sha256:7': second });
+    const { value } = softwareKeyPublic(generateKeyPairSync('ec', { namedCurve: 'P-256' }).privateKey, {
+      use: 'sign',
+    });
+    assert.ok(value.type === Alg.ECC);
+    const area = publicArea(change(agreementKeyTemplate(policy, value.unique).value));
+    const { name } = objectEntity(0, area);
+    const qualifiedName = nameOf(Alg.SHA256, concat(encode(u32, hierarchy), name));
+    const certified = this.say(St.ATTEST_CERTIFY, over, { name, qualifiedName });
+    return {
+      publicArea: area.bytes,
+      certifyInfo: certified.attest,
+      certifySignature: certified.signature,
+      pcrSelection: PCRS,
+    };
+  }
 }

@@ -3,14 +3,13 @@ import {
   attestationKeyTemplate,
   isMadeFrom,
   makeCredential,
-  objectEntity,
   type Public,
   publicKeyObject,
   TpmError,
 } from 'tpm2-ts-bindings';
 import { type Challenge, publicRandom } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import { readPublicArea } from './public-area.js';
+import { readPublicKey } from './public-area.js';
 
 /** Bytes of the secret in a challenge. */
 const ANSWER_BYTES = 32;
@@ -30,7 +29,7 @@ export interface MadeChallenge {
  * @throws ManagerError `peer-ak`
  */
 export function acceptAttestationKey(bytes: Uint8Array): Public {
-  const area = asRefusal(() => readPublicArea(bytes, 'attestation key'));
+  const area = asRefusal(() => readPublicKey(bytes, 'attestation key')).publicArea;
   if (!isMadeFrom(area, attestationKeyTemplate())) {
     throw refused(
       'is not of the one kind that is taken: ECDSA on P-256 with SHA-256, restricted, sign, fixedTPM, fixedParent, ' +
@@ -48,14 +47,11 @@ export function acceptAttestationKey(bytes: Uint8Array): Public {
  * @throws ManagerError `peer-ek`, `peer-ak`
  */
 export function makeChallenge(endorsementKey: Uint8Array, attestationKey: Uint8Array): MadeChallenge {
-  const { name } = objectEntity(
-    0,
-    asRefusal(() => readPublicArea(attestationKey, 'attestation key')),
-  );
+  const { name } = asRefusal(() => readPublicKey(attestationKey, 'attestation key'));
   const answer = publicRandom(ANSWER_BYTES);
   try {
-    const key = readPublicArea(endorsementKey, 'endorsement key');
-    return { challenge: makeCredential(key.value, name, answer), answer };
+    const key = readPublicKey(endorsementKey, 'endorsement key');
+    return { challenge: makeCredential(key.publicArea.value, name, answer), answer };
   } catch (cause) {
     if (!(cause instanceof TpmError)) throw cause;
     throw new ManagerError(

@@ -9,7 +9,7 @@ import {
   verifyEndorsementCertificate,
 } from 'tpm2-ts-bindings';
 import { ManagerError } from '../error.js';
-import { readPublicArea } from './public-area.js';
+import { readPublicKey } from './public-area.js';
 
 /** How an operator knows another host's TPM. */
 export type EndorsementTrust =
@@ -63,7 +63,7 @@ export function acceptEndorsement(
 }
 
 function readKey(bytes: Uint8Array): Public {
-  const { value } = asRefusal(() => readPublicArea(bytes, 'endorsement key'));
+  const { value } = asRefusal(() => readPublicKey(bytes, 'endorsement key')).publicArea;
   const has = (mask: number): boolean => (value.objectAttributes & mask) === mask;
   if (!canEncapsulate(value)) throw refused('is of a kind that no secret can be sent to');
   if (!has(A.restricted | A.decrypt) || has(A.sign)) throw refused('is no storage key');

@@ -1,12 +1,15 @@
 import { diffieHellman, generateKeyPairSync } from 'node:crypto';
 import {
+  Alg,
   agreementKeyTemplate,
+  Curve,
   concat,
   encode,
   isMadeFrom,
-  objectEntity,
-  type PublicArea,
+  nameOf,
+  type ObjectEntity,
   publicKeyObject,
+  Rh,
   TpmError,
   tpmsEccPoint,
   verifyCertify,
@@ -16,10 +19,14 @@ import { ManagerError } from '../error.js';
 import { fixedPolicy } from '../root-tpm/generation.js';
 import { importSecret } from '../root-tpm/import-secret.js';
 import type { PlatformFacts } from './evidence.js';
-import { readPublicArea } from './public-area.js';
+import { readPublicKey } from './public-area.js';
 import { attested, bootOf, requireSameBoot, statementBy } from './statement.js';
 
 /** The source's side of the destination's import key. */
+
+/** Handles of hierarchies are their Names (Part 1, "Names"). */
+const NULL_HIERARCHY = Buffer.alloc(4);
+NULL_HIERARCHY.writeUInt32BE(Rh.NULL);
 
 /**
  * Checks that a key is in the destination's TPM, for one use, under the platform that was approved and no other.
@@ -33,7 +40,7 @@ export function verifyImportKey(
   transcript: Uint8Array,
   facts: PlatformFacts,
 ): void {
-  const area = readKey(peer, offer.publicArea);
+  const { publicArea, name } = readKey(peer, offer.publicArea);
   if (offer.pcrSelection !== facts.pcrSelection) {
     throw refused(
       peer,
@@ -41,7 +48,7 @@ export function verifyImportKey(
     );
   }
   const policy = fixedPolicy(facts.pcrSelection, facts.pcrs);
-  if (!isMadeFrom(area, agreementKeyTemplate(policy))) {
+  if (!isMadeFrom(publicArea, agreementKeyTemplate(policy))) {
     throw refused(
       peer,
       'is not as it has to be: P-256 for ECDH, fixedTPM, stClear, fixedParent, sensitiveDataOrigin, noDA and decrypt, ' +
@@ -49,27 +56,35 @@ export function verifyImportKey(
     );
   }
   const { key, signature } = statementBy(peer, offer.certifySignature);
-  const { name } = objectEntity(0, area);
   const certified = attested(peer, () =>
     verifyCertify(Buffer.from(offer.certifyInfo), signature, { key, nonce: transcript, name }),
   );
+  // Of another hierarchy it could be made once more after a reset, for who recorded what was sent.
+  if (!certified.attested.qualifiedName.equals(inNullHierarchy(name))) {
+    throw refused(peer, 'is not in the null hierarchy, which a reset of the TPM empties');
+  }
   requireSameBoot(peer, facts.boot, bootOf(certified));
+}
+
+/** The Qualified Name of a primary object there (Part 1, "Qualified Name"). */
+function inNullHierarchy(name: Buffer): Buffer {
+  return nameOf(Alg.SHA256, concat(NULL_HIERARCHY, name));
 }
 
 /**
  * A secret for the key: only the TPM that holds it gets the same out of the point (`ImportKey.unwrap`).
- * @param publicArea of a key that `verifyImportKey` took
+ * @param importKey TPMT_PUBLIC of one that `verifyImportKey` took
  * @returns TPMS_ECC_POINT of a key that is used once, and 32 bytes that the caller wipes
  * @throws ManagerError `peer-import-key`
  */
-export function sealSecret(publicArea: Uint8Array): { readonly point: Buffer; readonly secret: Buffer } {
-  const area = readKey({ name: 'of the import key' }, publicArea);
+export function sealSecret(importKey: Uint8Array): { readonly point: Buffer; readonly secret: Buffer } {
+  const { publicArea, name } = readKey({ name: 'of the import key' }, importKey);
   const ephemeral = generateKeyPairSync('ec', { namedCurve: 'P-256' });
   const { x, y } = ephemeral.publicKey.export({ format: 'jwk' });
   const point = encode(tpmsEccPoint, { x: coordinate(x), y: coordinate(y) });
-  const z = diffieHellman({ privateKey: ephemeral.privateKey, publicKey: publicKeyObject(area.value) });
+  const z = diffieHellman({ privateKey: ephemeral.privateKey, publicKey: publicKeyObject(publicArea.value) });
   try {
-    return { point, secret: importSecret(z, point, objectEntity(0, area).name) };
+    return { point, secret: importSecret(z, point, name) };
   } finally {
     z.fill(0);
   }
@@ -79,11 +94,15 @@ function coordinate(text: string | undefined): Buffer {
   return concat(Buffer.from(text ?? '', 'base64url'));
 }
 
-function readKey(peer: Pick<Peer, 'name'>, bytes: Uint8Array): PublicArea {
+function readKey(peer: Pick<Peer, 'name'>, bytes: Uint8Array): ObjectEntity {
   try {
-    const area = readPublicArea(bytes, 'import key');
-    publicKeyObject(area.value);
-    return area;
+    const key = readPublicKey(bytes, 'import key');
+    const { value } = key.publicArea;
+    if (value.type !== Alg.ECC || value.parameters.curveID !== Curve.NIST_P256) {
+      throw new TpmError('malformed', 'it is not on P-256');
+    }
+    publicKeyObject(value);
+    return key;
   } catch (error) {
     if (!(error instanceof TpmError)) throw error;
     throw refused(peer, `cannot be read: ${error.message}`, error);

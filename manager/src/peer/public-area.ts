@@ -1,7 +1,7 @@
-import { decode, type PublicArea, tpmtPublic } from 'tpm2-ts-bindings';
+import { decode, type ObjectEntity, objectEntity, tpmtPublic } from 'tpm2-ts-bindings';
 
-/** A TPMT_PUBLIC with its bytes. @throws TpmError `malformed` */
-export function readPublicArea(bytes: Uint8Array, what: string): PublicArea {
+/** The public half of a key that is in another host's TPM, with its Name. @throws TpmError `malformed`, `usage` */
+export function readPublicKey(bytes: Uint8Array, what: string): ObjectEntity {
   const copy = Buffer.from(bytes);
-  return { bytes: copy, value: decode(tpmtPublic, copy, what) };
+  return objectEntity(0, { bytes: copy, value: decode(tpmtPublic, copy, what) });
 }

@@ -165,7 +165,7 @@ async function load(tpm: Tpm, context: SavedContext, area: PublicArea): Promise<
     return objectEntity((await tpm.run(ContextLoad, {}, { context })).loadedHandle, area);
   } catch (error) {
     if (!TpmError.is(error, Rc.INTEGRITY, Rc.HIERARCHY, Rc.HANDLE, Rc.SIZE)) throw error;
-    throw lost('the TPM was reset since it was made', error);
+    throw lost('the TPM was reset since it was made, or is another one', error);
   }
 }
 
