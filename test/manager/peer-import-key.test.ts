@@ -12,6 +12,7 @@ import {
   decode,
   ECDH_ZGen,
   encode,
+  leftPad,
   objectEntity,
   type Public,
   publicArea,
@@ -252,7 +253,9 @@ describe('manager: the key that a secret is sent to', () => {
         const point = encode(tpmsEccPoint, inPoint);
         const agreed = (area: Public): Buffer => {
           assert.ok(area.type === Alg.ECC);
-          return ephemeral.computeSecret(Buffer.concat([Buffer.of(4), area.unique.x, area.unique.y]));
+          return ephemeral.computeSecret(
+            Buffer.concat([Buffer.of(4), leftPad(area.unique.x, 32), leftPad(area.unique.y, 32)]),
+          );
         };
         await withKey(async (_root, key) => {
           const area = decode(tpmtPublic, key.publicArea);

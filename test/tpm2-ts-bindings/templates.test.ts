@@ -1,8 +1,10 @@
 import assert from 'node:assert/strict';
-import { createHash, randomBytes } from 'node:crypto';
+import { createECDH, createHash, randomBytes } from 'node:crypto';
 import {
   Alg,
+  agreementKeyTemplate,
   attestationKeyTemplate,
+  ECDH_ZGen,
   ENDORSEMENT_KEY_NAMES,
   type EndorsementKeyName,
   embed,
@@ -10,6 +12,8 @@ import {
   endorsementKeyTemplate,
   endorsementPolicy,
   inSession,
+  isMadeFrom,
+  leftPad,
   NvAttribute as N,
   NvIndex,
   type ObjectEntity,
@@ -181,6 +185,35 @@ describe('tpm2-ts-bindings: key templates', () => {
     await withPrimary(tpm, srkTemplate('L-2'), (srk) =>
       assert.rejects(create(tpm, srk, storageKeyTemplate('H-3')), says('HASH')),
     );
+  });
+
+  it('agreement keys agree under their policy alone, and are another one for another unique', async () => {
+    const steps = [{ assert: 'command-code', code: ECDH_ZGen.code }] as const;
+    const template = (x = NOTHING) => agreementKeyTemplate(policyDigest(steps), { x, y: NOTHING });
+    await withPrimary(tpm, template(), async (key) => {
+      assert.ok(isMadeFrom(key.publicArea, template()));
+      assert.ok(!isMadeFrom(key.publicArea, agreementKeyTemplate(randomBytes(32))));
+      assert.ok(!isMadeFrom(key.publicArea, attestationKeyTemplate()));
+      assert.ok(!isMadeFrom(sealedTemplate(NOTHING), sealedTemplate(NOTHING)), 'no key');
+      const other = createECDH('prime256v1');
+      const own = other.generateKeys();
+      const inPoint = { x: own.subarray(1, 33), y: own.subarray(33) };
+      await assert.rejects(
+        tpm.run(ECDH_ZGen, { keyHandle: withPassword(key) }, { inPoint }),
+        says('AUTH_UNAVAILABLE'),
+      );
+      const z = await inSession(tpm, { kind: 'policy' }, async (session) => {
+        await runPolicy(tpm, session, steps);
+        return (await tpm.run(ECDH_ZGen, { keyHandle: withSession(key, session) }, { inPoint })).outPoint.x;
+      });
+      const { value } = key.publicArea;
+      assert.ok(value.type === Alg.ECC);
+      const point = Buffer.concat([Buffer.of(4), leftPad(value.unique.x, 32), leftPad(value.unique.y, 32)]);
+      assert.deepEqual(leftPad(z, 32), other.computeSecret(point));
+      await withPrimary(tpm, template(randomBytes(32)), async (second) =>
+        assert.notDeepEqual(second.name, key.name),
+      );
+    });
   });
 
   for (const name of SIGNING) {

@@ -1,5 +1,6 @@
 import type { X509Certificate } from 'node:crypto';
 import {
+  Alg,
   activateCredential as activate,
   type Credential,
   certifies,
@@ -77,10 +78,12 @@ export function activateCredential(
   );
 }
 
-/** The ECC key where the chip has its certificate, the RSA key where it has only that one's. */
+/** The first of these that the chip has a certificate of; the first where it has none. ECC keys are quick to make. */
+const PREFERRED: readonly EndorsementKeyName[] = ['L-2', 'H-2', 'H-3', 'H-4', 'L-1', 'H-1', 'H-6', 'H-7'];
+
 async function keyName(tpm: Tpm): Promise<EndorsementKeyName> {
   const certified = await listEndorsementCertificates(tpm);
-  return !certified.includes('L-2') && certified.includes('L-1') ? 'L-1' : 'L-2';
+  return PREFERRED.find((name) => certified.includes(name)) ?? 'L-2';
 }
 
 async function withEndorsementKey<T>(tpm: Tpm, body: (key: EndorsementKey) => Promise<T>): Promise<T> {
@@ -90,7 +93,8 @@ async function withEndorsementKey<T>(tpm: Tpm, body: (key: EndorsementKey) => Pr
     throw new ManagerError('tpm-unfit', 'the TPM has a template of its endorsement key that is not readable');
   }
   // A chip takes seconds to make an RSA key: firmware or another program may have kept it.
-  const kept = await readObject(tpm, name === 'L-1' ? PersistentHandle.EK_RSA : PersistentHandle.EK_ECC);
+  const { EK_RSA, EK_ECC } = PersistentHandle;
+  const kept = await readObject(tpm, template.value.type === Alg.RSA ? EK_RSA : EK_ECC);
   if (kept !== undefined && isMadeFrom(kept.publicArea, template)) return body({ name, entity: kept });
   return whileLoaded(tpm, make(tpm, template), (entity) => body({ name, entity }));
 }
