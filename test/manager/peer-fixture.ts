@@ -28,6 +28,7 @@ import { attestationPublic, type RootTpm, type RootTpmEnrolment } from 'vtpm-man
 import { REVOCATION_SHAPE } from 'vtpm-manager/root-tpm/nv-counter';
 import { writtenEntity } from 'vtpm-manager/root-tpm/nv-index';
 import type { Evidence, ImportKeyOffer, Peer } from 'vtpm-proto';
+import { testPeer } from '../support/test-peer.js';
 import { INSTALLATION, PCRS } from './root-tpm-fixture.js';
 
 export const transcript = (): Buffer => randomBytes(32);
@@ -38,22 +39,7 @@ export function peerOf(keys: {
   readonly attestationKey: Uint8Array;
   readonly revocationHandle: number;
 }): Peer {
-  return {
-    name: 'b',
-    hostId: randomBytes(32),
-    tlsKey: randomBytes(32),
-    addresses: [],
-    endorsedBy: 'pinned',
-    provenAt: 1n,
-    platforms: [],
-    policyAuthority: '',
-    maySend: true,
-    mayReceive: true,
-    addedAt: 1n,
-    installation: INSTALLATION,
-    backupKey: randomBytes(32),
-    ...keys,
-  };
+  return testPeer({ platforms: [], installation: INSTALLATION, ...keys });
 }
 
 /** A host with a TPM. */
