@@ -269,6 +269,10 @@ describe('a worker that stands in for a TPM', () => {
       assert.equal(await vmm.result('INIT', u32(1)), FAIL);
       assert.equal(await vmm.setBlob(PERMANENT, blob), SUCCESS);
       assert.equal(await vmm.result('INIT', u32(1)), FAIL);
+      const otherHalf = Buffer.from(volatile);
+      otherHalf.fill(7, 80, 112);
+      assert.equal(await vmm.setBlob(VOLATILE, otherHalf), SUCCESS);
+      assert.equal(await vmm.result('INIT', u32(1)), FAIL, 'halves of two references');
       assert.equal(await vmm.result('GET_STATEBLOB', u32(1, PERMANENT, 0)), BAD_ORDINAL);
       assert.equal(await vmm.result('GET_TPMESTABLISHED'), BAD_ORDINAL);
       assert.ok(!standIn.messages.some(({ type }) => type === 'vmm-calls'));
