@@ -19,6 +19,10 @@ export type WorkerMessage =
   | ({ readonly type: 'vm-reset' } & VmmChoice)
   /** It answers TPM_RC_FAILURE to everything. */
   | { readonly type: 'lost' }
+  /** It holds the VMM's connections in the place of a TPM. */
+  | { readonly type: 'standing-in' }
+  /** The VMM needs the TPM that it stands in for. It is said again until there is an answer. */
+  | ({ readonly type: 'vmm-calls' } & VmmCall)
   /** The worker ends now, with another status than 0. */
   | { readonly type: 'failed'; readonly reason: string; readonly message: string }
   /** Shutdown(CLEAR) is saved and durable; the worker ends now. */
@@ -46,11 +50,26 @@ export type SupervisorMessage =
       /** `vmm`: the TPM stays off until the VMM powers it on. */
       readonly power: 'on' | 'vmm';
       readonly vmm: VmmChoice;
+      /** Its VMM has brought it from another host, and wants to go on here. */
+      readonly arrives?: boolean;
       readonly outage: { readonly holdMs: Readonly<Record<'tpm' | 'tcti', number>> };
       readonly checkpoint: CheckpointFields | null;
     }
   /** Instead of an identity: the VM run goes on, and its state is lost. */
   | { readonly type: 'lost'; readonly checkpoint: CheckpointFields }
+  /**
+   * Instead of an identity, which may follow: the TPM is on its way. `away` from here, `incoming` to here with its VMM; then
+   * `refused` is why the INIT that is in the VMM's socket is not done.
+   */
+  | {
+      readonly type: 'stand-in';
+      readonly kind: 'away' | 'incoming';
+      readonly bufferSize: number;
+      readonly refused?: string;
+      readonly checkpoint: CheckpointFields;
+    }
+  /** What the VMM waits for does not come. */
+  | { readonly type: 'no-tpm'; readonly message: string }
   /** A new manager link was passed on the descriptor channel. */
   | { readonly type: 'link' }
   /** A guest's connection was passed on the descriptor channel. `peer`: process id of its client, as the host sees it. */
@@ -73,6 +92,14 @@ export interface VmmChoice {
   /** 0 where it has not chosen. */
   readonly bufferSize: number;
   readonly locality: number;
+}
+
+/** Why a VMM needs its TPM. */
+export interface VmmCall extends VmmChoice {
+  /** The control request that waits, or `command` for one of the guest's. */
+  readonly request: string;
+  /** Of the reference that it brought, 32 bytes in hex. */
+  readonly referenceDigest: string | null;
 }
 
 export interface VmmStatus extends VmmChoice {
@@ -161,6 +188,13 @@ const SHAPES: Readonly<Record<WorkerMessage['type'], Shape>> = {
   'vmm-shut-down': {},
   'vm-reset': { bufferSize: isCount, locality: isCount },
   lost: {},
+  'standing-in': {},
+  'vmm-calls': {
+    request: isText,
+    referenceDigest: (value) => value === null || (typeof value === 'string' && /^[0-9a-f]{64}$/.test(value)),
+    bufferSize: isCount,
+    locality: isCount,
+  },
   failed: { reason: isText, message: isText },
   stopped: {},
 };

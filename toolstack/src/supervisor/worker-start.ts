@@ -28,6 +28,8 @@ export interface StartParts {
   readonly presumes?: boolean;
   /** What the VMM chose in the run before this one, where that was lost. */
   readonly vmm?: VmmChoice;
+  /** Its VMM has brought it from another host. */
+  readonly arrives?: boolean;
   /** Hears of the ticket when the worker has it. */
   onIssued?(issued: IssuedTicket): void;
 }
@@ -89,6 +91,33 @@ export async function giveLoss(
   await afterPassing(isLost, async () => {
     worker.passAll(run.checkpoint.descriptors, {
       type: 'lost',
+      checkpoint: checkpointFields(run, 'off', visits),
+    });
+    await passVisits(worker, visits);
+  });
+}
+
+/**
+ * A worker without identity, which has the VMM's connections until the TPM comes.
+ * @param visits those of the VMM @throws ToolstackError; the caller kills it
+ */
+export async function giveStandIn(
+  { worker, ready }: ClaimedWorker,
+  run: VmRun,
+  visits: readonly Visit[],
+  {
+    kind,
+    bufferSize,
+    refused,
+  }: { kind: 'away' | 'incoming'; bufferSize: number; refused: string | undefined },
+): Promise<void> {
+  await ready;
+  const isStandingIn = worker.waitFor('standing-in', SERVING_LIMIT_MS);
+  await afterPassing(isStandingIn, async () => {
+    worker.passAll(run.checkpoint.descriptors, {
+      type: 'stand-in',
+      ...{ kind, bufferSize },
+      ...(refused !== undefined && { refused }),
       checkpoint: checkpointFields(run, 'off', visits),
     });
     await passVisits(worker, visits);
