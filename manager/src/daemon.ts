@@ -136,7 +136,7 @@ class Manager implements Daemon {
     }
     this.#listeners.push(
       await serveWorkers(this.#paths.workerSocket, () => this.#service().registry, this.#log),
-      await serveToolstack(this.#paths.toolstackSocket, this.#log),
+      await serveToolstack(this.#paths.toolstackSocket, () => this.#service().migrations, this.#log),
     );
     this.#log.info(
       { status: this.#state.status, vtpms: vtpmsOf(this.#state), home: this.options.paths.home },
@@ -236,6 +236,11 @@ class Manager implements Daemon {
       storeSandbox: this.options.storeSandbox,
       storeReserve: this.options.storeReserve,
       anchorWindow: this.options.anchorWindow,
+      chip: {
+        tpm: () => this.#tpm(),
+        enrolment: () => this.#enrolment().tpm,
+        approvals: () => readApprovals(this.#paths),
+      },
       counter: this.#tpm().anchorCounter(enrolment.tpm, keys.anchorAuth),
       storeRoots: roots,
       // Lost while it is being opened: that fails with the same error.

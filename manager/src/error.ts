@@ -67,6 +67,7 @@ export type ManagerErrorCode =
   | 'migration-refused'
   | 'migration-aborted'
   | 'in-doubt'
+  | 'decision-forged'
   | 'unknown-migration'
   | 'not-fenced'
   | 'busy'

@@ -4,6 +4,9 @@ import { BackupControl } from './backup/control.js';
 import { Erasure } from './erasure.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
+import type { AttestorParts } from './migration/attestor.js';
+import type { MigrationControl } from './migration/control.js';
+import { openMigrations } from './migration/open.js';
 import { Census } from './ownership/census.js';
 import { VtpmRegistry } from './ownership/registry.js';
 import type { AnchorCounter } from './root-tpm/index.js';
@@ -20,6 +23,7 @@ export interface Service {
   readonly audit: AuditLog;
   readonly erasure: Erasure;
   readonly backup: BackupControl;
+  readonly migrations: MigrationControl;
   /**
    * Puts everything in the store under the current generation of the root key, beside what else goes on. Can be repeated.
    * @param isOver asked now and then whether to stop
@@ -49,6 +53,8 @@ export interface ServiceOptions {
   readonly counter: AnchorCounter;
   /** Seconds until the TPM counts saves that nobody waits for. */
   readonly anchorWindow: number;
+  /** What this host's chip says of it to others. */
+  readonly chip: Omit<AttestorParts, 'trust'>;
   /** `storeRoots` of the service before, where this process has had one: an older store is refused then. */
   readonly storeRoots: readonly Buffer[] | undefined;
   /** The store process ended unasked, or the store is not what was written: the service is of no use any more. */
@@ -117,11 +123,21 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       census,
       checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
     });
+    const migrations = openMigrations({
+      keys,
+      trust,
+      registry,
+      audit: log,
+      checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
+      options,
+    });
+    await migrations.start();
     return {
       registry,
       trust,
       audit: log,
       erasure,
+      migrations,
       backup: new BackupControl({ paths: options.paths, keys, store, registry, audit: log }),
       rekey: async (isOver) => {
         const { keyId: id, auditKey: key } = keys.current;
@@ -148,6 +164,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       stopWaiting: () => store.stopWaiting(),
       close: async (error) => {
         store.stopWaiting();
+        await migrations.close();
         await registry.close(error);
         await store.close();
         await log.close();

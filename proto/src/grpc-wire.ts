@@ -7,6 +7,9 @@ export const SAVE_PATH = '/vtpm.v1.VtpmManager/Save';
 /** Path of the one call between managers. */
 export const EXCHANGE_PATH = '/vtpm.v1.MigrationPeer/Exchange';
 
+/** Path of the toolstack's one call. */
+export const MIGRATE_PATH = '/vtpm.v1.VtpmMigration/Migrate';
+
 /** Largest message in either direction: libtpms's largest permanent state is 143 KB, its volatile state 11 KB. */
 export const MAX_MESSAGE_BYTES = 512 * 1024;
 

@@ -20,7 +20,7 @@ import {
 import { VtpmRegistry } from 'vtpm-manager/ownership/registry';
 import { createAnchoredStore } from 'vtpm-manager/store/index';
 import { createTrustStore, openTrustStore } from 'vtpm-manager/trust/trust-configuration';
-import { decode, descriptor, encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
+import { decode, descriptor, EXCHANGE_PATH, encode, LOAD_PATH, MIGRATE_PATH, SAVE_PATH } from 'vtpm-proto';
 import { MemoryStore } from '../support/memory-store.js';
 import { anchorOptions, testKeys, unwatched } from '../support/test-keys.js';
 import {
@@ -34,6 +34,10 @@ import {
 const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
 /** TPM2_GetRandom(8), as a guest sends it. */
 const TPM_COMMAND = Buffer.from('80010000000c0000017b0008', 'hex');
+
+const noMigrations = () => {
+  throw new ManagerError('locked', 'the manager is locked');
+};
 
 const refused = (code: status, reason?: string) => (error: RefusedError) => {
   assert.equal(error.code, code, error.message);
@@ -192,11 +196,15 @@ describe('gRPC for workers', () => {
     assert.equal((await session.save({ permanent: Buffer.from('P') })).generation, 1n);
   });
 
-  it('gives the toolstack socket nothing but UNIMPLEMENTED for now', async () => {
+  it('I-1 gives the toolstack socket Migrate and nothing else', async () => {
     const other = join(directory, 'toolstack.sock');
-    const toolstackListener = await serveToolstack(other, log);
+    const toolstackListener = await serveToolstack(other, noMigrations, log);
     const caller = new WorkerClient(other, managerId);
-    for (const method of [LOAD_PATH, SAVE_PATH, '/vtpm.v1.VtpmMigration/Migrate']) {
+    await assert.rejects(
+      caller.call(MIGRATE_PATH, Buffer.alloc(0)),
+      refused(status.INVALID_ARGUMENT, 'bad-request'),
+    );
+    for (const method of [LOAD_PATH, SAVE_PATH, EXCHANGE_PATH]) {
       await assert.rejects(caller.call(method, Buffer.alloc(0)), refused(status.UNIMPLEMENTED));
     }
     caller.close();
@@ -376,10 +384,10 @@ describe('gRPC for workers', () => {
   it('replaces a socket that lies there dead, but no file', async () => {
     const other = join(directory, 'other.sock');
     writeFileSync(other, 'something else');
-    await assert.rejects(serveToolstack(other, log), /exists and is not a socket/);
+    await assert.rejects(serveToolstack(other, noMigrations, log), /exists and is not a socket/);
     rmSync(other);
-    const first = await serveToolstack(other, log);
-    const second = await serveToolstack(other, log);
+    const first = await serveToolstack(other, noMigrations, log);
+    const second = await serveToolstack(other, noMigrations, log);
     await second.close();
     await first.close();
   });

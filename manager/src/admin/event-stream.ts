@@ -9,16 +9,13 @@ const MAX_BACKLOG_BYTES = 1024 * 1024;
 export function streamEvents(response: ServerResponse, events: VtpmEvents, instance: string): void {
   response.writeHead(200, { 'content-type': 'application/x-ndjson' });
   const write = (value: object): void => {
-    response.write(`${JSON.stringify(value)}\n`);
+    response.write(
+      `${JSON.stringify(value, (_, item) => (typeof item === 'bigint' ? Number(item) : item))}\n`,
+    );
     if (response.writableLength > MAX_BACKLOG_BYTES) response.destroy();
   };
   write({ type: 'hello', instance });
-  const unsubscribe = events.subscribe(
-    ({ type, id, epoch, generation }) => {
-      write({ type, id, epoch: Number(epoch), generation: Number(generation) });
-    },
-    () => response.end(),
-  );
+  const unsubscribe = events.subscribe(write, () => response.end());
   const heartbeat = setInterval(() => write({ type: 'heartbeat' }), HEARTBEAT_MS);
   heartbeat.unref();
   response.once('close', () => {

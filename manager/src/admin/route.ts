@@ -4,6 +4,7 @@ import type { AuditAction, AuditActor, AuditEvent, AuditLog } from '../audit/ind
 import type { BackupControl } from '../backup/control.js';
 import { ManagerError } from '../error.js';
 import type { MetricsState } from '../metrics.js';
+import type { MigrationControl } from '../migration/control.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import type { PlatformControl } from '../platform-control.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
@@ -15,6 +16,7 @@ export interface AdminService {
   readonly trust: TrustStore;
   readonly audit: AuditLog;
   readonly backup: BackupControl;
+  readonly migrations: MigrationControl;
 }
 
 /** The manager as its admin plane sees it. */

@@ -3,6 +3,7 @@ import { METRICS_TYPE, renderMetrics } from '../metrics.js';
 import { auditRoutes } from './audit-routes.js';
 import { streamEvents } from './event-stream.js';
 import { imageRoutes } from './image-routes.js';
+import { migrationRoutes } from './migration-routes.js';
 import { platformRoutes } from './platform-routes.js';
 import { ok, type Route } from './route.js';
 import { vtpmRoutes } from './vtpm-routes.js';
@@ -32,6 +33,7 @@ export const ROUTES: readonly Route[] = [
   },
   ...vtpmRoutes,
   ...imageRoutes,
+  ...migrationRoutes,
   ...platformRoutes,
   ...auditRoutes,
   ...backupRoutes,

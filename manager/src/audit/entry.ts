@@ -27,6 +27,7 @@ export const AUDIT_ACTIONS = [
   'migrate-in',
   'migrate-commit',
   'migrate-abort',
+  'migrate-resolve',
   // Trust configuration
   'image-allow',
   'image-remove',

@@ -9,7 +9,7 @@ import {
   type ServiceDefinition,
 } from '@grpc/grpc-js';
 import type { Logger } from 'vtpm-common';
-import { encode, LOAD_PATH, SAVE_PATH } from 'vtpm-proto';
+import { encode, LOAD_PATH, MIGRATE_PATH, SAVE_PATH } from 'vtpm-proto';
 import type { ManagerErrorCode } from '../error.js';
 import { type LocalListener, listenLocally } from '../local-socket.js';
 import { metrics } from '../metrics.js';
@@ -23,6 +23,7 @@ import {
   within,
 } from './limits.js';
 import { readMessage } from './messages.js';
+import { MigrateCall, type ToolstackService } from './migrate-call.js';
 import { serveSaveStream } from './save-stream.js';
 import { refusal, statusOf } from './status.js';
 
@@ -168,9 +169,37 @@ function admitted(uid: number, limits: CallLimits, socket: Socket): AdmittedConn
   };
 }
 
-/** The toolstack's socket: its calls come with migration, until then each is UNIMPLEMENTED. */
-export function serveToolstack(path: string, log: Logger): Promise<GrpcListener> {
-  return listen(newServer(), path, log, () => true);
+/** The whole gRPC surface for toolstacks. */
+export const toolstackServiceDefinition = {
+  Migrate: { path: MIGRATE_PATH, requestStream: true, responseStream: true, ...raw },
+} as const satisfies ServiceDefinition;
+
+/** Connections that are open at the same time: an evacuation has one for each migration under way. */
+const MAX_TOOLSTACK_CONNECTIONS = 128;
+
+/** @param service asked at each call; throws ManagerError `locked` or `shutting-down` where there is none */
+export function serveToolstack(
+  path: string,
+  service: () => ToolstackService,
+  log: Logger,
+): Promise<GrpcListener> {
+  const server = newServer();
+  const migrate: handleBidiStreamingCall<Buffer, Buffer> = (call) => {
+    new MigrateCall(call, service, log).serve();
+  };
+  server.addService(toolstackServiceDefinition, { Migrate: migrate });
+  let open = 0;
+  return listen(server, path, log, (socket, _, uid) => {
+    if (open >= MAX_TOOLSTACK_CONNECTIONS) {
+      log.warn({ uid, reason: 'rate-limited' }, 'a connection is closed: too many at once');
+      return false;
+    }
+    open += 1;
+    socket.once('close', () => {
+      open -= 1;
+    });
+    return true;
+  });
 }
 
 export function newServer(): Server {

@@ -1,10 +1,44 @@
-/** What happens to vTPMs, for the admin plane's event stream. */
-export interface VtpmEvent {
+import type { MigrateMode, Verdict } from 'vtpm-proto';
+
+/** What happens to a vTPM here. */
+export interface VtpmChange {
   readonly type: 'loaded' | 'saved' | 'link-up' | 'link-lost' | 'fenced' | 'retired';
   readonly id: string;
   readonly epoch: bigint;
   readonly generation: bigint;
 }
+
+/** Another host sends a vTPM: the toolstack is to accept it or refuse it. */
+export interface IncomingEvent {
+  readonly type: 'incoming';
+  /** Hex, 16 bytes. */
+  readonly migration: string;
+  readonly id: string;
+  readonly vmUuid: string;
+  readonly vmRunId: string;
+  /** At the source now. */
+  readonly epoch: bigint;
+  readonly generation: bigint;
+  readonly mode: MigrateMode;
+  readonly from: { readonly name: string; readonly hostId: string };
+  /** Of the source's toolstack, for this one. */
+  readonly description: string;
+  readonly dryRun: boolean;
+}
+
+/** It is decided where a vTPM lives, and durable here; at the destination also where it was never decided and cannot be any more. */
+export interface MigrationEvent {
+  readonly type: 'migration';
+  readonly migration: string;
+  readonly id: string;
+  readonly role: 'source' | 'destination';
+  readonly verdict: Verdict;
+  /** Name of the other host. */
+  readonly peer: string;
+}
+
+/** For the admin plane's event stream. */
+export type VtpmEvent = VtpmChange | IncomingEvent | MigrationEvent;
 
 /** Hands each event to every listener. A listener must not throw. */
 export class VtpmEvents {

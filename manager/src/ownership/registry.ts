@@ -37,7 +37,7 @@ import type { TrustStore } from '../trust/trust-configuration.js';
 import { Arrivals } from './arrival.js';
 import type { Census } from './census.js';
 import { Departures } from './departure.js';
-import { VtpmEvents } from './events.js';
+import { type VtpmChange, VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { type HeldRecord, LiveSession } from './live-session.js';
 import { sealGrant } from './load-grant.js';
@@ -478,7 +478,7 @@ export class VtpmRegistry {
     if (this.#isClosing) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
   }
 
-  #emit(type: Parameters<VtpmEvents['emit']>[0]['type'], header: RecordHeader): void {
+  #emit(type: VtpmChange['type'], header: RecordHeader): void {
     const { epoch, generation } = header;
     this.events.emit({ type, id: uuidToText(header.vtpmUuid), epoch, generation });
   }

@@ -1,0 +1,70 @@
+import { ManagerError } from '../error.js';
+import type { MigrationView } from '../migration/control.js';
+import { type AdminContext, type AdminRequest, type Answer, bodyOf, ok, type Route } from './route.js';
+
+export const migrationRoutes: readonly Route[] = [
+  { method: 'GET', path: '/migrations', handle: list },
+  { method: 'GET', path: '/migrations/{id}', handle: view },
+  { method: 'POST', path: '/migrations/{id}/resolve', handle: resolve },
+  { method: 'POST', path: '/migrations/{id}/accept', handle: accept },
+  { method: 'POST', path: '/migrations/{id}/refuse', handle: refuse },
+  { method: 'POST', path: '/migrations/{id}/cancel', handle: cancel },
+];
+
+/** Of a refusal: a code and a sentence for the source's operator. */
+const MAX_REASON = 300;
+
+async function list(_: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  return ok({ migrations: (await service().migrations.list()).map(describe) });
+}
+
+async function view(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  return ok(describe(await service().migrations.view(migrationOf(request))));
+}
+
+async function resolve(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const migration = migrationOf(request);
+  await bodyOf(request, []);
+  return ok({ migration, verdict: await service().migrations.resolve(migration, request.actor) });
+}
+
+async function accept(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const migration = migrationOf(request);
+  await bodyOf(request, []);
+  service().migrations.accept(migration);
+  return ok({ migration });
+}
+
+async function refuse(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const migration = migrationOf(request);
+  const { code, message } = await bodyOf(request, ['code', 'message']);
+  service().migrations.refuse(migration, `${text('code', code)}: ${text('message', message)}`);
+  return ok({ migration });
+}
+
+async function cancel(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const migration = migrationOf(request);
+  await bodyOf(request, []);
+  return ok({ migration, cancelled: service().migrations.cancel(migration) });
+}
+
+/** The reader's numbers: they stay below 2^53. */
+function describe({ incoming, ...rest }: MigrationView): object {
+  return {
+    ...rest,
+    ...(incoming && {
+      incoming: { ...incoming, epoch: Number(incoming.epoch), generation: Number(incoming.generation) },
+    }),
+  };
+}
+
+function migrationOf(request: AdminRequest): string {
+  const id = request.param('id');
+  if (/^[0-9a-f]{32}$/.test(id)) return id;
+  throw new ManagerError('bad-request', 'a migration is named by 32 hex digits, in lower case');
+}
+
+function text(name: string, value: unknown): string {
+  if (typeof value === 'string' && value.length <= MAX_REASON) return value;
+  throw new ManagerError('bad-request', `"${name}" is a text of at most ${MAX_REASON} characters`);
+}

@@ -1,0 +1,532 @@
+import { barrier, type Logger } from 'vtpm-common';
+import {
+  bytesEqual,
+  type MigrateMode,
+  type MigrationHello,
+  type PeerMessage,
+  type SignedDecision,
+  type SignedMigrateOrder,
+  uuidToText,
+  type Verdict,
+} from 'vtpm-proto';
+import type { AuditActor, AuditEvent } from '../audit/index.js';
+import { ManagerError } from '../error.js';
+import type { PendingDeparture } from '../ownership/departure.js';
+import type { IncomingEvent, VtpmEvents } from '../ownership/events.js';
+import type { PeerChannel } from '../peer/channel.js';
+import { DestinationMigration } from './destination.js';
+import { EventDoorkeeper } from './doorkeeper.js';
+import { checkLengths } from './lengths.js';
+import { LIMITS_MS, MAX_REMEMBERED, MAX_SESSIONS } from './limits.js';
+import { OrderCheck, type OrderEnvironment } from './order-check.js';
+import type { Arrivals, Attestor, Departures, Host } from './ports.js';
+import { Resolver } from './resolve.js';
+import { Settler } from './settler.js';
+import { type Orderer, type SourceEnd, SourceMigration } from './source.js';
+import { Talk } from './talk.js';
+
+export interface MigrationParts {
+  readonly host: Host;
+  readonly departures: Departures;
+  readonly arrivals: Arrivals;
+  readonly attestor: Attestor;
+  readonly orders: OrderEnvironment;
+  readonly events: VtpmEvents;
+  audit(event: AuditEvent): Promise<unknown>;
+  readonly log: Logger;
+}
+
+/** One migration, as the admin plane tells of it. */
+export interface MigrationView {
+  readonly migration: string;
+  readonly id: string;
+  readonly role: 'source' | 'destination';
+  readonly mode: MigrateMode;
+  /** Name of the other host; its host id where it is no peer any more. */
+  readonly peer: string;
+  readonly state: 'preparing' | 'departing' | 'in-doubt' | 'committed' | 'aborted';
+  /** Of its state machine, while it is under way. */
+  readonly step?: string;
+  readonly dryRun?: boolean;
+  readonly reason?: string;
+  readonly message?: string;
+  /** It waits for the toolstack's answer: what the event said. */
+  readonly incoming?: IncomingView;
+}
+
+/** What the event said. */
+type IncomingView = Omit<IncomingEvent, 'type'>;
+
+interface Arriving {
+  readonly session: DestinationMigration;
+  readonly hello: MigrationHello;
+  readonly peerName: string;
+}
+
+/** The migrations of this host, in both directions. */
+export class MigrationControl {
+  readonly #orders: OrderCheck;
+  readonly #resolver: Resolver;
+  readonly #settler: Settler;
+  readonly #doorkeeper: EventDoorkeeper;
+  readonly #leaving = new Map<
+    string,
+    { readonly session: SourceMigration; readonly cancel: AbortController }
+  >();
+  readonly #arriving = new Map<string, Arriving>();
+  /** Those that have ended in this run of the manager, for a toolstack that was away. */
+  readonly #ended = new Map<string, MigrationView>();
+  readonly #running = new Set<Promise<unknown>>();
+  #isClosing = false;
+
+  constructor(private readonly parts: MigrationParts) {
+    const { host, departures, arrivals, log } = parts;
+    this.#orders = new OrderCheck(parts.orders);
+    this.#resolver = new Resolver({
+      host,
+      departures,
+      log,
+      onDecided: (pending, verdict) => this.#onDecided(pending, verdict),
+    });
+    this.#settler = new Settler({
+      host,
+      arrivals,
+      log,
+      isLive: (migrationId) => this.#arriving.has(hex(migrationId)),
+    });
+    this.#doorkeeper = new EventDoorkeeper((hello) =>
+      parts.events.emit({ type: 'incoming', ...this.#incoming(hello) }),
+    );
+  }
+
+  /** Goes on with what the last run of the manager left. */
+  async start(): Promise<void> {
+    await this.#resolver.start();
+    this.#settler.start();
+  }
+
+  /**
+   * Carries an order out. Resolves when it has ended, well or not: the end and the last progress say how.
+   * @throws ManagerError where the order is refused, before anything began
+   */
+  async migrate(
+    signed: SignedMigrateOrder,
+    orderer: Omit<Orderer, 'cancelled'>,
+    cancel: AbortController,
+  ): Promise<SourceEnd> {
+    this.#checkOpen();
+    if (this.#leaving.size >= MAX_SESSIONS) {
+      throw new ManagerError(
+        'busy',
+        `${MAX_SESSIONS} migrations are under way; order this one when one has ended`,
+      );
+    }
+    const order = this.#orders.check(signed);
+    const facts = await this.parts.departures.check(order);
+    const session = new SourceMigration(
+      { ...this.parts, order, orderer: { ...orderer, cancelled: cancel.signal }, resolver: this.#resolver },
+      facts,
+    );
+    const name = hex(order.migrationId);
+    this.#leaving.set(name, { session, cancel });
+    const vtpm = uuidToText(order.vtpmUuid);
+    const about = { actor: { toolstackKey: hex(order.toolstackKey) }, action: 'migrate-out', vtpm } as const;
+    const what = { migration: name, to: this.#nameOf(order.destination), mode: order.mode };
+    try {
+      await this.#audit({ ...about, verdict: 'intended', facts: { ...what, dryRun: String(order.dryRun) } });
+      const end = await this.#track(session.run());
+      const verdict = end.at === 'aborted' ? 'failed' : end.at === 'in-doubt' ? 'failed' : 'done';
+      const reason = 'reason' in end ? end.reason : undefined;
+      await this.#audit({ ...about, verdict, ...(reason && { reason }), facts: { ...what, end: end.at } });
+      if (!order.dryRun) this.#remember(this.#viewOfOrder(session, end));
+      return end;
+    } finally {
+      this.#leaving.delete(name);
+    }
+  }
+
+  /** Another host has something to say. Never rejects; the channel is closed when it resolves. */
+  async exchange(channel: PeerChannel): Promise<void> {
+    await this.#track(this.#converse(channel));
+  }
+
+  async list(): Promise<MigrationView[]> {
+    const pending = await this.parts.departures.pending();
+    const views = new Map(this.#ended);
+    for (const { migrationId, vtpmUuid, source } of this.parts.arrivals.unsettled()) {
+      const migration = hex(migrationId);
+      views.set(migration, {
+        ...(views.get(migration) ?? { mode: 'OFFLINE' }),
+        migration,
+        id: vtpmUuid,
+        role: 'destination',
+        peer: this.#nameOf(source),
+        state: 'committed',
+      });
+    }
+    for (const doubt of pending) views.set(hex(doubt.departure.migrationId), this.#viewOfPending(doubt));
+    for (const [migration, { session }] of this.#leaving) views.set(migration, this.#viewOfOrder(session));
+    for (const [migration, arriving] of this.#arriving) views.set(migration, this.#viewOfArriving(arriving));
+    return [...views.values()];
+  }
+
+  /** @param migration 32 hex digits @throws ManagerError `unknown-migration` */
+  async view(migration: string): Promise<MigrationView> {
+    const found = (await this.list()).find((view) => view.migration === migration);
+    if (!found) throw unknown(migration);
+    return found;
+  }
+
+  /**
+   * Asks the destination what it decided, now. A session that is open for it ends there.
+   * @throws ManagerError `in-doubt` where it does not say; `unknown-migration` where nothing is in doubt
+   */
+  async resolve(migration: string, actor: AuditActor): Promise<Verdict> {
+    const pending = await this.#pending(migration);
+    const known = this.#resolver.verdictOf(Buffer.from(migration, 'hex'));
+    if (!pending) {
+      if (known) return known;
+      throw unknown(migration);
+    }
+    const about = { actor, action: 'migrate-resolve', vtpm: pending.vtpmUuid } as const;
+    try {
+      const verdict = await this.#track(this.#resolver.askNow(pending));
+      await this.#audit({ ...about, verdict: 'done', facts: { migration, decision: verdict } });
+      return verdict;
+    } catch (error) {
+      const reason = ManagerError.from(error);
+      await this.#audit({ ...about, verdict: 'failed', reason, facts: { migration } });
+      reason.isAudited = true;
+      throw reason;
+    }
+  }
+
+  /** The toolstack takes what is to come. @throws ManagerError `unknown-migration` */
+  accept(migration: string): void {
+    this.#doorkeeper.accept(migration);
+  }
+
+  /** @throws ManagerError `unknown-migration` */
+  refuse(migration: string, why: string): void {
+    this.#doorkeeper.refuse(migration, why);
+  }
+
+  /**
+   * Takes an order back, or refuses what is to come. @returns false where it is too late: it is with the destination
+   * @throws ManagerError `unknown-migration`
+   */
+  cancel(migration: string): boolean {
+    const leaving = this.#leaving.get(migration);
+    if (leaving) {
+      leaving.cancel.abort();
+      return isCancellable(leaving.session);
+    }
+    const arriving = this.#arriving.get(migration);
+    if (!arriving) throw unknown(migration);
+    arriving.session.end(new ManagerError('migration-aborted', 'the destination has given it up'));
+    return true;
+  }
+
+  async close(): Promise<void> {
+    this.#isClosing = true;
+    for (const { cancel } of this.#leaving.values()) cancel.abort();
+    const error = new ManagerError(
+      'shutting-down',
+      'the manager is shutting down; ask again when it is back',
+    );
+    for (const { session } of this.#arriving.values()) session.end(error);
+    await Promise.all([this.#resolver.stop(), this.#settler.stop()]);
+    await Promise.allSettled(this.#running);
+  }
+
+  async #converse(channel: PeerChannel): Promise<void> {
+    const talk = new Talk(channel, 'destination');
+    try {
+      this.#checkOpen();
+      const first = await channel.receive(LIMITS_MS.hello);
+      switch (first.type) {
+        case 'HELLO':
+          return await this.#arrive(channel, first);
+        case 'INQUIRE':
+          return await this.#answer(new Talk(channel, 'destination', first));
+        case 'UNSETTLED':
+          return await this.#saySettled(new Talk(channel, 'source', first));
+        default:
+          throw new ManagerError('bad-request', `a session does not begin with ${first.type}`);
+      }
+    } catch (error) {
+      const reason = ManagerError.from(error);
+      this.parts.log.warn({ reason: reason.code }, `a session of another host is refused: ${reason.message}`);
+      await talk.refuse(shown(reason));
+    } finally {
+      channel.close();
+    }
+  }
+
+  async #arrive(channel: PeerChannel, first: PeerMessage): Promise<void> {
+    const { log } = this.parts;
+    const peerName = channel.peer.name;
+    let name: string | undefined;
+    const session: DestinationMigration = new DestinationMigration({
+      ...this.parts,
+      talk: new Talk(channel, 'destination', first),
+      doorkeeper: this.#doorkeeper,
+      admit: (hello) => {
+        name = this.#admit(hello, session, peerName);
+      },
+    });
+    const end = await session.run();
+    const { hello } = session;
+    const reason = end.at === 'ended' ? end.reason : undefined;
+    log[reason ? 'warn' : 'info'](
+      { peer: peerName, end: end.at, reason: reason?.code, vtpm: hello && uuidToText(hello.vtpmUuid) },
+      reason ? `a vTPM does not come: ${reason.message}` : 'a migration to this host has ended',
+    );
+    if (name === undefined || !hello) return;
+    const arriving = this.#arriving.get(name);
+    this.#arriving.delete(name);
+    if (!arriving || hello.dryRun) return;
+    this.#settler.notice();
+    const verdict: Verdict = end.at === 'committed' ? 'COMMIT' : 'ABORT';
+    this.#remember({
+      ...this.#viewOfArriving(arriving),
+      state: verdict === 'COMMIT' ? 'committed' : 'aborted',
+      ...(reason && { reason: reason.code, message: reason.message }),
+    });
+    this.#tell(name, uuidToText(hello.vtpmUuid), 'destination', verdict, peerName);
+    await this.#audit({
+      actor: 'manager',
+      action: 'migrate-in',
+      verdict: reason ? 'failed' : 'done',
+      vtpm: uuidToText(hello.vtpmUuid),
+      facts: { migration: name, from: peerName, mode: hello.mode, end: end.at },
+      ...(reason && { reason }),
+    });
+  }
+
+  #admit(hello: MigrationHello, session: DestinationMigration, peerName: string): string {
+    const name = hex(hello.migrationId);
+    if (this.#arriving.has(name) || this.#leaving.has(name)) {
+      throw new ManagerError('busy', `the migration ${name} is under way already`);
+    }
+    if (this.#arriving.size >= MAX_SESSIONS) {
+      throw new ManagerError(
+        'busy',
+        `${MAX_SESSIONS} vTPMs are on their way here; try again when one has arrived`,
+      );
+    }
+    this.#arriving.set(name, { session, hello, peerName });
+    return name;
+  }
+
+  /** What the source may hear is for ever: the session ends first, so that nothing is committed behind the answer. */
+  async #answer(talk: Talk): Promise<void> {
+    const { arrivals } = this.parts;
+    const { value: inquiry } = await talk.receive('INQUIRE', LIMITS_MS.hello);
+    const { migrationId, vtpmUuid, epoch, generation } = inquiry;
+    checkLengths('INQUIRE', [
+      ['migration id', migrationId, 16],
+      ['vTPM uuid', vtpmUuid, 16],
+    ]);
+    const source = talk.peer.hostId;
+    const live = this.#arriving.get(hex(migrationId));
+    if (live && !bytesEqual(live.hello.source, source)) {
+      throw new ManagerError('unknown-migration', 'this migration is not from the host that asks');
+    }
+    const signed =
+      (await arrivals.decisionOf(migrationId)) ??
+      (await this.#abort(live, { migrationId, vtpmUuid, source, epoch, generation }));
+    await talk.send('DECISION', signed);
+    const { value } = await talk.receive('SETTLED', LIMITS_MS.settling);
+    if (!bytesEqual(value.migrationId, migrationId)) return;
+    barrier('migrate.destination.settle');
+    await arrivals.settled(migrationId);
+    barrier('migrate.destination.settled');
+  }
+
+  async #abort(live: Arriving | undefined, facts: Parameters<Arrivals['abort']>[0]): Promise<SignedDecision> {
+    live?.session.end(new ManagerError('migration-aborted', 'the source has asked for an end of it'));
+    barrier('migrate.destination.abort');
+    const signed = await this.parts.arrivals.abort(facts);
+    barrier('migrate.destination.aborted');
+    return signed;
+  }
+
+  /** The destination of an earlier migration asks whether it need not remember it any more. */
+  async #saySettled(talk: Talk): Promise<void> {
+    const { value } = await talk.receive('UNSETTLED', LIMITS_MS.hello);
+    const { migrationId, vtpmUuid } = value;
+    const pending = await this.#pending(hex(migrationId));
+    if (pending) {
+      // It is there, so it can be asked.
+      void this.#resolver.askNow(pending).catch(() => undefined);
+      throw new ManagerError('migrating', 'the tombstone is not written yet');
+    }
+    if (this.#leaving.has(hex(migrationId)))
+      throw new ManagerError('migrating', 'the migration is under way');
+    await talk.send('SETTLED', { migrationId, vtpmUuid });
+    await talk.channel.closed;
+  }
+
+  async #pending(migration: string): Promise<PendingDeparture | undefined> {
+    const all = await this.parts.departures.pending();
+    return all.find(({ departure }) => hex(departure.migrationId) === migration);
+  }
+
+  #onDecided({ vtpmUuid, departure }: PendingDeparture, verdict: Verdict): void {
+    const migration = hex(departure.migrationId);
+    const peer = this.#nameOf(departure.destination);
+    this.#remember({
+      migration,
+      id: vtpmUuid,
+      role: 'source',
+      mode: departure.mode,
+      peer,
+      state: verdict === 'COMMIT' ? 'committed' : 'aborted',
+    });
+    this.#tell(migration, vtpmUuid, 'source', verdict, peer);
+  }
+
+  #tell(migration: string, id: string, role: MigrationView['role'], verdict: Verdict, peer: string): void {
+    this.parts.events.emit({ type: 'migration', migration, id, role, verdict, peer });
+  }
+
+  #remember(view: MigrationView): void {
+    this.#ended.delete(view.migration);
+    this.#ended.set(view.migration, view);
+    const [oldest] = this.#ended.keys();
+    if (this.#ended.size > MAX_REMEMBERED && oldest !== undefined) this.#ended.delete(oldest);
+  }
+
+  #viewOfOrder(session: SourceMigration, end?: SourceEnd): MigrationView {
+    const { order, at } = session;
+    const reason = end && 'reason' in end ? end.reason : undefined;
+    return {
+      migration: hex(order.migrationId),
+      id: uuidToText(order.vtpmUuid),
+      role: 'source',
+      mode: order.mode,
+      peer: this.#nameOf(order.destination),
+      state: stateOf(at),
+      step: at,
+      dryRun: order.dryRun,
+      ...(reason && { reason: reason.code, message: reason.message }),
+    };
+  }
+
+  #viewOfPending(pending: PendingDeparture): MigrationView {
+    const { vtpmUuid, departure } = pending;
+    const reason = this.#resolver.reasonOf(departure.migrationId)?.reason;
+    return {
+      migration: hex(departure.migrationId),
+      id: vtpmUuid,
+      role: 'source',
+      mode: departure.mode,
+      peer: this.#nameOf(departure.destination),
+      state: 'in-doubt',
+      ...(reason && { reason: reason.code, message: reason.message }),
+    };
+  }
+
+  #viewOfArriving({ session, hello, peerName }: Arriving): MigrationView {
+    const migration = hex(hello.migrationId);
+    return {
+      migration,
+      id: uuidToText(hello.vtpmUuid),
+      role: 'destination',
+      mode: hello.mode,
+      peer: peerName,
+      state: session.at === 'answering' || session.at === 'settling' ? 'committed' : 'preparing',
+      step: session.at,
+      dryRun: hello.dryRun,
+      ...(this.#doorkeeper.isAsked(migration) && { incoming: this.#incoming(hello) }),
+    };
+  }
+
+  #incoming(hello: MigrationHello): IncomingView {
+    return {
+      migration: hex(hello.migrationId),
+      id: uuidToText(hello.vtpmUuid),
+      vmUuid: uuidToText(hello.vmUuid),
+      vmRunId: uuidToText(hello.vmRunId),
+      epoch: hello.epoch,
+      generation: hello.generation,
+      mode: hello.mode,
+      from: { name: this.#nameOf(hello.source), hostId: hex(hello.source) },
+      description: Buffer.from(hello.description).toString('utf8'),
+      dryRun: hello.dryRun,
+    };
+  }
+
+  #nameOf(hostId: Uint8Array): string {
+    try {
+      return this.parts.host.peer(hostId).name;
+    } catch {
+      return hex(hostId);
+    }
+  }
+
+  /** What the log does not take keeps nothing from its end: what is decided is in the records. */
+  async #audit(event: AuditEvent): Promise<void> {
+    await this.parts.audit(event).catch((error: unknown) => {
+      const { code, message } = ManagerError.from(error);
+      this.parts.log.warn({ action: event.action, reason: code }, `this is not in the audit log: ${message}`);
+    });
+  }
+
+  async #track<T>(work: Promise<T>): Promise<T> {
+    this.#running.add(work);
+    try {
+      return await work;
+    } finally {
+      this.#running.delete(work);
+    }
+  }
+
+  #checkOpen(): void {
+    if (this.#isClosing) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
+  }
+}
+
+function stateOf(at: SourceMigration['at']): MigrationView['state'] {
+  switch (at) {
+    case 'departing':
+    case 'sending':
+    case 'deciding':
+    case 'committing':
+    case 'asking':
+      return 'departing';
+    case 'in-doubt':
+      return 'in-doubt';
+    case 'committed':
+      return 'committed';
+    case 'aborted':
+    case 'thawing':
+    case 'checked':
+      return 'aborted';
+    default:
+      return 'preparing';
+  }
+}
+
+function isCancellable({ at }: SourceMigration): boolean {
+  return stateOf(at) === 'preparing' || at === 'departing';
+}
+
+/** What this host keeps to itself is not for others. */
+function shown(error: ManagerError): ManagerError {
+  return error.code === 'internal'
+    ? new ManagerError('migration-refused', 'this host failed; its log says why')
+    : error;
+}
+
+function unknown(migration: string): ManagerError {
+  return new ManagerError(
+    'unknown-migration',
+    `nothing is known here of a migration ${migration.slice(0, 32)}`,
+  );
+}
+
+function hex(bytes: Uint8Array): string {
+  return Buffer.from(bytes).toString('hex');
+}

@@ -1,0 +1,61 @@
+import { once } from 'node:events';
+import type { MigrationHello } from 'vtpm-proto';
+import { ManagerError } from '../error.js';
+import type { Doorkeeper } from './destination.js';
+
+/** A question to the toolstack of this host, until it is answered. */
+interface Question {
+  readonly accept: () => void;
+  readonly refuse: (error: ManagerError) => void;
+}
+
+/** Hands incoming vTPMs to the toolstack, which hears of them on the event stream and answers on the admin socket. */
+export class EventDoorkeeper implements Doorkeeper {
+  readonly #questions = new Map<string, Question>();
+
+  /** @param announce tells the toolstack */
+  constructor(private readonly announce: (hello: MigrationHello) => void) {}
+
+  async ask(hello: MigrationHello, signal: AbortSignal): Promise<void> {
+    const id = Buffer.from(hello.migrationId).toString('hex');
+    const answered = new Promise<void>((accept, refuse) => {
+      this.#questions.set(id, { accept, refuse });
+    });
+    try {
+      this.announce(hello);
+      await Promise.race([answered, gone(signal)]);
+    } finally {
+      this.#questions.delete(id);
+    }
+  }
+
+  isAsked(id: string): boolean {
+    return this.#questions.has(id);
+  }
+
+  /** @throws ManagerError `unknown-migration` where nobody waits for an answer */
+  accept(id: string): void {
+    this.#question(id).accept();
+  }
+
+  /** @param why of the toolstack, for the source @throws ManagerError `unknown-migration` */
+  refuse(id: string, why: string): void {
+    this.#question(id).refuse(
+      new ManagerError('migration-refused', `the toolstack of the destination does not take it: ${why}`),
+    );
+  }
+
+  #question(id: string): Question {
+    const question = this.#questions.get(id);
+    if (question) return question;
+    throw new ManagerError(
+      'unknown-migration',
+      `no migration ${id.slice(0, 32)} waits for an answer; it has ended meanwhile`,
+    );
+  }
+}
+
+async function gone(signal: AbortSignal): Promise<never> {
+  if (!signal.aborted) await once(signal, 'abort');
+  throw new ManagerError('migration-aborted', 'the migration has ended');
+}
