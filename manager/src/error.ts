@@ -64,6 +64,7 @@ export type ManagerErrorCode =
   | 'incompatible'
   | 'incomplete'
   | 'wrong-identifier'
+  | 'wrong-reference'
   | 'migration-refused'
   | 'migration-aborted'
   | 'in-doubt'

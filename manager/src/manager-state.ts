@@ -17,11 +17,11 @@ export type ManagerState =
   | { readonly status: 'locked'; readonly reason: ManagerError }
   | { readonly status: 'ready'; readonly service: Service };
 
-/** Live and retired ones; null where the store is not open. */
+/** Live ones and tombstones; null where the store is not open. */
 export function vtpmsOf(state: ManagerState): number | null {
   if (state.status !== 'ready') return null;
-  const { live, retired } = state.service.registry.census;
-  return live + retired;
+  const { live, retired, moved } = state.service.registry.census;
+  return live + retired + moved;
 }
 
 /** What GET /health says. @param instance of this process, hex */

@@ -105,7 +105,7 @@ export interface MetricsState {
   /** The code of the reason; undefined while it is not locked. */
   readonly lockedReason: string | undefined;
   readonly isReady: boolean;
-  readonly vtpms: { readonly live: number; readonly retired: number } | undefined;
+  readonly vtpms: { readonly live: number; readonly retired: number; readonly moved: number } | undefined;
   readonly connectedWorkers: number | undefined;
   readonly storeRecords: number | undefined;
   readonly treeBytes: number | undefined;
@@ -125,7 +125,7 @@ function gauge(name: string, help: string): (value: number | undefined) => void 
 
 const vtpmsByKind = new Gauge({
   name: 'vtpm_vtpms',
-  help: 'vTPMs in the store, and tombstones of retired ones',
+  help: 'vTPMs in the store, and tombstones of retired ones and of those that moved to other hosts',
   labelNames: ['kind'],
   registers: [registry],
 });
@@ -169,6 +169,7 @@ export async function renderMetrics(state: MetricsState): Promise<string> {
   if (state.vtpms) {
     vtpmsByKind.set({ kind: 'live' }, state.vtpms.live);
     vtpmsByKind.set({ kind: 'retired' }, state.vtpms.retired);
+    vtpmsByKind.set({ kind: 'moved' }, state.vtpms.moved);
   }
   locked.reset();
   if (state.lockedReason !== undefined) locked.set({ reason: state.lockedReason }, 1);

@@ -151,6 +151,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
           await Promise.all(page.map((id) => registry.rekey(id)));
           barrier('rotation.page');
         }
+        await registry.arrivals.rekey();
         await trust.rekey();
       },
       count: () => store.count(),

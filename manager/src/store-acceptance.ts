@@ -14,6 +14,7 @@ import {
 } from './audit/index.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
+import { isPromisesKey, rekeyPromises } from './ownership/abort-promises.js';
 import { decodeRecord, encodeRecord, type Mark, rekey, resume, vtpmOfKey } from './records/index.js';
 import type { AnchorCounter } from './root-tpm/index.js';
 import { auditKeys } from './service.js';
@@ -60,7 +61,7 @@ export async function surveyStore(options: AcceptOptions, counted: bigint | unde
   const found: Omit<RecoveredVtpm, 'lostAtLeast'>[] = [];
   const verdict = await examineStore(store, keys, (entry) => {
     const record = recordOf(keys, entry);
-    if (!record || record.header.kind === 'RETIRED') return;
+    if (record?.header.kind !== 'LIVE') return;
     const { vtpmUuid, generation, epoch, savedAt } = record.header;
     found.push({
       id: uuidToText(vtpmUuid),
@@ -120,6 +121,7 @@ export async function acceptStore(
     const events: { vtpm: string; generation: bigint; epoch: bigint }[] = [];
     const change = (entry: StoreEntry, count: bigint): Uint8Array | undefined => {
       if (entry.key === TRUST_KEY) return rekeyTrust(keys, entry.value, mark === 'recovered');
+      if (isPromisesKey(entry.key)) return rekeyPromises(keys, entry.key, entry.value);
       const record = recordOf(keys, entry);
       if (!record) return undefined;
       const isLive = record.header.kind === 'LIVE';

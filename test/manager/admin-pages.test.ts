@@ -68,7 +68,7 @@ describe('pages of 50,000 vTPMs', () => {
       const id = randomUUID();
       const record = newRecord(keys, { vtpmUuid: uuidToBytes(id), vmUuid: randomBytes(16) }, load, 1n);
       writes.push(store.write(`vtpm/${id}`, 0, encodeRecord(keys, record)));
-      census.note(undefined, 'LIVE');
+      census.note(undefined, record.header);
     }
     await Promise.all(writes);
     const trust = await openTrustStore(keys, store);

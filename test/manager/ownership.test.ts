@@ -417,15 +417,15 @@ describe('sessions over links and restarts', () => {
   });
 
   it('are told to freeze and to thaw, and answer', async () => {
-    const frozen = world.registry.freeze(worker.vtpm.id);
+    const frozen = world.registry.departures.suspend(worker.vtpm.id);
     const freeze = worker.link.frames.at(-1)!;
     assert.equal(freeze.type, 'FREEZE');
     worker.session!.cipher.openManager(freeze);
     await worker.stream!.receive(
       worker.session!.cipher.sealWorker('FROZEN', freeze.sequence, new Uint8Array(0)),
     );
-    await frozen;
-    await world.registry.thaw(worker.vtpm.id);
+    assert.equal(await frozen, 'frozen');
+    await world.registry.departures.thawWorker(worker.vtpm.id);
     const thaw = worker.link.frames.at(-1)!;
     assert.equal(thaw.type, 'THAW');
     assert.notEqual(thaw.sequence, freeze.sequence);

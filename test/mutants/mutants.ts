@@ -109,8 +109,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-9 a retired vTPM is never loaded again',
     file: 'manager/src/ownership/ticket-check.ts',
-    guard: "if (header?.kind === 'RETIRED') {",
-    without: "if (header?.kind === 'RETIRED' && header.epoch < 0n) {",
+    guard: "if (kind === 'RETIRED') {",
+    without: "if (kind === 'RETIRED' && vtpmUuid === '') {",
     test: { file: 'manager/ownership', name: 'refuses what was retired: retired' },
   },
   {
@@ -445,15 +445,15 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a retirement is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#records.write(vtpmUuid, held, record, 'now');\n      barrier('retire.written');",
-    without: 'await this.#records.write(vtpmUuid, held, record);',
+    guard: "await this.#desk.records.write(vtpmUuid, held, record, 'now');\n      barrier('retire.written');",
+    without: 'await this.#desk.records.write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'a retired vTPM: the disk from right before' },
   },
   {
     name: 'I-5 a restore is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#records.write(vtpmUuid, held, record, 'now');\n      barrier('restore.written');",
-    without: 'await this.#records.write(vtpmUuid, held, record);',
+    guard: "await this.#desk.records.write(vtpmUuid, held, record, 'now');\n        barrier('restore.written');",
+    without: 'await this.#desk.records.write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'the disk from right before a restore' },
   },
   {
@@ -466,8 +466,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a restore does not take a vTPM from its worker',
     file: 'manager/src/ownership/registry.ts',
-    guard: "slot.exclusively('restore', async () => {\n      if (slot.live) {",
-    without: "slot.exclusively('restore', async () => {\n      if (slot.live?.isOver) {",
+    guard: "slot.exclusively('restore', async () => {\n        if (slot.live) {",
+    without: "slot.exclusively('restore', async () => {\n        if (slot.live?.isOver) {",
     test: { file: 'manager/backup', name: 'a worker that is connected keeps its vTPM' },
   },
   {

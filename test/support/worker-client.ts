@@ -105,11 +105,17 @@ export class RefusedError extends Error {
 const pass = (bytes: Buffer): Buffer => bytes;
 
 /** The request that a worker with `keys` makes of its ticket. */
-export function loadRequest(managerId: Uint8Array, ticket: SignedTicket, keys: BoxKeyPair): LoadRequest {
+export function loadRequest(
+  managerId: Uint8Array,
+  ticket: SignedTicket,
+  keys: BoxKeyPair,
+  referenceDigest?: Uint8Array,
+): LoadRequest {
   const claim = {
     ticketDigest: ticketDigest(ticket),
     loadId: randomBytes(16),
     libtpmsVersion: '0.9.2',
+    ...(referenceDigest && { referenceDigest }),
   };
   return { ticket, ...sealBox('LoadClaim', claim, managerId, keys) };
 }

@@ -1,6 +1,7 @@
-import { type RecordHeader, uuidToText } from 'vtpm-proto';
+import { type Arrival, type Departure, type RecordHeader, type Stay, uuidToText } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { VtpmRegistry, VtpmView } from '../ownership/registry.js';
+import { isDeparting } from '../records/index.js';
 import {
   type AdminContext,
   type AdminRequest,
@@ -14,6 +15,8 @@ import {
 } from './route.js';
 
 type Retirement = NonNullable<RecordHeader['retirement']>;
+
+const KINDS = { LIVE: 'live', RETIRED: 'retired', MOVED: 'moved' } as const;
 
 const DEFAULT_PAGE = 100;
 const MAX_PAGE = 1000;
@@ -69,7 +72,10 @@ function describe({ header, savedBytes, isConnected }: VtpmView, context: AdminC
   return {
     id: uuidToText(header.vtpmUuid),
     vmUuid: uuidToText(header.vmUuid),
-    kind: header.kind === 'RETIRED' ? 'retired' : 'live',
+    kind: KINDS[header.kind],
+    migrating: isDeparting(header),
+    movedTo:
+      header.kind === 'MOVED' && header.departure ? nameOf(header.departure.destination, context) : null,
     generation: Number(header.generation),
     epoch: Number(header.epoch),
     savedAt: time(header.savedAt),
@@ -85,8 +91,54 @@ function describe({ header, savedBytes, isConnected }: VtpmView, context: AdminC
           isolation: session.isolation,
         }
       : null,
+    departure: header.departure ? describeDeparture(header.departure, context) : null,
+    lineage: header.lineage.map((stay) => describeStay(stay, context)),
+    unsettled: header.unsettled.map((arrival) => describeArrival(arrival, context)),
     erasure: header.retirement ? describeErasure(header.retirement, context) : null,
   };
+}
+
+/** Where it is on its way to, or lives now. */
+function describeDeparture(
+  { migrationId, destination, at, mode, ...went }: Departure,
+  context: AdminContext,
+): object {
+  return {
+    migration: hex(migrationId),
+    host: hex(destination),
+    peer: peerOf(destination, context),
+    at: time(at),
+    mode: mode.toLowerCase(),
+    epoch: Number(went.epoch),
+    generation: Number(went.generation),
+  };
+}
+
+function describeStay({ migrationId, host, lastEpoch, lastGeneration }: Stay, context: AdminContext): object {
+  return {
+    host: hex(host),
+    peer: peerOf(host, context),
+    lastEpoch: Number(lastEpoch),
+    lastGeneration: Number(lastGeneration),
+    migration: hex(migrationId),
+  };
+}
+
+function describeArrival({ migrationId, source }: Arrival, context: AdminContext): object {
+  return { migration: hex(migrationId), host: hex(source), peer: peerOf(source, context) };
+}
+
+/** null where it is this host, or none that is a peer now. */
+function peerOf(hostId: Uint8Array, { service }: AdminContext): string | null {
+  return service().trust.peerById(hostId)?.name ?? null;
+}
+
+function nameOf(hostId: Uint8Array, context: AdminContext): string {
+  return peerOf(hostId, context) ?? hex(hostId);
+}
+
+function hex(bytes: Uint8Array): string {
+  return Buffer.from(bytes).toString('hex');
 }
 
 /** Of a retired one: whether its state is unreadable on old disks too, and if not, from when on. */

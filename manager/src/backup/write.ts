@@ -3,7 +3,7 @@ import { barrier, VERSION } from 'vtpm-common';
 import { type BackupHeader, encode, uuidToBytes } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, sealEnvelope, wipe } from '../keys/index.js';
-import { openState, type VtpmRecord } from '../records/index.js';
+import { openState, type VtpmRecord, wipeState } from '../records/index.js';
 import { entryMessage, envelopeNames, Frame, frame, preamble, sha256, trailerMessage } from './format.js';
 
 export interface BackupSource {
@@ -121,7 +121,8 @@ function contentOf(
 ): { readonly bytes: Buffer; readonly size: number } | undefined {
   const { kind, generation } = record.header;
   if (kind !== 'LIVE' || generation === 0n) return undefined;
-  const { permanent, volatile, checkpointKey } = openState(keys, record);
+  const state = openState(keys, record);
+  const { permanent } = state;
   try {
     if (!permanent) {
       throw new ManagerError('store-corrupt', 'a record has a generation but no permanent state');
@@ -129,6 +130,6 @@ function contentOf(
     const bytes = encode('BackupContent', { salt: randomBytes(32), permanent });
     return { bytes, size: permanent.length };
   } finally {
-    wipe(permanent, volatile, checkpointKey);
+    wipeState(state);
   }
 }

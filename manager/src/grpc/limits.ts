@@ -175,20 +175,31 @@ export class CallLimits {
   }
 }
 
-/** @throws ManagerError `deadline`; what `body` began goes on without the caller */
-export function within<T>(milliseconds: number, body: () => Promise<T>): Promise<T> {
+/**
+ * @param body may take more time than others, which it says by what it is given
+ * @throws ManagerError `deadline`; what `body` began goes on without the caller
+ */
+export function within<T>(
+  milliseconds: number,
+  body: (extend: (milliseconds: number) => void) => Promise<T>,
+): Promise<T> {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => {
+    const late = (): void => {
       reject(
         new ManagerError(
           'deadline',
           `the Load was not done within ${milliseconds} ms; whether it was is told by the next one, with a new ticket`,
         ),
       );
-    }, milliseconds);
+    };
+    let timer = setTimeout(late, milliseconds);
+    const extend = (more: number): void => {
+      clearTimeout(timer);
+      timer = setTimeout(late, milliseconds + more);
+    };
     const settled = (): void => clearTimeout(timer);
     // What `body` throws at once is a rejection too.
-    const run = async (): Promise<T> => body();
+    const run = async (): Promise<T> => body(extend);
     run().then(resolve, reject).finally(settled);
   });
 }

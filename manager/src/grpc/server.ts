@@ -77,14 +77,19 @@ export async function serveWorkers(
   const load: handleUnaryCall<Buffer, Buffer> = (call, callback) => {
     const connection = connectionOf(connections, call.getPeer(), callLimits);
     connection.open += 1;
+    const gone = new AbortController();
+    call.on('cancelled', () => gone.abort());
     const run = async (): Promise<Buffer> => {
       callLimits.admitMessage(connection, call.request.length);
       callLimits.admitLoad(connection);
       const request = readMessage('LoadRequest', call.request);
       return encode(
         'LoadResponse',
-        await within(limits.loadDeadlineMs, () =>
-          service().load(request, connection.worker, () => callLimits.admitSigned(connection)),
+        await within(limits.loadDeadlineMs, (extend) =>
+          service().load(request, connection.worker, () => callLimits.admitSigned(connection), {
+            signal: gone.signal,
+            extend,
+          }),
         ),
       );
     };

@@ -340,7 +340,7 @@ export class MigrationControl {
     const { value } = await talk.receive('SETTLED', LIMITS_MS.settling);
     if (!bytesEqual(value.migrationId, migrationId)) return;
     barrier('migrate.destination.settle');
-    await arrivals.settled(migrationId);
+    await arrivals.settled(migrationId, source);
     barrier('migrate.destination.settled');
   }
 

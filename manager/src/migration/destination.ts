@@ -12,8 +12,8 @@ import {
 import { ManagerError } from '../error.js';
 import { wipe } from '../keys/index.js';
 import type { Expected } from '../ownership/arrival.js';
-import type { TravellingState } from '../ownership/travelling.js';
 import type { MadeChallenge } from '../peer/attestation-key.js';
+import type { TravellingState } from '../records/index.js';
 import type { ImportKey } from '../root-tpm/import-key.js';
 import { checkRight } from '../trust/peers.js';
 import { type ExpectedState, MAX_STATE_BYTES, openBundle } from './bundle.js';
@@ -327,7 +327,7 @@ export class DestinationMigration {
     const migrationId = this.#hello?.migrationId ?? new Uint8Array(0);
     if (bytesEqual(value.migrationId, migrationId)) {
       barrier('migrate.destination.settle');
-      await arrivals.settled(migrationId);
+      await arrivals.settled(migrationId, talk.peer.hostId);
       barrier('migrate.destination.settled');
     }
     return { at: 'committed' };

@@ -2,7 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
 import { bytesEqual, uuidToBytes } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import type { UnsettledArrival } from '../ownership/arrival.js';
+import type { UnsettledArrival } from '../ownership/census.js';
 import { LIMITS_MS, SETTLE_AFTER_MS } from './limits.js';
 import type { Arrivals, Host } from './ports.js';
 import { Talk } from './talk.js';
@@ -88,7 +88,7 @@ export class Settler {
       const { value } = await talk.receive('SETTLED', LIMITS_MS.settling);
       if (!bytesEqual(value.migrationId, migrationId)) return;
       barrier('migrate.destination.settle');
-      await arrivals.settled(migrationId);
+      await arrivals.settled(migrationId, source);
       barrier('migrate.destination.settled');
     } finally {
       this.#ended.signal.removeEventListener('abort', stop);

@@ -1,19 +1,37 @@
-import type { MigrationDecision, MigrationHello, Peer, SignedDecision } from 'vtpm-proto';
+import { barrier } from 'vtpm-common';
+import {
+  bytesEqual,
+  type MigrationDecision,
+  type MigrationHello,
+  type Peer,
+  type RecordHeader,
+  type SignedDecision,
+  uuidToBytes,
+  uuidToText,
+} from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import type { TravellingState } from './travelling.js';
+import {
+  type ArrivalNames,
+  arrive,
+  checkTravelling,
+  settled,
+  type TravellingState,
+  type VtpmRecord,
+} from '../records/index.js';
+import { AbortPromises } from './abort-promises.js';
+import type { UnsettledArrival } from './census.js';
+import { signDecision } from './decisions.js';
+import type { Desk } from './desk.js';
+import { sealGrant } from './load-grant.js';
+import { Place, type WaitingLoad } from './place.js';
+import { checkHere, loadFactsOf } from './ticket-check.js';
+
+/** vTPMs that are expected at the same time: each may hold a Load, and the state once it is here. */
+const MAX_PLACES = 64;
+const MAX_PLACES_PER_PEER = 32;
 
 /** A vTPM whose place is held until its state is here. */
-export interface Expected {
-  readonly migrationId: Uint8Array;
-  readonly vtpmUuid: string;
-  /**
-   * Resolves when a worker with a good ticket for it waits. Rejects when the place is given up.
-   * Never resolves in mode OFFLINE, and need not in mode VMM.
-   */
-  readonly loadWaiting: Promise<{ readonly libtpmsVersion: string }>;
-  /** Gives the place up; Loads that wait get the error. What was decided stays, otherwise it can only be an ABORT now. */
-  release(error: ManagerError): void;
-}
+export type Expected = Pick<Place, 'migrationId' | 'vtpmUuid' | 'loadWaiting' | 'release'>;
 
 /** What a source asks about. */
 export type InquiryFacts = Pick<
@@ -21,58 +39,331 @@ export type InquiryFacts = Pick<
   'migrationId' | 'source' | 'vtpmUuid' | 'epoch' | 'generation'
 >;
 
-/** Committed here, of which the source has not said yet that its tombstone is written. */
-export interface UnsettledArrival {
-  readonly vtpmUuid: string;
-  readonly migrationId: Uint8Array;
-  readonly source: Uint8Array;
-}
-
-/** How vTPMs come, and what this host decided of it. */
+/**
+ * How vTPMs come, and what this host decided of it. A COMMIT is the record of the vTPM itself, so that there is nothing that
+ * could be half done; an ABORT was promised before anything began.
+ */
 export class Arrivals {
+  readonly #places = new Map<string, Place>();
+  readonly #promises: AbortPromises;
+
+  constructor(private readonly desk: Desk) {
+    this.#promises = new AbortPromises(desk);
+  }
+
+  /** Where Loads of a vTPM wait for it to come. */
+  placeOf(vtpmUuid: string): Place | undefined {
+    return this.#places.get(vtpmUuid);
+  }
+
   /**
    * Whether there is a place for it; changes nothing.
-   * @throws ManagerError `busy`, `retired`, `migrating`, `migration-refused`, `rollback-detected`, `store-full`
+   * @throws ManagerError `busy`, `retired`, `migrating`, `migration-refused`, `rollback-detected`, `wrong-vm`, `store-full`
    */
-  async check(_hello: MigrationHello, _peer: Pick<Peer, 'hostId'>): Promise<void> {
-    throw unfinished();
-  }
-
-  /** Holds its place: Loads with a ticket for it wait. From now on it is an ABORT unless it is committed, also after a restart. */
-  async expect(_hello: MigrationHello, _peer: Pick<Peer, 'hostId'>): Promise<Expected> {
-    throw unfinished();
+  async check(hello: MigrationHello, peer: Pick<Peer, 'hostId'>): Promise<void> {
+    this.desk.checkOpen();
+    const vtpmUuid = uuidToText(hello.vtpmUuid);
+    const ofPeer = [...this.#places.values()].filter(({ source }) => bytesEqual(source, peer.hostId));
+    if (this.#places.has(vtpmUuid)) {
+      throw new ManagerError('busy', `vTPM ${vtpmUuid} is expected here already; end that migration first`);
+    }
+    if (this.#places.size >= MAX_PLACES || ofPeer.length >= MAX_PLACES_PER_PEER) {
+      throw new ManagerError(
+        'busy',
+        `${this.#places.size} vTPMs are expected here; try again when they have come`,
+      );
+    }
+    const held = await this.desk.records.read(vtpmUuid);
+    if (!held) this.desk.checkRoom();
+    checkWelcome(vtpmUuid, held?.record.header, hello);
   }
 
   /**
-   * THE decision: the record, with the session of the Load that waits in it, in one write that the TPM counts. In mode VMM it
-   * waits for the Load that shows the reference.
-   * @throws ManagerError `migration-aborted` where the place was given up or it was aborted before. After `store-full` nothing
-   * is decided, and an abort works
+   * Holds its place: Loads with a ticket for it wait. When it resolves, it is an ABORT unless it is committed, whatever
+   * happens.
+   * @throws ManagerError as `check`; `migration-aborted` where that migration was begun before
    */
-  async commit(_expected: Expected, _state: TravellingState): Promise<SignedDecision> {
-    throw unfinished();
+  async expect(hello: MigrationHello, peer: Pick<Peer, 'hostId'>): Promise<Expected> {
+    await this.check(hello, peer);
+    const vtpmUuid = uuidToText(hello.vtpmUuid);
+    const { migrationId } = hello;
+    const place = new Place(hello, peer.hostId, () => {
+      if (this.#places.get(vtpmUuid) === place) this.#places.delete(vtpmUuid);
+    });
+    if (this.#places.has(vtpmUuid))
+      throw new ManagerError('busy', `vTPM ${vtpmUuid} is expected here already`);
+    this.#places.set(vtpmUuid, place);
+    try {
+      if (await this.#promises.has(peer.hostId, migrationId)) {
+        throw new ManagerError(
+          'migration-aborted',
+          'this migration was begun before and came to nothing; order it anew',
+        );
+      }
+      barrier('migrate.expect.begun');
+      await this.#promise(peer.hostId, migrationId);
+      barrier('migrate.expect.written');
+      place.checkHeld();
+      return place;
+    } catch (error) {
+      place.release(ManagerError.from(error));
+      throw error;
+    }
   }
 
-  /** Ends what is under way of it. @returns ABORT, durable and counted; or the COMMIT where that was decided before */
-  async abort(_facts: InquiryFacts): Promise<SignedDecision> {
-    throw unfinished();
+  /**
+   * THE decision: the record, with the session of the Load that waits in it, in one write that the TPM counts before it
+   * resolves. In mode VMM it waits for the Load that brings the reference.
+   * @throws ManagerError `migration-aborted` where it was given up or aborted before, or the worker that waited is gone;
+   * `incomplete`, `too-large`, `bad-request`, `wrong-vm` for what cannot be taken over; `store-full`. Nothing is decided
+   * then, and the place is given up: an abort works
+   */
+  async commit(expected: Expected, state: TravellingState): Promise<SignedDecision> {
+    const place = this.#places.get(expected.vtpmUuid);
+    if (!place || place !== expected) {
+      throw new ManagerError('migration-aborted', `vTPM ${expected.vtpmUuid} is not expected here any more`);
+    }
+    try {
+      const { migrationId, source } = place;
+      const names: ArrivalNames = { vtpmUuid: uuidToBytes(place.vtpmUuid), migrationId, source };
+      checkTravelling(names, state);
+      checkIsExpected(place, state);
+      const load = await this.#loadFor(place, state);
+      return await this.desk.visit(place.vtpmUuid, (slot) =>
+        slot.exclusively('migrate-in', () => this.#commitInto(place, names, state, load)),
+      );
+    } catch (error) {
+      const reason = ManagerError.from(error);
+      place.release(reason);
+      throw reason;
+    }
   }
 
-  /** undefined where nothing is decided, or only `abort` can say it. */
-  async decisionOf(_migrationId: Uint8Array): Promise<SignedDecision | undefined> {
-    throw unfinished();
+  /**
+   * Ends what is under way of it, for good.
+   * @returns ABORT as the source asks for it, after it is durable and counted; or the COMMIT where that was decided before
+   * @throws ManagerError `unknown-migration` where another host asks; `in-doubt` where the source asks with an old disk: the
+   * vTPM has lived here since
+   */
+  async abort(facts: InquiryFacts): Promise<SignedDecision> {
+    this.desk.checkOpen();
+    const { migrationId, source } = facts;
+    const vtpmUuid = uuidToText(facts.vtpmUuid);
+    return await this.desk.visit(vtpmUuid, (slot) =>
+      slot.inOrder(async () => {
+        const held = await this.desk.records.read(vtpmUuid);
+        const committed = held && this.#commitIn(held.record, migrationId);
+        if (committed) return this.#sign('COMMIT', asked(committed, source));
+        const place = this.#places.get(vtpmUuid);
+        if (place?.isOf(migrationId)) {
+          asked(place, source);
+          place.release(new ManagerError('migration-aborted', 'its source has asked for an ABORT'));
+        }
+        checkNotSince(vtpmUuid, held?.record.header, facts);
+        await this.#promise(source, migrationId);
+        barrier('migrate.abort.written');
+        const fact = { migration: hex(migrationId), from: hex(source) };
+        await this.desk.audit('manager', 'migrate-abort', 'done', facts, fact);
+        return this.#sign('ABORT', facts);
+      }),
+    );
   }
 
-  /** The source's tombstone, or its thaw, is durable: nobody will ask again. */
-  async settled(_migrationId: Uint8Array): Promise<void> {
-    throw unfinished();
+  /** The COMMIT of a migration that is not settled; undefined where there is none. */
+  async decisionOf(migrationId: Uint8Array): Promise<SignedDecision | undefined> {
+    const vtpmUuid = this.desk.census.committedBy(hex(migrationId));
+    const held = vtpmUuid === undefined ? undefined : await this.desk.records.read(vtpmUuid);
+    const facts = held && this.#commitIn(held.record, migrationId);
+    return facts && this.#sign('COMMIT', facts);
   }
 
+  /** The source's tombstone, or its thaw, is durable: it asks no more. @param source who says so */
+  async settled(migrationId: Uint8Array, source: Uint8Array): Promise<void> {
+    this.desk.checkOpen();
+    // First: what was promised must never be heard again of what was committed.
+    await this.#promises.forget(source, migrationId);
+    barrier('migrate.settle.forgotten');
+    const vtpmUuid = this.desk.census.committedBy(hex(migrationId));
+    if (vtpmUuid === undefined) return;
+    await this.desk.visit(vtpmUuid, (slot) =>
+      slot.inOrder(async () => {
+        const change = (record: VtpmRecord): VtpmRecord => settled(record, migrationId);
+        const isOf = ({ header }: VtpmRecord): boolean =>
+          header.unsettled.some(
+            (arrival) => bytesEqual(arrival.migrationId, migrationId) && bytesEqual(arrival.source, source),
+          );
+        if (slot.live?.isOver === false) {
+          if (isOf(slot.live.record)) await slot.live.rewrite(change);
+        } else {
+          const held = await this.desk.records.read(vtpmUuid);
+          if (held && isOf(held.record)) await this.desk.records.write(vtpmUuid, held, change(held.record));
+        }
+        barrier('migrate.settle.written');
+      }),
+    );
+  }
+
+  /** Those whose source has to say that it is settled, from before a restart too. */
   unsettled(): UnsettledArrival[] {
-    throw unfinished();
+    return this.desk.census.unsettled;
+  }
+
+  /** Puts what is promised under the current generation of the root key. */
+  rekey(): Promise<void> {
+    return this.#promises.rekey();
+  }
+
+  /** Nothing comes any more. */
+  close(error: ManagerError): void {
+    for (const place of [...this.#places.values()]) place.release(error);
+  }
+
+  async #loadFor(place: Place, { header }: TravellingState) {
+    if (place.mode === 'OFFLINE') return undefined;
+    const refusal = ({ checked }: WaitingLoad): ManagerError | undefined => {
+      if (!bytesEqual(checked.ticket.vmRunId, header.vmRunId)) {
+        return new ManagerError(
+          'wrong-vm',
+          `vTPM ${place.vtpmUuid} comes as it runs, in another run of its VM`,
+        );
+      }
+      const { referenceDigest } = checked.claim;
+      if (place.mode !== 'VMM') return undefined;
+      if (referenceDigest && bytesEqual(referenceDigest, header.referenceDigest)) return undefined;
+      return new ManagerError(
+        'wrong-reference',
+        `the VMM brings another TPM than vTPM ${place.vtpmUuid} as it was taken out; nothing was decided`,
+      );
+    };
+    return await place.chosen(refusal, place.mode === 'VMM');
+  }
+
+  async #commitInto(
+    place: Place,
+    names: ArrivalNames,
+    state: TravellingState,
+    load: Awaited<ReturnType<Place['chosen']>> | undefined,
+  ): Promise<SignedDecision> {
+    this.desk.checkOpen();
+    place.checkHeld();
+    const { vtpmUuid } = place;
+    const held = await this.desk.records.read(vtpmUuid);
+    checkWelcome(vtpmUuid, held?.record.header, place.hello);
+    const { keys } = this.desk;
+    const record = arrive(keys, names, state, held?.record.header, load && loadFactsOf(load.checked));
+    // Sealed before it is decided: what no worker can be given is not taken over.
+    const response = load && sealGrant(keys, load.checked, record, false);
+    const { header } = record;
+    const facts = { migration: hex(names.migrationId), from: hex(names.source), mode: place.mode };
+    await this.desk.audit('manager', 'migrate-commit', 'intended', header, facts);
+    barrier('migrate.commit.audited');
+    const loaded = await this.desk.records.write(vtpmUuid, held, record, 'now');
+    barrier('migrate.commit.written');
+    // It is decided: a log that is full changes nothing of it.
+    await this.desk.audit('manager', 'migrate-commit', 'done', header, facts).catch(() => undefined);
+    this.desk.emit('arrived', header);
+    if (load && response && header.session) {
+      const { sessionId } = header.session;
+      load.connection.session = { vtpmUuid: Buffer.from(header.vtpmUuid), sessionId, loaded };
+      this.desk.emit('loaded', header);
+      load.resolve(response);
+    }
+    place.release(new ManagerError('migrating', `vTPM ${vtpmUuid} has come; ask again`));
+    const { epoch, generation } = state.header;
+    return this.#sign('COMMIT', { ...names, epoch, generation });
+  }
+
+  #promise(source: Uint8Array, migrationId: Uint8Array): Promise<void> {
+    const isUnderWay = (id: string): boolean =>
+      [...this.#places.values()].some((place) => hex(place.migrationId) === id);
+    return this.#promises.make(source, migrationId, isUnderWay);
+  }
+
+  /** What a record says of a migration that made it, for as long as its history knows of it. */
+  #commitIn({ header }: VtpmRecord, migrationId: Uint8Array): InquiryFacts | undefined {
+    const { vtpmUuid, unsettled, lineage } = header;
+    const arrival = unsettled.find((other) => bytesEqual(other.migrationId, migrationId));
+    if (arrival) return { ...arrival, vtpmUuid };
+    const at = lineage.findIndex((stay) => bytesEqual(stay.migrationId, migrationId));
+    const stay = lineage[at];
+    // Where it went from there: only that host has decided.
+    const next = lineage[at + 1]?.host ?? this.desk.keys.hostKey.publicKey;
+    if (!stay || !bytesEqual(next, this.desk.keys.hostKey.publicKey)) return undefined;
+    return {
+      migrationId,
+      source: stay.host,
+      vtpmUuid,
+      epoch: stay.lastEpoch,
+      generation: stay.lastGeneration,
+    };
+  }
+
+  #sign(
+    verdict: MigrationDecision['verdict'],
+    { migrationId, source, vtpmUuid, epoch, generation }: InquiryFacts,
+  ): SignedDecision {
+    const { hostKey } = this.desk.keys;
+    const destination = hostKey.publicKey;
+    return signDecision(hostKey, { migrationId, verdict, source, destination, vtpmUuid, epoch, generation });
   }
 }
 
-function unfinished(): ManagerError {
-  return new ManagerError('internal', 'this is not built yet');
+/** @throws ManagerError `unknown-migration` where it is not that host's: others need not know that there is one */
+function asked<T extends { readonly source: Uint8Array }>(migration: T, by: Uint8Array): T {
+  if (bytesEqual(migration.source, by)) return migration;
+  throw new ManagerError('unknown-migration', 'this host knows of no such migration from there');
+}
+
+/** Whether what is here lets it come. */
+function checkWelcome(
+  vtpmUuid: string,
+  held: RecordHeader | undefined,
+  { vmUuid, epoch, generation }: Pick<MigrationHello, 'vmUuid' | 'epoch' | 'generation'>,
+): void {
+  if (!held) return;
+  if (held.kind !== 'MOVED') checkHere(vtpmUuid, held);
+  if (held.kind === 'LIVE') {
+    throw new ManagerError(
+      'migration-refused',
+      `vTPM ${vtpmUuid} lives on this host, at epoch ${held.epoch}: there is one copy of a vTPM`,
+    );
+  }
+  if (!bytesEqual(held.vmUuid, vmUuid)) {
+    throw new ManagerError('wrong-vm', `vTPM ${vtpmUuid} belonged to another VM when it left this host`);
+  }
+  if (epoch <= held.epoch || generation < held.generation) {
+    throw new ManagerError(
+      'rollback-detected',
+      `vTPM ${vtpmUuid} left this host at epoch ${held.epoch} and generation ${held.generation}; what its source has, epoch ` +
+        `${epoch} and generation ${generation}, is older`,
+    );
+  }
+}
+
+/** Whether what came is what its source announced, saves since then included. */
+function checkIsExpected({ vtpmUuid, header: announced }: Place, { header }: TravellingState): void {
+  if (!bytesEqual(header.vmUuid, announced.vmUuid)) {
+    throw new ManagerError('wrong-vm', `the state that came for vTPM ${vtpmUuid} belongs to another VM`);
+  }
+  if (header.epoch !== announced.epoch || header.generation < announced.generation) {
+    throw new ManagerError(
+      'rollback-detected',
+      `the state that came for vTPM ${vtpmUuid} is of epoch ${header.epoch} and generation ${header.generation}, its source ` +
+        `announced ${announced.epoch} and ${announced.generation}`,
+    );
+  }
+}
+
+/** An ABORT for what was committed and forgotten would bring a second copy to life. */
+function checkNotSince(vtpmUuid: string, held: RecordHeader | undefined, { epoch }: InquiryFacts): void {
+  if (!held || held.epoch <= epoch) return;
+  throw new ManagerError(
+    'in-doubt',
+    `vTPM ${vtpmUuid} has been at epoch ${held.epoch} on this host, the source asks about epoch ${epoch}: its disk is an old ` +
+      'one. Nobody says that it may go on there; see docs/migration.md, "An old disk"',
+  );
+}
+
+function hex(bytes: Uint8Array): string {
+  return Buffer.from(bytes).toString('hex');
 }

@@ -2,7 +2,18 @@ import type { MigrateMode, Verdict } from 'vtpm-proto';
 
 /** What happens to a vTPM here. */
 export interface VtpmChange {
-  readonly type: 'loaded' | 'saved' | 'link-up' | 'link-lost' | 'fenced' | 'retired';
+  readonly type:
+    | 'loaded'
+    | 'saved'
+    | 'link-up'
+    | 'link-lost'
+    | 'fenced'
+    | 'retired'
+    // Nobody runs it here any more; it goes on here after all; it lives elsewhere; it lives here.
+    | 'departing'
+    | 'stayed'
+    | 'moved'
+    | 'arrived';
   readonly id: string;
   readonly epoch: bigint;
   readonly generation: bigint;

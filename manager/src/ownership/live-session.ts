@@ -16,35 +16,21 @@ import type { AuditAction } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import { metrics } from '../metrics.js';
-import {
-  applySave,
-  encodeRecord,
-  PART_LIMITS,
-  rekey,
-  type VtpmRecord,
-  withoutSession,
-} from '../records/index.js';
-import type { AnchoredStore } from '../store/anchored-store.js';
+import { applySave, PART_LIMITS, rekey, type VtpmRecord, withoutSession } from '../records/index.js';
 import type { SaveLink } from './registry.js';
 import type { Slot } from './slot.js';
 import { actionOf, auditedUse, checkUse, isCounted } from './state-use.js';
+import type { HeldRecord, VtpmRecords } from './vtpm-records.js';
 import type { WorkGate } from './work-gate.js';
 
 const EMPTY = new Uint8Array(0);
 const MAX_VERSION_LENGTH = 64;
 
-/** The record as it was last read or written, with the store's version of it. */
-export interface HeldRecord {
-  readonly version: number;
-  readonly record: VtpmRecord;
-}
-
 export interface SessionParts {
   readonly slot: Slot;
   readonly work: WorkGate;
-  readonly storeKey: string;
   readonly keys: KeyHierarchy;
-  readonly store: AnchoredStore;
+  readonly records: VtpmRecords;
   readonly cipher: SessionCipher;
   readonly link: SaveLink;
   readonly linkNumber: bigint;
@@ -68,7 +54,10 @@ export class LiveSession {
   #isProven = false;
   #pauseMs = 0;
   #controlFrames = 0n;
-  #onFrozen: (() => void) | undefined;
+  /** Who waits for the worker to stop, and the FREEZE that it has to answer. */
+  #freezing:
+    | { readonly sequence: bigint; resolve(record: VtpmRecord): void; reject(error: ManagerError): void }
+    | undefined;
 
   constructor(private readonly parts: SessionParts) {
     this.#held = parts.held;
@@ -104,35 +93,61 @@ export class LiveSession {
     if (frame.type !== 'FROZEN') {
       throw new ManagerError('bad-request', `${frame.type} is only the first frame of a stream`);
     }
-    this.#onFrozen?.();
-    this.#onFrozen = undefined;
+    // That of an earlier FREEZE says nothing: the worker may have gone on since.
+    if (frame.sequence === this.#freezing?.sequence) this.#freezing.resolve(this.record);
   }
 
-  /** Asks the worker to stop between two commands. Resolves when it says so: its last save is acknowledged then. */
-  async freeze(): Promise<void> {
-    const frozen = new Promise<void>((resolve) => {
-      this.#onFrozen = resolve;
-    });
-    await this.#control('FREEZE', EMPTY);
-    await frozen;
+  /**
+   * Asks the worker to stop between two commands, with all of its TPM saved.
+   * @returns the record that it left: its last save is acknowledged then
+   * @throws ManagerError `migration-aborted` where it does not answer in time, or its link is gone
+   */
+  async suspend(limitMs: number): Promise<VtpmRecord> {
+    const sequence = this.#nextControl();
+    const timer = new AbortController();
+    try {
+      return await new Promise<VtpmRecord>((resolve, reject) => {
+        this.#freezing?.reject(notFrozen('it was asked again'));
+        this.#freezing = { sequence, resolve, reject };
+        const late = notFrozen(`it did not answer within ${limitMs} ms`);
+        delay(limitMs, undefined, timer).then(
+          () => reject(late),
+          () => undefined,
+        );
+        this.#send('FREEZE', sequence, encode('Freeze', { suspend: true })).catch(reject);
+      });
+    } finally {
+      timer.abort();
+      if (this.#freezing?.sequence === sequence) this.#freezing = undefined;
+    }
   }
 
   thaw(): Promise<void> {
     return this.#control('THAW', EMPTY);
   }
 
+  /** The stream has ended: nobody answers on it any more. */
+  detached(): void {
+    this.#freezing?.reject(notFrozen('its link was lost'));
+  }
+
   /**
-   * Puts the record under the current generation of the root key, between two saves. Called in the slot's order. Where
-   * that fails the worker is to resume: its next save would be taken for one of a session that is over.
+   * Changes the record between two saves, and nothing that is a save's. Called in the slot's order. Where that fails the
+   * worker is to resume: its next save would be taken for one of a session that is over.
    */
-  async rekey(): Promise<void> {
-    if (this.record.header.keyId === this.parts.keys.current.keyId) return;
+  async rewrite(change: (record: VtpmRecord) => VtpmRecord): Promise<void> {
     try {
-      await this.#commit(rekey(this.parts.keys, this.record));
+      await this.#commit(change(this.record));
     } catch (error) {
       this.end(ManagerError.from(error));
       throw error;
     }
+  }
+
+  /** Puts the record under the current generation of the root key. */
+  async rekey(): Promise<void> {
+    const { keys } = this.parts;
+    if (this.record.header.keyId !== keys.current.keyId) await this.rewrite((record) => rekey(keys, record));
   }
 
   /** Tells the worker that the session is over, and ends the stream. Does not wait for the worker. */
@@ -143,12 +158,14 @@ export class LiveSession {
     // Where the worker is gone the end of the stream says the same.
     this.#control('FENCED', encode('Fenced', { reason: 'fenced', message })).catch(() => undefined);
     this.parts.link.end(new ManagerError('fenced', message));
+    this.detached();
   }
 
   /** The stream is ending for another reason than the session's; a new link may resume it. */
   end(error: ManagerError): void {
     this.#isOver = true;
     this.parts.link.end(error);
+    this.detached();
   }
 
   async #commitFrame(frame: WorkerFrame): Promise<Buffer> {
@@ -231,14 +248,14 @@ export class LiveSession {
 
   /** @param isCounted it is counted before it resolves */
   async #commit(record: VtpmRecord, isCounted = false): Promise<void> {
-    const bytes = encodeRecord(this.parts.keys, record);
+    const { records, slot } = this.parts;
     try {
       barrier('manager-before-commit');
       // The first one is counted at once: on a disk from before it the vTPM would be manufactured again.
       const counting = isCounted || record.header.generation === 1n ? 'now' : 'later';
-      const version = await this.parts.store.write(this.parts.storeKey, this.#held.version, bytes, counting);
+      const held = await records.write(slot.vtpmUuid, this.#held, record, counting);
       barrier('manager-after-commit');
-      this.#held = { version, record };
+      this.#held = held;
     } catch (error) {
       // Whether it was written is not known: only a new link, which reads the record again, may go on.
       this.#isOver = true;
@@ -255,16 +272,23 @@ export class LiveSession {
     });
   }
 
-  /** Numbered link by link: links have rising numbers, so no number comes twice in a session. */
   #control(type: Exclude<ManagerFrameType, 'ACK'>, payload: Uint8Array): Promise<void> {
+    return this.#send(type, this.#nextControl(), payload);
+  }
+
+  /** Numbered link by link: links have rising numbers, so no number comes twice in a session. */
+  #nextControl(): bigint {
     this.#controlFrames += 1n;
-    const sequence = ((this.parts.linkNumber & 0xffffffffn) << 32n) | this.#controlFrames;
-    return this.#send(type, sequence, payload);
+    return ((this.parts.linkNumber & 0xffffffffn) << 32n) | this.#controlFrames;
   }
 
   async #send(type: ManagerFrameType, sequence: bigint, payload: Uint8Array): Promise<void> {
     await this.parts.link.send(this.parts.cipher.sealManager(type, sequence, payload));
   }
+}
+
+function notFrozen(why: string): ManagerError {
+  return new ManagerError('migration-aborted', `the worker did not stop: ${why}; it goes on here`);
 }
 
 /** @throws ManagerError `bad-request`: the frame is not of this session */

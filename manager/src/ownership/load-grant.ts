@@ -1,7 +1,7 @@
-import type { LoadResponse, RecordHeader, Session } from 'vtpm-proto';
+import { bytesEqual, type LoadResponse, type RecordHeader, type Session } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
-import { openState, type VtpmRecord } from '../records/index.js';
+import { openState, type VtpmRecord, wipeState } from '../records/index.js';
 import type { CheckedLoad } from './ticket-check.js';
 
 /**
@@ -17,8 +17,9 @@ export function sealGrant(
   const { header } = record;
   const session = sessionOf(header);
   const sessionKey = keys.sessionKey({ ...session, vtpmUuid: header.vtpmUuid, epoch: header.epoch });
-  const { permanent, volatile, checkpointKey } = openState(keys, record);
-  const referenceKey = keys.referenceKey(header.vtpmUuid);
+  const state = openState(keys, record);
+  const { permanent, volatile, checkpointKey, referenceKey } = state;
+  const { suspension } = header;
   try {
     if (header.generation > 0n && !permanent) {
       throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
@@ -32,12 +33,13 @@ export function sealGrant(
       permanent: permanent ?? new Uint8Array(0),
       manufacture,
       checkpointKey: checkpointKey ?? new Uint8Array(0),
-      ...(header.suspension && volatile && { suspended: { ...header.suspension, volatile } }),
+      ...(suspension && volatile && { suspended: { ...suspension, volatile } }),
       referenceKey,
-      arrived: false,
+      arrived: suspension !== undefined && bytesEqual(suspension.vmRunId, header.vmRunId),
     });
   } finally {
-    wipe(sessionKey, permanent, volatile, checkpointKey, referenceKey);
+    wipe(sessionKey);
+    wipeState(state);
   }
 }
 

@@ -1,4 +1,3 @@
-import { randomBytes } from 'node:crypto';
 import { barrier, bootId, monotonicMs } from 'vtpm-common';
 import {
   bytesEqual,
@@ -8,22 +7,14 @@ import {
   type RecordHeader,
   type Session,
   sessionCipher,
-  uuidToText,
   type WorkerFrame,
 } from 'vtpm-proto';
-import {
-  type AuditAction,
-  type AuditActor,
-  type AuditLog,
-  type AuditVerdict,
-  Refusals,
-} from '../audit/index.js';
-import type { Erasure } from '../erasure.js';
+import type { AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
-import { type KeyHierarchy, wipe } from '../keys/index.js';
+import { wipe } from '../keys/index.js';
 import {
   applyLoad,
-  type LoadFacts,
+  isDeparting,
   newRecord,
   rekey,
   retire,
@@ -32,19 +23,26 @@ import {
   vtpmKey,
   vtpmOfKey,
 } from '../records/index.js';
-import type { AnchoredStore } from '../store/anchored-store.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import { Arrivals } from './arrival.js';
 import type { Census } from './census.js';
 import { Departures } from './departure.js';
-import { type VtpmChange, VtpmEvents } from './events.js';
+import { Desk, type DeskOptions, unknownVtpm } from './desk.js';
+import type { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
-import { type HeldRecord, LiveSession } from './live-session.js';
+import { LiveSession } from './live-session.js';
 import { sealGrant } from './load-grant.js';
-import { Slot } from './slot.js';
-import { verbsOfSaves } from './state-use.js';
-import { type CheckedLoad, checkAgainstRecord, checkTicket, type TicketEnvironment } from './ticket-check.js';
-import { VtpmRecords } from './vtpm-records.js';
+import type { Slot } from './slot.js';
+import {
+  type CheckedLoad,
+  checkAgainstRecord,
+  checkHere,
+  checkTicket,
+  type LoadableHeader,
+  loadFactsOf,
+  type TicketEnvironment,
+} from './ticket-check.js';
+import type { HeldRecord } from './vtpm-records.js';
 import { WorkGate } from './work-gate.js';
 
 /** One connection of a worker. It carries one session: a second vTPM on it is refused. */
@@ -79,19 +77,22 @@ export interface VtpmView {
   readonly isConnected: boolean;
 }
 
-export interface RegistryOptions {
-  readonly keys: KeyHierarchy;
-  readonly store: AnchoredStore;
+/** A Load that may have to wait longer than others. */
+export interface LoadCall {
+  /** The caller is gone. */
+  readonly signal: AbortSignal;
+  /** The answer may take so many milliseconds more. */
+  extend(milliseconds: number): void;
+}
+
+export interface RegistryOptions extends DeskOptions {
   readonly trust: TrustStore;
-  readonly audit: Pick<AuditLog, 'append'>;
-  readonly erasure: Pick<Erasure, 'note'>;
-  /** Has counted the store. */
-  readonly census: Census;
-  /** Called before a new vTPM is made. @throws ManagerError `store-full` where the room left is for the others */
-  checkRoom?(): void;
   /** For tests: another boot, another time. */
   readonly clock?: Pick<TicketEnvironment, 'bootId' | 'monotonicMs'>;
 }
+
+/** Of a caller that is known not to go, and has all the time. */
+const PATIENT: LoadCall = { signal: new AbortController().signal, extend: () => undefined };
 
 /** Bytes of the saves that are worked on at once: some six thousand of them, or 160 of the largest. */
 const MAX_WORK_BYTES = 64 * 1024 * 1024;
@@ -101,21 +102,17 @@ const MAX_WORK_BYTES = 64 * 1024 * 1024;
  * the save that follows the last one.
  */
 export class VtpmRegistry {
-  readonly events = new VtpmEvents();
-  readonly departures = new Departures();
-  readonly arrivals = new Arrivals();
+  readonly departures: Departures;
+  readonly arrivals: Arrivals;
   /** Saves that are worked on. */
   readonly work = new WorkGate(MAX_WORK_BYTES);
-  readonly #slots = new Map<string, Slot>();
+  readonly #desk: Desk;
   readonly #environment: TicketEnvironment;
-  readonly #refusals: Refusals;
-  readonly #records: VtpmRecords;
-  #connected = 0;
-  #isClosing = false;
 
   constructor(private readonly options: RegistryOptions) {
-    this.#refusals = new Refusals(options.audit);
-    this.#records = new VtpmRecords(options);
+    this.#desk = new Desk(options);
+    this.departures = new Departures(this.#desk);
+    this.arrivals = new Arrivals(this.#desk);
     const clock = options.clock ?? { bootId, monotonicMs };
     this.#environment = { identity: options.keys.identity, trust: options.trust, ...clock };
   }
@@ -128,8 +125,9 @@ export class VtpmRegistry {
     request: LoadRequest,
     connection: WorkerConnection,
     admit: () => void = () => undefined,
+    call: LoadCall = PATIENT,
   ): Promise<LoadResponse> {
-    this.#checkOpen();
+    this.#desk.checkOpen();
     if (connection.session || connection.isLoading) {
       throw new ManagerError(
         'bad-request',
@@ -139,7 +137,13 @@ export class VtpmRegistry {
     const checked = checkTicket(request, this.#environment, admit);
     connection.isLoading = true;
     try {
-      const slot = this.#slot(checked.vtpmUuid);
+      const { vtpmUuid } = checked;
+      const place = this.arrivals.placeOf(vtpmUuid);
+      if (place) {
+        await this.#checkLoad(checked, place.header);
+        return await place.wait({ checked, connection, call });
+      }
+      const slot = this.#desk.slot(vtpmUuid);
       return await slot.exclusively('load', () => this.#loadInto(slot, checked, connection));
     } finally {
       checked.box.wipe();
@@ -153,7 +157,7 @@ export class VtpmRegistry {
    * about the vTPM; `wrong-worker` where the frame is not from the session's worker; `rollback-detected`
    */
   async attach(first: WorkerFrame, link: SaveLink, connection: WorkerConnection): Promise<AttachedStream> {
-    this.#checkOpen();
+    this.#desk.checkOpen();
     if (first.type !== 'HELLO' && first.type !== 'RESUME') {
       throw new ManagerError('bad-request', `a Save stream begins with HELLO or RESUME, not ${first.type}`);
     }
@@ -165,13 +169,14 @@ export class VtpmRegistry {
     ) {
       throw new ManagerError('wrong-worker', 'this connection belongs to another session');
     }
-    await this.#checkKnown(vtpmUuid, new ManagerError('fenced', 'this session is over'));
-    const slot = this.#slot(vtpmUuid);
+    await this.#desk.checkKnown(vtpmUuid, new ManagerError('fenced', 'this session is over'));
+    const slot = this.#desk.slot(vtpmUuid);
     const live = await slot.inOrder(() => this.#attachTo(slot, first, link, connection));
     const detach = (): void => {
       if (slot.live !== live) return;
       slot.live = undefined;
-      this.#emit('link-lost', live.record.header);
+      live.detached();
+      this.#desk.emit('link-lost', live.record.header);
     };
     try {
       await live.greet();
@@ -183,42 +188,37 @@ export class VtpmRegistry {
     return { receive: (frame) => live.receive(frame), detach };
   }
 
-  /** Asks the connected worker to stop between two commands. */
-  async freeze(vtpmUuid: string): Promise<void> {
-    await this.#liveSession(vtpmUuid).freeze();
-  }
-
-  async thaw(vtpmUuid: string): Promise<void> {
-    await this.#liveSession(vtpmUuid).thaw();
-  }
-
-  /** Final: key and state are dropped. @throws ManagerError `unknown-vtpm`, `busy` while a worker is connected */
+  /**
+   * Final: key and state are dropped.
+   * @throws ManagerError `unknown-vtpm`, `busy` while a worker is connected, `migrating` while it is on its way elsewhere
+   */
   async retire(vtpmUuid: string, actor: AuditActor): Promise<void> {
-    this.#checkOpen();
-    await this.#checkKnown(vtpmUuid, unknownVtpm(vtpmUuid));
-    const slot = this.#slot(vtpmUuid);
+    this.#desk.checkOpen();
+    await this.#desk.checkKnown(vtpmUuid, unknownVtpm(vtpmUuid));
+    const slot = this.#desk.slot(vtpmUuid);
     await slot.exclusively('retire', async () => {
       if (slot.live) {
         throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
       }
-      const held = await this.#records.read(vtpmUuid);
-      if (!held) throw unknownVtpm(vtpmUuid);
+      const held = await this.#desk.known(vtpmUuid);
       if (held.record.header.kind === 'RETIRED') {
         // Whether the first one came to say so is not known: a crash may have been between.
-        await this.#audit(actor, 'retire', 'done', held.record.header, { repeated: 'yes' });
+        await this.#desk.audit(actor, 'retire', 'done', held.record.header, { repeated: 'yes' });
         return;
       }
+      // What became of it is not known: where it lives elsewhere it is not for this host to end it.
+      if (isDeparting(held.record.header)) checkHere(vtpmUuid, held.record.header);
       const now = Date.now();
       const record = retire(held.record, BigInt(now));
-      await this.#audit(actor, 'retire', 'intended', record.header);
+      await this.#desk.audit(actor, 'retire', 'intended', record.header);
       barrier('retire.audited');
-      await this.options.erasure.note(this.options.keys.current.keyId, now);
+      await this.#desk.noteErasure(now);
       barrier('retire.noted');
       // Counted first: a disk from before does not bring it back.
-      await this.#records.write(vtpmUuid, held, record, 'now');
+      await this.#desk.records.write(vtpmUuid, held, record, 'now');
       barrier('retire.written');
-      await this.#audit(actor, 'retire', 'done', record.header);
-      this.#emit('retired', record.header);
+      await this.#desk.audit(actor, 'retire', 'done', record.header);
+      this.#desk.emit('retired', record.header);
     });
   }
 
@@ -235,47 +235,47 @@ export class VtpmRegistry {
     facts: Readonly<Record<string, string>>,
     change: (held: RecordHeader | undefined, count: bigint) => VtpmRecord | undefined,
   ): Promise<void> {
-    this.#checkOpen();
-    const slot = this.#slot(vtpmUuid);
-    await slot.exclusively('restore', async () => {
-      if (slot.live) {
-        throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
-      }
-      const held = await this.#records.read(vtpmUuid);
-      const record = change(held?.record.header, this.options.store.stated.counter + 1n);
-      if (!record) return;
-      if (!held) this.options.checkRoom?.();
-      await this.#audit(actor, 'restore', 'intended', record.header, facts);
-      barrier('restore.announced');
-      await this.#records.write(vtpmUuid, held, record, 'now');
-      barrier('restore.written');
-      await this.#audit(actor, 'restore', 'done', record.header, facts);
-    });
-    if (slot.isDispensable) this.#slots.delete(vtpmUuid);
+    this.#desk.checkOpen();
+    await this.#desk.visit(vtpmUuid, (slot) =>
+      slot.exclusively('restore', async () => {
+        if (slot.live) {
+          throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
+        }
+        const held = await this.#desk.records.read(vtpmUuid);
+        const record = change(held?.record.header, this.options.store.stated.counter + 1n);
+        if (!record) return;
+        if (!held) this.options.checkRoom?.();
+        await this.#desk.audit(actor, 'restore', 'intended', record.header, facts);
+        barrier('restore.announced');
+        await this.#desk.records.write(vtpmUuid, held, record, 'now');
+        barrier('restore.written');
+        await this.#desk.audit(actor, 'restore', 'done', record.header, facts);
+      }),
+    );
   }
 
   /** Puts a vTPM's record under the current generation of the root key, between two of its operations. */
   async rekey(vtpmUuid: string): Promise<void> {
-    this.#checkOpen();
-    const slot = this.#slot(vtpmUuid);
-    await slot.inOrder(async () => {
-      if (slot.live?.isOver === false) return await slot.live.rekey();
-      const held = await this.#records.read(vtpmUuid);
-      if (!held || held.record.header.keyId === this.options.keys.current.keyId) return;
-      await this.#records.write(vtpmUuid, held, rekey(this.options.keys, held.record));
-    });
+    this.#desk.checkOpen();
     // All vTPMs come by here: those that do nothing must not cost memory for ever.
-    if (slot.isDispensable) this.#slots.delete(vtpmUuid);
+    await this.#desk.visit(vtpmUuid, (slot) =>
+      slot.inOrder(async () => {
+        if (slot.live?.isOver === false) return await slot.live.rekey();
+        const held = await this.#desk.records.read(vtpmUuid);
+        if (!held || held.record.header.keyId === this.options.keys.current.keyId) return;
+        await this.#desk.records.write(vtpmUuid, held, rekey(this.options.keys, held.record));
+      }),
+    );
   }
 
   /** Resolves when every operation that is under way now has ended; those that come later are not waited for. */
   async settled(): Promise<void> {
-    await Promise.all([...this.#slots.values()].map((slot) => slot.idle()));
+    await this.#desk.settled();
   }
 
   /** @throws ManagerError `unknown-vtpm` */
   async view(vtpmUuid: string): Promise<VtpmView> {
-    const live = this.#slots.get(vtpmUuid)?.live;
+    const live = this.#desk.slotOf(vtpmUuid)?.live;
     const record = await this.record(vtpmUuid);
     if (!record) throw unknownVtpm(vtpmUuid);
     return { header: record.header, savedBytes: savedBytes(record), isConnected: live !== undefined };
@@ -283,7 +283,7 @@ export class VtpmRegistry {
 
   /** As it is durable now, whether or not a worker is connected. */
   async record(vtpmUuid: string): Promise<VtpmRecord | undefined> {
-    return this.#slots.get(vtpmUuid)?.live?.record ?? (await this.#records.read(vtpmUuid))?.record;
+    return this.#desk.slotOf(vtpmUuid)?.live?.record ?? (await this.#desk.records.read(vtpmUuid))?.record;
   }
 
   /** UUIDs in order, behind `after`. */
@@ -294,114 +294,74 @@ export class VtpmRegistry {
       .filter((id) => id !== undefined);
   }
 
+  get events(): VtpmEvents {
+    return this.#desk.events;
+  }
+
   /** How many there are. */
-  get census(): Pick<Census, 'live' | 'retired'> {
+  get census(): Pick<Census, 'live' | 'retired' | 'moved'> {
     return this.options.census;
   }
 
   /** Workers whose Save stream is open. */
   get connected(): number {
-    return this.#connected;
+    return this.#desk.connected;
   }
 
   /** Ends every stream; resolves when no operation is under way. Workers resume with the next manager. */
   async close(
     error = new ManagerError('shutting-down', 'the manager is shutting down; resume when it is back'),
   ) {
-    this.#isClosing = true;
-    for (const slot of this.#slots.values()) {
-      await slot.idle();
-      slot.live?.end(error);
-    }
-    this.events.end();
-    await this.#refusals.close();
+    this.arrivals.close(error);
+    await this.#desk.close(error);
   }
 
   async #loadInto(slot: Slot, checked: CheckedLoad, connection: WorkerConnection): Promise<LoadResponse> {
-    this.#checkOpen();
+    this.#desk.checkOpen();
     const { keys } = this.options;
-    const { ticket, claim, vtpmUuid } = checked;
+    const { ticket, vtpmUuid } = checked;
     const actor = actorOf({ workerKey: ticket.workerPublicKey });
-    const held = await this.#records.read(vtpmUuid);
-    const mode = await this.#checkLoad(checked, held?.record.header, actor);
+    const held = await this.#desk.records.read(vtpmUuid);
+    const mode = await this.#checkLoad(checked, held?.record.header);
     if (mode === 'manufacture') this.options.checkRoom?.();
-    const session: Session = {
-      sessionId: randomBytes(16),
-      workerKey: Buffer.from(ticket.workerPublicKey),
-      lastSequence: 0n,
-      lastDigest: new Uint8Array(0),
-      imageDigest: Buffer.from(ticket.imageDigest),
-      isolation: ticket.isolation,
-      verbs: verbsOfSaves(ticket.verbs),
-    };
-    const facts: LoadFacts = {
-      vmRunId: ticket.vmRunId,
-      bootId: ticket.bootId,
-      session,
-      libtpmsVersion: claim.libtpmsVersion,
-      keepsVolatile: ticket.verbs.includes('RESUME'),
-    };
+    const facts = loadFactsOf(checked);
+    const { session } = facts;
     const record = held
       ? applyLoad(keys, held.record, facts)
       : newRecord(keys, ticket, facts, BigInt(Date.now()));
     // Sealed before the epoch is taken: state that does not open never costs the ticket.
     const response = sealGrant(keys, checked, record, mode === 'manufacture');
     const isDropped = held?.record.header.suspension && !record.header.suspension;
-    await this.#audit(actor, 'load', 'done', record.header, {
+    await this.#desk.audit(actor, 'load', 'done', record.header, {
       mode,
       isolation: ticket.isolation,
       ...(isDropped && { suspended: 'dropped' }),
     });
     barrier('load.audited');
-    const loaded = await this.#records.write(vtpmUuid, held, record);
+    const loaded = await this.#desk.records.write(vtpmUuid, held, record);
     barrier('load.written');
     connection.session = { vtpmUuid: Buffer.from(ticket.vtpmUuid), sessionId: session.sessionId, loaded };
     const { live } = slot;
     slot.live = undefined;
-    this.#emit('loaded', record.header);
+    this.#desk.emit('loaded', record.header);
     live?.fence(`vTPM ${vtpmUuid} was loaded by another worker, epoch ${record.header.epoch}`);
     // The epoch is taken: a log that is full keeps its owner from nothing.
-    if (live) await this.#audit('manager', 'fence', 'done', record.header).catch(() => undefined);
+    if (live) await this.#desk.audit('manager', 'fence', 'done', record.header).catch(() => undefined);
     return response;
   }
 
   /** What the ticket may not have is written down: it is signed, so somebody who is trusted asked for it. */
-  async #checkLoad(checked: CheckedLoad, header: RecordHeader | undefined, actor: AuditActor) {
+  async #checkLoad(checked: CheckedLoad, header: LoadableHeader | undefined) {
     try {
       return checkAgainstRecord(checked, header);
     } catch (error) {
-      const record = header ?? { vtpmUuid: checked.ticket.vtpmUuid, epoch: 0n, generation: 0n };
-      await this.#noteRefusal(actor, 'load', record, ManagerError.from(error));
+      const { vtpmUuid, workerPublicKey } = checked.ticket;
+      const { epoch, generation } = header ?? { epoch: 0n, generation: 0n };
+      const record = { vtpmUuid, epoch, generation };
+      const actor = actorOf({ workerKey: workerPublicKey });
+      await this.#desk.noteRefusal(actor, 'load', record, ManagerError.from(error));
       throw error;
     }
-  }
-
-  #noteRefusal(
-    actor: AuditActor,
-    action: AuditAction,
-    { vtpmUuid, epoch, generation }: Pick<RecordHeader, 'vtpmUuid' | 'epoch' | 'generation'>,
-    reason: ManagerError,
-  ): Promise<void> {
-    const vtpm = uuidToText(vtpmUuid);
-    return this.#refusals.note({ actor, action, verdict: 'refused', vtpm, epoch, generation, reason });
-  }
-
-  async #audit(
-    actor: AuditActor,
-    action: AuditAction,
-    verdict: AuditVerdict,
-    { vtpmUuid, epoch, generation }: Pick<RecordHeader, 'vtpmUuid' | 'epoch' | 'generation'>,
-    facts?: Readonly<Record<string, string>>,
-  ): Promise<void> {
-    await this.options.audit.append({
-      actor,
-      action,
-      verdict,
-      vtpm: uuidToText(vtpmUuid),
-      epoch,
-      generation,
-      ...(facts && { facts }),
-    });
   }
 
   async #attachTo(
@@ -410,13 +370,13 @@ export class VtpmRegistry {
     link: SaveLink,
     connection: WorkerConnection,
   ): Promise<LiveSession> {
-    this.#checkOpen();
-    const { keys, store } = this.options;
+    this.#desk.checkOpen();
+    const { keys } = this.options;
     const loaded = connection.session?.loaded;
     const held =
-      loaded && this.#records.isNewest(slot.vtpmUuid, loaded)
+      loaded && this.#desk.records.isNewest(slot.vtpmUuid, loaded)
         ? loaded
-        : await this.#records.read(slot.vtpmUuid);
+        : await this.#desk.records.read(slot.vtpmUuid);
     const header = held?.record.header;
     if (!held || !header?.session || !bytesEqual(header.session.sessionId, first.sessionId)) {
       throw new ManagerError('fenced', 'this session is over');
@@ -431,63 +391,29 @@ export class VtpmRegistry {
     const live = new LiveSession({
       slot,
       work: this.work,
-      storeKey: vtpmKey(slot.vtpmUuid),
       keys,
-      store,
+      records: this.#desk.records,
       cipher,
       link,
       linkNumber: first.sequence,
       held,
-      audit: (action, record, facts) => this.#audit(actorOf(session), action, 'done', record, facts),
-      refused: (action, record, reason) => this.#noteRefusal(actorOf(session), action, record, reason),
-      onSaved: (record) => this.#emit('saved', record.header),
-      onFenced: (record) => this.#emit('fenced', record.header),
+      audit: async (action, record, facts) => {
+        await this.#desk.audit(actorOf(session), action, 'done', record, facts);
+      },
+      refused: (action, record, reason) => this.#desk.noteRefusal(actorOf(session), action, record, reason),
+      onSaved: (record) => this.#desk.emit('saved', record.header),
+      onFenced: (record) => this.#desk.emit('fenced', record.header),
     });
     slot.live = live;
     connection.session = {
       vtpmUuid: Buffer.from(header.vtpmUuid),
       sessionId: Buffer.from(session.sessionId),
     };
-    this.#emit('link-up', header);
+    this.#desk.emit('link-up', header);
     return live;
-  }
-
-  /** A slot stays for ever: who proved nothing must not make one for each uuid that he thinks of. */
-  async #checkKnown(vtpmUuid: string, refusal: ManagerError): Promise<void> {
-    if (!this.#slots.has(vtpmUuid) && !(await this.#records.read(vtpmUuid))) throw refusal;
-  }
-
-  #slot(vtpmUuid: string): Slot {
-    let slot = this.#slots.get(vtpmUuid);
-    if (!slot) {
-      slot = new Slot(vtpmUuid, (isConnected) => {
-        this.#connected += isConnected ? 1 : -1;
-      });
-      this.#slots.set(vtpmUuid, slot);
-    }
-    return slot;
-  }
-
-  #liveSession(vtpmUuid: string): LiveSession {
-    const live = this.#slots.get(vtpmUuid)?.live;
-    if (!live) throw new ManagerError('unknown-vtpm', `no worker is connected to vTPM ${vtpmUuid}`);
-    return live;
-  }
-
-  #checkOpen(): void {
-    if (this.#isClosing) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
-  }
-
-  #emit(type: VtpmChange['type'], header: RecordHeader): void {
-    const { epoch, generation } = header;
-    this.events.emit({ type, id: uuidToText(header.vtpmUuid), epoch, generation });
   }
 }
 
 function actorOf({ workerKey }: Pick<Session, 'workerKey'>): AuditActor {
   return { worker: Buffer.from(workerKey).toString('hex').slice(0, 16) };
-}
-
-function unknownVtpm(vtpmUuid: string): ManagerError {
-  return new ManagerError('unknown-vtpm', `there is no vTPM ${vtpmUuid} here`);
 }

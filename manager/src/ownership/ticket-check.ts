@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto';
 import {
   AgreedBox,
   type BoxKeyPair,
@@ -6,13 +7,16 @@ import {
   type LoadRequest,
   ProtoError,
   type RecordHeader,
+  type Session,
   type Ticket,
   ticketDigest,
   type VerifiedTicket,
   verifyTicketChain,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
+import type { LoadFacts } from '../records/index.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
+import { verbsOfSaves } from './state-use.js';
 
 /** Both ends read the same clock of the same host; the skew allows for a supervisor in another time namespace. */
 const CLOCK_SKEW_MS = 60_000n;
@@ -71,18 +75,43 @@ export function checkTicket(
   return { ticket, vtpmUuid, ...openClaim(request, ticket, environment) };
 }
 
+/** What a Load is held against. */
+export type LoadableHeader = Pick<RecordHeader, 'kind' | 'vmUuid' | 'epoch' | 'generation' | 'departure'>;
+
+/** Whether the vTPM is at home. @throws ManagerError `retired`, `moved`, `migrating` */
+export function checkHere(
+  vtpmUuid: string,
+  { kind, departure }: Pick<RecordHeader, 'kind' | 'departure'>,
+): void {
+  if (kind === 'RETIRED') {
+    throw new ManagerError('retired', `vTPM ${vtpmUuid} was retired for good; create a new one`);
+  }
+  const where = departure ? Buffer.from(departure.destination).toString('hex') : 'unknown';
+  if (kind === 'MOVED') {
+    throw new ManagerError(
+      'moved',
+      `vTPM ${vtpmUuid} lives on another host, whose id is ${where}; it comes back by a migration from there`,
+    );
+  }
+  if (departure) {
+    throw new ManagerError(
+      'migrating',
+      `vTPM ${vtpmUuid} is on its way to the host whose id is ${where}, and nobody runs it until that host has said what ` +
+        `it decided; where it does not come to know by itself, run: vtpmctl migrate resolve ${vtpmUuid}`,
+    );
+  }
+}
+
 /**
  * What the vTPM's record says to a Load.
  * @returns `manufacture` where the worker makes a new TPM, `cold` where it may power one on, else `resume`
- * @throws ManagerError `retired`, `wrong-vm`, `stale-epoch`, `verb-missing`, `already-manufactured`
+ * @throws ManagerError `retired`, `moved`, `migrating`, `wrong-vm`, `stale-epoch`, `verb-missing`, `already-manufactured`
  */
 export function checkAgainstRecord(
   { ticket, vtpmUuid }: CheckedLoad,
-  header: RecordHeader | undefined,
+  header: LoadableHeader | undefined,
 ): 'manufacture' | 'cold' | 'resume' {
-  if (header?.kind === 'RETIRED') {
-    throw new ManagerError('retired', `vTPM ${vtpmUuid} was retired for good; create a new one`);
-  }
+  if (header) checkHere(vtpmUuid, header);
   if (header && !bytesEqual(header.vmUuid, ticket.vmUuid)) {
     throw new ManagerError('wrong-vm', `vTPM ${vtpmUuid} belongs to another VM than the ticket names`);
   }
@@ -110,6 +139,26 @@ export function checkAgainstRecord(
     );
   }
   throw new ManagerError('verb-missing', `the ticket for vTPM ${vtpmUuid} has neither verb cold nor resume`);
+}
+
+/** What a Load that is in order brings into the record: a session of its own. */
+export function loadFactsOf({ ticket, claim }: CheckedLoad): LoadFacts {
+  const session: Session = {
+    sessionId: randomBytes(16),
+    workerKey: Buffer.from(ticket.workerPublicKey),
+    lastSequence: 0n,
+    lastDigest: new Uint8Array(0),
+    imageDigest: Buffer.from(ticket.imageDigest),
+    isolation: ticket.isolation,
+    verbs: verbsOfSaves(ticket.verbs),
+  };
+  return {
+    vmRunId: ticket.vmRunId,
+    bootId: ticket.bootId,
+    session,
+    libtpmsVersion: claim.libtpmsVersion,
+    keepsVolatile: ticket.verbs.includes('RESUME'),
+  };
 }
 
 const TICKET_REFUSAL = {

@@ -3,7 +3,12 @@ import type { KeyHierarchy } from '../keys/index.js';
 import { decodeRecord, encodeRecord, type VtpmRecord, vtpmKey } from '../records/index.js';
 import type { AnchoredStore, Counting } from '../store/anchored-store.js';
 import type { Census } from './census.js';
-import type { HeldRecord } from './live-session.js';
+
+/** The record as it was last read or written, with the store's version of it. */
+export interface HeldRecord {
+  readonly version: number;
+  readonly record: VtpmRecord;
+}
 
 /** The vTPMs' records in the store, verified as they are read. */
 export class VtpmRecords {
@@ -40,7 +45,7 @@ export class VtpmRecords {
   ): Promise<HeldRecord> {
     const bytes = encodeRecord(this.parts.keys, record);
     const version = await this.parts.store.write(vtpmKey(vtpmUuid), held?.version ?? 0, bytes, counting);
-    this.parts.census.note(held?.record.header.kind, record.header.kind);
+    this.parts.census.note(held?.record.header, record.header);
     return { version, record };
   }
 }

@@ -12,8 +12,19 @@ import {
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, type RootKeys, WRAPPED_KEY_BYTES } from '../keys/index.js';
 
-/** Format number of records; a newer one is refused by name. */
-export const RECORD_FORMAT = 1;
+/** Format number of records that are not about a migration. */
+export const FIRST_FORMAT = 1;
+/**
+ * The newest format number; a newer one is refused by name. A record that says anything of a migration has it, so that a
+ * manager of before them takes no vTPM for its own that may live elsewhere.
+ */
+export const RECORD_FORMAT = 2;
+
+function formatOf({ kind, departure, unsettled, lineage, referenceKey }: RecordHeader): number {
+  const isPlain =
+    kind !== 'MOVED' && !departure && !referenceKey && unsettled.length === 0 && lineage.length === 0;
+  return isPlain ? FIRST_FORMAT : RECORD_FORMAT;
+}
 
 /** A verified record. Parts are sealed; the header is in the clear and authenticated. */
 export interface VtpmRecord {
@@ -23,7 +34,7 @@ export interface VtpmRecord {
 
 /** @returns the bytes to store under the vTPM's uuid */
 export function encodeRecord(keys: KeyHierarchy, record: VtpmRecord): Buffer {
-  const header = encode('RecordHeader', record.header);
+  const header = encode('RecordHeader', { ...record.header, format: formatOf(record.header) });
   const parts = record.parts.map((part) => encode('SealedPart', part));
   return encode('StoredRecord', {
     header,
@@ -56,17 +67,25 @@ export function decodeRecord(keys: KeyHierarchy, vtpmUuid: Uint8Array, bytes: Ui
 }
 
 /** Longer than any tombstone: it has no state, no key and no session. */
-const MAX_TOMBSTONE_BYTES = 2048;
+const MAX_TOMBSTONE_BYTES = 8192;
 
-/** Whether stored bytes are of a vTPM that was retired. Not verified. */
-export function isTombstone(bytes: Uint8Array): boolean {
-  if (bytes.length > MAX_TOMBSTONE_BYTES) return false;
+/** The header of stored bytes, not verified, where it is of a tombstone or says anything of a migration. */
+export function glance(bytes: Uint8Array): RecordHeader | undefined {
   try {
-    return decode('RecordHeader', decode('StoredRecord', bytes).header).kind === 'RETIRED';
+    const { header } = decode('StoredRecord', bytes);
+    const isLong = bytes.length > MAX_TOMBSTONE_BYTES;
+    return isLong && decodeFormat(header).format === FIRST_FORMAT
+      ? undefined
+      : decode('RecordHeader', header);
   } catch (error) {
-    if (error instanceof ProtoError) return false;
+    if (error instanceof ProtoError) return undefined;
     throw error;
   }
+}
+
+/** Whether stored bytes are of a vTPM that does not live here (any more). Not verified. */
+export function isTombstone(bytes: Uint8Array): boolean {
+  return (glance(bytes)?.kind ?? 'LIVE') !== 'LIVE';
 }
 
 /**
@@ -81,7 +100,7 @@ function checkFormat(name: string, header: Uint8Array): void {
       `vTPM ${name} has a record of format ${format}, this version knows ${RECORD_FORMAT}; run the version that wrote it`,
     );
   }
-  if (format !== RECORD_FORMAT) throw corrupt(name, `has format ${format}`);
+  if (format < FIRST_FORMAT) throw corrupt(name, `has format ${format}`);
 }
 
 function decodeFormat(header: Uint8Array): { format: number } {
@@ -107,6 +126,9 @@ function checkHeader(keys: KeyHierarchy, name: string, vtpmUuid: Uint8Array, hea
   const isLive = header.kind === 'LIVE';
   if (header.wrappedDataKey.length !== (isLive ? WRAPPED_KEY_BYTES : 0)) {
     throw corrupt(name, 'has a data key that does not fit its kind');
+  }
+  if (header.session && (header.departure || !isLive)) {
+    throw corrupt(name, 'has a session, although nobody may run it here');
   }
 }
 

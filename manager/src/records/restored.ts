@@ -1,7 +1,8 @@
 import type { RecordHeader } from 'vtpm-proto';
 import { type KeyHierarchy, newDataKey, sealPart, wipe, wrapDataKey } from '../keys/index.js';
-import { RECORD_FORMAT, type VtpmRecord } from './format.js';
-import { ACCEPTANCE, contextOf, resume } from './transitions.js';
+import { FIRST_FORMAT, type VtpmRecord } from './format.js';
+import { contextOf, dataKeyNames } from './parts.js';
+import { ACCEPTANCE, resume } from './transitions.js';
 
 /** What a copy of a vTPM, made earlier, says of it. */
 export type CopyFacts = Pick<
@@ -38,8 +39,7 @@ export function restoredRecord(
   const { keyId, storeKey } = keys.current;
   const dataKey = newDataKey();
   try {
-    const { format, storeId, vtpmUuid } = header;
-    const wrappedDataKey = wrapDataKey(storeKey, dataKey, { format, keyId, storeId, vtpmUuid });
+    const wrappedDataKey = wrapDataKey(storeKey, dataKey, dataKeyNames({ ...header, keyId }));
     return {
       header: { ...header, wrappedDataKey },
       parts: [sealPart(dataKey, contextOf(header, 'PERMANENT'), permanent)],
@@ -58,7 +58,7 @@ function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: RecordHeader | unde
   const { vtpmUuid, vmUuid, kind, libtpmsVersion, savedAt, createdAt } = copy;
   const accepted = max(copy.generation, held?.generation) / ACCEPTANCE;
   return {
-    format: RECORD_FORMAT,
+    format: FIRST_FORMAT,
     kind,
     storeId: keys.storeId,
     vtpmUuid,

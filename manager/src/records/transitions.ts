@@ -1,7 +1,6 @@
 import { randomBytes } from 'node:crypto';
 import {
   bytesEqual,
-  decode,
   encode,
   type PartKind,
   type RecordHeader,
@@ -11,16 +10,9 @@ import {
   type StateAction,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import {
-  type KeyHierarchy,
-  newDataKey,
-  openPart,
-  sealPart,
-  unwrapDataKey,
-  wipe,
-  wrapDataKey,
-} from '../keys/index.js';
-import { RECORD_FORMAT, type VtpmRecord } from './format.js';
+import { type KeyHierarchy, newDataKey, sealPart, wipe, wrapDataKey } from '../keys/index.js';
+import { FIRST_FORMAT, type VtpmRecord } from './format.js';
+import { contextOf, dataKeyNames, kindOf, ofKind, openDataKey, reseal } from './parts.js';
 
 const EMPTY = new Uint8Array(0);
 const CHECKPOINT_KEY_BYTES = 32;
@@ -47,17 +39,14 @@ export function newRecord(
 ): VtpmRecord {
   const dataKey = newDataKey();
   const { keyId, storeKey } = keys.current;
-  const wrappedDataKey = wrapDataKey(storeKey, dataKey, {
-    format: RECORD_FORMAT,
-    keyId,
-    storeId: keys.storeId,
-    vtpmUuid: names.vtpmUuid,
-  });
+  const { storeId } = keys;
+  const { vtpmUuid } = names;
+  const wrappedDataKey = wrapDataKey(storeKey, dataKey, dataKeyNames({ keyId, storeId, vtpmUuid }));
   const header: RecordHeader = {
-    format: RECORD_FORMAT,
+    format: FIRST_FORMAT,
     kind: 'LIVE',
-    storeId: keys.storeId,
-    vtpmUuid: names.vtpmUuid,
+    storeId,
+    vtpmUuid,
     vmUuid: names.vmUuid,
     vmRunId: load.vmRunId,
     generation: 0n,
@@ -106,7 +95,7 @@ export function applyLoad(keys: KeyHierarchy, record: VtpmRecord, load: LoadFact
   }
 }
 
-function newCheckpointKey(dataKey: Uint8Array, header: RecordHeader): SealedPart {
+export function newCheckpointKey(dataKey: Uint8Array, header: RecordHeader): SealedPart {
   const key = randomBytes(CHECKPOINT_KEY_BYTES);
   try {
     return sealPart(dataKey, contextOf(header, 'CHECKPOINT_KEY'), key);
@@ -165,9 +154,18 @@ export function withoutSession(record: VtpmRecord): VtpmRecord {
 
 /** The tombstone: data key and state are gone, generation and epoch stay to be compared with. */
 export function retire(record: VtpmRecord, now: bigint): VtpmRecord {
-  const { checkpointKey: _key, ...header } = withoutSuspension(withoutSession(record)).header;
-  const retirement = { keyId: header.keyId, at: now };
-  return { header: { ...header, kind: 'RETIRED', wrappedDataKey: EMPTY, retirement }, parts: [] };
+  return tombstone(record, 'RETIRED', now);
+}
+
+/** @param kind of one that had moved before, its state has been on old disks since then */
+export function tombstone(record: VtpmRecord, kind: 'RETIRED' | 'MOVED', now: bigint): VtpmRecord {
+  const {
+    checkpointKey: _checkpointKey,
+    referenceKey: _referenceKey,
+    ...header
+  } = withoutSuspension(withoutSession(record)).header;
+  const retirement = header.retirement ?? { keyId: header.keyId, at: now };
+  return { header: { ...header, kind, wrappedDataKey: EMPTY, retirement }, parts: [] };
 }
 
 /** What an operator must see of a vTPM for ever. */
@@ -216,70 +214,26 @@ export function resume(record: VtpmRecord, mark: Mark, count: bigint): VtpmRecor
  */
 export function rekey(keys: KeyHierarchy, record: VtpmRecord): VtpmRecord {
   const { keyId, storeKey } = keys.current;
-  if (record.header.kind === 'RETIRED') return { ...record, header: { ...record.header, keyId } };
+  if (record.header.kind !== 'LIVE') return { ...record, header: { ...record.header, keyId } };
   const oldKey = openDataKey(keys, record.header);
   const dataKey = newDataKey();
   try {
-    const { format, storeId, vtpmUuid } = record.header;
-    const wrappedDataKey = wrapDataKey(storeKey, dataKey, { format, keyId, storeId, vtpmUuid });
+    const names = dataKeyNames({ ...record.header, keyId });
+    const wrappedDataKey = wrapDataKey(storeKey, dataKey, names);
     const header: RecordHeader = { ...record.header, keyId, wrappedDataKey };
     const resealed = (part: SealedPart): SealedPart => reseal(oldKey, record.header, part, dataKey, header);
-    const { checkpointKey } = record.header;
+    const { checkpointKey, referenceKey } = record.header;
     return {
-      header: checkpointKey ? { ...header, checkpointKey: resealed(checkpointKey) } : header,
+      header: {
+        ...header,
+        ...(checkpointKey && { checkpointKey: resealed(checkpointKey) }),
+        ...(referenceKey && { referenceKey: resealed(referenceKey) }),
+      },
       parts: record.parts.map(resealed),
     };
   } finally {
     wipe(oldKey, dataKey);
   }
-}
-
-function reseal(
-  oldKey: Uint8Array,
-  oldHeader: RecordHeader,
-  part: SealedPart,
-  dataKey: Uint8Array,
-  header: RecordHeader,
-): SealedPart {
-  const { kind, generation, epoch, libtpmsVersion } = decode('PartContext', part.context);
-  const plain = openPart(oldKey, part, contextOf(oldHeader, kind));
-  try {
-    return sealPart(dataKey, { ...contextOf(header, kind), generation, epoch, libtpmsVersion }, plain);
-  } finally {
-    wipe(plain);
-  }
-}
-
-/** In the clear; the caller wipes it. The checkpoint key is of the VM run that the record is at. */
-export function openState(
-  keys: KeyHierarchy,
-  record: VtpmRecord,
-): {
-  permanent: Buffer | undefined;
-  volatile: Buffer | undefined;
-  checkpointKey: Buffer | undefined;
-} {
-  const { checkpointKey } = record.header;
-  const dataKey = openDataKey(keys, record.header);
-  try {
-    const open = (kind: PartKind): Buffer | undefined => {
-      const part = ofKind(record.parts, kind)[0];
-      return part && openPart(dataKey, part, contextOf(record.header, kind));
-    };
-    return {
-      permanent: open('PERMANENT'),
-      volatile: open('VOLATILE'),
-      checkpointKey:
-        checkpointKey && openPart(dataKey, checkpointKey, contextOf(record.header, 'CHECKPOINT_KEY')),
-    };
-  } finally {
-    wipe(dataKey);
-  }
-}
-
-/** Bytes of the sealed parts. */
-export function savedBytes(record: VtpmRecord): number {
-  return record.parts.reduce((sum, part) => sum + part.sealed.length, 0);
 }
 
 /**
@@ -301,42 +255,4 @@ function partsAfter(
     ...(volatile ? seal('VOLATILE', volatile) : []),
     ...(journal ? seal('JOURNAL', encode('Journal', journal)) : []),
   ];
-}
-
-/** What a part of the record says of itself. */
-export function contextOf(header: RecordHeader, kind: PartKind) {
-  return {
-    format: RECORD_FORMAT,
-    kind,
-    keyId: header.keyId,
-    storeId: header.storeId,
-    vtpmUuid: header.vtpmUuid,
-    vmUuid: header.vmUuid,
-    vmRunId: vmRunOf(header, kind),
-    generation: header.generation,
-    epoch: header.epoch,
-    libtpmsVersion: header.libtpmsVersion,
-  };
-}
-
-function vmRunOf(header: RecordHeader, kind: PartKind): Uint8Array {
-  if (kind === 'PERMANENT') return EMPTY;
-  return kind === 'VOLATILE' && header.suspension ? header.suspension.vmRunId : header.vmRunId;
-}
-
-function ofKind(parts: readonly SealedPart[], kind: PartKind): SealedPart[] {
-  return parts.filter((part) => kindOf(part) === kind);
-}
-
-function kindOf(part: SealedPart): PartKind {
-  return decode('PartContext', part.context).kind;
-}
-
-function openDataKey(keys: KeyHierarchy, header: RecordHeader): Buffer {
-  return unwrapDataKey(keys.ofGeneration(header.keyId, 'a record').storeKey, header.wrappedDataKey, {
-    format: header.format,
-    keyId: header.keyId,
-    storeId: header.storeId,
-    vtpmUuid: header.vtpmUuid,
-  });
 }
