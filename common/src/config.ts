@@ -36,6 +36,8 @@ export interface Settings {
   'anchor-window': number;
   /** Hours from a retirement to the rotation that makes its state unreadable on old disks too; 0 leaves it to the operator. */
   'erase-after': number;
+  /** Where other hosts are listened for, `HOST:PORT` with commas between them; nowhere where empty. */
+  'peer-listen': string;
   /** Seconds that the root TPM has for one command, and in all for one that it wants to be sent again. */
   'tpm-deadline': number;
   /** `FIRST-LAST`: the host's uids that workers of root's supervisor run as, one each. */
@@ -128,6 +130,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'hours from a retirement to the rotation of the root key that erases it on old disks too; 0 never',
     fallback: 24,
     range: [0, 8760],
+  },
+  'peer-listen': {
+    help: 'addresses where the manager listens for other hosts, that vTPMs may come; empty: it does not',
+    fallback: '',
+    form: ['HOST:PORT, several with commas between them', /^[A-Za-z0-9.:%[\], _-]*$/],
   },
   'tpm-deadline': {
     help: 'seconds that the root TPM has to answer a command, and that one is sent again while it is busy',

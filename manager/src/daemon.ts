@@ -11,6 +11,7 @@ import { ManagerError } from './error.js';
 import { type GrpcListener, serveToolstack, serveWorkers } from './grpc/server.js';
 import { acquireLock } from './lock.js';
 import { describeHealth, describeMetrics, type ManagerState, vtpmsOf } from './manager-state.js';
+import type { PeerAddress } from './peer/address.js';
 import { openPlatform, type Platform } from './platform.js';
 import { PlatformControl } from './platform-control.js';
 import { Rotation } from './rotation.js';
@@ -28,6 +29,8 @@ export interface DaemonOptions {
   readonly anchorWindow: number;
   /** Hours from a retirement to the rotation that erases; 0 never. */
   readonly eraseAfter: number;
+  /** Where other hosts are listened for; none by default. */
+  readonly peerAddresses: readonly PeerAddress[];
 }
 
 export interface Daemon {
@@ -242,6 +245,7 @@ class Manager implements Daemon {
         approvals: () => readApprovals(this.#paths),
       },
       counter: this.#tpm().anchorCounter(enrolment.tpm, keys.anchorAuth),
+      peerAddresses: this.options.peerAddresses,
       storeRoots: roots,
       // Lost while it is being opened: that fails with the same error.
       onLost: (error) => service && this.#lose(service, error),

@@ -15,6 +15,7 @@ import { startDaemon } from './daemon.js';
 import { examineHost } from './doctor/index.js';
 import { ManagerError } from './error.js';
 import { initialise } from './init.js';
+import { parseAddresses } from './peer/address.js';
 import { addRecoverCommand } from './recover-command.js';
 import { uninstall } from './uninstall.js';
 
@@ -38,6 +39,7 @@ interface GlobalFlags {
   readonly tpmDeadline?: string;
   readonly anchorWindow?: string;
   readonly eraseAfter?: string;
+  readonly peerListen?: string;
   readonly storeSandbox: boolean;
 }
 
@@ -62,6 +64,7 @@ const program = new Command('vtpm-managerd')
   .addOption(new Option('--store-reserve <MiB>', CONFIG_KEYS['store-reserve'].help))
   .addOption(new Option('--anchor-window <seconds>', CONFIG_KEYS['anchor-window'].help))
   .addOption(new Option('--erase-after <hours>', CONFIG_KEYS['erase-after'].help))
+  .addOption(new Option('--peer-listen <addresses>', CONFIG_KEYS['peer-listen'].help))
   .addOption(new Option('--tpm-deadline <seconds>', CONFIG_KEYS['tpm-deadline'].help))
   .option('--no-store-sandbox', 'run the store process without bubblewrap (hosts without user namespaces)')
   .addHelpText(
@@ -129,6 +132,7 @@ async function run(): Promise<void> {
     storeReserve: settings['store-reserve'],
     anchorWindow: settings['anchor-window'],
     eraseAfter: settings['erase-after'],
+    peerAddresses: parseAddresses(settings['peer-listen']),
     ...common,
   });
   service.ready(`the manager is ${daemon.status}`);
@@ -223,6 +227,7 @@ function setUp(flags: GlobalFlags) {
     'store-reserve': flags.storeReserve,
     'anchor-window': flags.anchorWindow,
     'erase-after': flags.eraseAfter,
+    'peer-listen': flags.peerListen,
     'tpm-deadline': flags.tpmDeadline,
   });
   return {

@@ -9,6 +9,8 @@ import type { MigrationControl } from './migration/control.js';
 import { openMigrations } from './migration/open.js';
 import { Census } from './ownership/census.js';
 import { VtpmRegistry } from './ownership/registry.js';
+import type { PeerAddress } from './peer/address.js';
+import { PeerControl } from './peer/control.js';
 import type { AnchorCounter } from './root-tpm/index.js';
 import { type AnchorState, openAnchoredStore, openLmdbStore } from './store/index.js';
 import { openTrustStore, type TrustStore } from './trust/trust-configuration.js';
@@ -24,6 +26,7 @@ export interface Service {
   readonly erasure: Erasure;
   readonly backup: BackupControl;
   readonly migrations: MigrationControl;
+  readonly peers: PeerControl;
   /**
    * Puts everything in the store under the current generation of the root key, beside what else goes on. Can be repeated.
    * @param isOver asked now and then whether to stop
@@ -51,6 +54,8 @@ export interface ServiceOptions {
   /** MiB of its file system below which no new vTPM is made. */
   readonly storeReserve: number;
   readonly counter: AnchorCounter;
+  /** Where other hosts are listened for. */
+  readonly peerAddresses: readonly PeerAddress[];
   /** Seconds until the TPM counts saves that nobody waits for. */
   readonly anchorWindow: number;
   /** What this host's chip says of it to others. */
@@ -132,9 +137,19 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       options,
     });
     await migrations.start();
+    const peers = await PeerControl.open({
+      keys,
+      trust,
+      audit: log,
+      log: options.log,
+      ...options.chip,
+      addresses: options.peerAddresses,
+      exchange: (channel) => migrations.exchange(channel),
+    });
     return {
       registry,
       trust,
+      peers,
       audit: log,
       erasure,
       migrations,
@@ -166,6 +181,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       close: async (error) => {
         store.stopWaiting();
         await migrations.close();
+        await peers.close();
         await registry.close(error);
         await store.close();
         await log.close();

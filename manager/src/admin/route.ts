@@ -6,6 +6,7 @@ import { ManagerError } from '../error.js';
 import type { MetricsState } from '../metrics.js';
 import type { MigrationControl } from '../migration/control.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
+import type { PeerControl } from '../peer/control.js';
 import type { PlatformControl } from '../platform-control.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import type { Health } from './health.js';
@@ -17,6 +18,7 @@ export interface AdminService {
   readonly audit: AuditLog;
   readonly backup: BackupControl;
   readonly migrations: MigrationControl;
+  readonly peers: PeerControl;
 }
 
 /** The manager as its admin plane sees it. */
@@ -66,7 +68,7 @@ export type Answer = JsonAnswer | RespondingAnswer;
 
 /** One call of the admin plane. */
 export interface Route {
-  readonly method: 'GET' | 'POST' | 'DELETE';
+  readonly method: 'GET' | 'POST' | 'PATCH' | 'DELETE';
   /** `{name}` stands for one segment. */
   readonly path: string;
   /** Of a call that changes something: under which name a refused or failed one is in the audit log. */

@@ -4,6 +4,7 @@ import { auditRoutes } from './audit-routes.js';
 import { streamEvents } from './event-stream.js';
 import { imageRoutes } from './image-routes.js';
 import { migrationRoutes } from './migration-routes.js';
+import { peerRoutes } from './peer-routes.js';
 import { platformRoutes } from './platform-routes.js';
 import { ok, type Route } from './route.js';
 import { vtpmRoutes } from './vtpm-routes.js';
@@ -34,6 +35,7 @@ export const ROUTES: readonly Route[] = [
   ...vtpmRoutes,
   ...imageRoutes,
   ...migrationRoutes,
+  ...peerRoutes,
   ...platformRoutes,
   ...auditRoutes,
   ...backupRoutes,

@@ -52,7 +52,7 @@ export async function dialPeer(peer: Peer, options: DialOptions): Promise<PeerCh
   const tried = failures.length === 0 ? 'it has no address' : failures.join('; ');
   throw new ManagerError(
     'peer-unreachable',
-    `${peer.name} cannot be reached: ${tried}; to change its addresses: vtpmctl peer address ${peer.name} HOST:PORT`,
+    `${peer.name} cannot be reached: ${tried}; to change its addresses: vtpmctl peer change ${peer.name} --address HOST:PORT`,
   );
 }
 
@@ -101,15 +101,18 @@ async function settled(socket: TLSSocket): Promise<ClientHttp2Session> {
     settings: { enablePush: false },
   });
   session.on('error', () => undefined);
-  const lost = event(socket, 'close').then(() => {
+  try {
+    await event(session, 'remoteSettings');
+    return session;
+  } catch (cause) {
+    // A timeout has destroyed the socket below with its own reason.
+    if (cause instanceof ManagerError && cause.code === 'peer-late') throw cause;
     throw new ManagerError(
       'peer-closed',
       'it closes the connection: it does not know this host (see there: vtpmctl peer list), or has too many connections',
+      { cause },
     );
-  });
-  await Promise.race([event(session, 'remoteSettings'), lost]);
-  lost.catch(() => undefined);
-  return session;
+  }
 }
 
 function channelOver(

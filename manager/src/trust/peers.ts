@@ -86,7 +86,7 @@ export function checkRight(peer: Peer, right: 'send' | 'receive'): void {
   const what = right === 'send' ? 'vTPMs do not come from' : 'vTPMs do not go to';
   throw new ManagerError(
     'peer-forbidden',
-    `${what} ${peer.name}: it was added so; to change it: vtpmctl peer allow ${peer.name} --${right}`,
+    `${what} ${peer.name}: it was added so; to change it: vtpmctl peer change ${peer.name} --${right}`,
   );
 }
 

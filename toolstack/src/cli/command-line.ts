@@ -21,6 +21,7 @@ import { up } from './commands/up.js';
 import type { Context } from './context.js';
 import { EXIT } from './exit-status.js';
 import { addMigrateCommands } from './migrate-commands.js';
+import { addPeerCommands } from './peer-commands.js';
 import { addPlatformCommands } from './platform-commands.js';
 import { addVmmCommands } from './vmm-commands.js';
 
@@ -311,6 +312,7 @@ ${EXIT_STATUSES}`,
   );
   addPlatformCommands(program, platformCommand, add, run);
   addBackupCommands(program, add, run);
+  addPeerCommands(program, add, run);
   addMigrateCommands(program, add, run);
 
   auditCommands(

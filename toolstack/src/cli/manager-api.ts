@@ -1,4 +1,5 @@
 import { DaemonClient } from './http.js';
+import { PeerApi } from './peer-api.js';
 import { PlatformApi } from './platform-api.js';
 
 export interface ManagerHealth {
@@ -49,13 +50,6 @@ export interface Erasure {
   readonly retiredAt: string | null;
   /** Of the rotation of the root key that does it; null: when somebody asks for one. */
   readonly due: string | null;
-}
-
-/** Another host, as far as a migration needs it. */
-export interface ManagerPeer {
-  readonly name: string;
-  /** 64 hex digits. */
-  readonly hostId: string;
 }
 
 /** A migration that is not settled, or was decided since the manager started. */
@@ -121,10 +115,12 @@ const RESOLVE_TIMEOUT_MS = 60_000;
 /** The manager's admin plane. Errors as in DaemonClient. */
 export class ManagerApi {
   readonly platform: PlatformApi;
+  readonly peer: PeerApi;
   readonly #client: DaemonClient;
   constructor(socketPath: string) {
     this.#client = new DaemonClient('manager', socketPath);
     this.platform = new PlatformApi(this.#client);
+    this.peer = new PeerApi(this.#client);
   }
 
   async health(timeout?: number): Promise<ManagerHealth> {
@@ -154,10 +150,6 @@ export class ManagerApi {
 
   async retire(id: string): Promise<void> {
     await this.#client.call('POST', `/vtpms/${encodeURIComponent(id)}/retire`);
-  }
-
-  async peers(): Promise<ManagerPeer[]> {
-    return (await this.#client.call<{ peers: ManagerPeer[] }>('GET', '/peers')).peers;
   }
 
   async migrations(): Promise<Migration[]> {

@@ -83,7 +83,7 @@ function describe(view: PlatformView): string {
 }
 
 /** SHA-256 of the public key, to be compared by people. */
-function fingerprint(pem: string): string {
+export function fingerprint(pem: string): string {
   const der = createPublicKey(pem).export({ type: 'spki', format: 'der' });
   return `SHA-256 ${createHash('sha256').update(der).digest('hex')}`;
 }

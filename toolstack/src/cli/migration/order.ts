@@ -3,7 +3,7 @@ import { bootId, monotonicMs } from 'vtpm-common';
 import { encode, type MigrateMode, type SigningKey, signMigrateOrder, uuidToBytes } from 'vtpm-proto';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
-import type { ManagerPeer } from '../manager-api.js';
+import type { ManagerPeer } from '../peer-api.js';
 import type { SupervisorVtpm } from '../supervisor-api.js';
 
 /** How long an order may be begun with, unless it says so itself. */
@@ -18,7 +18,7 @@ export interface OrderOptions {
 
 /** @throws ToolstackError `unknown-peer` */
 export async function findPeer(name: string, { manager }: Pick<Context, 'manager'>): Promise<ManagerPeer> {
-  const peer = (await manager.peers()).find((other) => other.name === name);
+  const peer = (await manager.peer.list()).find((other) => other.name === name);
   if (peer) return peer;
   throw new ToolstackError(
     'unknown-peer',
@@ -33,7 +33,7 @@ export async function findPeer(name: string, { manager }: Pick<Context, 'manager
 export async function makeOrder(
   key: SigningKey,
   vtpm: SupervisorVtpm,
-  peer: ManagerPeer,
+  peer: Pick<ManagerPeer, 'hostId'>,
   options: OrderOptions,
   { manager }: Pick<Context, 'manager'>,
 ): Promise<Buffer> {
