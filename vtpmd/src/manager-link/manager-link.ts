@@ -8,10 +8,10 @@ import {
   type LoadRequest,
   type LoadResponse,
   type ManagerFrame,
-  MessageReader,
   SAVE_PATH,
   type WorkerFrame,
 } from 'vtpm-proto';
+import { type CallEnd, receiveCall, startCall as startGrpcCall } from 'vtpm-proto/grpc-call';
 import { VtpmdError } from '../error.js';
 import { refusalOf } from './refusal.js';
 
@@ -61,12 +61,7 @@ export function openManagerLink(socket: Duplex): ManagerLink {
 /** @throws VtpmdError `link-lost` where the session is closed already */
 function startCall(session: ClientHttp2Session, path: string): ClientHttp2Stream {
   try {
-    return session.request({
-      ':method': 'POST',
-      ':path': path,
-      'content-type': 'application/grpc',
-      te: 'trailers',
-    });
+    return startGrpcCall(session, path);
   } catch (cause) {
     throw new VtpmdError('link-lost', 'the link to the manager broke', { cause });
   }
@@ -105,46 +100,26 @@ class PreparedCall {
   }
 }
 
-/**
- * Calls `onMessage` for each message and `onEnd` once, with what the trailers say; a stream without trailers was cut.
- */
+/** Calls `onMessage` for each message and `onEnd` once: undefined where the manager says that all is well. */
 function receive(
   stream: ClientHttp2Stream,
   onMessage: (message: Buffer) => void,
   onEnd: (error: VtpmdError | undefined) => void,
 ): void {
-  const reader = new MessageReader();
-  let outcome: { error: VtpmdError | undefined } | undefined;
-  let failure: VtpmdError | undefined;
-  stream.on('response', (headers) => {
-    // A call that fails at once has its trailers in the headers.
-    if (headers['grpc-status'] !== undefined) outcome = { error: refusalOf(headers) };
-    else if (headers[':status'] !== 200) {
-      outcome = { error: new VtpmdError('link-lost', `the manager answered HTTP ${headers[':status']}`) };
-    }
-  });
-  stream.on('trailers', (headers) => {
-    outcome = { error: refusalOf(headers) };
-  });
-  stream.on('data', (chunk: Buffer) => {
-    if (failure) return;
-    try {
-      for (const message of reader.push(chunk)) onMessage(message);
-    } catch (error) {
-      failure = new VtpmdError('protocol', `the manager sent what cannot be read: ${messageOf(error)}`, {
-        cause: error,
+  receiveCall(stream, onMessage, (end) => onEnd(failureOf(end)));
+}
+
+function failureOf(end: CallEnd): VtpmdError | undefined {
+  switch (end.kind) {
+    case 'status':
+      return refusalOf(end);
+    case 'cut':
+      return new VtpmdError('link-lost', `the link to the manager is lost: ${end.message}`);
+    case 'unreadable':
+      return new VtpmdError('protocol', `the manager sent what cannot be read: ${messageOf(end.cause)}`, {
+        cause: end.cause,
       });
-      stream.close();
-    }
-  });
-  // The manager may end a call whose other half, ours, is open. Trailers come before the end.
-  stream.on('end', () => stream.close());
-  stream.on('error', () => {});
-  stream.on('close', () => {
-    onEnd(
-      failure ?? (outcome ? outcome.error : new VtpmdError('link-lost', 'the link to the manager broke')),
-    );
-  });
+  }
 }
 
 function load(session: ClientHttp2Session, request: LoadRequest): Promise<LoadResponse> {

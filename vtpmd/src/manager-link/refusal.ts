@@ -1,4 +1,4 @@
-import type { IncomingHttpHeaders } from 'node:http2';
+import type { CallEnd } from 'vtpm-proto/grpc-call';
 import { VtpmdError } from '../error.js';
 
 /** Status codes of gRPC that mean "not now": the link is held to be lost and everything waits. */
@@ -13,24 +13,12 @@ const TRANSIENT: ReadonlySet<number> = new Set([
 ]);
 
 /**
- * What a call's trailers say: undefined for OK, `refused` where trying again cannot help, otherwise `link-lost`. Both
- * carry the manager's own reason, where it gave one.
+ * What a call ends with: undefined for OK, `refused` where trying again cannot help, otherwise `link-lost`. Both carry the
+ * manager's own reason, where it gave one.
  */
-export function refusalOf(trailers: IncomingHttpHeaders): VtpmdError | undefined {
-  const status = Number(trailers['grpc-status'] ?? 2);
-  if (status === 0) return undefined;
-  const message = percentDecoded(String(trailers['grpc-message'] ?? `gRPC status ${status}`));
-  const reason = trailers['vtpm-reason'];
-  return new VtpmdError(TRANSIENT.has(status) ? 'link-lost' : 'refused', message, {
-    ...(typeof reason === 'string' && { managerReason: reason }),
+export function refusalOf({ code, message, reason }: CallEnd & { kind: 'status' }): VtpmdError | undefined {
+  if (code === 0) return undefined;
+  return new VtpmdError(TRANSIENT.has(code) ? 'link-lost' : 'refused', message, {
+    ...(reason !== undefined && { managerReason: reason }),
   });
-}
-
-/** gRPC over HTTP/2, "Status-Message": percent-encoded UTF-8; what is not decodable is shown as it is. */
-function percentDecoded(text: string): string {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
 }
