@@ -874,6 +874,13 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'vtpmd/freeze', name: 'does not go on in another run of the VM' },
   },
   {
+    name: 'I-9 a worker that may only go on powers nothing on',
+    file: 'vtpmd/src/worker/served-tpm.ts',
+    guard: 'if (goesOn && !grant.manufacture && !chosen && !frozen) {',
+    without: 'if (goesOn && grant.manufacture && !chosen && !frozen) {',
+    test: { file: 'vtpmd/freeze', name: 'is never powered on by a worker that may only go on' },
+  },
+  {
     name: 'a TPM that arrived has another generator',
     file: 'vtpmd/src/state-blob/vtpm-state-blobs.ts',
     guard: "await this.#saveStart(useOf('RESTORE', this.#suspended), true, beforeSave);",

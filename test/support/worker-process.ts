@@ -274,7 +274,7 @@ export class WorkerProcess {
 
   async #identify(
     run: KeptRun,
-    checkpoint: object,
+    checkpoint: { readonly keeps: boolean; readonly resumes: object | null },
     startup: 'clear' | 'none',
     outage?: object,
     more?: object,
@@ -282,8 +282,11 @@ export class WorkerProcess {
     this.#run = run;
     const { publicKey } = await this.heard('ready');
     for (const fd of run.descriptors) sendDescriptor(this.#descriptors, fd);
-    const verb: Verb = this.#manager.saves.length === 0 ? 'MANUFACTURE' : 'RESUME';
-    const verbs = [verb, ...run.verbs];
+    const start: Verb[] = checkpoint.resumes === null ? ['COLD', 'RESUME'] : ['RESUME'];
+    const verbs: Verb[] = [
+      ...(this.#manager.saves.length === 0 ? ['MANUFACTURE' as const] : start),
+      ...run.verbs,
+    ];
     const identity = this.#manager.identity(publicKey as string, startup, verbs, run.vmRunId);
     this.send({
       ...{ ...identity, power: run.power, outage },

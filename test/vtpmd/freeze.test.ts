@@ -24,7 +24,7 @@ import {
   responseCode,
   startAuthSession,
 } from '../support/tpm-commands.js';
-import { KeptRun, WorkerProcess } from '../support/worker-process.js';
+import { KeptRun, makeKept, WorkerProcess } from '../support/worker-process.js';
 
 const INDEX = 0x01500001;
 const SECRET = 0x01500002;
@@ -210,17 +210,29 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
       await manager.next('FROZEN');
       move();
       const lost = spawn({ at: there, killedAt: barrier });
-      lost.begin(emptyRun()).catch(() => undefined);
+      const begun = emptyRun();
+      lost.begin(begun).catch(() => undefined);
       await lost.exited;
-      const isDurable = barrier === 'after-start-save';
-      assert.equal(uses(there).at(-1), isDurable ? 'RESTORE' : 'SUSPEND');
-      // The memory of a run that never served is worth nothing: the supervisor begins another one.
-      const second = await arrive();
-      const client = second.connect('tpm');
-      assert.equal(counterOf(await client.transmit(nvReadCounter(INDEX))), 1n);
-      if (!isDurable) await expectMeasured(client);
+      assert.equal(uses(there).at(-1), barrier === 'after-start-save' ? 'RESTORE' : 'SUSPEND');
+      const late = makeKept(begun, 'tpm');
+      late.client.send(nvIncrement(INDEX));
+      assert.equal((await spawn({ at: there }).goOn(begun, [late])).type, 'serving');
+      assert.equal(responseCode(await late.client.response()), 0);
+      await expectMeasured(late.client, 2n);
+      assert.equal(uses(there).filter((use) => use === 'RESTORE').length, 1);
     });
   }
+
+  it('I-9: is never powered on by a worker that may only go on', async () => {
+    const worker = await spawn().begin(run);
+    await measured(worker.connectKept(run).client);
+    await worker.kill();
+    const other = spawn();
+    assert.match(String((await other.goOn(emptyRun())).reason), /no-checkpoint/);
+    const { publicKey } = await spawn().heard('ready');
+    workers.at(-1)!.send(manager.identity(publicKey as string, 'clear', ['RESUME'], run.vmRunId));
+    assert.equal((await workers.at(-1)!.heard('failed')).reason, 'no-checkpoint');
+  });
 
   it('D-12: at another manager everything goes on: PCRs, counters, sessions, objects, clock, dictionary attack', async () => {
     const worker = await spawn().begin(run);

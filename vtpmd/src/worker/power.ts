@@ -48,13 +48,18 @@ export async function beginRun(
 
 /**
  * From where the TPM was frozen, here or on another host: nothing is left of that VM run but the TPM. Resolves when it is
- * durable that this worker goes on, and nobody else can. @throws VtpmdError
+ * durable that this worker goes on, and nobody else can.
+ * @param visitors who came since @throws VtpmdError
  */
-export async function arrive({ keeper, blobs, doors }: ServedTpm): Promise<void> {
+export async function arrive(
+  { keeper, blobs, doors }: ServedTpm,
+  visitors: readonly Visitor[] = [],
+  onClosed: (id: number) => void = () => {},
+): Promise<void> {
   await blobs.arrived((permanent) => keeper?.keepSave(permanent));
-  doors.adopt([], () => {});
   doors.everyoneGone();
   keeper?.keepNow();
+  doors.adopt(visitors, onClosed);
 }
 
 /** From behind the last command of the worker before this one, with all its connections. @throws VtpmdError */

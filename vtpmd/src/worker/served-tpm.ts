@@ -2,7 +2,7 @@ import { hash } from 'node:crypto';
 import type { LoadGrant } from 'vtpm-proto';
 import { Doors } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
-import { type ChosenUnit, chooseUnit } from '../checkpoint/choose.js';
+import { type ChosenUnit, chooseUnit, type GrantedState } from '../checkpoint/choose.js';
 import { CheckpointKeeper } from '../checkpoint/keeper.js';
 import { type Checkpoint, type Left, lastOf } from '../checkpoint/left.js';
 import { UnitSealer } from '../checkpoint/unit.js';
@@ -75,8 +75,8 @@ export interface LoadedTpm {
 
 /**
  * Starts libtpms with the state that the manager gives out, and with the volatile state of a checkpoint where the TPM is to
- * go on, or with the one that it was frozen with. Where a VMM powers it, it stays off: but a new TPM is made. No command runs before its session has a link. Wipes the
- * keys, and those of the grant.
+ * go on, or with the one that it was frozen with. Where a VMM powers it, it stays off: but a new TPM is made. No command runs
+ * before its session has a link. Wipes the keys, and those of the grant.
  * @throws VtpmdError
  */
 export async function loadTpm(
@@ -95,10 +95,14 @@ export async function loadTpm(
     generation: grant.generation,
     permanentDigest: hash('sha256', grant.permanent, 'buffer'),
   };
-  const resumes = identity.arrives ? undefined : left?.resumes;
-  const chosen =
-    left && resumes && chooseUnit(left.memory, grant.checkpointKey, identity, resumes.newest, granted);
-  const frozen = chosen ? undefined : movingOf(grant);
+  const moving = movingOf(grant);
+  const chosen = chosenUnit(parts, grant, granted, moving !== undefined);
+  const frozen = chosen ? undefined : moving;
+  const goesOn = identity.power === 'on' && !identity.verbs.includes('COLD');
+  if (goesOn && !grant.manufacture && !chosen && !frozen) {
+    // A VM that runs must not get fresh PCRs.
+    throw new VtpmdError('no-checkpoint', 'nothing is there that the TPM could go on from, and it must');
+  }
   const state = new PowerState();
   if (chosen) {
     state.restore(chosen.unit.power);
@@ -122,7 +126,7 @@ export async function loadTpm(
   }
   const checkpoint = left && { left, chosen, granted };
   const tpm = compose(grant, parts, engine, state, checkpoint, frozen, events);
-  frozen?.volatile.fill(0);
+  moving?.volatile.fill(0);
   if (state.isOff) tpm.power.setOff(grant.permanent);
   grant.permanent.fill(0);
   grant.sessionKey.fill(0);
@@ -130,6 +134,26 @@ export async function loadTpm(
   grant.referenceKey?.fill(0);
   grant.suspended?.volatile.fill(0);
   return { tpm, epoch: grant.epoch, chosen, hasArrived: frozen !== undefined };
+}
+
+/**
+ * What a worker before this one left. Where the TPM was frozen and its next worker was lost before that was over, what it left
+ * may be of a save that was never committed: then the TPM is where it was frozen.
+ * @throws VtpmdError `no-checkpoint`
+ */
+function chosenUnit(
+  { identity, left }: LoadParts,
+  { checkpointKey }: LoadGrant,
+  granted: GrantedState,
+  isMoving: boolean,
+): ChosenUnit | undefined {
+  if (identity.arrives || !left?.resumes) return undefined;
+  try {
+    return chooseUnit(left.memory, checkpointKey, identity, left.resumes.newest, granted);
+  } catch (error) {
+    if (isMoving && VtpmdError.from(error).code === 'no-checkpoint') return undefined;
+    throw error;
+  }
 }
 
 /** Where it was frozen to go on elsewhere, nobody has gone on since, and its VM still runs. */

@@ -285,7 +285,7 @@ class Worker {
     tpm.session.attach(link);
     const onClosed = (id: number): void => this.#closed(id);
     if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, onClosed);
-    else if (hasArrived) await arrive(tpm);
+    else if (hasArrived) await arrive(tpm, await inherited, onClosed);
     else if (identity.arrives && inherited && left)
       arriveWithVmm(tpm, await inherited, left, onClosed, this.#log);
     else await beginRun(tpm, identity);
