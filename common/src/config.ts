@@ -44,6 +44,8 @@ export interface Settings {
   'worker-uids': string;
   /** Users, beside root and the supervisor's own, whom the drop-in commands serve, with commas between them. */
   'dropin-users': string;
+  /** Which vTPMs of other hosts come in: none, those that were here before, or all. */
+  'accept-migrations': 'none' | 'known' | 'all';
   /** Layers of the sandbox that workers may run without, with commas between them. */
   'waive-layers': string;
 }
@@ -151,6 +153,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'users, beside root, that may make and start vTPMs with the drop-in commands swtpm and swtpm_setup',
     fallback: '',
     form: ['names or numbers of users with commas between them', /^[A-Za-z0-9._, -]*$/],
+  },
+  'accept-migrations': {
+    help: 'vTPMs of other hosts that come in: none, those that were on this host before (known), or all',
+    fallback: 'all',
+    values: ['none', 'known', 'all'],
   },
   'waive-layers': {
     help: 'layers of the sandbox, by name, that workers run without where the machine cannot give them',

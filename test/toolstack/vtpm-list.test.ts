@@ -32,6 +32,26 @@ const entry: fc.Arbitrary<Entry> = fc.record({
       { noNullPrototype: true },
     ),
   ),
+  migration: fc.option(
+    fc.record(
+      {
+        id: fc.stringMatching(/^[0-9a-f]{32}$/),
+        role: fc.constantFrom('departing' as const, 'arriving' as const),
+        peer: fc.string({ minLength: 1, maxLength: 256 }),
+        isNew: fc.boolean(),
+      },
+      { noNullPrototype: true },
+    ),
+  ),
+  moved: fc.option(
+    fc.record(
+      {
+        to: fc.string({ minLength: 1, maxLength: 256 }),
+        at: fc.date({ noInvalidDate: true }).map((date) => date.toISOString()),
+      },
+      { noNullPrototype: true },
+    ),
+  ),
   delegation: base64,
   delegationSignature: base64,
   manufactured: fc.boolean(),
@@ -165,8 +185,10 @@ describe('the list of vTPMs', () => {
 
   it('reads the lists of older formats, whose vTPMs have the doors that there were, and no others without a format', () => {
     const [item] = fc.sample(entry, 1) as [Entry];
-    const { doors: _doors, stateBlobs: _blobs, dropin: _dropin, ...second } = item;
-    const added = { stateBlobs: 'reference', dropin: null };
+    const { migration: _migration, moved: _moved, ...third } = item;
+    const { doors: _doors, stateBlobs: _blobs, dropin: _dropin, ...second } = third;
+    const later = { migration: null, moved: null };
+    const added = { stateBlobs: 'reference', dropin: null, ...later };
     const { socketOwner: _owner, socketMode: _mode, ...old } = second;
     const doors = ['tpm', 'tcti'];
     const save = (format: number, vtpms: object[]) => {
@@ -179,6 +201,8 @@ describe('the list of vTPMs', () => {
     ]);
     save(2, [second]);
     assert.deepEqual(VtpmList.open(path)?.all(), [{ ...second, doors, ...added }]);
+    save(3, [third]);
+    assert.deepEqual(VtpmList.open(path)?.all(), [{ ...third, ...later }]);
     // A field that a format does not have, and one that it must have.
     save(1, [item]);
     assert.throws(() => VtpmList.open(path), hasCode('corrupt'));
@@ -186,6 +210,8 @@ describe('the list of vTPMs', () => {
       [2, item],
       [2, old],
       [3, second],
+      [3, item],
+      [4, third],
       [0, old],
       [1.5, old],
     ] as const) {

@@ -41,6 +41,9 @@ export type ToolstackErrorCode =
   | 'unknown-peer'
   | 'unknown-migration'
   | 'in-doubt'
+  | 'migrating'
+  | 'moved'
+  | 'migration-refused'
   | 'internal';
 
 const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
@@ -75,6 +78,9 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'unknown-peer',
   'unknown-migration',
   'in-doubt',
+  'migrating',
+  'moved',
+  'migration-refused',
   'internal',
 ]);
 

@@ -182,7 +182,7 @@ ${EXIT_STATUSES}`,
     )
     .option('--socket-owner <user:group>', "whom its sockets belong to (default: the supervisor's user)")
     .option('--socket-mode <mode>', '0600 or 0660 (default: 0660 with a group in --socket-owner, else 0600)');
-  for (const option of ['--id <id>', '--dropin <json>'])
+  for (const option of ['--id <id>', '--dropin <json>', '--arriving <json>'])
     createCommand.addOption(new Option(option).hideHelp());
   createCommand.action((name: string, flags: CreateFlags) =>
     run(createCommand, (context) => create(name, flags, context)),

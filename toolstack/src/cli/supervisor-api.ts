@@ -109,6 +109,8 @@ export interface NewVtpm extends VtpmSettings {
   /** base64 */
   readonly delegationSignature: string;
   readonly dropin?: DropinBinding;
+  /** That it comes with. */
+  readonly migration?: object;
 }
 
 /** The supervisor's API. Errors as in DaemonClient. */

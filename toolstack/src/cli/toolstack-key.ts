@@ -71,12 +71,12 @@ export interface DelegationText {
 
 /**
  * Lets the supervisor sign tickets to make, power on and resume one vTPM; to import and export its state in the clear only
- * where that is wanted.
+ * where that is wanted. @param kind `exists`: it is never made here
  */
 export function delegate(
   key: SigningKey,
   vtpm: { readonly id: string; readonly vmUuid: string; readonly delegateKey: string },
-  isPlain: boolean,
+  { isPlain, exists }: { readonly isPlain: boolean; readonly exists: boolean },
 ): DelegationText {
   const delegateKey = Buffer.from(vtpm.delegateKey, 'hex');
   if (delegateKey.length !== 32) {
@@ -91,7 +91,11 @@ export function delegate(
     delegateKey,
     vtpmUuid: uuidToBytes(vtpm.id),
     vmUuid: uuidToBytes(vtpm.vmUuid),
-    verbs: ['MANUFACTURE', 'COLD', 'RESUME', ...(isPlain ? (['IMPORT', 'EXPORT'] as const) : [])],
+    verbs: [
+      ...(exists ? [] : (['MANUFACTURE'] as const)),
+      ...(['COLD', 'RESUME'] as const),
+      ...(isPlain ? (['IMPORT', 'EXPORT'] as const) : []),
+    ],
   });
   return {
     delegation: delegation.toString('base64'),

@@ -1,4 +1,5 @@
 import { type IncomingMessage, request } from 'node:http';
+import type { MigrateMode } from 'vtpm-proto';
 import { isToolstackErrorCode, ToolstackError } from '../error.js';
 
 /** What the supervisor needs of the manager's GET /health. */
@@ -13,13 +14,35 @@ export interface ManagerHealth {
 /** What the supervisor needs of the manager's GET /vtpms/ID. */
 export interface ManagerRecord {
   readonly vmUuid: string;
-  readonly kind: 'live' | 'retired';
+  readonly kind: 'live' | 'retired' | 'moved';
   readonly epoch: number;
   readonly generation: number;
+  /** The volatile state is kept, too: a reference to it is out, or it was frozen. */
+  readonly isSuspended?: boolean;
+  /** It has left, and the destination has not said what became of it. */
+  readonly migrating?: boolean;
+}
+
+/** A vTPM that another host sends, as the manager tells of it. */
+export interface Incoming {
+  /** 32 hex digits. */
+  readonly migration: string;
+  readonly id: string;
+  readonly vmUuid: string;
+  readonly vmRunId: string;
+  /** At the host that sends it. */
+  readonly epoch: number;
+  readonly mode: MigrateMode;
+  readonly from: { readonly name: string; readonly hostId: string };
+  /** See Description. */
+  readonly description: string;
+  readonly dryRun: boolean;
 }
 
 const TIMEOUT_MS = 10_000;
 const MAX_ANSWER_BYTES = 1024 * 1024;
+/** Of a refusal, in characters. */
+const MAX_MESSAGE = 300;
 
 /** Calls of the manager's admin plane: HTTP and JSON on a unix socket. */
 export class AdminClient {
@@ -42,7 +65,7 @@ export class AdminClient {
     const value = (await this.#get(`/vtpms/${id}`)) as Partial<ManagerRecord> | undefined;
     if (value === undefined) return undefined;
     const isCount = (count: unknown): boolean => Number.isSafeInteger(count) && Number(count) >= 0;
-    const isKind = value.kind === 'live' || value.kind === 'retired';
+    const isKind = value.kind === 'live' || value.kind === 'retired' || value.kind === 'moved';
     if (!isKind || typeof value.vmUuid !== 'string' || !isCount(value.epoch) || !isCount(value.generation)) {
       throw new ToolstackError(
         'manager-refused',
@@ -52,13 +75,57 @@ export class AdminClient {
     return value as ManagerRecord;
   }
 
-  /** Opens the event stream; the caller reads lines from it and closes it. */
-  events(signal: AbortSignal): Promise<IncomingMessage> {
-    return this.#open('/events', signal);
+  /** @param id 32 hex digits @returns its state; undefined where the manager knows nothing of it, or not any more */
+  async migration(id: string): Promise<string | undefined> {
+    const value = (await this.#get(`/migrations/${id}`)) as { state?: unknown } | undefined;
+    return value === undefined ? undefined : String(value.state);
   }
 
+  /** Those that wait for an answer. */
+  async incoming(): Promise<Incoming[]> {
+    const value = (await this.#get('/migrations')) as { migrations?: readonly { incoming?: Incoming }[] };
+    return (value.migrations ?? []).flatMap(({ incoming }) => incoming ?? []);
+  }
+
+  /** @throws ToolstackError `unknown-migration` where nobody waits for that any more, … */
+  async acceptMigration(id: string): Promise<void> {
+    await this.#call('POST', `/migrations/${id}/accept`, {});
+  }
+
+  /** @throws as `acceptMigration` */
+  async refuseMigration(id: string, { code, message }: ToolstackError): Promise<void> {
+    await this.#call('POST', `/migrations/${id}/refuse`, { code, message: message.slice(0, MAX_MESSAGE) });
+  }
+
+  /** @throws as `acceptMigration` */
+  async cancelMigration(id: string): Promise<void> {
+    await this.#call('POST', `/migrations/${id}/cancel`, {});
+  }
+
+  /** @param hostId hex @returns undefined where it is no peer */
+  async peerName(hostId: string): Promise<string | undefined> {
+    const value = (await this.#get('/peers')) as { peers?: readonly { name: string; hostId: string }[] };
+    return value.peers?.find((peer) => peer.hostId === hostId)?.name;
+  }
+
+  /** Opens the event stream; the caller reads lines from it and closes it. */
+  events(signal: AbortSignal): Promise<IncomingMessage> {
+    return this.#open('GET', '/events', signal);
+  }
+
+  /** @returns undefined where the manager does not know what is asked for */
   async #get(path: string): Promise<unknown> {
-    const response = await this.#open(path, AbortSignal.timeout(TIMEOUT_MS));
+    try {
+      return await this.#call('GET', path);
+    } catch (error) {
+      const { code } = ToolstackError.from(error);
+      if (code === 'unknown-vtpm' || code === 'unknown-migration') return undefined;
+      throw error;
+    }
+  }
+
+  async #call(method: 'GET' | 'POST', path: string, body?: object): Promise<unknown> {
+    const response = await this.#open(method, path, AbortSignal.timeout(TIMEOUT_MS), body);
     const chunks: Buffer[] = [];
     let size = 0;
     try {
@@ -74,25 +141,27 @@ export class AdminClient {
     try {
       value = JSON.parse(Buffer.concat(chunks).toString('utf8'));
     } catch (cause) {
-      throw new ToolstackError('manager-refused', `the manager's answer to GET ${path} is not JSON`, {
+      throw new ToolstackError('manager-refused', `the manager's answer to ${method} ${path} is not JSON`, {
         cause,
       });
     }
     if (response.statusCode === 200) return value;
     const { code, message } = (value as { error?: { code?: unknown; message?: unknown } })?.error ?? {};
-    if (response.statusCode === 404 && code === 'unknown-vtpm') return undefined;
     const isLeaving = code === 'shutting-down';
     throw new ToolstackError(
       isLeaving ? 'manager-unreachable' : isToolstackErrorCode(code) ? code : 'manager-refused',
-      `the manager refuses GET ${path}: ${String(message ?? `HTTP status ${response.statusCode}`)}`,
+      `the manager refuses ${method} ${path}: ${String(message ?? `HTTP status ${response.statusCode}`)}`,
     );
   }
 
-  #open(path: string, signal: AbortSignal): Promise<IncomingMessage> {
+  #open(method: string, path: string, signal: AbortSignal, body?: object): Promise<IncomingMessage> {
     return new Promise((resolve, reject) => {
-      const call = request({ socketPath: this.socketPath, path, agent: false, signal }, resolve);
+      const content = body === undefined ? undefined : Buffer.from(JSON.stringify(body));
+      const headers = content && { 'content-type': 'application/json', 'content-length': content.length };
+      const options = { socketPath: this.socketPath, method, path, agent: false, signal };
+      const call = request({ ...options, ...(headers && { headers }) }, resolve);
       call.on('error', (cause) => reject(this.#unreachable(cause)));
-      call.end();
+      call.end(content);
     });
   }
 

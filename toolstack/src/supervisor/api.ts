@@ -8,6 +8,7 @@ import { parseEntryChange } from './entry.js';
 import type { Inheritance } from './handover/inheritance.js';
 import { upgrade } from './handover/upgrade.js';
 import { isolationProfile } from './layers.js';
+import { readOrder } from './migration/order.js';
 import type { Supervisor } from './supervisor.js';
 
 export interface SupervisorApi {
@@ -63,6 +64,10 @@ const STATUS: Readonly<Partial<Record<ToolstackErrorCode, number>>> = {
   'image-changed': 409,
   'upgrade-refused': 409,
   'unknown-vtpm': 404,
+  'unknown-migration': 404,
+  'not-running': 409,
+  migrating: 409,
+  moved: 409,
   'name-taken': 409,
   'not-stopped': 409,
   'already-running': 409,
@@ -85,6 +90,11 @@ interface Served {
 
 async function answer(served: Served, request: IncomingMessage, response: ServerResponse): Promise<void> {
   try {
+    const migrating = migratedName(request);
+    if (migrating !== undefined) {
+      await migrate(served, migrating, request, response);
+      return;
+    }
     const { status, body } = await dispatch(served, request);
     send(response, status, body);
   } catch (caught) {
@@ -92,6 +102,32 @@ async function answer(served: Served, request: IncomingMessage, response: Server
     if (error.code === 'internal') served.log.error({ err: error }, 'a call failed');
     send(response, STATUS[error.code] ?? 500, { error: { code: error.code, message: error.message } });
   }
+}
+
+/** Of POST /vtpms/:vtpm/migrate, whose answer comes line by line. */
+function migratedName(request: IncomingMessage): string | undefined {
+  const [, collection, name, verb, ...rest] = pathOf(request).split('/');
+  const isThis = request.method === 'POST' && collection === 'vtpms' && verb === 'migrate';
+  return isThis && rest.length === 0 ? decoded(name) : undefined;
+}
+
+/** Who asked may go: the migration goes on. */
+async function migrate(
+  { supervisor }: Served,
+  name: string,
+  request: IncomingMessage,
+  response: ServerResponse,
+): Promise<void> {
+  const vtpm = supervisor.find(name);
+  const order = readOrder(await readBody(request));
+  if (order.vtpm !== vtpm.entry.id) {
+    throw new ToolstackError('bad-request', `the order is for vTPM ${order.vtpm}, not for ${vtpm.entry.id}`);
+  }
+  await vtpm.migrate(order, (line) => {
+    if (!response.headersSent) response.writeHead(200, { 'content-type': 'application/x-ndjson' });
+    response.write(`${JSON.stringify(line)}\n`);
+  });
+  response.end();
 }
 
 async function dispatch(
@@ -141,6 +177,8 @@ async function dispatch(
       await (verb === 'start' ? vtpm.start() : vtpm.stop());
       return { status: 200, body: vtpm.view() };
     }
+    case 'DELETE /vtpms/:vtpm/migrate':
+      return { status: 200, body: { cancelled: supervisor.find(decoded(name)).cancelMigration() } };
     default:
       throw unknownCall(request);
   }

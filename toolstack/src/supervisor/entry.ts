@@ -17,6 +17,24 @@ export interface DropinBinding {
   readonly place: string;
 }
 
+/** A migration of which it is not known here yet what came of it: only the manager knows then who may run the vTPM. */
+export interface EntryMigration {
+  /** 32 hex digits, as its order has it. */
+  readonly id: string;
+  readonly role: 'departing' | 'arriving';
+  /** Name of the other host, as this one knows it. */
+  readonly peer: string;
+  /** The entry was made for it, and goes again where it is aborted. */
+  readonly isNew: boolean;
+}
+
+/** Where a vTPM of this host went. */
+export interface Moved {
+  readonly to: string;
+  /** ISO 8601. */
+  readonly at: string;
+}
+
 /** What the supervisor keeps of one vTPM. It is JSON on disk. */
 export interface Entry {
   /** UUID. */
@@ -38,6 +56,7 @@ export interface Entry {
   readonly socketMode: string;
   /** Null: it is started by `vtpmctl start` or with the supervisor. */
   readonly dropin: DropinBinding | null;
+  readonly migration: EntryMigration | null;
   /** Serialised Delegation to this supervisor's key, base64. */
   readonly delegation: string;
   /** Ed25519 of the toolstack key over it, base64. */
@@ -52,6 +71,8 @@ export interface Entry {
   readonly runningInBoot: string | null;
   /** Why the last worker ended without being asked to. */
   readonly crashed: string | null;
+  /** Null: it lives here. It may come back. */
+  readonly moved: Moved | null;
   /** A worker without a checkpoint has lost its PCRs: only a new VM run may follow, so nothing restarts it. */
   readonly restart: 'never';
 }
@@ -70,6 +91,7 @@ export type NewEntry = Pick<
   | 'socketOwner'
   | 'socketMode'
   | 'dropin'
+  | 'migration'
   | 'delegation'
   | 'delegationSignature'
 >;
@@ -80,15 +102,17 @@ const PRIVATE_DOORS = { socketOwner: null, socketMode: '0600' };
 const ADDED: Readonly<Record<number, Partial<Entry>>> = {
   2: PRIVATE_DOORS,
   3: { doors: DEFAULT_DOORS, stateBlobs: 'reference', dropin: null },
+  4: { migration: null, moved: null },
 };
 /** Format number of a list of entries. */
-export const ENTRY_FORMAT = 3;
+export const ENTRY_FORMAT = 4;
 /** What a caller who does not say it means. */
 const DEFAULTS: Partial<Entry> = {
   ...PRIVATE_DOORS,
   doors: DEFAULT_DOORS,
   stateBlobs: 'reference',
   dropin: null,
+  migration: null,
 };
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
@@ -96,6 +120,7 @@ const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
 const BASE64 = /^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/;
 const BOOT = /^[0-9a-f]{32}$/;
+const MIGRATION = /^[0-9a-f]{32}$/;
 const OWNER = /^\d{1,10}:\d{1,10}$/;
 
 type Check = readonly [(value: unknown) => boolean, string];
@@ -128,6 +153,7 @@ const NEW_ENTRY: Readonly<Record<keyof NewEntry, Check>> = {
   socketOwner: orNull(text(OWNER, 'uid:gid in numbers')),
   socketMode: oneOf('0600', '0660'),
   dropin: orNull([isBinding, 'the secretSha256, uid and place of a token']),
+  migration: orNull([isMigration, 'the id, role and peer of a migration, and whether the entry is new']),
   delegation: text(BASE64, 'base64'),
   delegationSignature: text(BASE64, 'base64'),
 };
@@ -139,6 +165,7 @@ const ENTRY: Readonly<Record<keyof Entry, Check>> = {
   epoch: orNull([(value) => Number.isSafeInteger(value) && Number(value) >= 0, 'a whole number']),
   runningInBoot: orNull(text(BOOT, '32 hex digits')),
   crashed: orNull([(value) => typeof value === 'string', 'text']),
+  moved: orNull([isMoved, 'where it went and when']),
   restart: oneOf('never'),
 };
 
@@ -176,11 +203,13 @@ export function parseEntry(value: unknown, format = ENTRY_FORMAT): Entry {
 export function newEntry(given: NewEntry): Entry {
   return {
     ...given,
-    manufactured: false,
+    // What arrives has its TPM, and none is ever made in its place.
+    manufactured: given.migration !== null,
     vmRunId: null,
     epoch: null,
     runningInBoot: null,
     crashed: null,
+    moved: null,
     restart: 'never',
   };
 }
@@ -196,6 +225,31 @@ function isBinding(value: unknown): boolean {
     /^\/[^\0]{0,4095}$/.test(place) &&
     Object.keys(rest).length === 0
   );
+}
+
+function isMigration(value: unknown): boolean {
+  if (typeof value !== 'object' || value === null) return false;
+  const { id, role, peer, isNew, ...rest } = value as Record<string, unknown>;
+  return (
+    typeof id === 'string' &&
+    MIGRATION.test(id) &&
+    (role === 'departing' || role === 'arriving') &&
+    isName(peer) &&
+    typeof isNew === 'boolean' &&
+    Object.keys(rest).length === 0
+  );
+}
+
+function isMoved(value: unknown): boolean {
+  if (typeof value !== 'object' || value === null) return false;
+  const { to, at, ...rest } = value as Record<string, unknown>;
+  return (
+    isName(to) && typeof at === 'string' && Number.isFinite(Date.parse(at)) && Object.keys(rest).length === 0
+  );
+}
+
+function isName(value: unknown): boolean {
+  return typeof value === 'string' && value.length > 0 && value.length <= 256;
 }
 
 function isUid(value: unknown): boolean {

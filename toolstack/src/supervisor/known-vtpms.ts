@@ -39,7 +39,8 @@ async function adoptAll(
  * a TPM with fresh PCRs must not come back under it; after a reboot of the host no VM run is left.
  */
 function afterLoss(list: VtpmList, found: Entry): Entry {
-  if (found.runningInBoot === null) return found;
+  // Of one whose migration is not settled only the manager can say what it is.
+  if (found.runningInBoot === null || found.migration !== null) return found;
   const isSameBoot = found.runningInBoot === bootId().toString('hex');
   return list.update(found.id, {
     runningInBoot: null,

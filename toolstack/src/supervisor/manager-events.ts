@@ -1,11 +1,18 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'vtpm-common';
 import type { AdminClient } from './admin-client.js';
+import type { ManagerEvent } from './migration/desk.js';
 
 const FIRST_RETRY_MS = 100;
 const LONGEST_RETRY_MS = 2_000;
 /** The manager sends a heartbeat every 10 s. */
 const SILENCE_MS = 30_000;
+
+/** Who has something to do when the manager comes, or says something. */
+export interface ManagerListener {
+  look(): Promise<void>;
+  hear(event: ManagerEvent): void;
+}
 
 /** Follows the manager's event stream for as long as the supervisor runs, through every restart of the manager. */
 export class ManagerEvents {
@@ -15,11 +22,18 @@ export class ManagerEvents {
   readonly #running: Promise<void>;
   #isConnected = false;
   #connections = 0;
+  #listener: ManagerListener | undefined;
 
   constructor(admin: AdminClient, log: Logger) {
     this.#admin = admin;
     this.#log = log;
     this.#running = this.#follow();
+  }
+
+  /** It looks at once where the manager is there. */
+  listen(listener: ManagerListener): void {
+    this.#listener = listener;
+    if (this.#isConnected) void listener.look();
   }
 
   get isConnected(): boolean {
@@ -76,14 +90,17 @@ export class ManagerEvents {
   }
 
   #take(line: string, onConnected: () => void): void {
-    const event = JSON.parse(line) as { type?: unknown; id?: unknown; epoch?: unknown; generation?: unknown };
+    const event = JSON.parse(line) as ManagerEvent & { epoch?: unknown };
     if (event.type === 'hello') {
       this.#isConnected = true;
       this.#connections++;
       onConnected();
       this.#log.info('the manager is there');
+      void this.#listener?.look();
     } else if (event.type === 'fenced') {
       this.#log.warn({ vtpm: event.id, epoch: event.epoch }, 'the manager fenced a worker');
+    } else if (event.type === 'incoming' || event.type === 'migration') {
+      this.#listener?.hear(event);
     } else if (event.type !== 'heartbeat') {
       this.#log.debug({ event }, 'manager event');
     }

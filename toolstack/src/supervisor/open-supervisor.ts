@@ -72,7 +72,7 @@ export async function openSupervisor(options: SupervisorOptions): Promise<Superv
   const launcher = new WorkerLauncher({ images, vmImages, confinements, ledger, paths });
   const managerKey = () => office.managerKey().catch(() => undefined);
   const pool = new WorkerPool({ launcher, paths, settings, log, managerKey });
-  const context = { list, launcher, pool, confinements, office, paths, settings, log };
+  const context = { list, launcher, pool, confinements, office, admin, paths, settings, log };
   const vtpms = await knownVtpms(context, before);
   return new Supervisor({ context, images, delegateKey, admin, events, locks }, vtpms, before?.state);
 }

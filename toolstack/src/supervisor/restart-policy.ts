@@ -11,7 +11,7 @@ const WORKER_RETRY_MS = 1_000;
 const OPERATOR_RETRY_MS = 5_000;
 
 /** What the manager, or the link to it, says where it is not the vTPM that is refused: as the worker passes it on. */
-const PASSING = /^(rate-limited|busy|deadline|shutting-down|locked|store-full|link-lost): /;
+const PASSING = /^(rate-limited|busy|deadline|shutting-down|locked|store-full|link-lost|migrating): /;
 
 /** No other worker goes on. What a worker in a VM of its own had cannot be passed on. */
 export function isFinal(isolation: Entry['isolation'], { failure }: WorkerEnd): boolean {
@@ -24,7 +24,7 @@ export function isFinal(isolation: Entry['isolation'], { failure }: WorkerEnd): 
  */
 export function passingRetryMs({ code, message }: ToolstackError): number | undefined {
   if (code === 'manager-unreachable' || code === 'locked' || code === 'busy') return RETRY_MS;
-  if (code === 'image-not-allowed') return OPERATOR_RETRY_MS;
+  if (code === 'image-not-allowed' || code === 'migrating') return OPERATOR_RETRY_MS;
   // The machine has too much to do: no vTPM can be the cause.
   if (code === 'worker-late') return WORKER_RETRY_MS;
   return code === 'worker-failed' && PASSING.test(message) ? WORKER_RETRY_MS : undefined;

@@ -9,6 +9,7 @@ import type { WorkerImage } from './image.js';
 import { inParallel } from './in-parallel.js';
 import { isWithin } from './is-within.js';
 import type { ManagerEvents } from './manager-events.js';
+import { MigrationDesk } from './migration/desk.js';
 import { checkedNewEntry } from './new-vtpm.js';
 import { Vtpm } from './vtpm.js';
 import type { VtpmContext } from './vtpm-state.js';
@@ -38,6 +39,7 @@ export class Supervisor {
   readonly #closing = new AbortController();
   readonly #autostart: Autostart;
   readonly #times: number;
+  readonly #desk: MigrationDesk;
   #isHeld = false;
 
   /** @param vtpms all of the list @param before what is handed over, where something is */
@@ -50,6 +52,13 @@ export class Supervisor {
       before ? before.autostart.includes(entry.id) : entry.autostart && entry.crashed === null,
     );
     this.#autostart = new Autostart(parts.admin, toStart, this.#closing.signal);
+    const { paths, settings, log } = parts.context;
+    this.#desk = new MigrationDesk({
+      ...{ admin: parts.admin, paths, settings, log },
+      all: () => this.all(),
+      forget: (vtpm) => this.#forget(vtpm, true),
+    });
+    parts.events.listen(this.#desk);
   }
 
   /** How often this process has become another program. */
@@ -85,6 +94,7 @@ export class Supervisor {
     this.#context.pool.open();
     for (const vtpm of this.all()) vtpm.release();
     this.#autostart.release();
+    void this.#desk.look();
   }
 
   #checkOpen(): void {
@@ -160,12 +170,16 @@ export class Supervisor {
 
   /** Forgets a vTPM; its state at the manager stays. @throws ToolstackError `not-stopped` | `busy` */
   remove(vtpm: Vtpm): Promise<void> {
+    return this.#forget(vtpm, false);
+  }
+
+  #forget(vtpm: Vtpm, hasNotCome: boolean): Promise<void> {
     return vtpm.remove(() => {
       this.#context.list.remove(vtpm.entry.id);
       this.#vtpms.delete(vtpm.entry.id);
       this.#autostart.forget(vtpm);
       this.#setPassage();
-    });
+    }, hasNotCome);
   }
 
   #setPassage(): void {
@@ -185,6 +199,7 @@ export class Supervisor {
   /** Stops every worker, in order. */
   async close(): Promise<void> {
     this.#closing.abort();
+    this.#desk.close();
     for (const vtpm of this.all()) vtpm.release();
     await this.#parts.events.close();
     const isPoolEmpty = this.#context.pool.close();

@@ -29,6 +29,11 @@ export interface TicketOffice {
    * @returns undefined where no manager is known to be there
    */
   presume(entry: Entry, workerKey: Uint8Array, imageDigest: string): IssuedTicket | undefined;
+  /**
+   * As `issue` for a vTPM that arrives and that the manager has no record of yet: the Load waits for it.
+   * @param epoch that it has at the host that it comes from @throws ToolstackError `manager-unreachable` | `locked` | `manager-refused`
+   */
+  expect(entry: Entry, workerKey: Uint8Array, imageDigest: string, epoch: number): Promise<IssuedTicket>;
   /** Of the manager that tickets are for, hex. @throws ToolstackError `manager-unreachable` | `locked` | `manager-refused` */
   managerKey(): Promise<string>;
   /** @throws ToolstackError `bad-request` where a delegation does not let this supervisor run the vTPM */
@@ -86,6 +91,18 @@ class TicketOfficeImpl implements TicketOffice {
     asked.catch(() => undefined);
     const managerId = await this.managerKey();
     const record = await asked;
+    if (record?.kind === 'moved') {
+      throw new ToolstackError(
+        'moved',
+        `vTPM ${entry.name} lives on another host; it comes back by a migration`,
+      );
+    }
+    if (record?.migrating) {
+      throw new ToolstackError(
+        'migrating',
+        `vTPM ${entry.name} is on its way to another host, which has not said yet what became of it; vtpmctl migrate resolve ${entry.name}`,
+      );
+    }
     if (record?.kind === 'retired') {
       throw new ToolstackError('manager-refused', `vTPM ${entry.name} was retired; it can never run again`);
     }
@@ -122,6 +139,17 @@ class TicketOfficeImpl implements TicketOffice {
       isManufactured: entry.manufactured,
     };
     return this.#sign(entry, workerKey, imageDigest, before, 'is-on');
+  }
+
+  async expect(
+    entry: Entry,
+    workerKey: Uint8Array,
+    imageDigest: string,
+    epoch: number,
+  ): Promise<IssuedTicket> {
+    const managerId = await this.managerKey();
+    const before = { managerId, epoch, isManufactured: true };
+    return this.#sign(entry, workerKey, imageDigest, before, 'goes-on');
   }
 
   #sign(
@@ -186,7 +214,7 @@ class TicketOfficeImpl implements TicketOffice {
           imageDigest: Buffer.alloc(32),
           workerPublicKey: Buffer.alloc(32),
           expectedEpoch: 0n,
-          verbs: ['MANUFACTURE', 'COLD', ...verbsOfBlobs(entry)],
+          verbs: [entry.migration ? 'RESUME' : 'MANUFACTURE', 'COLD', ...verbsOfBlobs(entry)],
           expiresAtMonotonicMs: 0n,
         },
         signed,

@@ -1,4 +1,5 @@
 import type { Logger, Paths, Settings } from 'vtpm-common';
+import type { AdminClient } from './admin-client.js';
 import type { Confinements } from './confinement.js';
 import type { Doors } from './doors.js';
 import type { TicketOffice } from './ticket-office.js';
@@ -14,6 +15,7 @@ export interface VtpmContext {
   readonly pool: WorkerPool;
   readonly confinements: Confinements;
   readonly office: TicketOffice;
+  readonly admin: AdminClient;
   readonly paths: Paths;
   readonly settings: Settings;
   readonly log: Logger;
@@ -23,7 +25,9 @@ export interface VtpmContext {
  * `stopped`: no process. `starting`: a worker is there, the doors are not. `running`: a guest is served.
  * `restarting`: the worker ended unasked, and another one is to go on where it was; connections stay. `lost`: that is not
  * possible, and a worker answers TPM_RC_FAILURE to everything until the VM is reset (an explicit start). `stopping`: asked
- * to save and end. `crashed`: no worker can be kept alive; the doors are closed until an explicit start.
+ * to save and end. `crashed`: no worker can be kept alive; the doors are closed until an explicit start. `migrating`: it is
+ * frozen, and runs nowhere until it is known what came of its migration; while it has doors, connections stay. `arriving`: it
+ * comes from another host, and its worker, where there is one, waits for the manager's word. `moved`: it lives on another host.
  */
 export type VtpmState =
   | { readonly kind: 'stopped'; readonly reason: string | null }
@@ -37,4 +41,8 @@ export type VtpmState =
     }
   | { readonly kind: 'lost'; readonly reason: string; readonly worker: WorkerProcess; readonly doors: Doors }
   | { readonly kind: 'stopping'; readonly worker: WorkerProcess; readonly doors: Doors }
-  | { readonly kind: 'crashed'; readonly reason: string };
+  | { readonly kind: 'crashed'; readonly reason: string }
+  | { readonly kind: 'migrating'; readonly reason: string; readonly doors: Doors }
+  | { readonly kind: 'migrating'; readonly reason: string }
+  | { readonly kind: 'arriving'; readonly reason: string; readonly worker: WorkerProcess | undefined }
+  | { readonly kind: 'moved'; readonly reason: string };

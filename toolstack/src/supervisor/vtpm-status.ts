@@ -35,8 +35,7 @@ export class VtpmStatus {
     this.#list = list;
     this.#doors = paths.supervisor.doors;
     this.#entry = entry;
-    this.#state =
-      entry.crashed === null ? { kind: 'stopped', reason: null } : { kind: 'crashed', reason: entry.crashed };
+    this.#state = stateAtRest(entry);
   }
 
   get state(): VtpmState {
@@ -45,7 +44,7 @@ export class VtpmStatus {
 
   set state(state: VtpmState) {
     this.#state = state;
-    if (state.kind !== 'stopped' && state.kind !== 'crashed') return;
+    if (state.kind !== 'stopped' && state.kind !== 'crashed' && state.kind !== 'moved') return;
     const { attendant } = this;
     this.attendant = undefined;
     attendant?.ended(state.kind === 'crashed' ? state.reason : null);
@@ -57,6 +56,11 @@ export class VtpmStatus {
 
   get doorsDirectory(): string {
     return join(this.#doors, this.#entry.name);
+  }
+
+  /** What the list says of it, while it has no worker. */
+  rest(): void {
+    this.state = stateAtRest(this.#entry);
   }
 
   /** No worker can be kept alive. */
@@ -77,4 +81,13 @@ export class VtpmStatus {
       this.log.error({ reason: (error as Error).message }, 'the list of vTPMs cannot be written');
     }
   }
+}
+
+function stateAtRest({ crashed, migration, moved }: Entry): VtpmState {
+  if (migration?.role === 'departing') {
+    return { kind: 'migrating', reason: `whether it went to ${migration.peer} is not known yet` };
+  }
+  if (migration) return { kind: 'arriving', reason: `it comes from ${migration.peer}`, worker: undefined };
+  if (moved) return { kind: 'moved', reason: `it lives on ${moved.to} since ${moved.at}` };
+  return crashed === null ? { kind: 'stopped', reason: null } : { kind: 'crashed', reason: crashed };
 }

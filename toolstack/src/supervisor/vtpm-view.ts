@@ -2,7 +2,9 @@ import type { VmLayer } from '../vm/layers.js';
 import type { Confinements } from './confinement.js';
 import type { VmmStatus } from './control-protocol.js';
 import { type DoorKind, doorFile } from './door-kinds.js';
+import type { EntryMigration } from './entry.js';
 import type { Layer, Profile } from './layers.js';
+import { describe } from './migration/description.js';
 import type { VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
 
@@ -36,6 +38,12 @@ export interface VtpmView {
     readonly waived: readonly Layer[];
     readonly startedAt: string;
   } | null;
+  /** Where it lives; null: here, as far as is known. */
+  readonly movedTo: string | null;
+  /** One that is not settled. */
+  readonly migration: Pick<EntryMigration, 'id' | 'role' | 'peer'> | null;
+  /** What another supervisor makes its entry from, JSON. Only where one vTPM is asked for. */
+  readonly description?: string;
   /** Of a vTPM that its VMM powers and that runs. */
   readonly vmm: VmmStatus | null;
   /** Null for doors that it does not have. `mssim`: its command port while it is open, the platform port is the next one. */
@@ -71,6 +79,13 @@ export function viewOf(
             waived: isolation === 'none' ? [] : [...waived],
             startedAt: worker.startedAt.toISOString(),
           },
+    movedTo: entry.moved?.to ?? null,
+    migration: entry.migration && {
+      id: entry.migration.id,
+      role: entry.migration.role,
+      peer: entry.migration.peer,
+    },
+    ...(looksAgain && { description: describe(entry) }),
     vmm: worker && vmm ? vmm : null,
     sockets: {
       ...socketsOf(doors, doorsDirectory),

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
-import { bootId } from 'vtpm-common';
+import { barrier, bootId } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import { CheckpointStore } from './checkpoint-store.js';
 import type { VmmChoice, WorkerMessage } from './control-protocol.js';
@@ -29,6 +29,20 @@ interface Gate {
   readonly held: AbortSignal;
 }
 
+/** Connections of a TPM that is frozen wait so long for the host that decides. */
+const PATIENCE_MS = 300_000;
+/** A migration has limits of its own; this ends a worker that nobody tells. */
+const ARRIVAL_LIMIT_MS = 3_600_000;
+
+/** A vTPM that comes, frozen, from another host. */
+export interface Coming {
+  /** Name of the host. */
+  readonly from: string;
+  /** That it has there. */
+  readonly epoch: number;
+  readonly vmRunId: string;
+}
+
 /** The workers that serve one vTPM, one after another, and the connections that outlive them. */
 export class VtpmWorkers {
   readonly #context: VtpmContext;
@@ -39,6 +53,11 @@ export class VtpmWorkers {
   #restart: Promise<void> = Promise.resolve();
   #isShuttingDown = false;
   #isResetting = false;
+  /** The TPM is being frozen: when its worker ends, nothing follows until it is known where it goes on. */
+  #isLeaving = false;
+  /** Aborted where a restart that is under way must not come to its end. */
+  #breaking = new AbortController();
+  #patience: NodeJS.Timeout | undefined;
 
   /** @param gate no restart begins while it is held */
   constructor(context: VtpmContext, status: VtpmStatus, gate: Gate) {
@@ -113,7 +132,140 @@ export class VtpmWorkers {
   /** For the end of the supervisor: a start under way fails, and no fresh worker takes the place of its lost one. */
   async breakOffStart(): Promise<void> {
     this.#isShuttingDown = true;
-    if (this.#status.state.kind === 'starting') await this.#status.state.worker?.kill();
+    const { state } = this.#status;
+    if (state.kind === 'starting' || state.kind === 'arriving') await state.worker?.kill();
+  }
+
+  /** The manager freezes the TPM now. */
+  expectLeaving(): void {
+    this.#isLeaving = true;
+  }
+
+  /**
+   * It is frozen: nothing of its worker can run any more when this resolves. Doors and connections stay, and the memory of the
+   * VM run, so that another worker can go on. @throws Error where a process of it cannot be ended
+   */
+  async leave(reason: string): Promise<void> {
+    this.#isLeaving = true;
+    this.#breaking.abort();
+    if (this.#status.state.kind === 'restarting') await this.#status.state.worker?.kill();
+    await this.#restart;
+    this.#breaking = new AbortController();
+    const { state } = this.#status;
+    if (!('doors' in state)) {
+      this.#status.state = { kind: 'migrating', reason };
+    } else {
+      this.#status.state = { kind: 'migrating', reason, doors: state.doors };
+      if ('worker' in state && state.worker) this.#status.lingering = (await state.worker.kill()).lingering;
+      // What a worker in a VM of its own had cannot be passed on.
+      if (this.#status.entry.isolation === 'vm') this.#dropConnections(reason);
+    }
+    await killAndWait(this.#status.lingering);
+    this.#status.lingering = [];
+  }
+
+  /** Nobody knows yet where it goes on. Connections do not wait for ever. */
+  beInDoubt(reason: string): void {
+    const { state } = this.#status;
+    if (state.kind !== 'migrating' || !('doors' in state)) return;
+    this.#status.state = { ...state, reason };
+    clearTimeout(this.#patience);
+    this.#patience = setTimeout(() => this.#dropConnections(reason), PATIENCE_MS);
+  }
+
+  /** It goes on here, where it was frozen. Resolves when a worker serves, or none is to come. */
+  async stay(reason: string): Promise<void> {
+    this.#isLeaving = false;
+    clearTimeout(this.#patience);
+    const { state } = this.#status;
+    if (state.kind !== 'migrating') return;
+    if ('doors' in state && this.#run) this.#restart = this.#goOn(this.#run, state.doors, reason);
+    else this.#restart = this.#resume(reason);
+    await this.#restart;
+  }
+
+  /** As `stay`, where no worker has served it here. */
+  async resume(reason: string): Promise<void> {
+    this.#restart = this.#resume(reason);
+    await this.#restart;
+  }
+
+  /** It lives elsewhere: nothing of it is left here. */
+  gone(): void {
+    this.#isLeaving = false;
+    this.#dropConnections('');
+  }
+
+  #dropConnections(reason: string): void {
+    clearTimeout(this.#patience);
+    const { state } = this.#status;
+    if ('doors' in state) state.doors.close();
+    this.#run?.end();
+    if (state.kind === 'migrating') this.#status.state = { kind: 'migrating', reason };
+  }
+
+  /** The VM run goes on, of which nothing is left here but what the manager has. */
+  async #resume(reason: string): Promise<void> {
+    try {
+      const run = this.#newRun();
+      this.#run = run;
+      const doors = await Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
+      doors.show();
+      await this.#goOn(run, doors, reason);
+    } catch (error) {
+      this.#status.crashed(ToolstackError.from(error, 'the vTPM cannot go on').message);
+    }
+  }
+
+  /**
+   * A vTPM that comes from another host, frozen: its worker's Load waits until the manager has it. Resolves when it serves and
+   * the doors are open; before that nobody sees them.
+   * @param onWaiting the Load is on its way @throws ToolstackError
+   */
+  async arrive(coming: Coming, onWaiting: () => Promise<void>): Promise<void> {
+    const { pool, office } = this.#context;
+    const { vmRunId, epoch: epochThere } = coming;
+    const reason = `it comes from ${coming.from}`;
+    const claimed = await pool.take(this.#status.entry.isolation, this.#owner());
+    const { worker } = claimed;
+    const run = this.#newRun();
+    this.#run = run;
+    this.#status.state = { kind: 'arriving', reason, worker };
+    this.#status.vmm = undefined;
+    const entry = { ...this.#status.entry, vmRunId };
+    let making: Promise<Doors> | undefined;
+    try {
+      const { epoch, generation } = await giveIdentity(claimed, {
+        ...{ ...this.#parts(run), entry, limitMs: ARRIVAL_LIMIT_MS },
+        issue: (key, digest) => office.expect(entry, key, digest, epochThere),
+        onIssued: (issued) => {
+          this.#status.update({ vmRunId, runningInBoot: bootId().toString('hex'), epoch: issued.epoch });
+          making = Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
+          making.catch(() => undefined);
+          onWaiting().catch(() => worker.kill());
+        },
+      });
+      barrier('migrate.destination.serving');
+      const doors = await (making ?? Doors.open(this.#doorPlan(), doorEvents(this.#status, run)));
+      this.#status.update({ manufactured: true, epoch, moved: null, migration: null });
+      this.#status.state = { kind: 'running', worker, doors };
+      doors.show();
+      barrier('migrate.destination.shown');
+      this.#watch(worker);
+      this.#status.log.info(
+        { epoch, generation, pid: worker.pid, from: coming.from },
+        'arrived, and running',
+      );
+    } catch (error) {
+      this.#status.lingering = (await worker.kill()).lingering;
+      await making?.then(
+        (doors) => doors.close(),
+        () => undefined,
+      );
+      run.end();
+      this.#status.state = { kind: 'arriving', reason, worker: undefined };
+      throw error;
+    }
   }
 
   /** A run without a TPM that works: there is nothing to save. */
@@ -279,6 +431,10 @@ export class VtpmWorkers {
     if ((state.kind !== 'running' && state.kind !== 'lost') || state.worker !== worker || !run) return;
     const { doors } = state;
     this.#status.lingering = end.lingering;
+    if (this.#isLeaving) {
+      this.#status.state = { kind: 'migrating', reason: end.reason, doors };
+      return;
+    }
     if (end.clean) {
       doors.close();
       run.end();
@@ -306,7 +462,7 @@ export class VtpmWorkers {
 
   /** Never rejects. Ends early where the run is broken off. */
   async #goOn(run: VmRun, doors: Doors, ended: string): Promise<void> {
-    const { held } = this.#gate;
+    const held = AbortSignal.any([this.#gate.held, this.#breaking.signal]);
     let reason = ended;
     let pauseMs = run.restartPauseMs;
     for (;;) {
@@ -337,7 +493,7 @@ export class VtpmWorkers {
   }
 
   async #tryToGoOn(run: VmRun, doors: Doors, reason: string): Promise<void> {
-    const broken = run.endOr(this.#gate.held);
+    const broken = run.endOr(AbortSignal.any([this.#gate.held, this.#breaking.signal]));
     const claimed = await this.#context.pool.take(this.#status.entry.isolation, this.#owner(), broken);
     const { worker } = claimed;
     if (run.isOver) {

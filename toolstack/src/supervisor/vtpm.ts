@@ -1,10 +1,15 @@
 import { closeSync } from 'node:fs';
 import { ToolstackError } from '../error.js';
+import type { Incoming } from './admin-client.js';
 import type { DoorName } from './control-protocol.js';
 import { checkDoors, type DoorKind } from './door-kinds.js';
-import type { Entry, EntryChange } from './entry.js';
+import type { Entry, EntryChange, EntryMigration } from './entry.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
+import { type Arrived, settleArrival, takeIn } from './migration/arrival.js';
+import { Departure, settleDeparture } from './migration/departure.js';
+import type { Order } from './migration/order.js';
+import type { ProgressLine } from './migration/progress.js';
 import { Operations } from './operations.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 import { type Attendant, VtpmStatus } from './vtpm-status.js';
@@ -14,12 +19,20 @@ import { VtpmWorkers } from './vtpm-workers.js';
 /** A worker reads its control channel at once; one that does not will not be asked twice. */
 const HEARD_LIMIT_MS = 5_000;
 
+type Elsewhere = 'migrating' | 'arriving' | 'moved';
+
+/** Whether it may not be run here, or only the manager knows. */
+function isElsewhere(kind: VtpmState['kind']): kind is Elsewhere {
+  return kind === 'migrating' || kind === 'arriving' || kind === 'moved';
+}
+
 /** One vTPM: its entry in the list, and what is done with it. */
 export class Vtpm {
   readonly #context: VtpmContext;
   readonly #status: VtpmStatus;
   readonly #operations: Operations;
   readonly #workers: VtpmWorkers;
+  #departure: Departure | undefined;
 
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
@@ -127,6 +140,8 @@ export class Vtpm {
         this.#status.state = { kind: 'stopped', reason };
       } else if (state.kind === 'lost' || state.kind === 'restarting') {
         await this.#workers.breakOff(state);
+      } else if (isElsewhere(state.kind)) {
+        throw this.#elsewhere(state.kind);
       } else {
         this.#status.state = { kind: 'stopped', reason: null };
       }
@@ -155,10 +170,85 @@ export class Vtpm {
     );
   }
 
-  /** Runs `forget` while nothing else can happen to the vTPM. @throws ToolstackError `not-stopped` | `busy` */
-  remove(forget: () => void): Promise<void> {
+  /**
+   * It leaves for another host, or is tried to. Resolves when the last progress was told.
+   * @throws ToolstackError where nothing has begun
+   */
+  migrate(order: Order, onProgress: (line: ProgressLine) => void): Promise<void> {
+    return this.#operations.exclusively('migrated', async () => {
+      const { kind } = this.#status.state;
+      if (isElsewhere(kind)) throw this.#elsewhere(kind);
+      if (order.mode === 'OFFLINE' ? kind !== 'stopped' : kind !== 'running') {
+        throw new ToolstackError(
+          order.mode === 'OFFLINE' ? 'not-stopped' : 'not-running',
+          `vTPM ${this.entry.name} is ${kind}, and the order is for one that is ${order.mode === 'OFFLINE' ? 'stopped' : 'running'}`,
+        );
+      }
+      this.#departure = new Departure({ ...this.#migrationParts(), order, onProgress });
+      try {
+        await this.#departure.run();
+      } finally {
+        this.#departure = undefined;
+      }
+    });
+  }
+
+  /** @returns false where its state is on its way already @throws ToolstackError `unknown-migration` */
+  cancelMigration(): boolean {
+    if (this.#departure) return this.#departure.cancel();
+    throw new ToolstackError('unknown-migration', `vTPM ${this.entry.name} is not being migrated`);
+  }
+
+  /** One that was here comes back. @throws ToolstackError `busy` | `bad-request` */
+  expectArrival(migration: EntryMigration): Promise<void> {
+    return this.#operations.exclusively('taken in', async () => {
+      if (this.#status.state.kind !== 'moved') throw this.#notStopped();
+      this.#status.update({ migration });
+      this.#status.rest();
+    });
+  }
+
+  /** @throws ToolstackError where it is not known what came of it */
+  async takeIn(incoming: Incoming): Promise<Arrived> {
+    let arrived: Arrived = 'pending';
+    await this.#operations.exclusively('taken in', async () => {
+      arrived = await takeIn(this.#migrationParts(), incoming);
+    });
+    return arrived;
+  }
+
+  /** Asks the manager what came of its migration. @throws ToolstackError */
+  async settleMigration(): Promise<Arrived> {
+    let settled: Arrived = 'pending';
+    await this.#operations.exclusively('settled', async () => {
+      const parts = this.#migrationParts();
+      const isArriving = this.entry.migration?.role === 'arriving';
+      settled = isArriving ? await settleArrival(parts) : (await settleDeparture(parts)) ? 'here' : 'pending';
+    });
+    return settled;
+  }
+
+  #migrationParts() {
+    return { context: this.#context, status: this.#status, workers: this.#workers };
+  }
+
+  #elsewhere(kind: Elsewhere): ToolstackError {
+    const { state } = this.#status;
+    const why = 'reason' in state && state.reason ? `: ${state.reason}` : '';
+    return new ToolstackError(
+      kind === 'moved' ? 'moved' : 'migrating',
+      `vTPM ${this.entry.name} is ${kind}${why}`,
+    );
+  }
+
+  /**
+   * Runs `forget` while nothing else can happen to the vTPM.
+   * @param hasNotCome its arrival came to nothing @throws ToolstackError `not-stopped` | `busy`
+   */
+  remove(forget: () => void, hasNotCome = false): Promise<void> {
     return this.#operations.exclusively('removed', async () => {
-      this.#expectStopped();
+      const { kind } = this.#status.state;
+      if (kind !== 'moved' && !(hasNotCome && kind === 'arriving')) this.#expectStopped();
       forget();
       this.#operations.removed();
     });
@@ -167,15 +257,23 @@ export class Vtpm {
   #expectStopped(): void {
     const { kind } = this.#status.state;
     if (kind === 'stopped' || kind === 'crashed') return;
-    throw new ToolstackError('not-stopped', `vTPM ${this.entry.name} is ${kind}; stop it first`);
+    if (isElsewhere(kind)) throw this.#elsewhere(kind);
+    throw this.#notStopped();
+  }
+
+  #notStopped(): ToolstackError {
+    return new ToolstackError('not-stopped', `vTPM ${this.entry.name} is ${this.state}; stop it first`);
   }
 
   /** For the end of the supervisor: a start under way is broken off, a worker that serves is stopped. */
   async shutDown(): Promise<void> {
+    this.#departure?.cancel();
     await this.#workers.breakOffStart();
     await this.#operations.settled;
     const state = this.#status.state;
     if (state.kind === 'running') await this.stop();
+    // The next supervisor asks what came of it.
+    if (state.kind === 'migrating') this.#workers.gone();
     if (state.kind !== 'lost' && state.kind !== 'restarting') return;
     await this.#workers.breakOff(state);
     // Its VM may still run, and must not be given a TPM with fresh PCRs by the next supervisor.
@@ -190,6 +288,8 @@ export class Vtpm {
         `vTPM ${this.entry.name} is started by swtpm with the token in ${place}, and by nobody else`,
       );
     }
+    const { kind } = this.#status.state;
+    if (isElsewhere(kind)) throw this.#elsewhere(kind);
     if (this.#status.state.kind === 'running' || this.#status.state.kind === 'restarting') {
       throw new ToolstackError('already-running', `vTPM ${this.#status.entry.name} is running already`);
     }
@@ -240,15 +340,26 @@ export class Vtpm {
     const { run } = this.#workers;
     const lingering = this.#status.lingering.map(({ pid, startTime }) => ({ pid, startTime }));
     const common = { id: entry.id, lingering, vmm: this.#status.vmm ?? null };
-    if (state.kind === 'stopped' || state.kind === 'crashed') {
-      return { ...common, state: state.kind, reason: state.reason, served: null };
+    switch (state.kind) {
+      case 'stopped':
+      case 'crashed':
+        return { ...common, state: state.kind, reason: state.reason, served: null };
+      case 'running':
+      case 'restarting':
+      case 'lost': {
+        if (!run) break;
+        const reason = state.kind === 'running' ? null : state.reason;
+        const worker = state.worker?.handOver(kept) ?? null;
+        const served = { run: run.handOver(kept), doors: state.doors.handOver(kept), worker };
+        return { ...common, state: state.kind, reason, served };
+      }
+      case 'moved':
+      case 'migrating':
+      case 'arriving':
+        if ('doors' in state || ('worker' in state && state.worker)) break;
+        // Its entry says the rest.
+        return { ...common, state: 'stopped', reason: null, served: null };
     }
-    if (state.kind === 'starting' || state.kind === 'stopping' || !run) {
-      throw new ToolstackError('busy', `vTPM ${entry.name} is ${state.kind}; try again later`);
-    }
-    const reason = state.kind === 'running' ? null : state.reason;
-    const worker = state.worker?.handOver(kept) ?? null;
-    const served = { run: run.handOver(kept), doors: state.doors.handOver(kept), worker };
-    return { ...common, state: state.kind, reason, served };
+    throw new ToolstackError('busy', `vTPM ${entry.name} is ${state.kind}; try again later`);
   }
 }

@@ -30,6 +30,10 @@ export interface StartParts {
   readonly vmm?: VmmChoice;
   /** Its VMM has brought it from another host. */
   readonly arrives?: boolean;
+  /** In the place of the ticket for a vTPM that the manager has. */
+  issue?(workerKey: Uint8Array, imageDigest: string): Promise<IssuedTicket>;
+  /** Milliseconds that the worker has until it serves. */
+  readonly limitMs?: number;
   /** Hears of the ticket when the worker has it. */
   onIssued?(issued: IssuedTicket): void;
 }
@@ -46,17 +50,18 @@ export interface Serving {
  */
 export async function giveIdentity(
   { worker, ready }: ClaimedWorker,
-  { office, settings, run, entry, presumes, vmm = NOTHING_CHOSEN, onIssued }: StartParts,
+  parts: StartParts,
   visits?: readonly Visit[],
 ): Promise<Serving> {
+  const { office, settings, run, entry, presumes, vmm = NOTHING_CHOSEN, arrives, onIssued } = parts;
   const key = Buffer.from((await ready).publicKey, 'hex');
   worker.checkImage();
   const { digest } = worker.image;
   const issued =
     (presumes && office.presume(entry, key, digest)) ||
-    (await office.issue(entry, key, digest, visits ? 'goes-on' : 'is-on'));
+    (await (parts.issue?.(key, digest) ?? office.issue(entry, key, digest, visits ? 'goes-on' : 'is-on')));
   const hold = settings['outage-hold'];
-  const isServing = worker.waitFor('serving', SERVING_LIMIT_MS);
+  const isServing = worker.waitFor('serving', parts.limitMs ?? SERVING_LIMIT_MS);
   const serving = await afterPassing(isServing, async () => {
     // A VM of a worker's own takes no descriptors.
     const outlives = entry.isolation !== 'vm';
@@ -67,6 +72,7 @@ export async function giveIdentity(
       startup: entry.startup,
       power: powerOf(entry.doors),
       vmm,
+      ...(arrives && { arrives }),
       outage: { holdMs: { tpm: hold, tcti: hold } },
       checkpoint: outlives ? checkpointFields(run, settings.checkpoint, visits) : null,
     });

@@ -15,6 +15,8 @@ export interface CreateFlags {
   /** Of the drop-in commands: the id that the token has, and the binding to it as JSON. */
   readonly id?: string;
   readonly dropin?: string;
+  /** Of the supervisor, for a vTPM that comes from another host: the migration as JSON. */
+  readonly arriving?: string;
   readonly vmUuid?: string;
   readonly isolation?: string;
   readonly autostart?: boolean;
@@ -61,7 +63,15 @@ export async function create(name: string, flags: CreateFlags, context: Context)
     ...(flags.stateBlobs && { stateBlobs: flags.stateBlobs }),
     ...access,
     ...(flags.dropin !== undefined && { dropin: JSON.parse(flags.dropin) as DropinBinding }),
-    ...delegate(key, { id, vmUuid, delegateKey }, flags.stateBlobs === 'plain'),
+    ...(flags.arriving !== undefined && { migration: JSON.parse(flags.arriving) as object }),
+    ...delegate(
+      key,
+      { id, vmUuid, delegateKey },
+      {
+        isPlain: flags.stateBlobs === 'plain',
+        exists: flags.arriving !== undefined,
+      },
+    ),
   });
   output.result(
     vtpm,

@@ -2,7 +2,7 @@ import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import type { Paths } from 'vtpm-common';
 import { isToolstackErrorCode, ToolstackError } from '../../error.js';
-import type { DropinBinding } from '../entry.js';
+import type { DropinBinding, NewEntry } from '../entry.js';
 
 export interface Creation {
   readonly id: string;
@@ -10,6 +10,8 @@ export interface Creation {
   readonly vmUuid: string;
   readonly dropin: DropinBinding;
 }
+
+export type ArrivingVtpm = Omit<NewEntry, 'socketOwner' | 'dropin' | 'delegation' | 'delegationSignature'>;
 
 const VTPMCTL = fileURLToPath(new URL('../../../bin/vtpmctl.js', import.meta.url));
 const LIMIT_MS = 60_000;
@@ -23,6 +25,19 @@ export function createVtpm(paths: Paths, { id, name, vmUuid, dropin }: Creation)
   return runVtpmctl(paths, [
     ...['create', name, '--id', id, '--vm-uuid', vmUuid],
     ...['--doors', 'control', '--startup', 'none', '--dropin', JSON.stringify(dropin)],
+  ]);
+}
+
+/** Registers a vTPM that comes from another host. @throws ToolstackError what vtpmctl says */
+export function createArriving(
+  paths: Paths,
+  { id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketMode, migration }: ArrivingVtpm,
+): Promise<void> {
+  return runVtpmctl(paths, [
+    ...['create', name, '--id', id, '--vm-uuid', vmUuid, '--isolation', isolation, '--startup', startup],
+    ...['--doors', doors.join(','), '--state-blobs', stateBlobs, '--socket-mode', socketMode],
+    ...(autostart ? ['--autostart'] : []),
+    ...['--arriving', JSON.stringify(migration)],
   ]);
 }
 

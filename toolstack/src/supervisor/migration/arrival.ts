@@ -1,0 +1,85 @@
+import { barrier, bootId } from 'vtpm-common';
+import { ToolstackError } from '../../error.js';
+import type { Incoming } from '../admin-client.js';
+import type { VtpmContext } from '../vtpm-state.js';
+import type { VtpmStatus } from '../vtpm-status.js';
+import type { VtpmWorkers } from '../vtpm-workers.js';
+import { outcomeOf } from './outcome.js';
+
+export interface ArrivalParts {
+  readonly context: Pick<VtpmContext, 'admin'>;
+  readonly status: VtpmStatus;
+  readonly workers: VtpmWorkers;
+}
+
+/** What an arrival came to. `pending`: the manager does not know yet. `nothing`: its entry is to go. */
+export type Arrived = 'here' | 'pending' | 'nothing';
+
+/**
+ * Takes a vTPM in whose entry is there: live, a worker waits for its state; else nothing runs. Where it comes to nothing the
+ * manager is told, and says in the end what it was.
+ * @throws ToolstackError where the manager cannot be asked what came of it
+ */
+export async function takeIn(parts: ArrivalParts, incoming: Incoming): Promise<Arrived> {
+  const { context, workers, status } = parts;
+  const { migration, mode, epoch, vmRunId, from } = incoming;
+  barrier('migrate.destination.entry');
+  const accept = async (): Promise<void> => {
+    barrier('migrate.destination.waiting');
+    await context.admin.acceptMigration(migration);
+  };
+  try {
+    if (mode === 'VMM') {
+      throw new ToolstackError('migration-refused', 'this host takes no vTPM that comes with its VMM');
+    }
+    if (mode === 'OFFLINE') {
+      await accept();
+      return 'pending';
+    }
+    await workers.arrive({ from: from.name, epoch, vmRunId }, accept);
+    return 'here';
+  } catch (error) {
+    const reason = ToolstackError.from(error, 'no worker is there for it');
+    status.log.warn({ code: reason.code, reason: reason.message }, 'a vTPM does not arrive');
+    await giveUp(context.admin, migration, reason);
+    return await settleArrival(parts);
+  }
+}
+
+/** Whichever of the two the manager still listens to. Where it does not, it has decided. */
+async function giveUp(
+  admin: Pick<VtpmContext['admin'], 'refuseMigration' | 'cancelMigration'>,
+  migration: string,
+  reason: ToolstackError,
+): Promise<void> {
+  await admin
+    .refuseMigration(migration, reason)
+    .catch(() => admin.cancelMigration(migration))
+    .catch(() => undefined);
+}
+
+/** What came of it, by the manager's record. @throws ToolstackError */
+export async function settleArrival({ context, status, workers }: ArrivalParts): Promise<Arrived> {
+  const { migration } = status.entry;
+  if (!migration) return 'here';
+  const outcome = await outcomeOf(context.admin, status.entry, migration);
+  if (outcome.verdict === 'pending') return 'pending';
+  if (outcome.verdict === 'ABORT') {
+    if (migration.isNew) return 'nothing';
+    status.update({ migration: null, runningInBoot: null });
+    status.rest();
+    return 'here';
+  }
+  const here = { manufactured: true, moved: null, crashed: null, epoch: outcome.record?.epoch ?? null };
+  if (status.entry.runningInBoot === bootId().toString('hex')) {
+    // Its VM runs here: the TPM goes on from where it was frozen, whoever was to do that first.
+    status.update(here);
+    await workers.resume('it has arrived, and its worker has not come up');
+    status.tryUpdate({ migration: null });
+  } else {
+    status.update({ ...here, migration: null, runningInBoot: null });
+    status.rest();
+  }
+  status.log.info({ from: migration.peer }, 'arrived');
+  return 'here';
+}

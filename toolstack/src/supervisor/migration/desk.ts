@@ -1,0 +1,153 @@
+import type { Logger, Paths, Settings } from 'vtpm-common';
+import { ToolstackError } from '../../error.js';
+import type { AdminClient, Incoming } from '../admin-client.js';
+import { createArriving } from '../dropin/creation.js';
+import { Creations } from '../dropin/creations.js';
+import type { Vtpm } from '../vtpm.js';
+import { type Description, readDescription } from './description.js';
+
+export interface DeskParts {
+  readonly admin: AdminClient;
+  readonly paths: Paths;
+  readonly settings: Settings;
+  readonly log: Logger;
+  all(): Vtpm[];
+  /** Forgets an entry that came to nothing. */
+  forget(vtpm: Vtpm): Promise<void>;
+}
+
+/** Something of the manager's event stream. */
+export interface ManagerEvent {
+  readonly type?: unknown;
+  readonly id?: unknown;
+  readonly migration?: unknown;
+}
+
+/** What this host's toolstack does about migrations that others begin, and about those whose end it has not seen. */
+export class MigrationDesk {
+  readonly #parts: DeskParts;
+  readonly #creations = new Creations();
+  readonly #inHand = new Set<string>();
+  #isClosed = false;
+
+  constructor(parts: DeskParts) {
+    this.#parts = parts;
+  }
+
+  close(): void {
+    this.#isClosed = true;
+  }
+
+  /** The manager has come, or nothing was heard of it for a while. Never rejects. */
+  async look(): Promise<void> {
+    await Promise.all(this.#parts.all().map((vtpm) => this.#settle(vtpm)));
+    try {
+      for (const incoming of await this.#parts.admin.incoming()) void this.#take(incoming);
+    } catch (error) {
+      this.#parts.log.debug({ reason: (error as Error).message }, 'the manager tells of no migrations');
+    }
+  }
+
+  hear(event: ManagerEvent): void {
+    if (event.type === 'incoming') {
+      void this.#take(event as unknown as Incoming);
+    } else if (event.type === 'migration') {
+      const vtpm = this.#parts.all().find(({ entry }) => entry.migration?.id === event.migration);
+      if (vtpm) void this.#settle(vtpm);
+    }
+  }
+
+  /** Never rejects. */
+  async #settle(vtpm: Vtpm): Promise<void> {
+    const { log } = this.#parts;
+    try {
+      // Whoever is at it knows better, and may leave it as it is.
+      await vtpm.settled;
+      if (this.#isClosed || !vtpm.entry.migration) return;
+      if ((await vtpm.settleMigration()) === 'nothing') await this.#parts.forget(vtpm);
+    } catch (error) {
+      // It is asked again when the manager comes, or says more.
+      const { code, message } = ToolstackError.from(error);
+      log.warn({ vtpm: vtpm.entry.name, code, reason: message }, 'what came of a migration is not known yet');
+    }
+  }
+
+  /** Never rejects. */
+  async #take(incoming: Incoming): Promise<void> {
+    const { admin, log } = this.#parts;
+    const { migration, id, from } = incoming;
+    if (this.#isClosed || this.#inHand.has(migration)) return;
+    this.#inHand.add(migration);
+    try {
+      const description = readDescription(incoming.description);
+      this.#check(incoming, description);
+      if (incoming.dryRun) {
+        await admin.acceptMigration(migration);
+        return;
+      }
+      const vtpm = await this.#entryOf(incoming, description);
+      if ((await vtpm.takeIn(incoming)) === 'nothing') await this.#parts.forget(vtpm);
+    } catch (error) {
+      const reason = ToolstackError.from(error, 'the vTPM cannot be taken in');
+      log.warn({ vtpm: id, from: from.name, code: reason.code, reason: reason.message }, 'a vTPM is refused');
+      await admin.refuseMigration(migration, reason).catch(() => undefined);
+    } finally {
+      this.#inHand.delete(migration);
+    }
+  }
+
+  /** Before anything stops at the source. @throws ToolstackError `migration-refused` | `name-taken` */
+  #check({ id, vmUuid, from }: Incoming, { name }: Description): void {
+    const { settings } = this.#parts;
+    const accepts = settings['accept-migrations'];
+    if (accepts === 'none') {
+      throw new ToolstackError('migration-refused', 'this host takes no vTPMs (accept-migrations is none)');
+    }
+    const known = this.#parts.all().find(({ entry }) => entry.id === id);
+    if (!known && accepts === 'known') {
+      throw new ToolstackError(
+        'migration-refused',
+        `vTPM ${name} has never been on this host (accept-migrations is known)`,
+      );
+    }
+    if (known && known.state !== 'moved') {
+      throw new ToolstackError(
+        'name-taken',
+        `vTPM ${id} is ${known.state} here already, as ${known.entry.name}`,
+      );
+    }
+    if (known && known.entry.vmUuid !== vmUuid) {
+      throw new ToolstackError('migration-refused', `vTPM ${id} belongs to VM ${known.entry.vmUuid} here`);
+    }
+    if (!known && this.#parts.all().some(({ entry }) => entry.name === name)) {
+      throw new ToolstackError(
+        'name-taken',
+        `another vTPM is called ${name} here; before it can come from ${from.name} one of the two needs another name`,
+      );
+    }
+  }
+
+  /** @throws ToolstackError what vtpmctl says */
+  async #entryOf(incoming: Incoming, description: Description): Promise<Vtpm> {
+    const find = (): Vtpm | undefined => this.#parts.all().find(({ entry }) => entry.id === incoming.id);
+    const { migration: id, from } = incoming;
+    const known = find();
+    if (known) {
+      await known.expectArrival({ id, role: 'arriving', peer: from.name, isNew: false });
+      return known;
+    }
+    const done = await this.#creations.turn();
+    try {
+      await createArriving(this.#parts.paths, {
+        ...description,
+        ...{ id: incoming.id, vmUuid: incoming.vmUuid },
+        migration: { id, role: 'arriving', peer: from.name, isNew: true },
+      });
+    } finally {
+      done();
+    }
+    const made = find();
+    if (!made) throw new ToolstackError('internal', 'vtpmctl has not made the entry');
+    return made;
+  }
+}
