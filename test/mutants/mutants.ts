@@ -452,7 +452,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a restore is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard: "await this.#desk.records.write(vtpmUuid, held, record, 'now');\n        barrier('restore.written');",
+    guard:
+      "await this.#desk.records.write(vtpmUuid, held, record, 'now');\n        barrier('restore.written');",
     without: 'await this.#desk.records.write(vtpmUuid, held, record);',
     test: { file: 'attack/rollback', name: 'the disk from right before a restore' },
   },
