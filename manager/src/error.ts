@@ -71,6 +71,7 @@ export type ManagerErrorCode =
   | 'decision-forged'
   | 'unknown-migration'
   | 'not-fenced'
+  | 'lives-here'
   | 'busy'
   | 'too-large'
   | 'rate-limited'

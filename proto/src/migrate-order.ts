@@ -1,5 +1,6 @@
 import { expectLength } from './bytes.js';
 import { decode, encode } from './codec.js';
+import { ProtoError } from './error.js';
 import type {
   FencingStatement,
   MigrateOrder,
@@ -75,4 +76,24 @@ export function verifyFencing(signed: SignedFencing): FencingStatement {
     signed.signature,
   );
   return statement;
+}
+
+/** So that a file or a line of a message says what it is. */
+const FENCING_PREFIX = 'vtpm-fencing-1-';
+
+/** One line of text for a signed statement. */
+export function fencingText(signed: SignedFencing): string {
+  return FENCING_PREFIX + encode('SignedFencing', signed).toString('base64url');
+}
+
+/** @throws ProtoError `malformed` where it is not what `fencingText` makes */
+export function parseFencingText(text: string): SignedFencing {
+  const line = text.trim();
+  const base64 = line.startsWith(FENCING_PREFIX) ? line.slice(FENCING_PREFIX.length) : '';
+  const bytes = Buffer.from(base64, 'base64url');
+  if (bytes.length > 0 && bytes.toString('base64url') === base64) return decode('SignedFencing', bytes);
+  throw new ProtoError(
+    'malformed',
+    `a fencing statement is one line that begins with ${FENCING_PREFIX}, as vtpmctl migrate fence wrote it`,
+  );
 }

@@ -333,14 +333,15 @@ describe('vtpmctl migrate status, resolve and cancel', () => {
     const manager = await desk.manager({
       'GET /migrations': { body: { migrations: [DOUBT] } },
       [`POST /migrations/${MIGRATION}/resolve`]: {
-        body: { ...DOUBT, reason: 'peer-unreachable', message: 'hostb does not answer' },
+        status: 409,
+        body: { error: { code: 'in-doubt', message: 'hostb does not answer' } },
       },
     });
     await desk.supervisor({ 'GET /vtpms': { body: { vtpms: [supervisorVtpm(ID(1), 'web1')] } } });
     const silent = await desk.ctl(['migrate', 'resolve', 'web1']);
     assert.equal(silent.code, 1);
-    assert.match(silent.stdout, /in-doubt; nobody runs it until hostb says.*\(peer-unreachable\)/);
-    manager.replies[`POST /migrations/${MIGRATION}/resolve`] = { body: { ...DOUBT, state: 'committed' } };
+    assert.match(silent.stdout, /in-doubt; nobody runs it until hostb says.*\(in-doubt\)/);
+    manager.replies[`POST /migrations/${MIGRATION}/resolve`] = { body: { verdict: 'COMMIT' } };
     const known = await desk.ctl(['migrate', 'resolve', 'web1']);
     assert.equal(known.code, 0);
     assert.equal(known.stdout, 'web1: committed; it lives on hostb\n');

@@ -28,6 +28,7 @@ export const AUDIT_ACTIONS = [
   'migrate-commit',
   'migrate-abort',
   'migrate-resolve',
+  'rescue',
   // Trust configuration
   'image-allow',
   'image-remove',

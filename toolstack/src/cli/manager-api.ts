@@ -156,12 +156,11 @@ export class ManagerApi {
     return (await this.#client.call<{ migrations: Migration[] }>('GET', '/migrations')).migrations;
   }
 
-  /** Asks the destination now. */
-  async resolve(migration: string): Promise<Migration> {
-    return await this.#client.call('POST', `/migrations/${migration}/resolve`, {
-      body: {},
-      timeout: RESOLVE_TIMEOUT_MS,
-    });
+  /** Asks the destination now. @throws ToolstackError `in-doubt` where it does not say */
+  async resolve(migration: string): Promise<'COMMIT' | 'ABORT'> {
+    const path = `/migrations/${migration}/resolve`;
+    const options = { body: {}, timeout: RESOLVE_TIMEOUT_MS };
+    return (await this.#client.call<{ verdict: 'COMMIT' | 'ABORT' }>('POST', path, options)).verdict;
   }
 
   async images(): Promise<AllowedImage[]> {

@@ -50,7 +50,7 @@ export async function migrateStatus(nameOrId: string | undefined, context: Conte
 
 /** Asks the destination, which alone decides. @returns the exit status: 0 where it is known now what came of it */
 export async function migrateResolve(nameOrId: string, context: Context): Promise<number> {
-  const { manager, output } = context;
+  const { output } = context;
   const open = (await named(context)).filter(isOf(nameOrId)).find(isOpen);
   if (!open) {
     throw new ToolstackError(
@@ -58,12 +58,25 @@ export async function migrateResolve(nameOrId: string, context: Context): Promis
       `no migration of ${nameOrId} is in doubt; vtpmctl migrate status shows what there is`,
     );
   }
-  const asked: Named = { ...(await manager.resolve(open.migration)), name: open.name };
+  const { answer, reason } = await ask(open, context);
+  const asked: Named = { ...open, state: answer, ...reason };
   output.result(
     { ...asked, meaning: sayMeaning(asked) },
     `${asked.name ?? asked.id}: ${asked.state}; ${sayMeaning(asked)}`,
   );
   return isOpen(asked) ? EXIT.failed : EXIT.ok;
+}
+
+/** A destination that is silent leaves it as it is; why it is silent is what the operator can do something about. */
+async function ask({ migration }: Migration, { manager }: Context) {
+  try {
+    const verdict = await manager.resolve(migration);
+    return { answer: verdict === 'COMMIT' ? 'committed' : 'aborted', reason: {} } as const;
+  } catch (caught) {
+    const { code, message } = ToolstackError.from(caught);
+    if (code !== 'in-doubt' && code !== 'manager-refused') throw caught;
+    return { answer: 'in-doubt', reason: { reason: code, message } } as const;
+  }
 }
 
 /** @returns the exit status: 0 where it was cancelled */

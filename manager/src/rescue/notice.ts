@@ -1,0 +1,96 @@
+import {
+  type BackupFacts,
+  bytesEqual,
+  decode,
+  encode,
+  expectLength,
+  ProtoError,
+  type RescueNotice,
+  type SignedRescue,
+  type SigningKey,
+  verifySignature,
+} from 'vtpm-proto';
+import { verifiedFacts } from '../backup/format.js';
+import { ManagerError } from '../error.js';
+
+const NOTICE_FORMAT = 1;
+const DOMAIN = Buffer.from('vtpm.v1 rescue\0');
+
+/** What the host that was dead is told. @param hostKey of the host that rescued */
+export function signNotice(hostKey: SigningKey, notice: Omit<RescueNotice, 'format'>): SignedRescue {
+  const bytes = encode('RescueNotice', { format: NOTICE_FORMAT, ...notice });
+  return { notice: bytes, signature: hostKey.sign(Buffer.concat([DOMAIN, bytes])) };
+}
+
+/** Who reads a notice, and from whom it comes. */
+export interface NoticeParties {
+  /** Host id of this host. */
+  readonly hostId: Uint8Array;
+  /** Public half of this host's backup key. */
+  readonly backupKey: Uint8Array;
+  /** Host id of the peer that handed it over. */
+  readonly rescuer: Uint8Array;
+}
+
+/**
+ * A notice that a vTPM of this host goes on elsewhere. Whoever ends one here this way must have a backup that this host made of
+ * it: its own signature is in the notice.
+ * @throws ManagerError `newer-format`, `bad-request`
+ */
+export function verifiedNotice(
+  signed: SignedRescue,
+  { hostId, backupKey, rescuer }: NoticeParties,
+): { readonly notice: RescueNotice; readonly facts: BackupFacts } {
+  const notice = parseNotice(signed);
+  if (notice.format > NOTICE_FORMAT) {
+    throw new ManagerError('newer-format', `it has format ${notice.format}; upgrade this host`);
+  }
+  if (notice.format !== NOTICE_FORMAT) throw unfit(`it has format ${notice.format}`);
+  if (!bytesEqual(notice.rescuer, rescuer)) throw unfit('it is of another host than the one that brings it');
+  if (!bytesEqual(notice.source, hostId)) throw unfit('it is about a vTPM of another host');
+  if (!verifySignature(rescuer, Buffer.concat([DOMAIN, signed.notice]), signed.signature)) {
+    throw unfit('its signature does not verify');
+  }
+  const facts = backupOf(notice, backupKey);
+  if (!bytesEqual(facts.vtpmUuid, notice.vtpmUuid)) throw unfit('its backup is of another vTPM');
+  if (notice.epoch <= facts.epoch) throw unfit('its epoch is not above that of the backup');
+  return { notice, facts };
+}
+
+function backupOf(notice: RescueNotice, backupKey: Uint8Array): BackupFacts {
+  try {
+    const { facts, factsSignature: signature } = notice;
+    return verifiedFacts(backupKey, notice.headerDigest, { facts, signature });
+  } catch (cause) {
+    throw unfit('it does not prove that there is a backup of it that this host made', cause);
+  }
+}
+
+/** Not verified. @throws ManagerError `bad-request` */
+export function parseNotice(signed: SignedRescue): RescueNotice {
+  try {
+    const notice = decode('RescueNotice', signed.notice);
+    for (const [what, bytes, length] of [
+      ['vTPM uuid', notice.vtpmUuid, 16],
+      ['source', notice.source, 32],
+      ['rescuer', notice.rescuer, 32],
+      ['backup', notice.headerDigest, 32],
+      ['backup signature', notice.factsSignature, 64],
+      ['signature', signed.signature, 64],
+    ] as const) {
+      expectLength(what, bytes, length);
+    }
+    return notice;
+  } catch (cause) {
+    if (!(cause instanceof ProtoError)) throw cause;
+    throw unfit(cause.message, cause);
+  }
+}
+
+function unfit(why: string, cause?: unknown): ManagerError {
+  return new ManagerError(
+    'bad-request',
+    `a notice of a rescue is refused: ${why}`,
+    cause === undefined ? {} : { cause },
+  );
+}
