@@ -235,7 +235,7 @@ export class DestinationMigration {
     const { hello } = offered;
     if (!hello.dryRun) this.#expected = await arrivals.expect(hello, talk.peer);
     barrier('migrate.destination.expected');
-    return { at: 'unwrapping', ...offered, expected: this.#expected };
+    return { ...offered, expected: this.#expected, at: 'unwrapping' };
   }
 
   async #unwrap({
@@ -277,7 +277,7 @@ export class DestinationMigration {
     }
     barrier('migrate.destination.accepted');
     host.checkRoom();
-    return { at: 'ready', ...awaited };
+    return { ...awaited, at: 'ready' };
   }
 
   async #ready({ hello, identifier, keys, expected }: Awaited): Promise<DestinationState> {

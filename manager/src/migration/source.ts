@@ -348,7 +348,7 @@ export class SourceMigration {
       const waiting = departures.awaitSuspend(id, orderer.cancelled);
       await this.#unlessCancelled(waiting, LIMITS_MS.state.VMM, 'the VMM');
     }
-    return { at: 'freezing', ...keyed, auditTail };
+    return { ...keyed, auditTail, at: 'freezing' };
   }
 
   async #freeze(frozen: Frozen): Promise<SourceState> {
@@ -360,7 +360,7 @@ export class SourceMigration {
       await this.#unlessCancelled(suspended, LIMITS_MS.freezing, 'the worker');
       barrier('migrate.source.frozen');
     }
-    return { at: 'departing', ...frozen };
+    return { ...frozen, at: 'departing' };
   }
 
   /** The worker ends while the chip counts; nothing leaves before both are done. */
