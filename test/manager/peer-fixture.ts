@@ -1,11 +1,12 @@
 import assert from 'node:assert/strict';
-import { generateKeyPairSync, randomBytes } from 'node:crypto';
+import { diffieHellman, generateKeyPairSync, randomBytes } from 'node:crypto';
 import {
   Alg,
   type Attest,
   agreementKeyTemplate,
   attestationKeyTemplate,
   concat,
+  decode,
   encode,
   nameOf,
   objectEntity,
@@ -14,20 +15,28 @@ import {
   parsePcrSelection,
   pcrDigest,
   publicArea,
+  publicKeyObject,
   Rh,
   St,
   signInSoftware,
   softwareKeyPublic,
   tpmsAttest,
+  tpmsEccPoint,
   tpmtSignature,
   u32,
   u64,
 } from 'tpm2-ts-bindings';
 import { fixedPolicy } from 'vtpm-manager/root-tpm/generation';
-import { attestationPublic, type RootTpm, type RootTpmEnrolment } from 'vtpm-manager/root-tpm/index';
+import { importSecret } from 'vtpm-manager/root-tpm/import-secret';
+import {
+  attestationPublic,
+  type ImportKey,
+  type RootTpm,
+  type RootTpmEnrolment,
+} from 'vtpm-manager/root-tpm/index';
 import { REVOCATION_SHAPE } from 'vtpm-manager/root-tpm/nv-counter';
 import { writtenEntity } from 'vtpm-manager/root-tpm/nv-index';
-import type { Evidence, ImportKeyOffer, Peer } from 'vtpm-proto';
+import type { Evidence, Peer } from 'vtpm-proto';
 import { testPeer } from '../support/test-peer.js';
 import { INSTALLATION, PCRS } from './root-tpm-fixture.js';
 
@@ -88,6 +97,8 @@ export class LyingTpm {
   readonly attestationKey: PublicArea;
   readonly values = [randomBytes(32), randomBytes(32)];
   readonly handle = 0x01810001;
+  #agreement = this.#key;
+  #agreementName: Buffer = Buffer.alloc(0);
   boot = { resetCount: 7, restartCount: 3 };
 
   constructor() {
@@ -154,15 +165,15 @@ export class LyingTpm {
     over: Buffer,
     change: (key: Public) => Public = (key) => key,
     hierarchy: number = Rh.NULL,
-  ): ImportKeyOffer {
+  ): Omit<ImportKey, 'unwrap' | 'drop'> {
     const [first = '', second = ''] = this.values.map((value) => value.toString('hex'));
     const policy = fixedPolicy(PCRS, { 'sha256:0': first, 'sha256:7': second });
-    const { value } = softwareKeyPublic(generateKeyPairSync('ec', { namedCurve: 'P-256' }).privateKey, {
-      use: 'sign',
-    });
+    this.#agreement = generateKeyPairSync('ec', { namedCurve: 'P-256' }).privateKey;
+    const { value } = softwareKeyPublic(this.#agreement, { use: 'sign' });
     assert.ok(value.type === Alg.ECC);
     const area = publicArea(change(agreementKeyTemplate(policy, value.unique).value));
     const { name } = objectEntity(0, area);
+    this.#agreementName = name;
     const qualifiedName = nameOf(Alg.SHA256, concat(encode(u32, hierarchy), name));
     const certified = this.say(St.ATTEST_CERTIFY, over, { name, qualifiedName });
     return {
@@ -171,5 +182,13 @@ export class LyingTpm {
       certifySignature: certified.signature,
       pcrSelection: PCRS,
     };
+  }
+
+  /** With the last import key. */
+  unwrap(point: Uint8Array): Buffer {
+    const unique = decode(tpmsEccPoint, point);
+    const publicKey = publicKeyObject(agreementKeyTemplate(Buffer.alloc(0), unique).value);
+    const z = diffieHellman({ privateKey: this.#agreement, publicKey });
+    return importSecret(z, point, this.#agreementName);
   }
 }
