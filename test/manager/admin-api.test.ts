@@ -55,6 +55,9 @@ interface Answer {
   readonly text: string;
 }
 
+/** Of one migration: manager/migration.test.ts has those answers. */
+const OF_TWO_HOSTS = ['200', '409'];
+
 const OCTETS = 'application/octet-stream';
 
 describe('docs/admin-api.yaml', () => {
@@ -71,12 +74,12 @@ describe('docs/admin-api.yaml', () => {
   /** Sends it, and holds the answer against what is documented of the call. */
   async function send(
     call: string,
-    { id, digest }: { id?: string; digest?: string } = {},
+    names: { id?: string; digest?: string; migration?: string } = {},
     body?: unknown,
     query = '',
   ): Promise<Answer> {
     const [method = '', template = ''] = call.split(' ');
-    const path = template.replace(/\{(\w+)\}/g, (_, name) => (name === 'id' ? id : digest) ?? '') + query;
+    const path = template.replace(/\{(\w+)\}/g, (_, name: keyof typeof names) => names[name] ?? '') + query;
     const answer = await raw(method, path, body, template === '/events' ? 1 : undefined);
     const { responses } = description.paths[template]?.[method.toLowerCase()] ?? assert.fail(call);
     const response =
@@ -228,6 +231,16 @@ describe('docs/admin-api.yaml', () => {
     await send('POST /platform/rotations', {}, { colour: 'red' });
     await send('GET /platform');
 
+    await send('GET /migrations');
+    const unheardOf = { migration: 'ab'.repeat(16) };
+    for (const names of [unheardOf, { migration: 'x' }]) {
+      await send('GET /migrations/{migration}', names);
+      await send('POST /migrations/{migration}/resolve', names, {});
+      await send('POST /migrations/{migration}/accept', names, {});
+      await send('POST /migrations/{migration}/refuse', names, { code: 'c', message: 'm' });
+      await send('POST /migrations/{migration}/cancel', names, {});
+    }
+
     for (const query of ['', '?tail=5', '?tail=0']) await send('GET /audit', {}, undefined, query);
     for (const query of ['', '?from=2&to=3', '?from=3&to=2']) {
       await send('GET /audit/export', {}, undefined, query);
@@ -245,7 +258,7 @@ describe('docs/admin-api.yaml', () => {
     await host.manager.stop();
     await host.extend('other firmware');
     assert.equal((await host.manager.start()).status, 'locked');
-    const names = { id: testVtpm().id, digest: 'ab'.repeat(32) };
+    const names = { id: testVtpm().id, digest: 'ab'.repeat(32), migration: 'ab'.repeat(16) };
     for (const { call, operation } of operations) {
       if (!operation.responses['503']) {
         if (call.startsWith('GET ')) assert.equal((await send(call)).status, 200, call);
@@ -260,7 +273,10 @@ describe('docs/admin-api.yaml', () => {
 
   it('says nothing of an answer that was not seen here', () => {
     for (const { call, operation } of operations) {
-      assert.deepEqual([...(seen.get(call) ?? [])].sort(), Object.keys(operation.responses).sort(), call);
+      const documented = Object.keys(operation.responses).filter(
+        (code) => !(call.includes('{migration}') && OF_TWO_HOSTS.includes(code)),
+      );
+      assert.deepEqual([...(seen.get(call) ?? [])].sort(), documented.sort(), call);
     }
   });
 

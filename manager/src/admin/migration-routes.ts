@@ -4,11 +4,11 @@ import { type AdminContext, type AdminRequest, type Answer, bodyOf, ok, type Rou
 
 export const migrationRoutes: readonly Route[] = [
   { method: 'GET', path: '/migrations', handle: list },
-  { method: 'GET', path: '/migrations/{id}', handle: view },
-  { method: 'POST', path: '/migrations/{id}/resolve', handle: resolve },
-  { method: 'POST', path: '/migrations/{id}/accept', handle: accept },
-  { method: 'POST', path: '/migrations/{id}/refuse', handle: refuse },
-  { method: 'POST', path: '/migrations/{id}/cancel', handle: cancel },
+  { method: 'GET', path: '/migrations/{migration}', handle: view },
+  { method: 'POST', path: '/migrations/{migration}/resolve', audits: 'migrate-resolve', handle: resolve },
+  { method: 'POST', path: '/migrations/{migration}/accept', handle: accept },
+  { method: 'POST', path: '/migrations/{migration}/refuse', handle: refuse },
+  { method: 'POST', path: '/migrations/{migration}/cancel', handle: cancel },
 ];
 
 /** Of a refusal: a code and a sentence for the source's operator. */
@@ -36,9 +36,10 @@ async function accept(request: AdminRequest, { service }: AdminContext): Promise
 }
 
 async function refuse(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
+  const { migrations } = service();
   const migration = migrationOf(request);
   const { code, message } = await bodyOf(request, ['code', 'message']);
-  service().migrations.refuse(migration, `${text('code', code)}: ${text('message', message)}`);
+  migrations.refuse(migration, `${text('code', code)}: ${text('message', message)}`);
   return ok({ migration });
 }
 
@@ -59,7 +60,7 @@ function describe({ incoming, ...rest }: MigrationView): object {
 }
 
 function migrationOf(request: AdminRequest): string {
-  const id = request.param('id');
+  const id = request.param('migration');
   if (/^[0-9a-f]{32}$/.test(id)) return id;
   throw new ManagerError('bad-request', 'a migration is named by 32 hex digits, in lower case');
 }
