@@ -79,7 +79,9 @@ describe('docs/admin-api.yaml', () => {
     query = '',
   ): Promise<Answer> {
     const [method = '', template = ''] = call.split(' ');
-    const path = template.replace(/\{(\w+)\}/g, (_, name: keyof typeof names) => names[name] ?? '') + query;
+    const path =
+      template.replace(/\{(\w+)\}/g, (_, name: keyof typeof names) => names[name] ?? names.digest ?? '') +
+      query;
     const answer = await raw(method, path, body, template === '/events' ? 1 : undefined);
     const { responses } = description.paths[template]?.[method.toLowerCase()] ?? assert.fail(call);
     const response =
