@@ -136,9 +136,11 @@ export class WorkerProcess {
     this.#descriptors = descriptorsHere;
     const path = options.program ?? fileURLToPath(new URL(image.main, bundle));
     const worker = [...image.nodeArguments, ...(options.nodeArguments ?? []), path];
+    // A relay and its VM have no filter.
+    const needsFilter = hasMore && options.program === undefined;
     this.child = spawn(
       process.execPath,
-      [...(hasMore ? [FIRST_FILTER] : []), ...worker, ...(options.workerArguments ?? [])],
+      [...(needsFilter ? [FIRST_FILTER] : []), ...worker, ...(options.workerArguments ?? [])],
       {
         env: { ...image.environment, PATH: process.env.PATH },
         stdio: ['ignore', 'ignore', 'pipe', linkThere, controlThere, descriptorsThere],
