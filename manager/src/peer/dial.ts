@@ -64,10 +64,11 @@ async function dial(
 ): Promise<PeerChannel> {
   const tcp = connectTcp({ ...address, noDelay: true });
   tcp.on('error', () => undefined);
-  const timer = setTimeout(
-    () => tcp.destroy(new ManagerError('peer-late', `no answer within ${limits.addressMs} ms`)),
-    limits.addressMs,
-  );
+  let late: ManagerError | undefined;
+  const timer = setTimeout(() => {
+    late = new ManagerError('peer-late', `no answer within ${limits.addressMs} ms`);
+    tcp.destroy();
+  }, limits.addressMs);
   try {
     await event(tcp, 'connect');
     const socket = await verified(tcp, peer, options.identity);
@@ -75,7 +76,7 @@ async function dial(
     return channelOver(session, peer, options, limits);
   } catch (error) {
     tcp.destroy();
-    throw error;
+    throw late ?? error;
   } finally {
     clearTimeout(timer);
   }
@@ -105,8 +106,6 @@ async function settled(socket: TLSSocket): Promise<ClientHttp2Session> {
     await event(session, 'remoteSettings');
     return session;
   } catch (cause) {
-    // A timeout has destroyed the socket below with its own reason.
-    if (cause instanceof ManagerError && cause.code === 'peer-late') throw cause;
     throw new ManagerError(
       'peer-closed',
       'it closes the connection: it does not know this host (see there: vtpmctl peer list), or has too many connections',
