@@ -2,7 +2,12 @@ import { type ChildProcess, spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import { copyFileSync, mkdirSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { createServer as createHttpServer, request } from 'node:http';
+import {
+  createServer as createHttpServer,
+  type IncomingMessage,
+  request,
+  type ServerResponse,
+} from 'node:http';
 import { createRequire } from 'node:module';
 import { createConnection, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -23,6 +28,7 @@ import {
 import { type ProcessId, processId } from 'vtpm-toolstack/supervisor/processes';
 
 export const toolstackKey = signingKeyFromSeed(Buffer.alloc(32, 7));
+export const OTHER_HOST = 'cd'.repeat(32);
 export const MANAGER_ID = 'ab'.repeat(32);
 
 /** A short path: a unix socket takes 107 bytes. */
@@ -77,9 +83,11 @@ export function writeManifest(
 
 export interface StubRecord {
   vmUuid: string;
-  kind: 'live' | 'retired';
+  kind: 'live' | 'retired' | 'moved';
   epoch: number;
   generation: number;
+  isSuspended?: boolean;
+  migrating?: boolean;
 }
 
 /** The manager's side of the contract: the admin plane, and a worker socket that loads by compare-and-set on the epoch. */
@@ -95,6 +103,13 @@ export class StubManager {
   refuse: { reason: string; message: string } | undefined;
   /** While a worker waits for it: it executes all of its image and has no identity. */
   beforeGreeting: (() => Promise<void>) | undefined;
+  /** A Load is answered when this resolves. */
+  beforeLoad: ((ticket: Ticket) => Promise<void>) | undefined;
+  /** Of migrations, what it tells. */
+  readonly migrations = new Map<string, { state: string; incoming?: object }>();
+  /** What it was told of them: `accept`, `refuse` or `cancel`. */
+  onAnswer: (migration: string, verb: string, body: { code?: string; message?: string }) => void = () => {};
+  readonly #listeners = new Set<ServerResponse>();
   readonly #links = new Set<Socket>();
   readonly #paths: Paths;
   #close: (() => Promise<void>)[] = [];
@@ -110,6 +125,16 @@ export class StubManager {
       if (call.url === '/events') {
         response.writeHead(200);
         response.write(`${JSON.stringify({ type: 'hello', instance: 'x' })}\n`);
+        this.#listeners.add(response);
+        response.on('close', () => this.#listeners.delete(response));
+        return;
+      }
+      if (call.url === '/peers') {
+        response.end(JSON.stringify({ peers: [{ name: 'other', hostId: OTHER_HOST }] }));
+        return;
+      }
+      if (call.url?.startsWith('/migrations')) {
+        void this.#tellOfMigrations(call, response);
         return;
       }
       if (call.url?.startsWith('/vtpms/')) this.asked++;
@@ -138,6 +163,26 @@ export class StubManager {
     };
   }
 
+  emit(event: object): void {
+    for (const listener of this.#listeners) listener.write(`${JSON.stringify(event)}\n`);
+  }
+
+  async #tellOfMigrations(call: IncomingMessage, response: ServerResponse): Promise<void> {
+    let body = '';
+    for await (const chunk of call) body += String(chunk);
+    const [, , id = '', verb] = (call.url ?? '').split('/');
+    if (call.method === 'POST') {
+      this.onAnswer(id, verb ?? '', JSON.parse(body) as object);
+      response.end('{}');
+      return;
+    }
+    const all = [...this.migrations].map(([migration, more]) => ({ migration, ...more }));
+    const found = all.find(({ migration }) => migration === id);
+    const error = { error: { code: 'unknown-migration', message: 'none' } };
+    response.writeHead(id && !found ? 404 : 200);
+    response.end(JSON.stringify(id ? (found ?? error) : { migrations: all }));
+  }
+
   async stop(): Promise<void> {
     // Nobody listens any more before the first link is cut, as when a process ends.
     const closed = this.#close.splice(0).map((close) => close());
@@ -151,7 +196,9 @@ export class StubManager {
     link.on('close', () => this.#links.delete(link));
     void this.#greet(link);
     link.setEncoding('utf8');
-    link.on('data', (line: string) => link.write(`${JSON.stringify(this.#load(JSON.parse(line)))}\n`));
+    link.on('data', (line: string) => {
+      void this.#load(JSON.parse(line)).then((answer) => link.write(`${JSON.stringify(answer)}\n`));
+    });
   }
 
   async #greet(link: Socket): Promise<void> {
@@ -159,7 +206,7 @@ export class StubManager {
     link.write(`${JSON.stringify({ type: 'greeting' })}\n`);
   }
 
-  #load({
+  async #load({
     ticket: text,
     managerKey,
     memory,
@@ -167,11 +214,12 @@ export class StubManager {
     ticket: string;
     managerKey: string;
     memory?: number;
-  }): object {
+  }): Promise<object> {
     const { ticket, vtpmUuid } = verifyTicketChain(decode('SignedTicket', Buffer.from(text, 'base64')));
     this.tickets.push(ticket);
     this.memories.push(memory);
     if (managerKey !== MANAGER_ID) return { type: 'failed', reason: 'wrong-manager', message: managerKey };
+    await this.beforeLoad?.(ticket);
     if (this.refuse) return { type: 'failed', ...this.refuse };
     if (this.status !== 'ready') return { type: 'failed', reason: this.status, message: 'not now' };
     const record = this.records.get(vtpmUuid) ?? { vmUuid: '', kind: 'live', epoch: 0, generation: 0 };

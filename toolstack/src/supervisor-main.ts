@@ -39,6 +39,7 @@ interface Flags {
   readonly workerUids?: string;
   readonly waiveLayers?: string;
   readonly dropinUsers?: string;
+  readonly acceptMigrations?: string;
   readonly workerManifest?: string;
   readonly handover?: string;
   readonly checkHandover?: string;
@@ -66,6 +67,7 @@ const program = new Command('vtpm-supervisord')
   .option('--worker-uids <range>', 'uids that workers run as, one each: FIRST-LAST')
   .option('--waive-layers <names>', 'layers of the sandbox that workers may run without')
   .option('--dropin-users <names>', 'users whom the drop-in commands serve, beside root')
+  .option('--accept-migrations <which>', 'vTPMs of other hosts that come in: none, known or all')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   // What the program before this one hands over, and whether this one would take it; see handover/upgrade.ts.
   .addOption(new Option(`${HANDOVER_FLAG} <descriptor>`).hideHelp())
@@ -94,6 +96,7 @@ async function run(flags: Flags): Promise<void> {
     'worker-uids': flags.workerUids,
     'waive-layers': flags.waiveLayers,
     'dropin-users': flags.dropinUsers,
+    'accept-migrations': flags.acceptMigrations,
   });
   const log = createLogger('vtpm-supervisord', settings);
   const service = new ServiceNotifier();
