@@ -230,7 +230,7 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
       assert.deepEqual(destination.done, []);
     });
 
-    it('with a platform that nobody approved: peer-platform', async () => {
+    it('with a platform that nobody approved at the source: peer-platform', async () => {
       await source.extend(7);
       await refused('peer-platform', /another one is.*vtpmctl peer approve source/);
     });
@@ -241,7 +241,7 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
       await refused('peer-ek', /not for the endorsement and attestation key/);
     });
 
-    it('with an attestation key that is in no TPM: peer-ak', async () => {
+    it('with an attestation key in software: peer-ak', async () => {
       const liar = await liarAs(source);
       source.attestor = { ...bound(sourceAttestor), ...liar.attestor, answer: async () => randomBytes(32) };
       changed(destination, () => ({ attestationKey: liar.tpm.attestationKey.bytes }));
@@ -317,6 +317,15 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
         inMessage('HELLO', 'MigrationHello', () => ({ source: between.identity.hostKey.publicKey }));
         const end = await migrate();
         assert.ok('reason' in end && end.reason.code === 'peer-unattested', JSON.stringify(end));
+        assert.deepEqual([...source.done, ...destination.done], []);
+      });
+
+      it('and that the destination takes for the source: peer-unattested', async () => {
+        const { tlsKey } = await between.asPeer();
+        changed(destination, ({ name }) => (name === 'source' ? { tlsKey } : { tlsKey: randomBytes(32) }));
+        const end = await migrate();
+        assert.ok('reason' in end && end.reason.code === 'peer-unattested', JSON.stringify(end));
+        assert.match(end.reason.message, /made for another nonce/);
         assert.deepEqual([...source.done, ...destination.done], []);
       });
 

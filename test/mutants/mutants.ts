@@ -301,6 +301,63 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/peer-import-key', name: 'I-7 the secret is in no byte on the bus' },
   },
   {
+    name: 'I-6 a destination proves its attestation key',
+    file: 'manager/src/migration/source.ts',
+    guard: 'if (challenge) await attestor.prove(',
+    without: 'if (!challenge) await attestor.prove(',
+    test: {
+      file: 'attack/migration-attestation',
+      name: 'with an attestation key that is in no TPM: peer-ak, and only the challenge shows it',
+    },
+  },
+  {
+    name: 'I-6 a source proves its attestation key',
+    file: 'manager/src/migration/destination.ts',
+    guard: 'if (offered.challenge) await attestor.prove(',
+    without: 'if (!offered.challenge) await attestor.prove(',
+    test: { file: 'attack/migration-attestation', name: 'with an attestation key in software: peer-ak' },
+  },
+  {
+    name: 'I-3 a destination has unwrapped before anything stops',
+    file: 'manager/src/migration/source.ts',
+    guard: 'if (!keys.confirms(value.proof, agreed)) {',
+    without: 'if (value.proof.length !== 32) {',
+    test: {
+      file: 'attack/migration-attestation',
+      name: 'cannot speak for a destination that has not unwrapped: peer-import-key',
+    },
+  },
+  {
+    name: 'I-6 what hosts show is over their TLS keys',
+    file: 'manager/src/migration/transcript.ts',
+    guard: 'Buffer.concat([DOMAIN, binding])',
+    without: 'Buffer.concat([DOMAIN])',
+    test: {
+      file: 'attack/migration-attestation',
+      name: 'and that the destination takes for the source: peer-unattested',
+    },
+  },
+  {
+    name: 'I-6 a source is the host whose TLS key it has',
+    file: 'manager/src/migration/destination.ts',
+    guard: 'if (!bytesEqual(hello.source, peer.hostId)) {',
+    without: 'if (hello.source.length !== 32) {',
+    test: {
+      file: 'attack/migration-attestation',
+      name: 'and goes on with its own: unknown-peer, or peer-unattested',
+    },
+  },
+  {
+    name: 'I-6 a source shows its platform too',
+    file: 'manager/src/migration/destination.ts',
+    guard: 'attestor.verify(talk.peer, evidence, shown);',
+    without: 'void shown;',
+    test: {
+      file: 'attack/migration-attestation',
+      name: 'with a platform that nobody approved at the source: peer-platform',
+    },
+  },
+  {
     name: 'I-6 the NV half of an old generation is overwritten',
     file: 'manager/src/root-tpm/nv-index.ts',
     guard: 'if ((attributes & NV_TYPE) === 0) {',
