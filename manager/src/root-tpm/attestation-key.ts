@@ -75,7 +75,7 @@ async function load(tpm: Tpm, srk: ObjectEntity, session: Session, child: Child)
     throw new ManagerError(
       'tpm-changed',
       'the TPM does not take the attestation key of this host: it was made in another TPM, or before this one was ' +
-        'cleared. Have another one made, and tell the peers: vtpmctl peer identity --new-attestation-key',
+        'cleared. vtpmctl recover enrols the TPM and has another key made; the peers then need vtpmctl peer identity',
       { cause: error },
     );
   }
