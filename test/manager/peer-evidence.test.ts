@@ -44,6 +44,18 @@ describe('manager: evidence of another host', () => {
     assert.match(approvedBy, /^approved here on 1970-/);
   });
 
+  it('holds however the selection of registers is written, at either end', () => {
+    const written = { ...good, pcrSelection: 'sha256:7,0' };
+    assert.equal(verifyEvidence(tpm.peer, written, over).pcrSelection, PCRS);
+    const peer = {
+      ...tpm.peer,
+      platforms: tpm.peer.platforms.map((one) => ({ ...one, pcrSelection: 'sha256:7,0,7' })),
+    };
+    assert.equal(verifyEvidence(peer, good, over).pcrSelection, PCRS);
+    const odd = { ...tpm.peer, platforms: tpm.peer.platforms.map((one) => ({ ...one, pcrSelection: '?' })) };
+    refusedAs('peer-platform', good, undefined, odd);
+  });
+
   it('over another session is no evidence: peer-unattested', () => {
     assert.throws(
       () => verifyEvidence(tpm.peer, good, transcript()),
@@ -116,6 +128,7 @@ describe('manager: evidence of another host', () => {
         installation?: string;
         handle?: number;
         pcr7?: string;
+        selection?: string;
       } = {},
     ): Approval => {
       const handle = options.handle ?? tpm.handle;
@@ -126,7 +139,7 @@ describe('manager: evidence of another host', () => {
         },
         {
           label: 'firmware 1',
-          pcrSelection: PCRS,
+          pcrSelection: options.selection ?? PCRS,
           pcrs: { 'sha256:0': pcr0, 'sha256:7': options.pcr7 ?? pcr7 },
           counter: options.counter ?? 5n,
           createdAt: new Date(),
@@ -142,6 +155,7 @@ describe('manager: evidence of another host', () => {
     it('holds with an approval that counts now, whatever comes beside it', () => {
       const evidence = withApprovals({}, null, 'x', approval({ counter: 4n }), approval());
       assert.match(verifyEvidence(peer, evidence, over).approvedBy, /policy authority as "firmware 1"/);
+      assert.ok(verifyEvidence(peer, withApprovals(approval({ selection: 'sha256:7,0' })), over));
     });
 
     it('with a revoked approval: approval-stale', () => {

@@ -187,6 +187,11 @@ describe('manager: the key that a secret is sent to', () => {
         const { pcrDigest } = readPlatform(host.peer, evidence, over);
         const peer = { ...host.peer, platforms: [{ pcrSelection: PCRS, pcrDigest, approvedAt: 1n }] };
         verifyImportKey(peer, key, over, verifyEvidence(peer, evidence, over));
+        const { enrolment, attestationKey } = host;
+        const other = await root.makeImportKey(enrolment, attestationKey, 'sha256:7,0', over);
+        verifyImportKey(peer, other, over, verifyEvidence(peer, evidence, over));
+        const { point, secret } = sealSecret(other.publicArea);
+        assert.deepEqual(await other.unwrap(point), secret);
       }));
 
     it('is another one each time, and of no use to two at once', () =>

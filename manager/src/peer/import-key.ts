@@ -20,7 +20,7 @@ import { fixedPolicy } from '../root-tpm/generation.js';
 import { importSecret } from '../root-tpm/import-secret.js';
 import type { PlatformFacts } from './evidence.js';
 import { readPublicKey } from './public-area.js';
-import { attested, bootOf, requireSameBoot, statementBy } from './statement.js';
+import { attested, bootOf, oneSelection, requireSameBoot, statementBy } from './statement.js';
 
 /** The source's side of the destination's import key. */
 
@@ -41,11 +41,9 @@ export function verifyImportKey(
   facts: PlatformFacts,
 ): void {
   const { publicArea, name } = readKey(peer, offer.publicArea);
-  if (offer.pcrSelection !== facts.pcrSelection) {
-    throw refused(
-      peer,
-      `is bound to the registers ${offer.pcrSelection.slice(0, 80)}, its quote is over ${facts.pcrSelection}`,
-    );
+  const selection = attested(peer, () => oneSelection(offer.pcrSelection));
+  if (selection !== facts.pcrSelection) {
+    throw refused(peer, `is bound to the registers ${selection}, its quote is over ${facts.pcrSelection}`);
   }
   const policy = fixedPolicy(facts.pcrSelection, facts.pcrs);
   if (!isMadeFrom(publicArea, agreementKeyTemplate(policy))) {

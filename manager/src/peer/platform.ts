@@ -4,7 +4,7 @@ import { ManagerError } from '../error.js';
 import { isApproved } from '../root-tpm/index.js';
 import { REVOCATION_SHAPE } from '../root-tpm/nv-counter.js';
 import { writtenEntity } from '../root-tpm/nv-index.js';
-import { attested, bootOf, type Platform, requireSameBoot, statementBy } from './statement.js';
+import { attested, bootOf, oneSelection, type Platform, requireSameBoot, statementBy } from './statement.js';
 
 /** Which platforms another host may have: values that an operator approved here, or its policy authority anywhere. */
 
@@ -31,8 +31,7 @@ export function checkPlatform(
   transcript: Uint8Array,
 ): string {
   const here = peer.platforms.find(
-    ({ pcrSelection, pcrDigest }) =>
-      pcrSelection === platform.pcrSelection && platform.pcrDigest.equals(pcrDigest),
+    ({ pcrSelection, pcrDigest }) => isSame(pcrSelection, platform) && platform.pcrDigest.equals(pcrDigest),
   );
   if (here !== undefined) return `approved here on ${new Date(Number(here.approvedAt)).toISOString()}`;
   if (peer.policyAuthority !== '') return checkAuthority(peer, platform, evidence, transcript);
@@ -52,7 +51,7 @@ function checkAuthority(
   const counter = certifiedCounter(peer, platform, evidence, transcript);
   const approvals = approvalsOf(peer, evidence.approvals).filter(
     ({ pcrSelection, pcrs }) =>
-      pcrSelection === platform.pcrSelection &&
+      isSame(pcrSelection, platform) &&
       Object.entries(platform.pcrs).every(([name, value]) => pcrs[name] === value),
   );
   const now = approvals.find((approval) => BigInt(approval.counter) === counter);
@@ -72,6 +71,16 @@ function checkAuthority(
     `the approval "${newest.label}" of the platform of the host "${peer.name}" was revoked. Approve it again there: ` +
       'vtpmctl platform approve',
   );
+}
+
+/** However it is written. */
+function isSame(pcrSelection: string, platform: Platform): boolean {
+  try {
+    return oneSelection(pcrSelection) === platform.pcrSelection;
+  } catch (error) {
+    if (error instanceof ManagerError) return false;
+    throw error;
+  }
 }
 
 /** The revocation counter as it is now: without it an approval says nothing, as it may have been revoked. */

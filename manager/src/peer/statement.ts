@@ -2,6 +2,7 @@ import {
   Alg,
   type AttestOf,
   decode,
+  formatPcrSelection,
   type PcrValues,
   type Public,
   type Signature,
@@ -11,6 +12,7 @@ import {
 } from 'tpm2-ts-bindings';
 import type { Peer } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
+import { readSelection } from '../root-tpm/enrolment.js';
 import { acceptAttestationKey } from './attestation-key.js';
 
 /** What the TPM of another host signed, and what two such statements have in common. */
@@ -23,11 +25,17 @@ export interface BootCounts {
 
 /** A platform that its TPM vouches for. */
 export interface Platform {
+  /** As `oneSelection` has it. */
   readonly pcrSelection: string;
   readonly pcrs: PcrValues;
   /** SHA-256 over the values, as PolicyPCR and the quote have it. */
   readonly pcrDigest: Buffer;
   readonly boot: BootCounts;
+}
+
+/** The one way to write a selection of registers. @throws ManagerError `bad-request` */
+export function oneSelection(text: string): string {
+  return formatPcrSelection(readSelection(text));
 }
 
 /** A host with the key that its TPM signs with. */
