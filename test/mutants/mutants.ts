@@ -941,8 +941,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a supervisor says that the frozen worker has ended when it has',
     file: 'toolstack/src/supervisor/migration/departure.ts',
-    guard: "await workers.leave(`it goes to ${status.entry.migration?.peer ?? 'another host'}`);",
-    without: "void workers.leave(`it goes to ${status.entry.migration?.peer ?? 'another host'}`);",
+    guard: 'await workers.leave(',
+    without: 'void workers.leave(',
     test: { file: 'toolstack/migration', name: 'ends the worker when it is frozen and says so then' },
   },
   {
