@@ -1,32 +1,32 @@
-import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { until } from './until.js';
 
 /**
- * Stops a running program at a barrier, again and again over its restarts: there it dies, or waits until it is let go. While
- * it waits it answers nobody.
+ * Stops a running program at barriers, again and again over its restarts: there it dies, or waits until it is let go. While it
+ * waits it answers nobody. Each order is for one time.
  */
 export class BarrierSwitch {
-  readonly #order: string;
+  readonly #orders: string;
   readonly #reached: string;
 
   /** @param directory of its own */
   constructor(directory: string) {
-    this.#order = join(directory, 'order');
+    this.#orders = join(directory, 'orders');
     this.#reached = join(directory, 'reached');
+    for (const path of [this.#orders, this.#reached]) mkdirSync(path, { recursive: true });
   }
 
   /** For the program's start: `--import` and the prelude. */
   get nodeArgs(): string[] {
     const source = `import { existsSync, readFileSync, writeFileSync } from 'node:fs';
-const [order, reached] = ${JSON.stringify([this.#order, this.#reached])};
 const clock = new Int32Array(new SharedArrayBuffer(4));
 globalThis[Symbol.for('vtpm.barrier')] = (name) => {
-  if (!existsSync(order)) return;
-  const [at, then] = readFileSync(order, 'utf8').split(' ');
-  if (name !== at || existsSync(reached)) return;
-  writeFileSync(reached, name);
-  if (then === 'die') process.kill(process.pid, 'SIGKILL');
+  const order = ${JSON.stringify(this.#orders)} + '/' + name;
+  const reached = ${JSON.stringify(this.#reached)} + '/' + name;
+  if (!existsSync(order) || existsSync(reached)) return;
+  writeFileSync(reached, '');
+  if (readFileSync(order, 'utf8') === 'die') process.kill(process.pid, 'SIGKILL');
   while (existsSync(order)) Atomics.wait(clock, 0, 0, 2);
 };`;
     return ['--import', `data:text/javascript,${encodeURIComponent(source)}`];
@@ -34,20 +34,21 @@ globalThis[Symbol.for('vtpm.barrier')] = (name) => {
 
   /** At the next time that the program comes to it. */
   stopAt(barrier: string, then: 'die' | 'wait'): void {
-    rmSync(this.#reached, { force: true });
-    writeFileSync(this.#order, `${barrier} ${then}`);
+    rmSync(join(this.#reached, barrier), { force: true });
+    writeFileSync(join(this.#orders, barrier), then);
   }
 
-  get isReached(): boolean {
-    return existsSync(this.#reached) && readFileSync(this.#reached, 'utf8') !== '';
+  isReached(barrier: string): boolean {
+    return existsSync(join(this.#reached, barrier));
   }
 
-  async reached(): Promise<void> {
-    await until('the program comes to the barrier', () => this.isReached);
+  async reached(barrier: string): Promise<void> {
+    await until(`the program comes to ${barrier}`, () => this.isReached(barrier));
   }
 
-  /** It goes on; later barriers do not stop it. */
-  release(): void {
-    rmSync(this.#order, { force: true });
+  /** It goes on; without a barrier, from wherever it is stopped, and is stopped nowhere any more. */
+  release(barrier?: string): void {
+    const names = barrier ? [barrier] : readdirSync(this.#orders);
+    for (const name of names) rmSync(join(this.#orders, name), { force: true });
   }
 }

@@ -46,9 +46,9 @@ const owner = permanent(Rh.OWNER);
  */
 export class ExactGuest {
   readonly #tpm: Tpm;
-  readonly #key: ObjectEntity;
-  readonly #hmac: Session;
-  readonly #policy: Session;
+  #key: ObjectEntity;
+  #hmac: Session;
+  #policy: Session;
   readonly #random = new Set<string>();
   readonly #counterIndex: NvEntity;
   #counter: bigint;
@@ -71,21 +71,14 @@ export class ExactGuest {
       dataSize: 8,
     });
     await tpm.run(NV_Increment, { authHandle: withPassword(owner), nvIndex: index }, {});
-    const key = await createPrimary(tpm, signingKeyTemplate(), { authValue: Buffer.from('secret') });
-    const hmac = await openSession(tpm, { kind: 'hmac', audit: true });
-    const policy = await openSession(tpm, { kind: 'policy' });
     const counterIndex = await readNvIndex(tpm, COUNTER);
-    const [pcr] = await readPcrs(tpm, parsePcrSelection(`sha256:${PCR}`));
-    assert.ok(counterIndex && pcr);
-    const guest = new ExactGuest(tpm, { key, hmac, policy, counterIndex, pcr });
+    assert.ok(counterIndex);
+    const guest = new ExactGuest(tpm, { ...(await makeVolatile(tpm)), counterIndex });
     guest.#counter = await guest.#readCounter();
     return guest;
   }
 
-  private constructor(
-    tpm: Tpm,
-    made: { key: ObjectEntity; hmac: Session; policy: Session; counterIndex: NvEntity; pcr: Buffer },
-  ) {
+  private constructor(tpm: Tpm, made: Volatile & { counterIndex: NvEntity }) {
     this.#tpm = tpm;
     this.#key = made.key;
     this.#hmac = made.hmac;
@@ -94,6 +87,36 @@ export class ExactGuest {
     this.#pcr = made.pcr;
     this.#policyDigest = Buffer.alloc(32);
     this.#counter = 0n;
+  }
+
+  /** Whether its TPM was reset since it last looked. */
+  async wasReset(): Promise<boolean> {
+    const { currentTime } = await this.#tpm.run(ReadClock, {}, {});
+    return currentTime.clockInfo.resetCount + currentTime.clockInfo.restartCount !== this.#resets;
+  }
+
+  /**
+   * Its machine was switched off and on: what a TPM keeps is there, its primary keys are the same, and what it loses is
+   * made anew.
+   * @param wasInOrder with a shutdown; otherwise one command may have been run whose answer was lost
+   */
+  async afterPowerCycle(wasInOrder = true): Promise<void> {
+    const { key, hmac, policy, pcr } = await makeVolatile(this.#tpm);
+    assert.ok(key.publicArea.bytes.equals(this.#key.publicArea.bytes), 'the primary key is another one');
+    assert.equal(pcr.toString('hex'), '00'.repeat(32), 'the PCR after a reset');
+    this.#key = key;
+    this.#hmac = hmac;
+    this.#policy = policy;
+    this.#pcr = pcr;
+    this.#policyDigest = Buffer.alloc(32);
+    const counter = await this.#readCounter();
+    if (wasInOrder || counter !== this.#counter + 1n) assert.equal(counter, this.#counter, 'the NV counter');
+    this.#counter = counter;
+    const before = this.#resets ?? 0;
+    this.#resets = undefined;
+    await this.#readClock();
+    const resets = (this.#resets ?? 0) - before;
+    assert.ok(wasInOrder ? resets === 1 : resets >= 1, `${resets} resets`);
   }
 
   /** Rounds until `stop`. @throws AssertionError for what cannot be, TpmError for what must not be answered */
@@ -195,4 +218,20 @@ export class ExactGuest {
     );
     return data.readBigUInt64BE();
   }
+}
+
+interface Volatile {
+  readonly key: ObjectEntity;
+  readonly hmac: Session;
+  readonly policy: Session;
+  readonly pcr: Buffer;
+}
+
+async function makeVolatile(tpm: Tpm): Promise<Volatile> {
+  const key = await createPrimary(tpm, signingKeyTemplate(), { authValue: Buffer.from('secret') });
+  const hmac = await openSession(tpm, { kind: 'hmac', audit: true });
+  const policy = await openSession(tpm, { kind: 'policy' });
+  const [pcr] = await readPcrs(tpm, parsePcrSelection(`sha256:${PCR}`));
+  assert.ok(pcr);
+  return { key, hmac, policy, pcr };
 }

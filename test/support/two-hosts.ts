@@ -10,20 +10,33 @@ export type HostName = 'a' | 'b';
 export class Host {
   readonly manager: BarrierSwitch;
   readonly supervisor: BarrierSwitch;
+  #identity: PeerIdentity | undefined;
 
   private constructor(
-    readonly name: HostName,
+    readonly name: string,
     readonly installation: Installation,
     readonly place: Place,
-    private readonly managerEnv: NodeJS.ProcessEnv,
+    private readonly options: HostOptions,
   ) {
     this.manager = new BarrierSwitch(this.#directory('manager'));
     this.supervisor = new BarrierSwitch(this.#directory('supervisor'));
   }
 
-  static async create(name: HostName, place: Place, options: HostOptions): Promise<Host> {
+  static async create(name: string, place: Place, options: HostOptions = {}): Promise<Host> {
     const installation = await Installation.create({ ...options, under: place.under });
-    return new Host(name, installation, place, options.managerEnv ?? {});
+    return new Host(name, installation, place, options);
+  }
+
+  /** Hex. */
+  get hostId(): string {
+    if (!this.#identity) throw new Error('nobody asked this host who it is');
+    return this.#identity.hostId;
+  }
+
+  /** What it says of itself to its operator. */
+  async identify(): Promise<PeerIdentity> {
+    this.#identity ??= (await this.installation.ctlJson('peer', 'identity')) as unknown as PeerIdentity;
+    return this.#identity;
   }
 
   /** `HOST:PORT`, as an operator gives it. */
@@ -36,8 +49,8 @@ export class Host {
     const { v6 } = this.place;
     const listen = [this.address(), ...(v6 ? [this.address('v6')] : [])].join(',');
     return this.installation.startManager({
-      nodeArgs: this.manager.nodeArgs,
-      env: { ...this.managerEnv, VTPM_PEER_LISTEN: listen },
+      nodeArgs: [...this.manager.nodeArgs, ...(this.options.nodeArgs ?? [])],
+      env: { VTPM_PEER_LISTEN: listen },
     });
   }
 
@@ -50,16 +63,16 @@ export class Host {
     await this.startSupervisor();
   }
 
-  /** Knows the other from now on, as its operator does it. @param family of the address it calls */
-  async know(other: Host, family: 'v4' | 'v6' = 'v4'): Promise<void> {
+  /** Knows the other from now on, as its operator does it. @param address where it calls it */
+  async know(other: Host, address = other.address()): Promise<void> {
     const identity = await other.installation.ctl('peer', 'identity');
     if (identity.code !== 0) throw new Error(`peer identity: ${identity.stderr}`);
     const file = join(this.installation.directory, `${other.name}.peer`);
     writeFileSync(file, identity.stdout);
-    const { endorsement } = await other.installation.ctlJson('peer', 'identity');
+    const { endorsement } = await other.identify();
     await this.installation.ctlJson(
-      ...['peer', 'add', other.name, file, '--address', other.address(family)],
-      ...['--ek-fingerprint', String((endorsement as { fingerprint: string }).fingerprint)],
+      ...['peer', 'add', other.name, file, '--address', address],
+      ...['--ek-fingerprint', endorsement.fingerprint],
       '--approve-current',
     );
   }
@@ -71,9 +84,21 @@ export class Host {
   }
 }
 
+export interface PeerIdentity {
+  readonly hostId: string;
+  readonly endorsement: { readonly fingerprint: string };
+}
+
 export interface HostOptions {
-  readonly managerEnv?: NodeJS.ProcessEnv;
+  /** As tmpfs(5) has it, of a file system of its own. */
   readonly homeDisk?: string;
+  /** Of its manager. */
+  readonly nodeArgs?: string[];
+}
+
+interface BothOptions extends Partial<Record<HostName, HostOptions>> {
+  /** On loopback addresses, where this process reaches them too. */
+  readonly isLocal?: boolean;
 }
 
 /** Two whole installations, each on a TPM and in a network of its own, that know each other as peers. */
@@ -85,7 +110,7 @@ export class TwoHosts {
   ) {}
 
   /** Both run, and each knows the other. */
-  static async create(options: Partial<Record<HostName, HostOptions>> = {}): Promise<TwoHosts> {
+  static async create(options: BothOptions = {}): Promise<TwoHosts> {
     const hosts = await TwoHosts.strangers(options);
     await hosts.a.know(hosts.b);
     await hosts.b.know(hosts.a);
@@ -93,8 +118,8 @@ export class TwoHosts {
   }
 
   /** Both run, and neither knows the other. */
-  static async strangers(options: Partial<Record<HostName, HostOptions>> = {}): Promise<TwoHosts> {
-    const network = await TwoNetworks.create();
+  static async strangers(options: BothOptions = {}): Promise<TwoHosts> {
+    const network = await (options.isLocal ? TwoNetworks.local() : TwoNetworks.create());
     const made = await Promise.allSettled(
       (['a', 'b'] as const).map((name, index) =>
         Host.create(name, network.places[index] as Place, options[name] ?? {}),

@@ -32,7 +32,11 @@ export class TwoNetworks {
       return TwoNetworks.#joined(holders);
     }
     console.log('      network namespaces take root: the two hosts are two loopback addresses');
-    const places = await Promise.all([loopback('127.0.0.2'), loopback('127.0.0.3')]);
+    return TwoNetworks.local();
+  }
+
+  static async local(): Promise<TwoNetworks> {
+    const places = await Promise.all([loopbackPlace('127.0.0.2'), loopbackPlace('127.0.0.3')]);
     return new TwoNetworks(places, []);
   }
 
@@ -103,7 +107,8 @@ async function holdNamespace(): Promise<ChildProcess> {
   return holder;
 }
 
-async function loopback(v4: string): Promise<Place> {
+/** One that every process of this machine reaches. */
+export async function loopbackPlace(v4: string): Promise<Place> {
   const server = createServer().listen(0, v4);
   await once(server, 'listening');
   const { port } = server.address() as { port: number };
