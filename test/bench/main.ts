@@ -9,6 +9,7 @@ import { commandSuite } from './command-rows.js';
 import { hostileSuite } from './hostile-rows.js';
 import { manySuite } from './many-rows.js';
 import { crowdSuite, memorySuite } from './memory-rows.js';
+import { migrationSuite } from './migration-rows.js';
 import { poolSuite } from './pool-rows.js';
 import { heading, machine, tableLine } from './report.js';
 import { ringSuite } from './ring-rows.js';
@@ -42,6 +43,7 @@ const SUITES = [
   memorySuite,
   crowdSuite,
   clientSuite,
+  migrationSuite,
 ];
 const SHORT: Effort = { rounds: 9, starts: 9, crowd: 50, warmUpSeconds: 2, windowSeconds: 5 };
 const FULL: Effort = { rounds: 15, starts: 15, crowd: 500, warmUpSeconds: 5, windowSeconds: 20 };
