@@ -1,11 +1,12 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
+import { ManagerError } from 'vtpm-manager';
 import type { Expected } from 'vtpm-manager/ownership/arrival';
 import { signDecision } from 'vtpm-manager/ownership/decisions';
 import type { Destination } from 'vtpm-manager/ownership/departure';
 import type { TravellingState } from 'vtpm-manager/records/index';
+import { openAnchoredStore } from 'vtpm-manager/store/index';
 import {
-  boxKeyPair,
   decode,
   type LoadGrant,
   type MigrateMode,
@@ -14,6 +15,7 @@ import {
   openBox,
   type SignedDecision,
 } from 'vtpm-proto';
+import { MemoryStore } from '../support/memory-store.js';
 import { loadRequest, TestSession } from '../support/worker-client.js';
 import { Worker, type World } from './ownership-fixture.js';
 
@@ -184,5 +186,18 @@ export function decisionIn(signed: SignedDecision): MigrationDecision {
   return decode('MigrationDecision', signed.decision);
 }
 
-/** For tests that need a worker that nobody knows. */
-export const strangers = (): Uint8Array => boxKeyPair().publicKey;
+/** What the disk of a world holds now; `isNewest` says whether a start would take it. */
+export async function copyOfDisk(world: World): Promise<{ isNewest(): Promise<boolean> }> {
+  const entries = await world.disk.list(undefined, Number.MAX_SAFE_INTEGER);
+  return {
+    isNewest: async () => {
+      try {
+        await openAnchoredStore(new MemoryStore(entries), world.anchor);
+        return true;
+      } catch (error) {
+        assert.ok(error instanceof ManagerError && error.code === 'rollback-detected', String(error));
+        return false;
+      }
+    },
+  };
+}

@@ -115,6 +115,7 @@ export class World {
   readonly audited: AuditEvent[] = [];
   now = monotonicMs();
   boot = bootId();
+  census = new Census();
 
   private constructor(
     readonly keys: KeyHierarchy,
@@ -125,8 +126,7 @@ export class World {
   trust!: TrustStore;
   registry!: VtpmRegistry;
 
-  static async create(): Promise<World> {
-    const keys = testKeys();
+  static async create(keys = testKeys()): Promise<World> {
     const disk = new MemoryStore();
     const anchor = anchorOptions(keys);
     const store = await createAnchoredStore(disk, anchor);
@@ -151,8 +151,7 @@ export class World {
           return EMPTY_HEAD;
         },
       },
-      // Of this world alone.
-      census: new Census(),
+      census: this.census,
       clock: { bootId: () => this.boot, monotonicMs: () => this.now },
     });
     this.registry.events.subscribe((event) => this.events.push(event));
@@ -160,7 +159,12 @@ export class World {
 
   /** What a kill -9 and a start of the manager leave: the disk. */
   async restart(): Promise<void> {
-    this.store = await openAnchoredStore(this.disk, this.anchor);
+    const census = new Census();
+    this.census = census;
+    this.store = await openAnchoredStore(this.disk, {
+      ...this.anchor,
+      onEntry: (entry) => census.take(entry),
+    });
     await this.start();
   }
 

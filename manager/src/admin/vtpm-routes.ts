@@ -1,7 +1,7 @@
 import { type Arrival, type Departure, type RecordHeader, type Stay, uuidToText } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { VtpmRegistry, VtpmView } from '../ownership/registry.js';
-import { isDeparting } from '../records/index.js';
+import { isDeparting, KIND_NAMES } from '../records/index.js';
 import {
   type AdminContext,
   type AdminRequest,
@@ -15,8 +15,6 @@ import {
 } from './route.js';
 
 type Retirement = NonNullable<RecordHeader['retirement']>;
-
-const KINDS = { LIVE: 'live', RETIRED: 'retired', MOVED: 'moved' } as const;
 
 const DEFAULT_PAGE = 100;
 const MAX_PAGE = 1000;
@@ -72,7 +70,7 @@ function describe({ header, savedBytes, isConnected }: VtpmView, context: AdminC
   return {
     id: uuidToText(header.vtpmUuid),
     vmUuid: uuidToText(header.vmUuid),
-    kind: KINDS[header.kind],
+    kind: KIND_NAMES[header.kind],
     migrating: isDeparting(header),
     movedTo:
       header.kind === 'MOVED' && header.departure ? nameOf(header.departure.destination, context) : null,

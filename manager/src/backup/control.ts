@@ -8,6 +8,7 @@ import { nextPath } from '../enrolment.js';
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
+import { checkHere } from '../ownership/ticket-check.js';
 import { restoredRecord, restoredTombstone, type VtpmRecord } from '../records/index.js';
 import type { AnchoredStore } from '../store/index.js';
 import { parse, sha256, verifiedFacts } from './format.js';
@@ -105,7 +106,7 @@ export class BackupControl {
 
   /**
    * Brings one vTPM back to the state of a backup that this installation made. The TPM has counted it when it resolves.
-   * @throws ManagerError `wrong-manager`, `retired`, `busy`, `bad-request`
+   * @throws ManagerError `wrong-manager`, `retired`, `moved`, `migrating`, `busy`, `bad-request`
    */
   async restore(actor: AuditActor, bytes: Uint8Array): Promise<RestorePlan> {
     const { facts, request } = this.#verified(bytes);
@@ -156,7 +157,7 @@ export class BackupControl {
     }
   }
 
-  /** @returns undefined where everything is as the backup says @throws ManagerError `retired` */
+  /** @returns undefined where everything is as the backup says @throws ManagerError `retired`, `moved`, `migrating` */
   #change(
     facts: BackupFacts,
     permanent: Uint8Array,
@@ -172,6 +173,10 @@ export class BackupControl {
         `vTPM ${id} was retired for good and does not come back; create a new one`,
       );
     }
+    // Where it lives, or is to live, only its migrations say.
+    if (held && facts.kind === 'MOVED') return undefined;
+    if (held) checkHere(id, held);
+    if (facts.kind === 'MOVED') return restoredTombstone(keys, facts);
     if (facts.kind === 'RETIRED') {
       if (!held) return restoredTombstone(keys, facts);
       throw new ManagerError(
@@ -202,7 +207,7 @@ function planOf(
 ): RestorePlan {
   return {
     id,
-    action: !record ? 'nothing' : record.header.kind === 'RETIRED' ? 'retire' : 'restore',
+    action: !record ? 'nothing' : record.header.kind === 'LIVE' ? 'restore' : 'retire',
     from: held?.generation,
     to: facts.generation,
     next: record?.header.generation,

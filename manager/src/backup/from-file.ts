@@ -113,4 +113,4 @@ async function restoreOne(
 }
 
 /** Of one vTPM alone. */
-const REFUSALS: ReadonlySet<string> = new Set(['busy', 'retired']);
+const REFUSALS: ReadonlySet<string> = new Set(['busy', 'retired', 'moved', 'migrating']);

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import type { Logger } from 'vtpm-common';
 import { bytesEqual, decode, ProtoError, type RecordHeader, uuidToText } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
-import { RECORD_FORMAT, savedBytes, vtpmOfKey } from '../records/index.js';
+import { KIND_NAMES, RECORD_FORMAT, savedBytes, vtpmOfKey } from '../records/index.js';
 import {
   ANCHOR_KEY,
   buildMerkleTree,
@@ -186,7 +186,7 @@ function viewOf(
   return {
     id: uuidToText(facts.vtpmUuid),
     vmUuid: uuidToText(facts.vmUuid),
-    kind: kind === 'LIVE' ? 'live' : 'retired',
+    kind: KIND_NAMES[kind],
     generation,
     epoch,
     marks,

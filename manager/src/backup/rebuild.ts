@@ -18,6 +18,8 @@ import { acquireLock } from '../lock.js';
 import { openPlatform, type Platform } from '../platform.js';
 import {
   encodeRecord,
+  KIND_NAMES,
+  type KindName,
   restoredRecord,
   restoredTombstone,
   type VtpmRecord,
@@ -60,7 +62,7 @@ export interface RebuildResult {
     readonly id: string;
     readonly vmUuid: string;
     readonly generation: bigint;
-    readonly kind: 'live' | 'retired';
+    readonly kind: KindName;
   }[];
   /** The store is not counted by any TPM: it starts after `recover` with the recovery key. */
   readonly needsRecover: boolean;
@@ -222,7 +224,7 @@ async function fill(
         id: vtpm,
         vmUuid: uuidToText(vmUuid),
         generation,
-        kind: kind === 'LIVE' ? 'live' : 'retired',
+        kind: KIND_NAMES[kind],
       });
       const backup = start.digest.toString('hex').slice(0, 32);
       const written = audit
@@ -246,7 +248,7 @@ function recordOf(
   count: bigint,
 ): VtpmRecord | undefined {
   const { parsed } = entry;
-  if (parsed.kind === 'RETIRED') return restoredTombstone(keys, parsed);
+  if (parsed.kind !== 'LIVE') return restoredTombstone(keys, parsed);
   if (entry.envelope.length === 0) return undefined;
   const content = openEntry(secretKey, start, entry);
   try {

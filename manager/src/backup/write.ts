@@ -100,6 +100,9 @@ function sealEntry(
       createdAt: header.createdAt,
       size: content?.size ?? 0,
       contentDigest: content ? sha256(content.bytes) : EMPTY,
+      ...(header.departure && { departure: header.departure }),
+      unsettled: header.unsettled,
+      lineage: header.lineage,
     });
     const envelope = content
       ? sealEnvelope(recipient, envelopeNames(headerDigest, facts), content.bytes)

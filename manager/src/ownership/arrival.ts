@@ -221,12 +221,6 @@ export class Arrivals {
   async #loadFor(place: Place, { header }: TravellingState) {
     if (place.mode === 'OFFLINE') return undefined;
     const refusal = ({ checked }: WaitingLoad): ManagerError | undefined => {
-      if (!bytesEqual(checked.ticket.vmRunId, header.vmRunId)) {
-        return new ManagerError(
-          'wrong-vm',
-          `vTPM ${place.vtpmUuid} comes as it runs, in another run of its VM`,
-        );
-      }
       const { referenceDigest } = checked.claim;
       if (place.mode !== 'VMM') return undefined;
       if (referenceDigest && bytesEqual(referenceDigest, header.referenceDigest)) return undefined;
@@ -341,9 +335,12 @@ function checkWelcome(
 }
 
 /** Whether what came is what its source announced, saves since then included. */
-function checkIsExpected({ vtpmUuid, header: announced }: Place, { header }: TravellingState): void {
-  if (!bytesEqual(header.vmUuid, announced.vmUuid)) {
-    throw new ManagerError('wrong-vm', `the state that came for vTPM ${vtpmUuid} belongs to another VM`);
+function checkIsExpected({ vtpmUuid, header: announced, hello }: Place, { header }: TravellingState): void {
+  if (!bytesEqual(header.vmUuid, announced.vmUuid) || !bytesEqual(header.vmRunId, hello.vmRunId)) {
+    throw new ManagerError(
+      'wrong-vm',
+      `the state that came for vTPM ${vtpmUuid} belongs to another VM, or run of it`,
+    );
   }
   if (header.epoch !== announced.epoch || header.generation < announced.generation) {
     throw new ManagerError(

@@ -12,6 +12,7 @@ import {
 } from 'vtpm-proto';
 import type { AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import { wipe } from '../keys/index.js';
 import { checkDecision } from '../migration/decision.js';
 import {
   depart,
@@ -185,7 +186,7 @@ export class Departures {
       this.#checkMayGo(vtpmUuid, record.header, destination.destination);
       checkStopped(slot, record.header, destination, frozen);
       const facts = factsOf(destination);
-      const head = await this.desk.audit(actor, 'migrate-out', 'intended', record.header, facts);
+      const head = await this.desk.audit(actor, 'freeze', 'intended', record.header, facts);
       // Opened before anything is said: a state that does not open never leaves.
       const state = travelling(this.desk.keys, record, {
         host: this.desk.keys.hostKey.publicKey,
@@ -194,8 +195,13 @@ export class Departures {
         migrationId: destination.migrationId,
       });
       const next = depart(record, destination);
-      await this.#write('depart', vtpmUuid, held, next);
-      await this.#note(actor, 'migrate-out', next.header, facts);
+      try {
+        await this.#write('depart', vtpmUuid, held, next);
+      } catch (error) {
+        wipe(state.parts.PERMANENT, state.parts.VOLATILE, state.parts.REFERENCE_KEY);
+        throw error;
+      }
+      await this.#note(actor, 'freeze', next.header, facts);
       const { live } = slot;
       slot.live = undefined;
       live?.fence(`vTPM ${vtpmUuid} is on its way to another host`);
@@ -313,7 +319,7 @@ export class Departures {
   /** It is so: a log that is full changes nothing of it. */
   async #note(
     actor: AuditActor,
-    action: 'migrate-out' | 'migrate-abort' | 'migrate-commit',
+    action: 'freeze' | 'migrate-abort' | 'migrate-commit',
     header: RecordHeader,
     facts: Readonly<Record<string, string>>,
   ): Promise<void> {

@@ -106,7 +106,7 @@ export class Place {
   /**
    * A Load whose ticket is in order. A newer one takes the place of the one before: that worker has ended, or its ticket
    * would not be.
-   * @throws ManagerError `migrating` where none is expected, `verb-missing`, or why the vTPM did not come
+   * @throws ManagerError `migrating` where none is expected, `verb-missing`, `wrong-vm`, or why the vTPM did not come
    */
   wait(load: WaitingLoad): Promise<LoadResponse> {
     const { checked, call } = load;
@@ -122,6 +122,9 @@ export class Place {
         'verb-missing',
         `vTPM ${this.vtpmUuid} comes as it runs: the ticket needs the verb resume`,
       );
+    }
+    if (!bytesEqual(checked.ticket.vmRunId, this.hello.vmRunId)) {
+      throw new ManagerError('wrong-vm', `vTPM ${this.vtpmUuid} comes as it runs, in another run of its VM`);
     }
     call.extend(this.#until - performance.now());
     return new Promise((resolve, reject) => {

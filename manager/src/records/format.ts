@@ -26,6 +26,13 @@ function formatOf({ kind, departure, unsettled, lineage, referenceKey }: RecordH
   return isPlain ? FIRST_FORMAT : RECORD_FORMAT;
 }
 
+/** What people and programs outside call the kinds. */
+export const KIND_NAMES = { LIVE: 'live', RETIRED: 'retired', MOVED: 'moved' } as const satisfies Record<
+  RecordHeader['kind'],
+  string
+>;
+export type KindName = (typeof KIND_NAMES)[RecordHeader['kind']];
+
 /** A verified record. Parts are sealed; the header is in the clear and authenticated. */
 export interface VtpmRecord {
   readonly header: RecordHeader;

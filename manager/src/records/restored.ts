@@ -16,7 +16,8 @@ export type CopyFacts = Pick<
   | 'libtpmsVersion'
   | 'savedAt'
   | 'createdAt'
->;
+> &
+  Partial<Pick<RecordHeader, 'departure' | 'unsettled' | 'lineage'>>;
 
 const EMPTY = new Uint8Array(0);
 /** Of a VM run and a boot that never were: a restored vTPM is powered on. */
@@ -56,6 +57,7 @@ export function restoredTombstone(keys: KeyHierarchy, copy: CopyFacts): VtpmReco
 
 function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: RecordHeader | undefined): RecordHeader {
   const { vtpmUuid, vmUuid, kind, libtpmsVersion, savedAt, createdAt } = copy;
+  const { departure, unsettled = [], lineage = [] } = copy;
   const accepted = max(copy.generation, held?.generation) / ACCEPTANCE;
   return {
     format: FIRST_FORMAT,
@@ -73,8 +75,10 @@ function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: RecordHeader | unde
     marks: [...new Set([...(held?.marks ?? []), ...copy.marks])],
     savedAt,
     createdAt,
-    unsettled: [],
-    lineage: [],
+    // Where there is a record, what came after the copy is in it, and it is not on its way any more.
+    ...(departure && !held && { departure }),
+    unsettled: held?.unsettled ?? unsettled,
+    lineage: held?.lineage ?? lineage,
   };
 }
 

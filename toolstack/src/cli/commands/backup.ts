@@ -109,7 +109,8 @@ function describe(vtpm: Restored['vtpms'][number], isDone: boolean): string {
   const { id, action, from, to, next, savedAt, reason } = vtpm;
   if (action === 'refused') return `refused    ${id}: ${reason?.message}`;
   if (action === 'nothing') return `unchanged  ${id}: it is as the backup says, or has no state there`;
-  if (action === 'retire') return `${isDone ? 'retired' : 'retires'}    ${id}: the backup says that it was`;
+  if (action === 'retire')
+    return `${isDone ? 'retired' : 'retires'}    ${id}: the backup says that it was, or had moved away`;
   const saved = savedAt ? ` (saved ${time(new Date(savedAt).toISOString())})` : '';
   const before = from === null ? 'is not here' : `is at generation ${say(from)}`;
   return isDone
@@ -168,7 +169,7 @@ export async function rebuild(
     [
       ...made.vtpms.map(
         ({ id, kind, generation }) =>
-          `${kind === 'live' ? 'restored' : 'retired '}  ${id}, generation ${sayGeneration(generation)}`,
+          `${(kind === 'live' ? 'restored' : kind).padEnd(8)}  ${id}, generation ${sayGeneration(generation)}`,
       ),
       `rebuilt   ${paths.home}`,
       made.needsRecover
