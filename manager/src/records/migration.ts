@@ -103,7 +103,8 @@ export function travelling(keys: KeyHierarchy, record: VtpmRecord, stay: StayHer
   };
 }
 
-function withStay(lineage: readonly Stay[], stay: Stay): Stay[] {
+/** The past of one that has lived at one more place: the first of them, and the newest. */
+export function withStay(lineage: readonly Stay[], stay: Stay): Stay[] {
   const [first, ...others] = lineage;
   return first ? [first, ...others.slice(2 - MAX_STAYS), stay] : [stay];
 }
