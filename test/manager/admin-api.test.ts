@@ -7,10 +7,13 @@ import { Ajv2020 } from 'ajv/dist/2020.js';
 import { ROUTES } from 'vtpm-manager/admin/routes';
 import { newBackupKey, parseBackupSecret } from 'vtpm-manager/backup/operator-key';
 import { openEntry, readBackup } from 'vtpm-manager/backup/read';
-import { encode, uuidToText } from 'vtpm-proto';
+import { endorsementFingerprint } from 'vtpm-manager/peer/endorsement';
+import { platformDigest, readIdentity, renderIdentity } from 'vtpm-manager/peer/identity-file';
+import { encode, signingKeyFromSeed, uuidToText } from 'vtpm-proto';
 import { parse } from 'yaml';
 import { REPOSITORY } from '../support/installation.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
+import { LyingTpm } from './peer-fixture.js';
 import { Host } from './platform-fixture.js';
 
 interface Operation {
@@ -74,7 +77,7 @@ describe('docs/admin-api.yaml', () => {
   /** Sends it, and holds the answer against what is documented of the call. */
   async function send(
     call: string,
-    names: { id?: string; digest?: string; migration?: string } = {},
+    names: { id?: string; digest?: string; migration?: string; name?: string } = {},
     body?: unknown,
     query = '',
   ): Promise<Answer> {
@@ -129,6 +132,20 @@ describe('docs/admin-api.yaml', () => {
       bytes,
       text: bytes.toString(),
     };
+  }
+
+  const liar = new LyingTpm();
+  /** @returns the identity of another host, with the endorsement key of this one, and the fingerprint of that */
+  function otherHost(own: string, quotedBy = liar): [identity: string, fingerprint: string] {
+    const key = signingKeyFromSeed(Buffer.alloc(32, 1));
+    const facts = {
+      ...readIdentity(own).facts,
+      hostId: key.publicKey,
+      tlsKey: Buffer.alloc(32, 2),
+      attestationKey: Buffer.from(liar.peer.attestationKey),
+    };
+    const identity = renderIdentity(facts, quotedBy.evidence(platformDigest(facts)), key);
+    return [identity, endorsementFingerprint(facts.endorsementKey)];
   }
 
   /** What brings back each vTPM of a backup. */
@@ -243,6 +260,28 @@ describe('docs/admin-api.yaml', () => {
       await send('POST /migrations/{migration}/cancel', names, {});
     }
 
+    const own = JSON.parse((await send('GET /identity')).text) as { identity: string };
+    const [identity, fingerprint] = otherHost(own.identity);
+    const peer = { name: 'b', identity, addresses: ['192.0.2.7:7799', '[2001:db8::7]:7799'] };
+    await send('POST /peers', {}, peer);
+    await send('POST /peers', {}, { ...peer, ekFingerprint: 'ab'.repeat(32) });
+    await send('POST /peers', {}, { ...peer, identity: 'x'.repeat(1024 * 1024) });
+    const added = { ...peer, ekFingerprint: fingerprint, approveCurrent: true, authority, maySend: false };
+    await send('POST /peers', {}, added);
+    await send('POST /peers', {}, added);
+    await send('GET /peers');
+    const platform = [{ pcrSelection: 'sha256:7', pcrDigest: unknown.digest }];
+    const b = { name: 'b' };
+    await send('PATCH /peers/{name}', b, { approve: platform, mayReceive: false, authority: null });
+    await send('PATCH /peers/{name}', b, { withdraw: platform, addresses: [] });
+    await send('PATCH /peers/{name}', b, { identity });
+    await send('PATCH /peers/{name}', b, { identity: otherHost(own.identity, new LyingTpm())[0] });
+    await send('PATCH /peers/{name}', b, { withdraw: platform });
+    await send('PATCH /peers/{name}', b, {});
+    await send('PATCH /peers/{name}', { name: 'c' }, { addresses: [] });
+    await send('DELETE /peers/{name}', b);
+    await send('DELETE /peers/{name}', b);
+
     for (const query of ['', '?tail=5', '?tail=0']) await send('GET /audit', {}, undefined, query);
     for (const query of ['', '?from=2&to=3', '?from=3&to=2']) {
       await send('GET /audit/export', {}, undefined, query);
@@ -260,7 +299,7 @@ describe('docs/admin-api.yaml', () => {
     await host.manager.stop();
     await host.extend('other firmware');
     assert.equal((await host.manager.start()).status, 'locked');
-    const names = { id: testVtpm().id, digest: 'ab'.repeat(32), migration: 'ab'.repeat(16) };
+    const names = { id: testVtpm().id, digest: 'ab'.repeat(32), migration: 'ab'.repeat(16), name: 'b' };
     for (const { call, operation } of operations) {
       if (!operation.responses['503']) {
         if (call.startsWith('GET ')) assert.equal((await send(call)).status, 200, call);
