@@ -23,4 +23,24 @@ describe('a migration between two managers', () => {
     assert.equal(here.grant.generation, 1n);
     await here.end();
   });
+
+  it('moves a running vTPM: its worker is suspended, the one that waits at the destination goes on', async () => {
+    const { a, b } = pair;
+    const worker = await a.manufactured('P-live');
+    const { vtpm } = worker;
+    const given = a.give(await a.order(vtpm, b, { mode: 'LIVE' }));
+    const incoming = await b.events.next('incoming');
+    // The source's epoch is what the ticket of the one that waits expects.
+    const waiting = b.worker(vtpm, ['RESUME'], BigInt(incoming.epoch as number));
+    await b.call('POST', `/migrations/${String(incoming.migration)}/accept`, {});
+    await worker.suspends('V-live');
+    const last = await given.carryOut();
+    assert.equal(last?.phase, 'COMMITTED', `${last?.reason}: ${last?.message}`);
+    const here = await waiting;
+    assert.equal(here.grant.arrived, true);
+    assert.equal(Buffer.from(here.grant.permanent).toString(), 'P-suspended');
+    assert.equal(Buffer.from(here.grant.suspended!.volatile).toString(), 'V-live');
+    assert.equal(here.grant.epoch, 2n);
+    await here.end();
+  });
 });

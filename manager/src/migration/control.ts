@@ -11,7 +11,7 @@ import {
 } from 'vtpm-proto';
 import type { AuditActor, AuditEvent } from '../audit/index.js';
 import { ManagerError } from '../error.js';
-import type { PendingDeparture } from '../ownership/departure.js';
+import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
 import type { IncomingEvent, VtpmEvents } from '../ownership/events.js';
 import type { PeerChannel } from '../peer/channel.js';
 import { DestinationMigration } from './destination.js';
@@ -34,6 +34,8 @@ export interface MigrationParts {
   readonly events: VtpmEvents;
   audit(event: AuditEvent): Promise<unknown>;
   readonly log: Logger;
+  /** For tests: other pauses between two inquiries. */
+  readonly pausesMs?: readonly number[] | undefined;
 }
 
 /** One migration, as the admin plane tells of it. */
@@ -86,6 +88,7 @@ export class MigrationControl {
       host,
       departures,
       log,
+      pausesMs: parts.pausesMs,
       onDecided: (pending, verdict) => this.#onDecided(pending, verdict),
     });
     this.#settler = new Settler({
@@ -122,22 +125,36 @@ export class MigrationControl {
       );
     }
     const order = this.#orders.check(signed);
-    const facts = await this.parts.departures.check(order);
+    const name = hex(order.migrationId);
+    const about = {
+      actor: { toolstackKey: hex(order.toolstackKey) },
+      action: 'migrate-out',
+      vtpm: uuidToText(order.vtpmUuid),
+      facts: {
+        migration: name,
+        to: this.#nameOf(order.destination),
+        mode: order.mode,
+        ...(order.dryRun && { dryRun: 'yes' }),
+      },
+    } as const;
+    let facts: DepartureFacts;
+    try {
+      facts = await this.parts.departures.check(order);
+    } catch (error) {
+      const reason = ManagerError.from(error);
+      await this.#audit({ ...about, verdict: 'refused', reason });
+      throw reason;
+    }
     const session = new SourceMigration(
       { ...this.parts, order, orderer: { ...orderer, cancelled: cancel.signal }, resolver: this.#resolver },
       facts,
     );
-    const name = hex(order.migrationId);
     this.#leaving.set(name, { session, cancel });
-    const vtpm = uuidToText(order.vtpmUuid);
-    const about = { actor: { toolstackKey: hex(order.toolstackKey) }, action: 'migrate-out', vtpm } as const;
-    const what = { migration: name, to: this.#nameOf(order.destination), mode: order.mode };
     try {
-      await this.#audit({ ...about, verdict: 'intended', facts: { ...what, dryRun: String(order.dryRun) } });
       const end = await this.#track(session.run());
-      const verdict = end.at === 'aborted' ? 'failed' : end.at === 'in-doubt' ? 'failed' : 'done';
-      const reason = 'reason' in end ? end.reason : undefined;
-      await this.#audit({ ...about, verdict, ...(reason && { reason }), facts: { ...what, end: end.at } });
+      // What changes a record is in the log with it.
+      if (end.at === 'aborted') await this.#audit({ ...about, verdict: 'failed', reason: end.reason });
+      if (end.at === 'checked') await this.#audit({ ...about, verdict: 'done' });
       if (!order.dryRun) this.#remember(this.#viewOfOrder(session, end));
       return end;
     } finally {
@@ -294,13 +311,14 @@ export class MigrationControl {
       ...(reason && { reason: reason.code, message: reason.message }),
     });
     this.#tell(name, uuidToText(hello.vtpmUuid), 'destination', verdict, peerName);
+    if (!reason) return;
     await this.#audit({
       actor: 'manager',
       action: 'migrate-in',
-      verdict: reason ? 'failed' : 'done',
+      verdict: 'failed',
       vtpm: uuidToText(hello.vtpmUuid),
-      facts: { migration: name, from: peerName, mode: hello.mode, end: end.at },
-      ...(reason && { reason }),
+      facts: { migration: name, from: peerName, mode: hello.mode },
+      reason,
     });
   }
 

@@ -14,6 +14,8 @@ export interface ResolverParts {
   /** It is durable here. */
   readonly onDecided: (pending: PendingDeparture, verdict: Verdict) => void;
   readonly log: Logger;
+  /** For tests: other pauses. */
+  readonly pausesMs?: readonly number[] | undefined;
 }
 
 /** A departure of which it is not known here what became of it. */
@@ -154,7 +156,8 @@ export class Resolver {
   }
 
   async #afterPause(doubt: Doubt): Promise<void> {
-    const pause = INQUIRE_AFTER_MS[Math.min(doubt.attempts, INQUIRE_AFTER_MS.length - 1)];
+    const pauses = this.parts.pausesMs ?? INQUIRE_AFTER_MS;
+    const pause = pauses[Math.min(doubt.attempts, pauses.length - 1)];
     await delay(pause, undefined, { signal: doubt.wake.signal, ref: false }).catch(() => undefined);
     if (this.#ended.signal.aborted) throw new ManagerError('shutting-down', 'the manager is shutting down');
     doubt.wake = new AbortController();

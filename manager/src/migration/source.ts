@@ -175,7 +175,7 @@ export class SourceMigration {
 
   #enter(next: SourceState): void {
     this.#state = next;
-    if (isEnd(next)) this.#downtimeUs = this.#downtime();
+    if (isEnd(next) && this.#downtimeUs === 0n) this.#downtimeUs = this.#downtime();
     this.#tell();
   }
 
@@ -369,7 +369,8 @@ export class SourceMigration {
     const id = uuidToText(order.vtpmUuid);
     const { migrationId, destination, mode } = order;
     barrier('migrate.source.depart');
-    const written = departures.depart(id, { migrationId, destination, mode, at: BigInt(Date.now()) });
+    const actor = { toolstackKey: Buffer.from(order.toolstackKey).toString('hex') };
+    const written = departures.depart(id, { migrationId, destination, mode, at: BigInt(Date.now()) }, actor);
     const reaped = this.#unlessCancelled(
       orderer.reaped,
       LIMITS_MS.reaping,
@@ -419,6 +420,7 @@ export class SourceMigration {
   }
 
   async #commit({ talk, pending, signed }: Extract<SourceState, { at: 'committing' }>): Promise<SourceState> {
+    // It goes on there already.
     this.#downtimeUs = this.#downtime();
     const verdict = await this.parts.resolver.apply(pending, signed);
     const { migrationId, vtpmUuid } = this.parts.order;

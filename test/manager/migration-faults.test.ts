@@ -1,0 +1,186 @@
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import fc from 'fast-check';
+import { signMigrateOrder } from 'vtpm-proto';
+import { type Fate, ModelHost, ModelNet } from '../support/model-net.js';
+import type { TestVtpm } from '../support/worker-client.js';
+import { World } from './ownership-fixture.js';
+
+/** Two hosts whose records are real, and lines between them that are not to be relied on. */
+class TwoHosts {
+  readonly net = new ModelNet();
+  a!: ModelHost;
+  b!: ModelHost;
+
+  static async create(): Promise<TwoHosts> {
+    const hosts = new TwoHosts();
+    hosts.a = new ModelHost('a', await World.create(), hosts.net);
+    hosts.b = new ModelHost('b', await World.create(), hosts.net);
+    hosts.a.knows(hosts.b);
+    hosts.b.knows(hosts.a);
+    await hosts.a.begin();
+    await hosts.b.begin();
+    return hosts;
+  }
+
+  async stopped(host: ModelHost, permanent: string): Promise<TestVtpm> {
+    const worker = await host.world.manufactured();
+    await worker.save(permanent);
+    worker.stream?.detach();
+    return worker.vtpm;
+  }
+
+  async move(from: ModelHost, to: ModelHost, vtpm: TestVtpm) {
+    const { world } = from;
+    const { header } = await world.registry.view(vtpm.id);
+    const { key } = world.toolstack;
+    const order = signMigrateOrder(key, {
+      format: 1,
+      managerId: world.managerId,
+      toolstackKey: key.publicKey,
+      vtpmUuid: vtpm.uuid,
+      vmUuid: vtpm.vmUuid,
+      destination: to.world.keys.hostKey.publicKey,
+      expectedEpoch: header.epoch,
+      leastGeneration: header.generation,
+      migrationId: randomBytes(16),
+      bootId: world.boot,
+      expiresAtMonotonicMs: world.now + 60_000n,
+      mode: 'OFFLINE',
+      dryRun: false,
+      description: Buffer.from('{}'),
+    });
+    const orderer = { progress: () => undefined, reaped: Promise.resolve() };
+    return await from.control.migrate(order, orderer, new AbortController());
+  }
+
+  /** The manager of a host ends without a word and starts again from its disk. */
+  async restart(host: ModelHost): Promise<void> {
+    host.isUp = false;
+    await host.control.close();
+    await host.world.restart();
+    host.isUp = true;
+    await host.begin();
+  }
+
+  /** Until nothing is in doubt any more. */
+  async settle(host: ModelHost): Promise<void> {
+    for (const { departure } of await host.world.registry.departures.pending()) {
+      await host.control
+        .resolve(Buffer.from(departure.migrationId).toString('hex'), 'manager')
+        .catch(() => undefined);
+    }
+    assert.deepEqual(await host.world.registry.departures.pending(), []);
+  }
+
+  /** Who lets it be loaded at its newest epoch, and what comes out there. */
+  async livesAt(vtpm: TestVtpm): Promise<{ host: ModelHost; permanent: string; generation: bigint }[]> {
+    const found = [];
+    for (const host of [this.a, this.b]) {
+      const record = await host.world.registry.record(vtpm.id);
+      if (!record) continue;
+      const worker = host.world.worker(vtpm);
+      const loading = worker.load({ verbs: ['COLD'], expectedEpoch: record.header.epoch });
+      const grant = await loading.catch(() => undefined);
+      if (!grant) continue;
+      const permanent = Buffer.from(grant.permanent).toString();
+      found.push({ host, permanent, generation: grant.generation });
+    }
+    return found;
+  }
+}
+
+const fate = fc.oneof(
+  { weight: 6, arbitrary: fc.constant<Fate>('deliver') },
+  { weight: 1, arbitrary: fc.constantFrom<Fate>('lose', 'double', 'swap', 'cut-before', 'cut-after') },
+);
+
+describe('the two ends of a migration, over lines that lose, double, reorder and cut', () => {
+  it('I-3 leave one live copy with all that was saved, whatever becomes of the messages', async () => {
+    await fc.assert(
+      fc.asyncProperty(fc.array(fate, { minLength: 1, maxLength: 24 }), async (fates) => {
+        const hosts = await TwoHosts.create();
+        const vtpm = await hosts.stopped(hosts.a, 'saved');
+        hosts.net.fates = [...fates];
+        const end = await hosts.move(hosts.a, hosts.b, vtpm);
+        hosts.net.fates = [];
+        await hosts.settle(hosts.a);
+        const lives = await hosts.livesAt(vtpm);
+        assert.equal(lives.length, 1, end.at);
+        assert.equal(lives[0]?.permanent, 'saved');
+        assert.ok(lives[0].generation >= 2n);
+        if (end.at === 'committed') assert.equal(lives[0].host.name, 'b');
+        if (end.at === 'aborted') assert.equal(lives[0].host.name, 'a');
+        await hosts.a.control.close();
+        await hosts.b.control.close();
+      }),
+      { numRuns: 60 },
+    );
+  });
+
+  it('I-3 leave one live copy where every single message is lost, doubled, late or the last', async () => {
+    // HELLO, OFFER, EVIDENCE, EVIDENCE, SECRET, READY, STATE, DECISION, SETTLED.
+    for (const bad of ['lose', 'double', 'swap', 'cut-before', 'cut-after'] as const) {
+      for (let at = 0; at < 9; at++) {
+        const hosts = await TwoHosts.create();
+        const vtpm = await hosts.stopped(hosts.a, 'saved');
+        hosts.net.fates = [...Array<Fate>(at).fill('deliver'), bad];
+        const end = await hosts.move(hosts.a, hosts.b, vtpm);
+        await hosts.settle(hosts.a);
+        const lives = await hosts.livesAt(vtpm);
+        assert.equal(lives.length, 1, `${bad} ${at}: ${end.at}`);
+        assert.equal(lives[0]?.permanent, 'saved');
+        await hosts.a.control.close();
+        await hosts.b.control.close();
+      }
+    }
+  });
+
+  it('I-3 leave one live copy after restarts of either manager while it is in doubt', async () => {
+    await fc.assert(
+      fc.asyncProperty(
+        fc.integer({ min: 0, max: 8 }),
+        fc.constantFrom<Fate>('lose', 'cut-after'),
+        fc.array(fc.constantFrom('a', 'b'), { minLength: 1, maxLength: 3 }),
+        async (at, bad, restarts) => {
+          const hosts = await TwoHosts.create();
+          const vtpm = await hosts.stopped(hosts.a, 'saved');
+          hosts.net.fates = [...Array<Fate>(at).fill('deliver'), bad];
+          const moving = hosts.move(hosts.a, hosts.b, vtpm);
+          if (at >= 6) {
+            // The line is down until both have been restarted: nobody can have been told.
+            hosts.net.fates.push(...Array<Fate>(40).fill('cut-before'));
+          }
+          for (const name of restarts) await hosts.restart(hosts[name]);
+          hosts.net.fates = [];
+          await moving.catch(() => undefined);
+          await hosts.settle(hosts.a);
+          const lives = await hosts.livesAt(vtpm);
+          assert.equal(lives.length, 1);
+          assert.equal(lives[0]?.permanent, 'saved');
+          await hosts.a.control.close();
+          await hosts.b.control.close();
+        },
+      ),
+      { numRuns: 20 },
+    );
+  });
+
+  it('I-5 go there and back again with epochs and generations that rise', async () => {
+    const hosts = await TwoHosts.create();
+    const vtpm = await hosts.stopped(hosts.a, 'saved');
+    let [from, to] = [hosts.a, hosts.b];
+    let epoch = 0n;
+    for (let round = 0; round < 6; round++) {
+      assert.equal((await hosts.move(from, to, vtpm)).at, 'committed');
+      const { header } = await to.world.registry.view(vtpm.id);
+      assert.ok(header.epoch > epoch);
+      assert.equal(header.generation, 2n);
+      epoch = header.epoch;
+      [from, to] = [to, from];
+    }
+    assert.equal((await hosts.livesAt(vtpm)).length, 1);
+    await hosts.a.control.close();
+    await hosts.b.control.close();
+  });
+});
