@@ -102,6 +102,11 @@ export class AdminClient {
     await this.#call('POST', `/migrations/${id}/cancel`, {});
   }
 
+  /** Asks the destination what it decided, now. @throws as `acceptMigration` */
+  async resolveMigration(id: string): Promise<void> {
+    await this.#call('POST', `/migrations/${id}/resolve`, {});
+  }
+
   /** @param hostId hex @returns undefined where it is no peer */
   async peerName(hostId: string): Promise<string | undefined> {
     const value = (await this.#get('/peers')) as { peers?: readonly { name: string; hostId: string }[] };

@@ -5,7 +5,10 @@ import type { VtpmStatus } from './vtpm-status.js';
 import { isOfTheDead } from './worker-start.js';
 
 /** Who comes and goes at the doors of a vTPM, for the worker that it has then. */
-export function doorEvents(status: Pick<VtpmStatus, 'state' | 'attendant'>, run: VmRun): DoorEvents {
+export function doorEvents(
+  status: Pick<VtpmStatus, 'state' | 'standIn' | 'attendant'>,
+  run: VmRun,
+): DoorEvents {
   return {
     connected: (visit) => passVisit(status, run, visit),
     disconnected: ({ id, door }) => status.attendant?.disconnected(id, door),
@@ -18,11 +21,13 @@ export function doorEvents(status: Pick<VtpmStatus, 'state' | 'attendant'>, run:
 
 /** A connection waits while there is no worker: the next one gets all that are open. */
 export function passVisit(
-  { state }: Pick<VtpmStatus, 'state'>,
+  { state, standIn }: Pick<VtpmStatus, 'state' | 'standIn'>,
   run: VmRun,
-  { door, id, peer, socket }: Visit,
+  visit: Visit,
 ): void {
+  const { door, id, peer, socket } = visit;
   if (peer !== undefined) run.clientCame(peer);
+  standIn?.pass(visit);
   if (state.kind !== 'running' && state.kind !== 'lost') return;
   try {
     state.worker.pass(socketFd(socket), { type: 'connection', door, id, peer });
@@ -33,10 +38,16 @@ export function passVisit(
 }
 
 /** The worker has sent what a VMM gave as its data channel. */
-export function takeDataChannel({ state }: Pick<VtpmStatus, 'state'>, run: VmRun): void {
-  if (state.kind !== 'running' && state.kind !== 'lost') return;
-  const fd = state.worker.takeDescriptor();
+export function takeDataChannel(status: Pick<VtpmStatus, 'state' | 'standIn'>, run: VmRun): void {
+  const { state, standIn } = status;
+  const worker = standIn
+    ? standIn.worker
+    : state.kind === 'running' || state.kind === 'lost'
+      ? state.worker
+      : undefined;
+  if (!worker || !('doors' in state)) return;
+  const fd = worker.takeDescriptor();
   const visit = fd === undefined ? undefined : state.doors.keepDataChannel(fd);
-  if (visit) passVisit({ state }, run, visit);
-  else state.worker.send({ type: 'no-data-channel' });
+  if (visit) passVisit(status, run, visit);
+  else worker.send({ type: 'no-data-channel' });
 }

@@ -27,7 +27,8 @@ export interface VtpmContext {
  * possible, and a worker answers TPM_RC_FAILURE to everything until the VM is reset (an explicit start). `stopping`: asked
  * to save and end. `crashed`: no worker can be kept alive; the doors are closed until an explicit start. `migrating`: it is
  * frozen, and runs nowhere until it is known what came of its migration; while it has doors, connections stay. `arriving`: it
- * comes from another host, and its worker, where there is one, waits for the manager's word. `moved`: it lives on another host.
+ * comes from another host, and its worker, where there is one, waits for the manager's word; where it has doors it comes with its
+ * VMM, which waits there. `moved`: it lives on another host.
  */
 export type VtpmState =
   | { readonly kind: 'stopped'; readonly reason: string | null }
@@ -45,4 +46,5 @@ export type VtpmState =
   | { readonly kind: 'migrating'; readonly reason: string; readonly doors: Doors }
   | { readonly kind: 'migrating'; readonly reason: string }
   | { readonly kind: 'arriving'; readonly reason: string; readonly worker: WorkerProcess | undefined }
+  | { readonly kind: 'arriving'; readonly reason: string; readonly doors: Doors }
   | { readonly kind: 'moved'; readonly reason: string };

@@ -2,6 +2,7 @@ import { join } from 'node:path';
 import type { Logger } from 'vtpm-common';
 import type { DoorName, VmmStatus } from './control-protocol.js';
 import type { Entry } from './entry.js';
+import type { StandIn } from './migration/stand-in.js';
 import type { ProcessId } from './processes.js';
 import type { VtpmList } from './vtpm-list.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
@@ -24,6 +25,8 @@ export class VtpmStatus {
   attendant: Attendant | undefined;
   /** What the worker said last of the VMM, where that powers the TPM. */
   vmm: VmmStatus | undefined;
+  /** Has the VMM's connections while the TPM is on its way. */
+  standIn: StandIn | undefined;
   /** What a kill could not end. No start while it is there. */
   lingering: readonly ProcessId[] = [];
   readonly #list: VtpmList;

@@ -54,13 +54,13 @@ export interface VtpmView {
 
 /** @param looksAgain at the layers of the worker: some twenty files of /proc, too many for each one of a long list */
 export function viewOf(
-  { entry, state, vmm, doorsDirectory }: VtpmStatus,
+  { entry, state, standIn, vmm, doorsDirectory }: VtpmStatus,
   { profile, waived }: Pick<Confinements, 'profile' | 'waived'>,
   looksAgain: boolean,
 ): VtpmView {
   const { id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode } =
     entry;
-  const worker = 'worker' in state ? state.worker : undefined;
+  const worker = standIn ? standIn.worker : 'worker' in state ? state.worker : undefined;
   return {
     ...{ id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode },
     dropin: entry.dropin && { place: entry.dropin.place, uid: entry.dropin.uid },

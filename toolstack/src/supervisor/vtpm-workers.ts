@@ -9,6 +9,7 @@ import { doorEvents, passVisit, takeDataChannel } from './door-events.js';
 import { type DoorPlan, Doors } from './doors.js';
 import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
+import { type Coming, VmmTravel } from './migration/vmm-travel.js';
 import { killAndWait } from './processes.js';
 import { isFinal, isHopeless, isOutdated, passingRetryMs, presumedWrong, wasLost } from './restart-policy.js';
 import { type ResetParts, resetLost } from './vm-reset.js';
@@ -34,15 +35,6 @@ const PATIENCE_MS = 300_000;
 /** A migration has limits of its own; this ends a worker that nobody tells. */
 const ARRIVAL_LIMIT_MS = 3_600_000;
 
-/** A vTPM that comes, frozen, from another host. */
-export interface Coming {
-  /** Name of the host. */
-  readonly from: string;
-  /** That it has there. */
-  readonly epoch: number;
-  readonly vmRunId: string;
-}
-
 /** The workers that serve one vTPM, one after another, and the connections that outlive them. */
 export class VtpmWorkers {
   readonly #context: VtpmContext;
@@ -58,12 +50,21 @@ export class VtpmWorkers {
   /** Aborted where a restart that is under way must not come to its end. */
   #breaking = new AbortController();
   #patience: NodeJS.Timeout | undefined;
+  readonly #travel: VmmTravel;
 
   /** @param gate no restart begins while it is held */
   constructor(context: VtpmContext, status: VtpmStatus, gate: Gate) {
     this.#context = context;
     this.#status = status;
     this.#gate = gate;
+    this.#travel = new VmmTravel({
+      ...{ context, status },
+      claim: (broken) => context.pool.take(status.entry.isolation, this.#owner(), broken),
+      newRun: () => this.#newRun(),
+      doorPlan: () => this.#doorPlan(),
+      startParts: (run) => this.#parts(run),
+      watch: (worker) => this.#watch(worker),
+    });
   }
 
   /**
@@ -133,7 +134,8 @@ export class VtpmWorkers {
   async breakOffStart(): Promise<void> {
     this.#isShuttingDown = true;
     const { state } = this.#status;
-    if (state.kind === 'starting' || state.kind === 'arriving') await state.worker?.kill();
+    if ((state.kind === 'starting' || state.kind === 'arriving') && 'worker' in state)
+      await state.worker?.kill();
   }
 
   /** The manager freezes the TPM now. */
@@ -164,6 +166,16 @@ export class VtpmWorkers {
     this.#status.lingering = [];
   }
 
+  /** Before `leave`, where the VM moves too. @param called its VMM needs the TPM here */
+  prepareToLeave(called: () => Promise<void>): void {
+    if (this.#run) this.#travel.prepareToLeave(this.#run, called);
+  }
+
+  /** After `leave`: its VMM is served on. */
+  standAway(): void {
+    this.#travel.standAway();
+  }
+
   /** Nobody knows yet where it goes on. Connections do not wait for ever. */
   beInDoubt(reason: string): void {
     const { state } = this.#status;
@@ -177,6 +189,7 @@ export class VtpmWorkers {
   async stay(reason: string): Promise<void> {
     this.#isLeaving = false;
     clearTimeout(this.#patience);
+    await this.#travel.endStandIn();
     const { state } = this.#status;
     if (state.kind !== 'migrating') return;
     if ('doors' in state && this.#run) this.#restart = this.#goOn(this.#run, state.doors, reason);
@@ -198,6 +211,7 @@ export class VtpmWorkers {
 
   #dropConnections(reason: string): void {
     clearTimeout(this.#patience);
+    void this.#travel.endStandIn();
     const { state } = this.#status;
     if ('doors' in state) state.doors.close();
     this.#run?.end();
@@ -266,6 +280,23 @@ export class VtpmWorkers {
       this.#status.state = { kind: 'arriving', reason, worker: undefined };
       throw error;
     }
+  }
+
+  /** As `arrive`, where its VMM brings it. Resolves when that can connect: when it comes, and whether, is not known then. */
+  async arriveWithVmm(coming: Coming): Promise<void> {
+    this.#run = await this.#travel.arrive(coming);
+  }
+
+  /** Its VMM has not brought it yet. */
+  get isAwaited(): boolean {
+    return this.#travel.isArriving;
+  }
+
+  /** What `arriveWithVmm` began comes to nothing. */
+  async comesNot(): Promise<void> {
+    if (!this.#travel.isArriving) return;
+    await this.#travel.comesNot();
+    this.#run?.end();
   }
 
   /** A run without a TPM that works: there is nothing to save. */
@@ -389,6 +420,9 @@ export class VtpmWorkers {
       }
       case 'vmm-shut-down':
         this.#status.attendant?.shutDown();
+        return;
+      case 'vmm-calls':
+        this.#status.standIn?.heard(message);
         return;
       case 'vm-reset':
         // Held, it is said again.

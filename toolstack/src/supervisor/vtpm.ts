@@ -184,6 +184,7 @@ export class Vtpm {
           `vTPM ${this.entry.name} is ${kind}, and the order is for one that is ${order.mode === 'OFFLINE' ? 'stopped' : 'running'}`,
         );
       }
+      if (order.mode === 'VMM') this.#checkMovesWithVmm();
       this.#departure = new Departure({ ...this.#migrationParts(), order, onProgress });
       try {
         await this.#departure.run();
@@ -191,6 +192,16 @@ export class Vtpm {
         this.#departure = undefined;
       }
     });
+  }
+
+  #checkMovesWithVmm(): void {
+    const { name, doors, stateBlobs } = this.entry;
+    if (doors.includes('control') && stateBlobs === 'reference') return;
+    throw new ToolstackError(
+      'bad-request',
+      `vTPM ${name} cannot move with its VM: that takes the door "control", and state blobs that are references. ` +
+        'With --state-blobs plain its VMM carries the state itself, and no manager is asked; stopped it moves without its VM',
+    );
   }
 
   /** @returns false where its state is on its way already @throws ToolstackError `unknown-migration` */
@@ -272,6 +283,7 @@ export class Vtpm {
     await this.#operations.settled;
     const state = this.#status.state;
     if (state.kind === 'running') await this.stop();
+    await this.#workers.comesNot();
     // The next supervisor asks what came of it.
     if (state.kind === 'migrating') this.#workers.gone();
     if (state.kind !== 'lost' && state.kind !== 'restarting') return;

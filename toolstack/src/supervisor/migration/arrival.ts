@@ -30,7 +30,9 @@ export async function takeIn(parts: ArrivalParts, incoming: Incoming): Promise<A
   };
   try {
     if (mode === 'VMM') {
-      throw new ToolstackError('migration-refused', 'this host takes no vTPM that comes with its VMM');
+      await workers.arriveWithVmm({ from: from.name, epoch, vmRunId });
+      await accept();
+      return 'pending';
     }
     if (mode === 'OFFLINE') {
       await accept();
@@ -65,11 +67,14 @@ export async function settleArrival({ context, status, workers }: ArrivalParts):
   const outcome = await outcomeOf(context.admin, status.entry, migration);
   if (outcome.verdict === 'pending') return 'pending';
   if (outcome.verdict === 'ABORT') {
+    await workers.comesNot();
     if (migration.isNew) return 'nothing';
     status.update({ migration: null, runningInBoot: null });
     status.rest();
     return 'here';
   }
+  // Its worker says so itself when it serves.
+  if (workers.isAwaited) return 'pending';
   const here = { manufactured: true, moved: null, crashed: null, epoch: outcome.record?.epoch ?? null };
   if (status.entry.runningInBoot === bootId().toString('hex')) {
     // Its VM runs here: the TPM goes on from where it was frozen, whoever was to do that first.

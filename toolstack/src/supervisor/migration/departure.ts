@@ -30,6 +30,7 @@ export class Departure {
   #call: MigrateCall | undefined;
   #last: ProgressLine | undefined;
   #isTooLate = false;
+  #hasEnded = false;
 
   constructor(parts: DepartureParts) {
     this.#parts = parts;
@@ -59,6 +60,7 @@ export class Departure {
     } catch (error) {
       failure = error;
     }
+    this.#hasEnded = true;
     if (!this.#last) {
       // Before the first progress nothing is done.
       if (!order.isDryRun) status.update({ migration: null });
@@ -72,19 +74,23 @@ export class Departure {
   }
 
   #take(progress: MigrateProgress): void {
+    const { order, workers } = this.#parts;
     const line = lineOf(progress);
     const { phase } = line;
     this.#last = line;
-    if (phase === 'FREEZING') this.#parts.workers.expectLeaving();
+    if (phase === 'PREPARED' && order.mode === 'VMM' && !order.isDryRun) {
+      workers.prepareToLeave(() => this.#wantedBack());
+    }
+    if (phase === 'FREEZING') workers.expectLeaving();
     if (phase === 'FROZEN') void this.#reap();
     if (phase === 'SENDING' || phase === 'DECIDING') this.#isTooLate = true;
     const isLast = phase === 'COMMITTED' || phase === 'ABORTED' || phase === 'IN_DOUBT';
     // Those are told when they are true here, too.
-    if (!isLast && !(this.#parts.order.isDryRun && phase === 'PREPARED')) this.#parts.onProgress(line);
+    if (!isLast && !(order.isDryRun && phase === 'PREPARED')) this.#parts.onProgress(line);
   }
 
   async #reap(): Promise<void> {
-    const { status, workers } = this.#parts;
+    const { status, workers, order } = this.#parts;
     barrier('migrate.source.reaping');
     try {
       await workers.leave(`it goes to ${status.entry.migration?.peer ?? 'another host'}`);
@@ -96,6 +102,19 @@ export class Departure {
     }
     barrier('migrate.source.reaped');
     this.#call?.reaped();
+    if (order.mode === 'VMM') workers.standAway();
+  }
+
+  /** Its VM goes on here. Resolves when it is known whether the TPM does; where that cannot be known now, it is asked again. */
+  async #wantedBack(): Promise<void> {
+    const { context, order, status } = this.#parts;
+    status.log.info('its VM wants to go on here: the destination is asked for the vTPM');
+    if (!this.#hasEnded) {
+      this.#call?.cancel();
+      await this.#call?.ended.catch(() => undefined);
+    } else {
+      await context.admin.resolveMigration(order.migration);
+    }
   }
 
   async #settle(last: ProgressLine, failure: unknown): Promise<void> {

@@ -37,6 +37,8 @@ export class StandIn {
   readonly #parts: StandInParts;
   readonly #over = new AbortController();
   #claimed: ClaimedWorker | undefined;
+  /** Waits until it is needed. */
+  #prepared: Promise<ClaimedWorker> | undefined;
   #isCalling = false;
   #settled: Promise<void> = Promise.resolve();
 
@@ -49,13 +51,24 @@ export class StandIn {
     return this.#claimed?.worker;
   }
 
+  /** There is a worker when `begin` comes, if one can be had by then. */
+  prepare(): void {
+    this.#prepared ??= this.#parts.claim(this.#over.signal);
+    this.#prepared.catch(() => undefined);
+  }
+
+  /** As `begin`, as often as it takes. */
+  start(): void {
+    this.#settled = this.#replace();
+  }
+
   /**
    * Resolves when the VMM is served.
    * @param refused why the INIT that is in its socket is not done @throws ToolstackError
    */
   async begin(refused?: string): Promise<void> {
     const { run, doors, kind, bufferSize, log } = this.#parts;
-    const claimed = await this.#parts.claim(this.#over.signal);
+    const claimed = await this.#claim();
     const { worker } = claimed;
     try {
       const visits = doors.visits().filter(({ door }) => isVmmDoor(door));
@@ -116,14 +129,21 @@ export class StandIn {
     const { worker } = this;
     this.#claimed = undefined;
     await worker?.kill();
+    await (await this.#prepared?.catch(() => undefined))?.worker.kill();
     await this.#settled;
+  }
+
+  async #claim(): Promise<ClaimedWorker> {
+    const prepared = await this.#prepared?.catch(() => undefined);
+    this.#prepared = undefined;
+    return prepared && !prepared.worker.hasEnded ? prepared : await this.#parts.claim(this.#over.signal);
   }
 
   #ended(worker: WorkerProcess, reason: string): void {
     if (this.worker !== worker) return;
     this.#claimed = undefined;
     this.#parts.log.warn({ reason }, 'the worker that stood in ended; another one takes its place');
-    this.#settled = this.#replace();
+    this.start();
   }
 
   async #replace(): Promise<void> {
