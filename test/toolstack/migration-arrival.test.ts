@@ -1,0 +1,202 @@
+import assert from 'node:assert/strict';
+import { existsSync, readFileSync } from 'node:fs';
+import { decode } from 'vtpm-proto';
+import { MigrationWorld } from './migration-world.js';
+import {
+  buildStubImage,
+  connectDoor,
+  exchange,
+  removeDirectory,
+  temporaryDirectory,
+  until,
+  workersOf,
+} from './supervisor-fixture.js';
+
+describe('a vTPM that comes, as its supervisor sees it', function () {
+  this.timeout(60_000);
+  let image: string;
+  let manifest: string;
+  let world: MigrationWorld;
+
+  before(async () => {
+    image = temporaryDirectory();
+    manifest = await buildStubImage(image);
+  });
+  after(() => removeDirectory(image));
+  beforeEach(async () => {
+    world = await MigrationWorld.create(manifest);
+  });
+  afterEach(() => world.destroy());
+
+  it('makes an entry and a worker whose Load waits, and shows doors when it serves', async () => {
+    const event = world.incoming();
+    const load = world.holdLoads(event);
+    world.manager.emit(event);
+    await load.begun;
+    await world.said('accept', event);
+    const waiting = await world.view();
+    assert.deepEqual([waiting.state, waiting.id, waiting.vmUuid], ['arriving', event.id, event.vmUuid]);
+    assert.ok(!existsSync(waiting.sockets.tpm));
+    const [ticket] = world.manager.tickets;
+    assert.deepEqual([ticket!.verbs, ticket!.expectedEpoch], [['RESUME'], 7n]);
+    assert.equal(Buffer.from(ticket!.vmRunId).toString('hex'), event.vmRunId.replaceAll('-', ''));
+    for (const verb of ['start', 'stop']) {
+      assert.equal((await world.supervisor.call('POST', `/vtpms/web1/${verb}`)).status, 409);
+    }
+    load.commit();
+    await world.becomes('running');
+    const now = await world.view();
+    assert.deepEqual([now.epoch, now.migration, now.movedTo], [8, null, null]);
+    const guest = await connectDoor(now.sockets.tpm);
+    assert.equal(await exchange(guest, 'here'), 'here');
+    // It is as any other: it goes on, it is stopped, it is started, and never made anew.
+    guest.write('crash');
+    await until(() => world.manager.tickets.length === 2);
+    await world.becomes('running');
+    world.manager.beforeLoad = undefined;
+    await world.supervisor.call('POST', '/vtpms/web1/stop');
+    assert.equal((await world.supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
+    assert.deepEqual(world.manager.tickets.at(-1)!.verbs, ['COLD']);
+  });
+
+  it('the delegation that it comes with lets nobody make another TPM of its id', async () => {
+    const event = world.incoming({ mode: 'OFFLINE' });
+    world.manager.emit(event);
+    await world.said('accept', event);
+    const { vtpms } = JSON.parse(readFileSync(world.supervisor.paths.supervisor.vtpms, 'utf8')) as {
+      vtpms: { delegation: string }[];
+    };
+    const { verbs } = decode('Delegation', Buffer.from(vtpms[0]!.delegation, 'base64'));
+    assert.deepEqual(verbs, ['COLD', 'RESUME']);
+  });
+
+  it('leaves nothing of one that is aborted', async () => {
+    const event = world.incoming();
+    const load = world.holdLoads(event);
+    world.manager.emit(event);
+    await world.said('accept', event);
+    load.abort();
+    world.decided(event, 'ABORT');
+    await world.isGone();
+    assert.deepEqual(workersOf(world.supervisor.paths), []);
+    world.manager.refuse = undefined;
+    // The name is free.
+    assert.equal((await world.supervisor.create('web1')).status, 201);
+  });
+
+  it('takes in one that is stopped, which stays so', async () => {
+    const event = world.incoming({ mode: 'OFFLINE' });
+    world.manager.emit(event);
+    await world.said('accept', event);
+    assert.equal(await world.state(), 'arriving');
+    world.manager.records.set(event.id, { vmUuid: event.vmUuid, kind: 'live', epoch: 8, generation: 9 });
+    world.decided(event, 'COMMIT');
+    await world.becomes('stopped');
+    assert.equal(world.manager.tickets.length, 0);
+    assert.equal((await world.supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
+  });
+
+  it('takes back one that was here, under the name that it has here', async () => {
+    const vtpm = await world.running();
+    const begun = await world.order(vtpm);
+    await world.frozen(begun);
+    begun.call.end('COMMITTED');
+    await begun.lines.ended;
+    const gone = world.manager.records.get(vtpm.id)!;
+    world.manager.records.set(vtpm.id, { ...gone, kind: 'moved' });
+    for (const verdict of ['ABORT', 'COMMIT'] as const) {
+      const event = world.incoming({ id: vtpm.id, vmUuid: vtpm.vmUuid, mode: 'OFFLINE' });
+      world.manager.emit(event);
+      await world.said('accept', event);
+      assert.equal(await world.state(), 'arriving');
+      if (verdict === 'COMMIT') world.manager.records.set(vtpm.id, { ...gone, kind: 'live', epoch: 8 });
+      world.decided(event, verdict);
+      await world.becomes(verdict === 'COMMIT' ? 'stopped' : 'moved');
+    }
+    assert.equal((await world.supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
+  });
+
+  it('refuses by name, before anything stops, what it does not take', async () => {
+    await world.supervisor.create('taken');
+    const { body: other } = await world.supervisor.create('other');
+    const cases: readonly [Record<string, unknown>, string][] = [
+      [world.described({ name: 'taken' }), 'name-taken'],
+      [{ id: other.id }, 'name-taken'],
+      [{ description: 'no JSON' }, 'bad-request'],
+      [world.described({ format: 2 }), 'newer-format'],
+      [world.described({ doors: ['window'] }), 'bad-request'],
+      [world.described({ name: '../../etc' }), 'usage'],
+    ];
+    for (const [change, code] of cases) {
+      const event = world.incoming(change);
+      world.manager.emit(event);
+      await world.said('refuse', event);
+      assert.equal(world.answers.at(-1)!.code, code, world.answers.at(-1)!.message);
+    }
+    assert.equal((await world.supervisor.call('GET', '/vtpms')).body.vtpms.length, 2);
+    const dry = world.incoming({ dryRun: true });
+    world.manager.emit(dry);
+    await world.said('accept', dry);
+    assert.equal((await world.supervisor.call('GET', '/vtpms')).body.vtpms.length, 2);
+  });
+
+  it('takes none, or those that it knows, where it is set so', async () => {
+    for (const policy of ['none', 'known']) {
+      await world.restart(['--accept-migrations', policy]);
+      const event = world.incoming();
+      world.manager.emit(event);
+      await world.said('refuse', event);
+      assert.equal(world.answers.at(-1)!.code, 'migration-refused');
+    }
+  });
+
+  it('hears of what came while it was away', async () => {
+    await world.supervisor.end('SIGKILL');
+    const event = world.incoming({ mode: 'OFFLINE' });
+    world.manager.migrations.set(event.migration, { state: 'preparing', incoming: event });
+    world.supervisor = await world.start();
+    await world.said('accept', event);
+    assert.equal(await world.state(), 'arriving');
+  });
+
+  it('a worker that is lost before the decision ends the migration', async () => {
+    const event = world.incoming();
+    const load = world.holdLoads(event);
+    world.manager.emit(event);
+    await load.begun;
+    await world.said('accept', event);
+    const [worker] = workersOf(world.supervisor.paths);
+    process.kill(worker!.pid, 'SIGKILL');
+    await until(() => world.answers.some(({ verb }) => verb === 'refuse' || verb === 'cancel'));
+    world.decided(event, 'ABORT');
+    await world.isGone();
+  });
+
+  it('a worker that is lost behind the decision is followed by one that goes on', async () => {
+    const event = world.incoming();
+    const load = world.holdLoads(event);
+    world.manager.emit(event);
+    await world.said('accept', event);
+    await load.begun;
+    world.manager.beforeLoad = undefined;
+    const [worker] = workersOf(world.supervisor.paths);
+    world.manager.records.set(event.id, {
+      vmUuid: event.vmUuid,
+      kind: 'live',
+      epoch: 8,
+      generation: 9,
+      isSuspended: true,
+    });
+    process.kill(worker!.pid, 'SIGKILL');
+    await world.becomes('running');
+    const { verbs, vmRunId, expectedEpoch } = world.manager.tickets.at(-1)!;
+    assert.deepEqual([verbs, expectedEpoch], [['RESUME'], 8n]);
+    assert.equal(Buffer.from(vmRunId).toString('hex'), event.vmRunId.replaceAll('-', ''));
+  });
+
+  describe("I-3: a supervisor that is killed does what the manager's record says", () => {
+    // At every step: test/long/supervisor-migration.
+    it('that it has come', () => world.killArriving('migrate.destination.waiting', 'COMMIT'));
+    it('that it has not', () => world.killArriving('migrate.destination.waiting', 'ABORT'));
+  });
+});

@@ -1,0 +1,230 @@
+import assert from 'node:assert/strict';
+import { randomUUID } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import grpc from '@grpc/grpc-js';
+import { testOrder } from './migration-fixture.js';
+import { MigrationWorld } from './migration-world.js';
+import {
+  buildStubImage,
+  connectDoor,
+  exchange,
+  removeDirectory,
+  temporaryDirectory,
+  workersOf,
+} from './supervisor-fixture.js';
+
+describe('a vTPM that leaves, as its supervisor sees it', function () {
+  this.timeout(60_000);
+  let image: string;
+  let manifest: string;
+  let world: MigrationWorld;
+
+  before(async () => {
+    image = temporaryDirectory();
+    manifest = await buildStubImage(image);
+  });
+  after(() => removeDirectory(image));
+  beforeEach(async () => {
+    world = await MigrationWorld.create(manifest);
+  });
+  afterEach(() => world.destroy());
+
+  it('ends the worker when it is frozen and says so then, keeps its guests, and lets go when it has gone', async () => {
+    const vtpm = await world.running();
+    const guest = await connectDoor(vtpm.sockets.tpm);
+    assert.equal(await exchange(guest, 'one'), 'one');
+    const begun = await world.order(vtpm);
+    begun.call.say('CONNECTING');
+    await begun.lines.phase('CONNECTING');
+    assert.equal(await world.state(), 'running');
+    assert.equal((await world.supervisor.call('POST', '/vtpms/web1/stop')).body.error.code, 'busy');
+    begun.call.say('FREEZING');
+    begun.call.say('FROZEN');
+    await begun.call.heard('reaped');
+    assert.deepEqual(workersOf(world.supervisor.paths), [], 'nothing of it runs when that is said');
+    assert.equal(await world.state(), 'migrating');
+    assert.ok(!guest.destroyed);
+    const closed = new Promise((resolve) => guest.once('close', resolve));
+    begun.call.say('DECIDING', { bytesSent: 7n, bytesTotal: 7n, downtimeUs: 5n });
+    await begun.lines.phase('DECIDING');
+    assert.deepEqual((await world.supervisor.call('DELETE', '/vtpms/web1/migrate')).body, {
+      cancelled: false,
+    });
+    begun.call.end('COMMITTED', { downtimeUs: 9n, message: '' });
+    const last = await begun.lines.phase('COMMITTED');
+    assert.deepEqual([last.downtimeUs, last.phase], [9, 'COMMITTED']);
+    const { state: now, movedTo, migration } = await world.view();
+    assert.deepEqual([now, movedTo, migration], ['moved', 'other', null]);
+    assert.equal(await begun.lines.ended, 200);
+    await closed;
+    assert.ok(!existsSync(vtpm.sockets.tpm));
+    const started = await world.supervisor.call('POST', '/vtpms/web1/start');
+    assert.deepEqual([started.status, started.body.error.code], [409, 'moved']);
+    assert.match(started.body.error.message, /lives on other/);
+    await world.restart();
+    assert.equal(await world.state(), 'moved');
+    assert.equal((await world.supervisor.call('DELETE', '/vtpms/web1')).status, 200);
+  });
+
+  it('has another worker go on with the same guests where it is aborted', async () => {
+    const vtpm = await world.running();
+    const guest = await connectDoor(vtpm.sockets.tpm);
+    await exchange(guest, 'one');
+    const begun = await world.order(vtpm);
+    await world.frozen(begun);
+    const answered = exchange(guest, 'two');
+    begun.call.end('ABORTED', { reason: 'peer-platform', message: 'its PCRs are not approved' });
+    const last = await begun.lines.phase('ABORTED');
+    assert.equal(last.reason, 'peer-platform');
+    assert.equal(await answered, 'two');
+    assert.equal(await world.state(), 'running');
+    assert.deepEqual(world.manager.tickets.at(-1)?.verbs, ['RESUME']);
+    assert.equal((await world.view()).migration, null);
+    // And is as good as new.
+    const again = await world.order(vtpm);
+    await world.frozen(again);
+    again.call.end('ABORTED');
+    await again.lines.ended;
+    assert.equal(await exchange(guest, 'three'), 'three');
+  });
+
+  it('changes nothing where it is refused, aborted before the freeze, or a dry run', async () => {
+    const vtpm = await world.running();
+    const before = workersOf(world.supervisor.paths);
+    const refused = testOrder(vtpm, 'LIVE');
+    const refusing = world.supervisor.call('POST', '/vtpms/web1/migrate', refused.body);
+    (await world.toolstack.next()).refuse(grpc.status.NOT_FOUND, 'unknown-peer', 'no such host');
+    const answer = await refusing;
+    assert.deepEqual(answer.body.error, { code: 'unknown-peer', message: 'no such host' });
+    assert.equal((await world.view()).migration, null);
+    const aborted = await world.order(vtpm);
+    aborted.call.end('ABORTED', { reason: 'peer-unreachable' });
+    await aborted.lines.phase('ABORTED');
+    const dry = testOrder(vtpm, 'LIVE', true);
+    const lines = world.lines(dry);
+    const call = await world.toolstack.next();
+    call.say('CONNECTING');
+    call.end('PREPARED', { checks: [{ name: 'platform', detail: 'approved' }] });
+    assert.deepEqual((await lines.phase('PREPARED')).checks, [{ name: 'platform', detail: 'approved' }]);
+    await lines.ended;
+    assert.deepEqual([(await world.view()).migration, await world.state()], [null, 'running']);
+    assert.deepEqual(workersOf(world.supervisor.paths), before);
+  });
+
+  it('refuses an order for another vTPM, another state, or none, and one that is forged', async () => {
+    const vtpm = await world.running();
+    const post = (body: object) => world.supervisor.call('POST', '/vtpms/web1/migrate', body);
+    const code = async (body: object) => (await post(body)).body.error.code;
+    assert.equal(await code({}), 'bad-request');
+    assert.equal(
+      await code(testOrder({ id: randomUUID(), vmUuid: vtpm.vmUuid }, 'LIVE').body),
+      'bad-request',
+    );
+    assert.equal(await code(testOrder(vtpm, 'OFFLINE').body), 'not-stopped');
+    const forged = Buffer.from(testOrder(vtpm, 'LIVE').body.order, 'base64');
+    forged[forged.length - 1]! ^= 1;
+    assert.equal(await code({ order: forged.toString('base64') }), 'bad-request');
+    await world.supervisor.call('POST', '/vtpms/web1/stop');
+    assert.equal(await code(testOrder(vtpm, 'LIVE').body), 'not-running');
+    assert.equal(
+      (await world.supervisor.call('DELETE', '/vtpms/web1/migrate')).body.error.code,
+      'unknown-migration',
+    );
+  });
+
+  it('moves one that is stopped, and hands a cancellation on', async () => {
+    const vtpm = await world.running();
+    await world.supervisor.call('POST', '/vtpms/web1/stop');
+    const begun = await world.order(vtpm, 'OFFLINE');
+    begun.call.say('PREPARED');
+    await begun.lines.phase('PREPARED');
+    assert.deepEqual((await world.supervisor.call('DELETE', '/vtpms/web1/migrate')).body, {
+      cancelled: true,
+    });
+    await begun.call.heard('cancel');
+    begun.call.end('ABORTED', { reason: 'migration-aborted' });
+    await begun.lines.ended;
+    assert.equal(await world.state(), 'stopped');
+    const again = await world.order(vtpm, 'OFFLINE');
+    await world.frozen(again);
+    again.call.end('COMMITTED');
+    await again.lines.ended;
+    assert.equal(await world.state(), 'moved');
+  });
+
+  it('I-3: starts nothing while it is in doubt, and does what the manager says then', async () => {
+    for (const verdict of ['COMMIT', 'ABORT'] as const) {
+      const vtpm = await world.running();
+      const guest = await connectDoor(vtpm.sockets.tpm);
+      await exchange(guest, 'one');
+      const begun = await world.order(vtpm);
+      await world.frozen(begun);
+      world.manager.migrations.set(begun.order.migration, { state: 'in-doubt' });
+      begun.call.end('IN_DOUBT', { reason: 'peer-unreachable', message: 'it does not answer' });
+      await begun.lines.phase('IN_DOUBT');
+      const loads = world.manager.tickets.length;
+      for (const verb of ['start', 'stop']) {
+        assert.equal(
+          (await world.supervisor.call('POST', `/vtpms/web1/${verb}`)).body.error.code,
+          'migrating',
+          verb,
+        );
+      }
+      assert.equal((await world.supervisor.call('DELETE', '/vtpms/web1')).body.error.code, 'migrating');
+      assert.equal(world.manager.tickets.length, loads);
+      world.manager.migrations.delete(begun.order.migration);
+      const record = world.manager.records.get(vtpm.id)!;
+      if (verdict === 'COMMIT') world.manager.records.set(vtpm.id, { ...record, kind: 'moved' });
+      const event = {
+        type: 'migration',
+        migration: begun.order.migration,
+        id: vtpm.id,
+        role: 'source',
+        verdict,
+      };
+      const two = verdict === 'ABORT' ? exchange(guest, 'two') : undefined;
+      world.manager.emit(event);
+      await world.becomes(verdict === 'COMMIT' ? 'moved' : 'running');
+      if (two) assert.equal(await two, 'two');
+      else await world.supervisor.call('DELETE', '/vtpms/web1');
+    }
+  });
+
+  it('asks the manager where that ended in the middle', async () => {
+    const vtpm = await world.running();
+    const guest = await connectDoor(vtpm.sockets.tpm);
+    await exchange(guest, 'one');
+    const begun = await world.order(vtpm);
+    await world.frozen(begun);
+    world.toolstack.stop();
+    assert.equal((await begun.lines.phase('IN_DOUBT')).reason, 'manager-unreachable');
+    const two = exchange(guest, 'two');
+    await world.manager.stop();
+    await world.manager.start();
+    await world.becomes('running');
+    assert.equal(await two, 'two');
+  });
+
+  it('a worker that ends while it is being frozen is followed by none until it is known where it goes on', async () => {
+    const vtpm = await world.running();
+    const guest = await connectDoor(vtpm.sockets.tpm);
+    await exchange(guest, 'one');
+    const begun = await world.order(vtpm);
+    begun.call.say('FREEZING');
+    await begun.lines.phase('FREEZING');
+    const loads = world.manager.tickets.length;
+    guest.write('crash');
+    await world.becomes('migrating');
+    assert.equal(world.manager.tickets.length, loads);
+    begun.call.end('ABORTED', { reason: 'migration-aborted' });
+    await begun.lines.phase('ABORTED');
+    await world.becomes('running');
+    assert.equal(world.manager.tickets.length, loads + 1);
+  });
+
+  describe("I-3: a supervisor that is killed does what the manager's record says", () => {
+    // At every step: test/long/supervisor-migration.
+    it('that it lives there', () => world.killDeparting('migrate.source.reaped', 'COMMIT'));
+    it('that it lives here', () => world.killDeparting('migrate.source.reaped', 'ABORT'));
+  });
+});
