@@ -3,52 +3,23 @@ import { once } from 'node:events';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { type IncomingMessage, request } from 'node:http';
 import { join } from 'node:path';
-import { Ajv2020 } from 'ajv/dist/2020.js';
 import { ROUTES } from 'vtpm-manager/admin/routes';
 import { newBackupKey, parseBackupSecret } from 'vtpm-manager/backup/operator-key';
 import { openEntry, readBackup } from 'vtpm-manager/backup/read';
 import { endorsementFingerprint } from 'vtpm-manager/peer/endorsement';
 import { platformDigest, readIdentity, renderIdentity } from 'vtpm-manager/peer/identity-file';
 import { encode, signingKeyFromSeed, uuidToText } from 'vtpm-proto';
-import { parse } from 'yaml';
-import { REPOSITORY } from '../support/installation.js';
+import { check, description } from '../support/admin-description.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
 import { LyingTpm } from './peer-fixture.js';
 import { Host } from './platform-fixture.js';
 
-interface Operation {
-  readonly 'x-audit'?: string;
-  readonly requestBody?: { readonly content: Readonly<Record<string, { readonly schema: object }>> };
-  readonly responses: Readonly<Record<string, Response>>;
-}
-interface Response {
-  readonly $ref?: string;
-  readonly content?: Readonly<Record<string, { readonly schema: object }>>;
-}
-interface Description {
-  readonly paths: Readonly<Record<string, Readonly<Record<string, Operation>>>>;
-  readonly components: { readonly responses: Readonly<Record<string, Response>> };
-}
-
-const description = parse(readFileSync(join(REPOSITORY, 'docs/admin-api.yaml'), 'utf8')) as Description;
 const operations = Object.entries(description.paths).flatMap(([path, methods]) =>
   Object.entries(methods).map(([method, operation]) => ({
     call: `${method.toUpperCase()} ${path}`,
     operation,
   })),
 );
-
-const ajv = new Ajv2020({ strict: true, allowUnionTypes: true, strictRequired: false, allErrors: true });
-for (const word of ['openapi', 'info', 'servers', 'paths', 'components']) ajv.addKeyword(word);
-ajv.addFormat('date-time', /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
-ajv.addSchema(description, 'api');
-
-/** @param at JSON pointer into the description */
-function check(at: readonly string[], value: unknown): void {
-  const pointer = at.map((key) => key.replaceAll('~', '~0').replaceAll('/', '~1')).join('/');
-  const validate = ajv.getSchema(`api#/${encodeURI(pointer)}`) ?? assert.fail(`there is no ${pointer}`);
-  assert.ok(validate(value), `${pointer}: ${ajv.errorsText(validate.errors)}\n${JSON.stringify(value)}`);
-}
 
 interface Answer {
   readonly status: number;

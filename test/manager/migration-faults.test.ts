@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
 import { signMigrateOrder } from 'vtpm-proto';
 import { type Fate, ModelHost, ModelNet } from '../support/model-net.js';
+import { until } from '../support/until.js';
 import type { TestVtpm } from '../support/worker-client.js';
 import { World } from './ownership-fixture.js';
 
@@ -114,7 +115,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
         await hosts.a.control.close();
         await hosts.b.control.close();
       }),
-      { numRuns: 60 },
+      { numRuns: 40 },
     );
   });
 
@@ -164,6 +165,19 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       ),
       { numRuns: 20 },
     );
+  });
+
+  it('forget a migration when both have acted on it, also where nobody heard of the tombstone', async () => {
+    const hosts = await TwoHosts.create();
+    const vtpm = await hosts.stopped(hosts.a, 'saved');
+    // The ninth message is SETTLED.
+    hosts.net.fates = [...Array<Fate>(8).fill('deliver'), 'cut-before'];
+    assert.equal((await hosts.move(hosts.a, hosts.b, vtpm)).at, 'committed');
+    const { arrivals } = hosts.b.world.registry;
+    await until('the source is heard', () => arrivals.unsettled().length === 0);
+    assert.deepEqual((await hosts.b.world.registry.view(vtpm.id)).header.unsettled, []);
+    await hosts.a.control.close();
+    await hosts.b.control.close();
   });
 
   it('I-5 go there and back again with epochs and generations that rise', async () => {

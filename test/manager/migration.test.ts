@@ -1,46 +1,317 @@
 import assert from 'node:assert/strict';
-import { ManagerPair } from '../support/manager-pair.js';
+import { randomBytes } from 'node:crypto';
+import { decode, type MigrateOrder, signMigrateOrder } from 'vtpm-proto';
+import { type GivenOrder, type HostWorker, ManagerPair, type PairedHost } from '../support/manager-pair.js';
+import type { TestVtpm } from '../support/worker-client.js';
+import { crashingAt } from './platform-fixture.js';
+
+const saved = (bytes: Uint8Array): string => Buffer.from(bytes).toString();
 
 describe('a migration between two managers', () => {
   let pair: ManagerPair;
+  let a: PairedHost;
+  let b: PairedHost;
   before(async () => {
     pair = await ManagerPair.create();
+    ({ a, b } = pair);
   });
   after(() => pair?.destroy());
 
-  it('moves a stopped vTPM: state, generation and epoch go on at the destination alone', async () => {
-    const { a, b } = pair;
-    const worker = await a.manufactured('P-one');
-    const { vtpm } = worker;
+  async function ended(given: GivenOrder, phase: string, reason = ''): Promise<void> {
+    const last = await given.end();
+    assert.deepEqual([last?.phase, last?.reason], [phase, reason], last?.message);
+  }
+
+  /** The order is given, its vTPM expected at `b` by a worker. */
+  async function liveTo(worker: HostWorker, changes: Partial<MigrateOrder> = {}) {
+    const given = a.give(await a.order(worker.vtpm, b, { mode: 'LIVE', ...changes }));
+    const incoming = await b.events.next('incoming');
+    // The source's epoch is what the ticket of the one that waits expects.
+    const waiting = b.worker(worker.vtpm, ['RESUME'], BigInt(incoming.epoch as number));
+    waiting.catch(() => undefined);
+    const migration = String(incoming.migration);
+    await b.call('POST', `/migrations/${migration}/accept`, {});
+    return { given, waiting, migration };
+  }
+
+  async function stoppedAt(host: PairedHost, permanent: string): Promise<TestVtpm> {
+    const worker = await host.manufactured(permanent);
     await worker.end();
+    return worker.vtpm;
+  }
+
+  /** It is loaded there, and nowhere else. */
+  async function livesAt(host: PairedHost, other: PairedHost, vtpm: TestVtpm): Promise<string> {
+    await assert.rejects(other.worker(vtpm));
+    const worker = await host.worker(vtpm);
+    await worker.end();
+    return saved(worker.grant.permanent);
+  }
+
+  it('moves a stopped vTPM: state, generation and epoch go on at the destination alone', async () => {
+    const vtpm = await stoppedAt(a, 'P-one');
     const given = a.give(await a.order(vtpm, b));
     const incoming = await b.acceptNext();
     assert.equal(incoming.id, vtpm.id);
-    const last = await given.carryOut();
-    assert.equal(last?.phase, 'COMMITTED', `${last?.reason}: ${last?.message}`);
-    const here = await b.worker(vtpm);
-    assert.equal(Buffer.from(here.grant.permanent).toString(), 'P-one');
-    assert.equal(here.grant.generation, 1n);
-    await here.end();
+    assert.deepEqual(incoming.from, { name: 'a', hostId: a.hostId.toString('hex') });
+    assert.equal(incoming.description, '{"name":"web1"}');
+    assert.equal((await given.carryOut())?.phase, 'COMMITTED');
+    const { bytesSent, bytesTotal } = given.last!;
+    assert.ok(bytesSent > 0n && bytesSent === bytesTotal);
+    const order = [
+      'CONNECTING',
+      'ATTESTING',
+      'PREPARING',
+      'PREPARED',
+      'FREEZING',
+      'FROZEN',
+      'SENDING',
+      'DECIDING',
+    ];
+    assert.deepEqual(given.phases, [...order, 'COMMITTED']);
+    assert.equal(await livesAt(b, a, vtpm), 'P-one');
+    for (const [host, role] of [
+      [a, 'source'],
+      [b, 'destination'],
+    ] as const) {
+      const told = await host.events.next('migration');
+      assert.deepEqual([told.id, told.role, told.verdict], [vtpm.id, role, 'COMMIT']);
+      const shown = await host.call('GET', `/migrations/${String(told.migration)}`);
+      assert.deepEqual([shown.role, shown.state, shown.mode], [role, 'committed', 'OFFLINE']);
+    }
   });
 
   it('moves a running vTPM: its worker is suspended, the one that waits at the destination goes on', async () => {
-    const { a, b } = pair;
     const worker = await a.manufactured('P-live');
-    const { vtpm } = worker;
-    const given = a.give(await a.order(vtpm, b, { mode: 'LIVE' }));
-    const incoming = await b.events.next('incoming');
-    // The source's epoch is what the ticket of the one that waits expects.
-    const waiting = b.worker(vtpm, ['RESUME'], BigInt(incoming.epoch as number));
-    await b.call('POST', `/migrations/${String(incoming.migration)}/accept`, {});
+    const { given, waiting } = await liveTo(worker);
     await worker.suspends('V-live');
-    const last = await given.carryOut();
-    assert.equal(last?.phase, 'COMMITTED', `${last?.reason}: ${last?.message}`);
-    const here = await waiting;
-    assert.equal(here.grant.arrived, true);
-    assert.equal(Buffer.from(here.grant.permanent).toString(), 'P-suspended');
-    assert.equal(Buffer.from(here.grant.suspended!.volatile).toString(), 'V-live');
-    assert.equal(here.grant.epoch, 2n);
-    await here.end();
+    assert.equal((await given.carryOut())?.phase, 'COMMITTED');
+    const { grant, ...here } = await waiting;
+    assert.equal(grant.arrived, true);
+    assert.equal(saved(grant.permanent), 'P-suspended');
+    assert.equal(saved(grant.suspended!.volatile), 'V-live');
+    assert.equal(grant.epoch, 2n);
+    assert.equal(grant.generation, 2n);
+    await here.client.close();
+    // The worker of before is fenced, whatever it does.
+    await assert.rejects(worker.session.save({ permanent: Buffer.from('late') }));
+  });
+
+  it('brings a vTPM back, with epochs that rise', async () => {
+    const vtpm = await stoppedAt(a, 'P-back');
+    let epoch = 0;
+    for (const [from, to] of [
+      [a, b],
+      [b, a],
+      [a, b],
+    ] as const) {
+      const given = from.give(await from.order(vtpm, to));
+      await to.acceptNext();
+      assert.equal((await given.carryOut())?.phase, 'COMMITTED');
+      const view = await to.vtpm(vtpm.id);
+      assert.ok((view.epoch as number) > epoch);
+      epoch = view.epoch as number;
+    }
+    assert.equal(await livesAt(b, a, vtpm), 'P-back');
+  });
+
+  it('checks everything in a dry run, and stops nothing', async () => {
+    const worker = await a.manufactured('P-dry');
+    const given = a.give(await a.order(worker.vtpm, b, { mode: 'LIVE', dryRun: true }));
+    assert.equal((await b.acceptNext()).dryRun, true);
+    await ended(given, 'PREPARED');
+    assert.deepEqual(
+      given.last?.checks.map(({ name }) => name),
+      ['peer', 'libtpms', 'platform', 'ready'],
+    );
+    assert.equal((await worker.session.save({ permanent: Buffer.from('P-on') })).generation, 2n);
+    await worker.end();
+    assert.equal((await b.manager.admin('GET', `/vtpms/${worker.vtpm.id}`)).status, 404);
+    assert.equal(await livesAt(a, b, worker.vtpm), 'P-on');
+  });
+
+  it('goes by the toolstack of the destination: what it refuses runs on at the source', async () => {
+    const worker = await a.manufactured('P-refused');
+    const given = a.give(await a.order(worker.vtpm, b, { mode: 'LIVE' }));
+    const { migration } = await b.events.next('incoming');
+    const [waits] = await b.migrations().then((all) => all.filter((one) => one.migration === migration));
+    assert.equal((waits?.incoming as { id: string } | undefined)?.id, worker.vtpm.id);
+    await b.call('POST', `/migrations/${String(migration)}/refuse`, {
+      code: 'no-room',
+      message: 'the rack is full',
+    });
+    await ended(given, 'ABORTED', 'migration-refused');
+    assert.match(given.last?.message ?? '', /the rack is full/);
+    assert.equal((await worker.session.save({ permanent: Buffer.from('P-on') })).generation, 2n);
+    assert.equal((await b.events.next('migration').then(until(String(migration), b))).verdict, 'ABORT');
+    await worker.end();
+  });
+
+  /** Events of earlier tests are left behind. */
+  function until(migration: string, host: PairedHost) {
+    return async (event: Readonly<Record<string, unknown>>): Promise<Readonly<Record<string, unknown>>> => {
+      let told = event;
+      while (told.migration !== migration) told = await host.events.next('migration');
+      return told;
+    };
+  }
+
+  it('is taken back before the freeze, and the worker has noticed nothing', async () => {
+    const worker = await a.manufactured('P-cancel');
+    const given = a.give(await a.order(worker.vtpm, b, { mode: 'LIVE' }));
+    const { migration } = await b.events.next('incoming');
+    given.say({ cancel: {} });
+    await ended(given, 'ABORTED', 'migration-aborted');
+    assert.equal((await b.events.next('migration').then(until(String(migration), b))).verdict, 'ABORT');
+    await b.call('POST', `/migrations/${String(migration)}/accept`, {}, 404);
+    assert.equal((await worker.session.save({ permanent: Buffer.from('P-on') })).generation, 2n);
+    await worker.end();
+  });
+
+  it('is taken back after the freeze: the destination has the last word, and the vTPM stays', async () => {
+    const worker = await a.manufactured('P-late');
+    const { given, waiting } = await liveTo(worker);
+    await worker.suspends('V-late');
+    await given.reaches('FROZEN');
+    given.say({ cancel: {} });
+    await ended(given, 'ABORTED', 'migration-aborted');
+    await assert.rejects(waiting, (error: { reason?: string }) => error.reason === 'migration-aborted');
+    const again = await a.worker(worker.vtpm, ['RESUME']);
+    assert.equal(saved(again.grant.suspended!.volatile), 'V-late');
+    await again.end();
+    await assert.rejects(b.worker(worker.vtpm, ['RESUME'], again.grant.epoch));
+  });
+
+  it('thaws the worker where the destination goes between its freeze and its departure', async () => {
+    const worker = await a.manufactured('P-thaw');
+    const { given } = await liveTo(worker);
+    const freeze = await worker.session.stream!.next();
+    assert.equal(freeze.type, 'FREEZE');
+    given.say({ cancel: {} });
+    const thaw = await worker.session.stream!.next();
+    assert.equal(thaw.type, 'THAW');
+    await ended(given, 'ABORTED', 'migration-aborted');
+    assert.equal((await worker.session.save({ permanent: Buffer.from('P-on') })).generation, 2n);
+    await worker.end();
+  });
+
+  it('is given up where the toolstack goes without a word before the freeze', async () => {
+    const worker = await a.manufactured('P-gone');
+    const given = a.give(await a.order(worker.vtpm, b, { mode: 'LIVE' }));
+    const { migration } = await b.events.next('incoming');
+    given.leave();
+    assert.equal((await b.events.next('migration').then(until(String(migration), b))).verdict, 'ABORT');
+    assert.equal((await worker.session.save({ permanent: Buffer.from('P-on') })).generation, 2n);
+    await worker.end();
+  });
+
+  it('stays in doubt while the destination is away, through a restart of the source, until `resolve`', async () => {
+    const worker = await a.manufactured('P-doubt');
+    const { vtpm } = worker;
+    await worker.end();
+    await b.stop();
+    await b.start({ nodeArgs: crashingAt('migrate.destination.received.STATE', 1) });
+    const given = a.give(await a.order(vtpm, b));
+    const { migration } = await b.acceptNext();
+    await given.reaches('FROZEN');
+    given.say({ reaped: {} });
+    await given.reaches('DECIDING');
+    await b.stop();
+    await a.call('POST', `/migrations/${String(migration)}/resolve`, {}, 409);
+    await assert.rejects(a.worker(vtpm), (error: { reason?: string }) => error.reason === 'migrating');
+    given.leave();
+    await a.stop('SIGKILL');
+    await a.start();
+    const [doubt] = (await a.migrations()).filter((one) => one.migration === migration);
+    assert.deepEqual([doubt?.state, doubt?.role, doubt?.peer], ['in-doubt', 'source', 'b']);
+    await a.call('POST', `/migrations/${String(migration)}/resolve`, {}, 409);
+    await b.start();
+    const { verdict } = await a.call('POST', `/migrations/${String(migration)}/resolve`, {});
+    assert.equal(verdict, 'ABORT');
+    assert.equal(await livesAt(a, b, vtpm), 'P-doubt');
+    const { entries } = (await a.call('GET', '/audit?tail=20')) as {
+      entries: { action: string; verdict: string }[];
+    };
+    const asked = entries.filter(({ action }) => action === 'migrate-resolve').map((entry) => entry.verdict);
+    assert.deepEqual(asked, ['failed', 'failed', 'done']);
+  });
+
+  describe('is refused to who orders it', () => {
+    let vtpm: TestVtpm;
+    before(async () => {
+      vtpm = await stoppedAt(a, 'P-order');
+    });
+
+    const refusals: [string, string, (order: MigrateOrder) => Partial<MigrateOrder>][] = [
+      [
+        'of an epoch that is over',
+        'stale-epoch',
+        ({ expectedEpoch }) => ({ expectedEpoch: expectedEpoch + 1n }),
+      ],
+      ['that knows of a newer generation', 'rollback-detected', () => ({ leastGeneration: 99n })],
+      ['for another VM', 'wrong-vm', () => ({ vmUuid: randomBytes(16) })],
+      ['for a vTPM that there is not', 'unknown-vtpm', () => ({ vtpmUuid: randomBytes(16) })],
+      ['to another manager', 'wrong-manager', () => ({ managerId: randomBytes(32) })],
+      ['to this very host', 'bad-request', () => ({ destination: a.hostId })],
+    ];
+    for (const [what, code, change] of refusals) {
+      it(`an order ${what}: ${code}`, async () => {
+        const signed = await a.order(vtpm, b);
+        const order = decode('MigrateOrder', signed.order);
+        const given = a.give(signMigrateOrder(a.manager.toolstack.key, { ...order, ...change(order) }));
+        assert.equal((await given.refused)?.reason, code);
+      });
+    }
+
+    it('an order that was used: ticket-expired', async () => {
+      const signed = await a.order(vtpm, b, { dryRun: true });
+      const first = a.give(signed);
+      await b.acceptNext();
+      await ended(first, 'PREPARED');
+      assert.equal((await a.give(signed).refused)?.reason, 'ticket-expired');
+    });
+
+    it('two orders in one call, or none: bad-request', async () => {
+      const signed = await a.order(vtpm, b, { dryRun: true });
+      const given = a.give(signed);
+      await b.events.next('incoming');
+      given.say({ order: await a.order(vtpm, b) });
+      assert.equal((await given.refused)?.reason, 'bad-request');
+      assert.equal(
+        (await a.give({ order: Buffer.alloc(0), signature: Buffer.alloc(0) }).refused)?.reason,
+        'bad-request',
+      );
+    });
+
+    const unreachable: [string, string, (order: MigrateOrder) => Promise<Partial<MigrateOrder>>][] = [
+      ['a host that nobody enrolled', 'unknown-peer', async () => ({ destination: randomBytes(32) })],
+    ];
+    for (const [what, code, change] of unreachable) {
+      it(`as a progress where it goes to ${what}: ${code}`, async () => {
+        const order = decode('MigrateOrder', (await a.order(vtpm, b)).order);
+        const given = a.give(
+          signMigrateOrder(a.manager.toolstack.key, { ...order, ...(await change(order)) }),
+        );
+        await ended(given, 'ABORTED', code);
+      });
+    }
+
+    it('as a progress where either host may not: peer-forbidden', async () => {
+      for (const [host, name, right] of [
+        [a, 'b', 'mayReceive'],
+        [b, 'a', 'maySend'],
+      ] as const) {
+        await host.call('PATCH', `/peers/${name}`, { [right]: false });
+        await ended(a.give(await a.order(vtpm, b)), 'ABORTED', 'peer-forbidden');
+        await host.call('PATCH', `/peers/${name}`, { [right]: true });
+      }
+    });
+
+    it('as a progress where a worker is connected, or none: by mode', async () => {
+      const worker = await a.worker(vtpm);
+      const connected = a.give(await a.order(vtpm, b, { mode: 'OFFLINE' }));
+      assert.equal((await connected.refused)?.reason, 'busy');
+      await worker.end();
+    });
   });
 });

@@ -21,7 +21,8 @@ import {
   signMigrateOrder,
   type Verb,
 } from 'vtpm-proto';
-import { ManagerInstallation } from './manager-process.js';
+import { check } from './admin-description.js';
+import { type Answer, ManagerInstallation } from './manager-process.js';
 import { type Swtpm, startSwtpm } from './swtpm.js';
 import {
   RefusedError,
@@ -76,6 +77,8 @@ export class EventTail {
   }
 
   #take(line: EventLine): void {
+    if (line.type === 'incoming' || line.type === 'migration')
+      check(['components', 'schemas', 'Event'], line);
     const at = this.#waiting.findIndex(({ is }) => is(line));
     if (at >= 0) this.#waiting.splice(at, 1)[0]?.found(line);
     else this.lines.push(line);
@@ -125,6 +128,7 @@ export class PairedHost {
   async call(method: string, path: string, body?: object, status = 200): Promise<Record<string, unknown>> {
     const answer = await this.manager.admin(method, path, body);
     assert.equal(answer.status, status, `${method} ${path}: ${JSON.stringify(answer.body)}`);
+    if (path.startsWith('/migrations')) checkMigrationAnswer(method, path, answer);
     return answer.body;
   }
 
@@ -369,6 +373,19 @@ export class ManagerPair {
   async destroy(): Promise<void> {
     await Promise.all([this.a.destroy(), this.b.destroy()]);
   }
+}
+
+/** As docs/admin-api.yaml has it. */
+function checkMigrationAnswer(method: string, path: string, { status, body }: Answer): void {
+  const place = path.replace(/[0-9a-f]{32}/, '{migration}');
+  const schema = ['content', 'application/json', 'schema'];
+  const responses = ['paths', place, method.toLowerCase(), 'responses'];
+  check(
+    status === 404
+      ? ['components', 'responses', 'Error', ...schema]
+      : [...responses, String(status), ...schema],
+    body,
+  );
 }
 
 async function freePort(): Promise<number> {

@@ -34,7 +34,7 @@ export interface MigrationParts {
   readonly events: VtpmEvents;
   audit(event: AuditEvent): Promise<unknown>;
   readonly log: Logger;
-  /** For tests: other pauses between two inquiries. */
+  /** For tests: other pauses between two questions to another host. */
   readonly pausesMs?: readonly number[] | undefined;
 }
 
@@ -95,6 +95,7 @@ export class MigrationControl {
       host,
       arrivals,
       log,
+      pausesMs: parts.pausesMs,
       isLive: (migrationId) => this.#arriving.has(hex(migrationId)),
     });
     this.#doorkeeper = new EventDoorkeeper((hello) =>

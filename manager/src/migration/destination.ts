@@ -117,7 +117,7 @@ export class DestinationMigration {
   end(reason: ManagerError): void {
     this.#endedBy ??= reason;
     this.#over.abort();
-    this.#expected?.release(reason);
+    this.#expected?.release(notComing(reason));
     void this.parts.talk.refuse(reason);
   }
 
@@ -144,7 +144,7 @@ export class DestinationMigration {
     this.#keys?.wipe();
     await this.#importKey?.drop();
     if (state.at === 'ended') {
-      this.#expected?.release(state.reason);
+      this.#expected?.release(notComing(state.reason));
       await this.parts.talk.refuse(state.reason);
     } else {
       this.parts.talk.channel.close();
@@ -371,6 +371,11 @@ function checkSuspension(
       `the state is not whole: a part of a ${isSuspended ? 'suspended' : 'stopped'} TPM is missing or too much (${mode})`,
     );
   }
+}
+
+/** For the worker that waits: whatever it was, there is nothing to wait for. */
+function notComing({ code, message }: ManagerError): ManagerError {
+  return new ManagerError('migration-aborted', `the vTPM does not come here (${code}): ${message}`);
 }
 
 function checkHello(hello: MigrationHello): void {

@@ -13,6 +13,8 @@ export interface SettlerParts {
   /** Its session is open still, and will say so by itself. */
   readonly isLive: (migrationId: Uint8Array) => boolean;
   readonly log: Logger;
+  /** For tests: other pauses. */
+  readonly pausesMs?: readonly number[] | undefined;
 }
 
 /**
@@ -45,7 +47,8 @@ export class Settler {
 
   async #run(): Promise<void> {
     for (;;) {
-      const pause = SETTLE_AFTER_MS[Math.min(this.#round, SETTLE_AFTER_MS.length - 1)];
+      const pauses = this.parts.pausesMs ?? SETTLE_AFTER_MS;
+      const pause = pauses[Math.min(this.#round, pauses.length - 1)];
       await delay(pause, undefined, { signal: this.#wake.signal, ref: false }).catch(() => undefined);
       if (this.#ended.signal.aborted) return;
       if (this.#wake.signal.aborted) {

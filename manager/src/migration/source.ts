@@ -439,7 +439,7 @@ export class SourceMigration {
   /** The destination ends its session for it, if it has one: what it says then is for ever. */
   async #ask(reason: ManagerError): Promise<SourceState> {
     const pending = await this.#pending();
-    this.#talk?.channel.close(reason);
+    void this.#talk?.refuse(reason);
     const { resolver, order } = this.parts;
     const verdict = pending
       ? await within(resolver.ask(pending), LIMITS_MS.asking, 'the destination')
