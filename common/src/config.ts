@@ -34,6 +34,8 @@ export interface Settings {
   'store-reserve': number;
   /** Seconds until the root TPM counts saves: how much an old disk can hide after an unclean stop. */
   'anchor-window': number;
+  /** Seconds that a start waits for peers to say whether they rescued vTPMs from here; 0 does not ask. */
+  'ask-peers-at-start': number;
   /** Hours from a retirement to the rotation that makes its state unreadable on old disks too; 0 leaves it to the operator. */
   'erase-after': number;
   /** Where other hosts are listened for, `HOST:PORT` with commas between them; nowhere where empty. */
@@ -127,6 +129,11 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     // One count in ten minutes is 52,560 a year; makers speak of 500,000 writes.
     fallback: 600,
     range: [1, 86400],
+  },
+  'ask-peers-at-start': {
+    help: 'seconds that a start waits for peers to say whether they rescued vTPMs from here; 0 does not ask',
+    fallback: 5,
+    range: [0, 60],
   },
   'erase-after': {
     help: 'hours from a retirement to the rotation of the root key that erases it on old disks too; 0 never',

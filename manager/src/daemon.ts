@@ -27,6 +27,8 @@ export interface DaemonOptions {
   readonly tpmDeadlineMs: number;
   /** Seconds until the TPM counts saves. */
   readonly anchorWindow: number;
+  /** Milliseconds that a start waits for what peers say; 0 does not ask. */
+  readonly askPeersMs: number;
   /** Hours from a retirement to the rotation that erases; 0 never. */
   readonly eraseAfter: number;
   /** Where other hosts are listened for; none by default. */
@@ -203,8 +205,11 @@ class Manager implements Daemon {
       throw error;
     }
     this.#unlocked = unlocked;
+    // Before the first Load: what another host has rescued meanwhile does not run here.
+    await service.messenger.askAll(this.options.askPeersMs, this.#ended.signal);
     // Who ends the manager wipes the keys.
     if (this.#stopping) return await service.close();
+    void service.messenger.tellAll();
     this.#file = file;
     this.#state = { status: 'ready', service };
     this.#rotation = new Rotation({

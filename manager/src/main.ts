@@ -17,6 +17,7 @@ import { ManagerError } from './error.js';
 import { initialise } from './init.js';
 import { parseAddresses } from './peer/address.js';
 import { addRecoverCommand } from './recover-command.js';
+import { addRescueCommand } from './rescue/commands.js';
 import { uninstall } from './uninstall.js';
 
 // Before anything secret is in memory: no core dump, no file for others, no slice of a pool that others share.
@@ -38,6 +39,7 @@ interface GlobalFlags {
   readonly storeReserve?: string;
   readonly tpmDeadline?: string;
   readonly anchorWindow?: string;
+  readonly askPeersAtStart?: string;
   readonly eraseAfter?: string;
   readonly peerListen?: string;
   readonly storeSandbox: boolean;
@@ -63,6 +65,7 @@ const program = new Command('vtpm-managerd')
   .addOption(new Option('--log-format <format>', CONFIG_KEYS['log-format'].help))
   .addOption(new Option('--store-reserve <MiB>', CONFIG_KEYS['store-reserve'].help))
   .addOption(new Option('--anchor-window <seconds>', CONFIG_KEYS['anchor-window'].help))
+  .addOption(new Option('--ask-peers-at-start <seconds>', CONFIG_KEYS['ask-peers-at-start'].help))
   .addOption(new Option('--erase-after <hours>', CONFIG_KEYS['erase-after'].help))
   .addOption(new Option('--peer-listen <addresses>', CONFIG_KEYS['peer-listen'].help))
   .addOption(new Option('--tpm-deadline <seconds>', CONFIG_KEYS['tpm-deadline'].help))
@@ -120,6 +123,7 @@ program
 
 addRecoverCommand(program, { setUp, readKey, readSecret });
 addBackupCommands(program, { setUp, readKey, readSecret, key });
+addRescueCommand(program, { setUp, readKey, readSecret, key });
 
 await program.parseAsync().catch((error: unknown) => fail(error));
 
@@ -131,6 +135,7 @@ async function run(): Promise<void> {
     paths,
     storeReserve: settings['store-reserve'],
     anchorWindow: settings['anchor-window'],
+    askPeersMs: settings['ask-peers-at-start'] * 1000,
     eraseAfter: settings['erase-after'],
     peerAddresses: parseAddresses(settings['peer-listen']),
     ...common,
@@ -226,6 +231,7 @@ function setUp(flags: GlobalFlags) {
     'log-format': flags.logFormat,
     'store-reserve': flags.storeReserve,
     'anchor-window': flags.anchorWindow,
+    'ask-peers-at-start': flags.askPeersAtStart,
     'erase-after': flags.eraseAfter,
     'peer-listen': flags.peerListen,
     'tpm-deadline': flags.tpmDeadline,

@@ -11,6 +11,9 @@ import { Census } from './ownership/census.js';
 import { VtpmRegistry } from './ownership/registry.js';
 import type { PeerAddress } from './peer/address.js';
 import { PeerControl } from './peer/control.js';
+import type { RescueControl } from './rescue/control.js';
+import type { RescueMessenger } from './rescue/messenger.js';
+import { openRescues } from './rescue/open.js';
 import type { AnchorCounter } from './root-tpm/index.js';
 import { type AnchorState, openAnchoredStore, openLmdbStore } from './store/index.js';
 import { openTrustStore, type TrustStore } from './trust/trust-configuration.js';
@@ -25,6 +28,9 @@ export interface Service {
   readonly audit: AuditLog;
   readonly erasure: Erasure;
   readonly backup: BackupControl;
+  readonly rescues: RescueControl;
+  /** Between this host and others about what was rescued. */
+  readonly messenger: RescueMessenger;
   readonly migrations: MigrationControl;
   readonly peers: PeerControl;
   /**
@@ -128,10 +134,12 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       census,
       checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
     });
+    const { rescues, messenger } = openRescues({ keys, trust, registry, audit: log, log: options.log });
     const migrations = openMigrations({
       keys,
       trust,
       registry,
+      rescues,
       audit: log,
       checkRoom: () => checkRoom(options.paths.store, options.storeReserve),
       options,
@@ -153,6 +161,8 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       audit: log,
       erasure,
       migrations,
+      rescues,
+      messenger,
       backup: new BackupControl({ paths: options.paths, keys, store, registry, audit: log }),
       rekey: async (isOver) => {
         const { keyId: id, auditKey: key } = keys.current;
@@ -180,6 +190,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       stopWaiting: () => store.stopWaiting(),
       close: async (error) => {
         store.stopWaiting();
+        await messenger.close();
         await migrations.close();
         await peers.close();
         await registry.close(error);

@@ -8,9 +8,17 @@ import { newBackupKey, parseBackupSecret } from 'vtpm-manager/backup/operator-ke
 import { openEntry, readBackup } from 'vtpm-manager/backup/read';
 import { endorsementFingerprint } from 'vtpm-manager/peer/endorsement';
 import { platformDigest, readIdentity, renderIdentity } from 'vtpm-manager/peer/identity-file';
-import { encode, signingKeyFromSeed, uuidToText } from 'vtpm-proto';
+import {
+  encode,
+  type RestoreRequest,
+  signFencing,
+  signingKeyFromSeed,
+  uuidToBytes,
+  uuidToText,
+} from 'vtpm-proto';
 import { check, description } from '../support/admin-description.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
+import { BackupDesk } from './backup-fixture.js';
 import { LyingTpm } from './peer-fixture.js';
 import { Host } from './platform-fixture.js';
 
@@ -106,6 +114,8 @@ describe('docs/admin-api.yaml', () => {
   }
 
   const liar = new LyingTpm();
+  const backups = new BackupDesk();
+  after(() => backups.clear());
   /** @returns the identity of another host, with the endorsement key of this one, and the fingerprint of that */
   function otherHost(own: string, quotedBy = liar): [identity: string, fingerprint: string] {
     const key = signingKeyFromSeed(Buffer.alloc(32, 1));
@@ -114,23 +124,47 @@ describe('docs/admin-api.yaml', () => {
       hostId: key.publicKey,
       tlsKey: Buffer.alloc(32, 2),
       attestationKey: Buffer.from(liar.peer.attestationKey),
+      backupKey: backups.keys.backupKey.publicKey,
     };
     const identity = renderIdentity(facts, quotedBy.evidence(platformDigest(facts)), key);
     return [identity, endorsementFingerprint(facts.endorsementKey)];
   }
 
   /** What brings back each vTPM of a backup. */
-  async function restoreRequests(backup: Buffer, secret: string): Promise<Map<string, Buffer>> {
+  async function restores(backup: Buffer, secretKey: Uint8Array): Promise<Map<string, RestoreRequest>> {
     const path = join(host.manager.home, 'backup.vtpm');
     writeFileSync(path, backup);
-    const requests = new Map<string, Buffer>();
+    const requests = new Map<string, RestoreRequest>();
     await readBackup(path, (start, entry) => {
       const { facts, signature, parsed } = entry;
-      const content = openEntry(parseBackupSecret(secret), start, entry);
-      const request = encode('RestoreRequest', { headerDigest: start.digest, facts, signature, content });
-      requests.set(uuidToText(parsed.vtpmUuid), request);
+      const content = openEntry(secretKey, start, entry);
+      requests.set(uuidToText(parsed.vtpmUuid), { headerDigest: start.digest, facts, signature, content });
     });
     return requests;
+  }
+
+  /** What rescues the vTPM of a backup that the other host made. */
+  async function rescueRequests(id: string): Promise<{ good: Buffer; unfenced: Buffer; unknown: Buffer }> {
+    backups.put(id, 3n, Buffer.from('state'));
+    const restore = (await restores(await backups.make(), backups.operator.secretKey)).get(id);
+    assert.ok(restore);
+    const { key } = host.manager.toolstack;
+    const statement = {
+      format: 1,
+      toolstackKey: key.publicKey,
+      vtpmUuid: uuidToBytes(id),
+      host: signingKeyFromSeed(Buffer.alloc(32, 1)).publicKey,
+      lastGeneration: 2n ** 40n,
+      method: 'its power was cut',
+      at: BigInt(Date.now()),
+    };
+    const fencing = signFencing(key, statement);
+    const other = signFencing(key, { ...statement, host: Buffer.alloc(32, 3) });
+    return {
+      good: encode('RescueRequest', { restore, fencing }),
+      unfenced: encode('RescueRequest', { restore }),
+      unknown: encode('RescueRequest', { restore, fencing: other }),
+    };
   }
 
   /** @returns the function that ends its worker in order */
@@ -181,8 +215,11 @@ describe('docs/admin-api.yaml', () => {
     await send('POST /backup', {}, { to, vtpms: [unknown.id] });
     await send('POST /backup', {}, { to, vtpm: [one.id] });
     await send('POST /backup', {}, { to: 'a'.repeat(70_000) });
-    const requests = await restoreRequests(bytes, key.secret);
-    const [connected, idle] = [requests.get(one.id), requests.get(two.id)];
+    const requests = await restores(bytes, parseBackupSecret(key.secret));
+    const [connected, idle] = [one, two].map(({ id }) => {
+      const request = requests.get(id);
+      return request && encode('RestoreRequest', request);
+    });
     for (const query of ['', '?accept-rollback=yes', '?accept-rollback=1', '?accept_rollback=yes']) {
       await send('POST /restore', {}, idle, query);
       await send('POST /restore', {}, connected, query);
@@ -250,6 +287,11 @@ describe('docs/admin-api.yaml', () => {
     await send('PATCH /peers/{name}', b, { withdraw: platform });
     await send('PATCH /peers/{name}', b, {});
     await send('PATCH /peers/{name}', { name: 'c' }, { addresses: [] });
+    const rescued = await rescueRequests(testVtpm().id);
+    for (const query of ['', '?accept-rollback=1', '?accept-rollback=yes', '?accept-rollback=yes']) {
+      for (const body of Object.values(rescued)) await send('POST /rescue', {}, body, query);
+    }
+    await send('POST /rescue', {}, Buffer.alloc(600_000));
     await send('DELETE /peers/{name}', b);
     await send('DELETE /peers/{name}', b);
 

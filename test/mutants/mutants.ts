@@ -509,9 +509,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a restore is counted before it is told',
     file: 'manager/src/ownership/registry.ts',
-    guard:
-      "await this.#desk.records.write(vtpmUuid, held, record, 'now');\n        barrier('restore.written');",
-    without: 'await this.#desk.records.write(vtpmUuid, held, record);',
+    guard: "await this.#desk.records.write(vtpmUuid, held, record, 'now');\n        barrier(",
+    without: 'await this.#desk.records.write(vtpmUuid, held, record);\n        barrier(',
     test: { file: 'attack/rollback', name: 'the disk from right before a restore' },
   },
   {
@@ -524,8 +523,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a restore does not take a vTPM from its worker',
     file: 'manager/src/ownership/registry.ts',
-    guard: "slot.exclusively('restore', async () => {\n        if (slot.live) {",
-    without: "slot.exclusively('restore', async () => {\n        if (slot.live?.isOver) {",
+    guard: "slot.exclusively(action, async () => {\n        if (slot.live) {",
+    without: "slot.exclusively(action, async () => {\n        if (slot.live?.isOver) {",
     test: { file: 'manager/backup', name: 'a worker that is connected keeps its vTPM' },
   },
   {

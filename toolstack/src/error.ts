@@ -44,6 +44,7 @@ export type ToolstackErrorCode =
   | 'migrating'
   | 'moved'
   | 'migration-refused'
+  | 'not-fenced'
   | 'internal';
 
 const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
@@ -81,6 +82,7 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'migrating',
   'moved',
   'migration-refused',
+  'not-fenced',
   'internal',
 ]);
 

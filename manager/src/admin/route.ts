@@ -8,6 +8,7 @@ import type { MigrationControl } from '../migration/control.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import type { PeerControl } from '../peer/control.js';
 import type { PlatformControl } from '../platform-control.js';
+import type { RescueControl } from '../rescue/control.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import type { Health } from './health.js';
 
@@ -19,6 +20,7 @@ export interface AdminService {
   readonly backup: BackupControl;
   readonly migrations: MigrationControl;
   readonly peers: PeerControl;
+  readonly rescues: RescueControl;
 }
 
 /** The manager as its admin plane sees it. */
@@ -114,6 +116,24 @@ export function onlyKnown(query: URLSearchParams, names: readonly string[]): voi
   if (unknown === undefined) return;
   const known = names.length === 0 ? 'this call takes none' : `there are ${names.join(', ')}`;
   throw new ManagerError('bad-request', `there is no query parameter "${unknown.slice(0, 40)}"; ${known}`);
+}
+
+/** Whether what was saved since may be lost. @throws ManagerError `bad-request` */
+export function consentOf(query: URLSearchParams): boolean {
+  onlyKnown(query, ['accept-rollback']);
+  const consent = query.get('accept-rollback');
+  if (consent === null || consent === 'yes') return consent === 'yes';
+  throw new ManagerError('bad-request', '"accept-rollback" is "yes", or left out');
+}
+
+/** Generations and times stay below 2^53. */
+export function plainOf(object: object): Record<string, unknown> {
+  return Object.fromEntries(
+    Object.entries(object).map(([name, value]) => [
+      name,
+      typeof value === 'bigint' ? Number(value) : (value ?? null),
+    ]),
+  );
 }
 
 /** Where a call leads: to a route with what its path says, or to the methods that there are for the path. */

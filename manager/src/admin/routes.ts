@@ -1,5 +1,6 @@
 import { backupRoutes } from '../backup/routes.js';
 import { METRICS_TYPE, renderMetrics } from '../metrics.js';
+import { rescueRoutes } from '../rescue/routes.js';
 import { auditRoutes } from './audit-routes.js';
 import { streamEvents } from './event-stream.js';
 import { imageRoutes } from './image-routes.js';
@@ -39,4 +40,5 @@ export const ROUTES: readonly Route[] = [
   ...platformRoutes,
   ...auditRoutes,
   ...backupRoutes,
+  ...rescueRoutes,
 ];

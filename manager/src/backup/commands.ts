@@ -51,7 +51,7 @@ export function addBackupCommands(program: Command, { setUp, readKey, key }: Com
 
   add('backup-keygen', 'makes a key to which backups are encrypted')
     .requiredOption('--output <file>', 'for the private half, mode 0600')
-    .action(({ output }: { output: string }) => print(keygen(output)));
+    .action(({ output }: { output: string }) => printResult(keygen(output)));
 
   add('backup', 'has the running manager write a backup')
     .requiredOption('--to <key>', 'public half of the backup key')
@@ -62,7 +62,7 @@ export function addBackupCommands(program: Command, { setUp, readKey, key }: Com
       const { paths } = setUp(flags);
       const recipient = parseBackupPublic(flags.to);
       const { output } = flags;
-      print(
+      printResult(
         await backupToFile({ adminSocket: paths.manager.adminSocket, output, recipient, vtpms: named(ids) }),
       );
     });
@@ -75,7 +75,7 @@ export function addBackupCommands(program: Command, { setUp, readKey, key }: Com
     .action(async (file: string, ids: string[], _flags: object, command: Command) => {
       const flags = command.optsWithGlobals<RestoreFlags>();
       const { paths } = setUp(flags);
-      print(
+      printResult(
         await restoreFromFile({
           adminSocket: paths.manager.adminSocket,
           file,
@@ -97,7 +97,7 @@ export function addBackupCommands(program: Command, { setUp, readKey, key }: Com
     .action(async (file: string, _flags: object, command: Command) => {
       const flags = command.optsWithGlobals<RebuildFlags>();
       const { recoveryKeyFile } = flags;
-      print(
+      printResult(
         await rebuild({
           ...setUp(flags),
           file,
@@ -112,7 +112,7 @@ export function addBackupCommands(program: Command, { setUp, readKey, key }: Com
     .argument('<path>', 'a file or a directory')
     .action(async (path: string, _flags: object, command: Command) => {
       const { log, storeSandbox: sandbox } = setUp(command.optsWithGlobals());
-      print(await inspect(path, { log, sandbox }));
+      printResult(await inspect(path, { log, sandbox }));
     });
 }
 
@@ -128,7 +128,7 @@ function named(ids: readonly string[]): readonly string[] | undefined {
 }
 
 /** Generations and times stay below 2^53. */
-function print(result: object): void {
+export function printResult(result: object): void {
   const text = JSON.stringify(result, (_key, value: unknown) =>
     typeof value === 'bigint' ? Number(value) : value,
   );

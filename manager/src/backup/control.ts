@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import { barrier, type Paths } from 'vtpm-common';
-import { type BackupFacts, bytesEqual, type RecordHeader, type RestoreRequest, uuidToText } from 'vtpm-proto';
+import { type BackupFacts, type RecordHeader, type RestoreRequest, uuidToText } from 'vtpm-proto';
 import { statusOf } from '../admin/http.js';
 import type { AuditActor, AuditLog } from '../audit/index.js';
 import { nextPath } from '../enrolment.js';
@@ -11,7 +11,7 @@ import type { VtpmRegistry } from '../ownership/registry.js';
 import { checkHere } from '../ownership/ticket-check.js';
 import { restoredRecord, restoredTombstone, type VtpmRecord } from '../records/index.js';
 import type { AnchoredStore } from '../store/index.js';
-import { parse, sha256, verifiedFacts } from './format.js';
+import { contentOf, parse, verifiedFacts } from './format.js';
 import { writeBackup } from './write.js';
 
 export interface BackupParts {
@@ -188,15 +188,6 @@ export class BackupControl {
     if (facts.generation === 0n) return undefined;
     return restoredRecord(keys, facts, permanent, held, count);
   }
-}
-
-/** The permanent state, a view into the request's bytes, which the caller of all this wipes. */
-function contentOf(facts: BackupFacts, { content = new Uint8Array(0) }: RestoreRequest): Uint8Array {
-  if (facts.contentDigest.length === 0) return new Uint8Array(0);
-  if (!bytesEqual(sha256(content), facts.contentDigest)) {
-    throw new ManagerError('bad-request', 'the state is not the one that was backed up');
-  }
-  return parse('BackupContent', content, 'the state').permanent;
 }
 
 function planOf(

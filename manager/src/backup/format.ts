@@ -3,10 +3,12 @@ import {
   type BackupEntry,
   type BackupFacts,
   type BackupHeader,
+  bytesEqual,
   decode,
   encode,
   type Messages,
   ProtoError,
+  type RestoreRequest,
   verifySignature,
 } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
@@ -86,6 +88,15 @@ export function verifiedFacts(
   return parse('BackupFacts', facts, 'an entry');
 }
 
+/** The permanent state, a view into the request's bytes, which the caller of all this wipes. */
+export function contentOf(facts: BackupFacts, { content = new Uint8Array(0) }: RestoreRequest): Uint8Array {
+  if (facts.contentDigest.length === 0) return new Uint8Array(0);
+  if (!bytesEqual(sha256(content), facts.contentDigest)) {
+    throw new ManagerError('bad-request', 'the state is not the one that was backed up');
+  }
+  return parse('BackupContent', content, 'the state').permanent;
+}
+
 export function checkTrailer(signer: Uint8Array, statement: Uint8Array, signature: Uint8Array): void {
   if (!verifySignature(signer, trailerMessage(statement), signature)) {
     throw damaged('its signature does not verify');
@@ -101,7 +112,8 @@ export function parse<
     | 'BackupContent'
     | 'BackupTrailer'
     | 'BackupStatement'
-    | 'RestoreRequest',
+    | 'RestoreRequest'
+    | 'RescueRequest',
 >(name: K, bytes: Uint8Array, what: string): Messages[K] {
   let again: Buffer | undefined;
   try {

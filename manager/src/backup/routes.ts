@@ -4,9 +4,11 @@ import {
   type AdminRequest,
   type Answer,
   bodyOf,
+  consentOf,
   isUuid,
   ok,
   onlyKnown,
+  plainOf,
   type RespondingAnswer,
   type Route,
 } from '../admin/route.js';
@@ -40,30 +42,15 @@ async function backup(request: AdminRequest, { service }: AdminContext): Promise
 /** One vTPM of a backup; only says what it would do without `?accept-rollback=yes`. */
 async function restore(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
   const control = service().backup;
-  onlyKnown(request.query, ['accept-rollback']);
-  const consent = request.query.get('accept-rollback');
-  if (consent !== null && consent !== 'yes') {
-    throw new ManagerError('bad-request', '"accept-rollback" is "yes", or left out');
-  }
+  const isAccepted = consentOf(request.query);
   const body = await request.bytes(MAX_FRAME_BYTES);
   try {
-    const isAccepted = consent === 'yes';
     const plan = isAccepted ? await control.restore(request.actor, body) : await control.plan(body);
     return ok({ isDone: isAccepted, ...plainOf(plan) });
   } finally {
     // The state in the clear, of which every other view is a part.
     wipe(body);
   }
-}
-
-/** Generations and times stay below 2^53. */
-function plainOf(object: object): Record<string, unknown> {
-  return Object.fromEntries(
-    Object.entries(object).map(([name, value]) => [
-      name,
-      typeof value === 'bigint' ? Number(value) : (value ?? null),
-    ]),
-  );
 }
 
 async function* from(

@@ -14,6 +14,7 @@ import { ManagerError } from '../error.js';
 import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
 import type { IncomingEvent, VtpmEvents } from '../ownership/events.js';
 import type { PeerChannel } from '../peer/channel.js';
+import { answerRescues, type RescueBook } from '../rescue/exchange.js';
 import { DestinationMigration } from './destination.js';
 import { EventDoorkeeper } from './doorkeeper.js';
 import { checkLengths } from './lengths.js';
@@ -29,6 +30,8 @@ export interface MigrationParts {
   readonly host: Host;
   readonly departures: Departures;
   readonly arrivals: Arrivals;
+  /** What was rescued from other hosts, and from here. */
+  readonly rescues: RescueBook;
   readonly attestor: Attestor;
   readonly orders: OrderEnvironment;
   readonly events: VtpmEvents;
@@ -269,6 +272,8 @@ export class MigrationControl {
           return await this.#answer(new Talk(channel, 'destination', first));
         case 'UNSETTLED':
           return await this.#saySettled(new Talk(channel, 'source', first));
+        case 'RESCUED':
+          return await answerRescues(channel, first, this.parts.rescues);
         default:
           throw new ManagerError('bad-request', `a session does not begin with ${first.type}`);
       }

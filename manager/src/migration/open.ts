@@ -5,6 +5,7 @@ import type { KeyHierarchy } from '../keys/index.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import { dialPeer } from '../peer/dial.js';
 import { hostIdentity } from '../peer/identity.js';
+import type { RescueBook } from '../rescue/exchange.js';
 import type { ServiceOptions } from '../service.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import { TpmAttestor } from './attestor.js';
@@ -21,6 +22,7 @@ export function openMigrations({
   keys,
   trust,
   registry,
+  rescues,
   audit,
   checkRoom,
   options: { chip, log },
@@ -28,6 +30,7 @@ export function openMigrations({
   readonly keys: KeyHierarchy;
   readonly trust: TrustStore;
   readonly registry: VtpmRegistry;
+  readonly rescues: RescueBook;
   readonly audit: AuditLog;
   checkRoom(): void;
   readonly options: Pick<ServiceOptions, 'chip' | 'log'>;
@@ -50,6 +53,7 @@ export function openMigrations({
     host,
     departures: registry.departures,
     arrivals: registry.arrivals,
+    rescues,
     attestor: new TpmAttestor({ ...chip, trust }),
     orders: { identity: keys.identity, trust, bootId, monotonicMs },
     events: registry.events,

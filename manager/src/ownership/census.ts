@@ -15,6 +15,7 @@ export interface UnsettledArrival {
 export class Census {
   readonly #counts: Record<RecordKind, number> = { LIVE: 0, RETIRED: 0, MOVED: 0 };
   readonly #departing = new Set<string>();
+  readonly #rescued = new Set<string>();
   /** By migration id, in hex. */
   readonly #unsettled = new Map<string, UnsettledArrival>();
 
@@ -33,6 +34,11 @@ export class Census {
   /** vTPMs of which a destination has to say what became of them. */
   get departing(): string[] {
     return [...this.#departing];
+  }
+
+  /** vTPMs of which the host that was dead has to hear still. */
+  get rescued(): string[] {
+    return [...this.#rescued];
   }
 
   /** The vTPM that was committed here by a migration whose source has not settled it. @param migrationId in hex */
@@ -69,6 +75,8 @@ export class Census {
     }
     if (isDeparting(after)) this.#departing.add(id);
     else this.#departing.delete(id);
+    if (after.rescue) this.#rescued.add(id);
+    else this.#rescued.delete(id);
   }
 }
 

@@ -32,6 +32,7 @@ import type { VtpmEvents } from './events.js';
 import { checkFirstFrame, readHello, readUuid } from './first-frame.js';
 import { LiveSession } from './live-session.js';
 import { sealGrant } from './load-grant.js';
+import { Rescues } from './rescues.js';
 import type { Slot } from './slot.js';
 import {
   type CheckedLoad,
@@ -104,6 +105,7 @@ const MAX_WORK_BYTES = 64 * 1024 * 1024;
 export class VtpmRegistry {
   readonly departures: Departures;
   readonly arrivals: Arrivals;
+  readonly rescues: Rescues;
   /** Saves that are worked on. */
   readonly work = new WorkGate(MAX_WORK_BYTES);
   readonly #desk: Desk;
@@ -113,6 +115,7 @@ export class VtpmRegistry {
     this.#desk = new Desk(options);
     this.departures = new Departures(this.#desk);
     this.arrivals = new Arrivals(this.#desk);
+    this.rescues = new Rescues(this.#desk);
     const clock = options.clock ?? { bootId, monotonicMs };
     this.#environment = { identity: options.keys.identity, trust: options.trust, ...clock };
   }
@@ -234,10 +237,11 @@ export class VtpmRegistry {
     actor: AuditActor,
     facts: Readonly<Record<string, string>>,
     change: (held: RecordHeader | undefined, count: bigint) => VtpmRecord | undefined,
+    action: 'restore' | 'rescue' = 'restore',
   ): Promise<void> {
     this.#desk.checkOpen();
     await this.#desk.visit(vtpmUuid, (slot) =>
-      slot.exclusively('restore', async () => {
+      slot.exclusively(action, async () => {
         if (slot.live) {
           throw new ManagerError('busy', `a worker is connected to vTPM ${vtpmUuid}; stop it first`);
         }
@@ -245,11 +249,11 @@ export class VtpmRegistry {
         const record = change(held?.record.header, this.options.store.stated.counter + 1n);
         if (!record) return;
         if (!held) this.options.checkRoom?.();
-        await this.#desk.audit(actor, 'restore', 'intended', record.header, facts);
-        barrier('restore.announced');
+        await this.#desk.audit(actor, action, 'intended', record.header, facts);
+        barrier(`${action}.announced`);
         await this.#desk.records.write(vtpmUuid, held, record, 'now');
-        barrier('restore.written');
-        await this.#desk.audit(actor, 'restore', 'done', record.header, facts);
+        barrier(`${action}.written`);
+        await this.#desk.audit(actor, action, 'done', record.header, facts);
       }),
     );
   }

@@ -2,7 +2,7 @@ import type { RecordHeader } from 'vtpm-proto';
 import { type KeyHierarchy, newDataKey, sealPart, wipe, wrapDataKey } from '../keys/index.js';
 import { FIRST_FORMAT, type VtpmRecord } from './format.js';
 import { contextOf, dataKeyNames } from './parts.js';
-import { ACCEPTANCE, resume } from './transitions.js';
+import { ACCEPTANCE, type Mark, resume } from './transitions.js';
 
 /** What a copy of a vTPM, made earlier, says of it. */
 export type CopyFacts = Pick<
@@ -19,6 +19,9 @@ export type CopyFacts = Pick<
 > &
   Partial<Pick<RecordHeader, 'departure' | 'unsettled' | 'lineage'>>;
 
+/** What there was in its place, and what others are to hear of it still. */
+type Held = Pick<RecordHeader, 'generation' | 'epoch' | 'marks' | 'unsettled' | 'lineage' | 'rescue'>;
+
 const EMPTY = new Uint8Array(0);
 /** Of a VM run and a boot that never were: a restored vTPM is powered on. */
 const NONE = Buffer.alloc(16);
@@ -28,15 +31,17 @@ const NONE = Buffer.alloc(16);
  * a generation and epoch that neither the copy nor the record in its place has had.
  * @param permanent state; the caller wipes it
  * @param count what the TPM's counter shows once this is accepted
+ * @param mark that it bears for ever
  */
 export function restoredRecord(
   keys: KeyHierarchy,
   copy: CopyFacts,
   permanent: Uint8Array,
-  held: RecordHeader | undefined,
+  held: Held | undefined,
   count: bigint,
+  mark: Mark = 'restored',
 ): VtpmRecord {
-  const { header } = resume({ header: headerOf(keys, copy, held), parts: [] }, 'restored', count);
+  const { header } = resume({ header: headerOf(keys, copy, held), parts: [] }, mark, count);
   const { keyId, storeKey } = keys.current;
   const dataKey = newDataKey();
   try {
@@ -55,7 +60,7 @@ export function restoredTombstone(keys: KeyHierarchy, copy: CopyFacts): VtpmReco
   return { header: headerOf(keys, copy, undefined), parts: [] };
 }
 
-function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: RecordHeader | undefined): RecordHeader {
+function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: Held | undefined): RecordHeader {
   const { vtpmUuid, vmUuid, kind, libtpmsVersion, savedAt, createdAt } = copy;
   const { departure, unsettled = [], lineage = [] } = copy;
   const accepted = max(copy.generation, held?.generation) / ACCEPTANCE;
@@ -79,6 +84,7 @@ function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: RecordHeader | unde
     ...(departure && !held && { departure }),
     unsettled: held?.unsettled ?? unsettled,
     lineage: held?.lineage ?? lineage,
+    ...(held?.rescue && { rescue: held.rescue }),
   };
 }
 

@@ -169,7 +169,7 @@ export function tombstone(record: VtpmRecord, kind: 'RETIRED' | 'MOVED', now: bi
 }
 
 /** What an operator must see of a vTPM for ever. */
-export type Mark = 'rolled-back' | 'recovered' | 'restored' | 'plain-export';
+export type Mark = 'rolled-back' | 'recovered' | 'restored' | 'rescued' | 'plain-export';
 
 /** What is brought in from outside may be any state of the past. */
 const MARK_OF: Readonly<Partial<Record<StateAction, Mark>>> = {

@@ -3,6 +3,7 @@ import type { Add, Run } from './command-line.js';
 import { type EvacuateFlags, evacuate } from './commands/evacuate.js';
 import { type MigrateFlags, migrate } from './commands/migrate.js';
 import { migrateCancel, migrateResolve, migrateStatus } from './commands/migrations.js';
+import { type FenceFlags, fence, type RescueFlags, rescue } from './commands/rescue.js';
 
 /** `migrate` with its own commands, and `evacuate`. */
 export function addMigrateCommands(program: Command, add: Add, run: Run): void {
@@ -45,6 +46,38 @@ export function addMigrateCommands(program: Command, add: Add, run: Run): void {
     ['vtpmctl migrate cancel web1'],
   ).argument('<name>', 'name or id');
   cancelCommand.action((name: string) => run(cancelCommand, (context) => migrateCancel(name, context)));
+
+  const fenceCommand = add(
+    migrateCommand,
+    'fence',
+    'signs your word that a dead host does not run a vTPM and will not; a rescue needs it',
+    [
+      "vtpmctl migrate fence --vtpm 0b8f7a52-3c1d-4f0e-9a6b-2f3c4d5e6f70 --host hosta --last-generation 41 --method 'power cut at the PDU, cable 7 pulled' > web1.fencing",
+    ],
+  )
+    .requiredOption('--vtpm <id>', 'its id')
+    .requiredOption('--host <peer>', 'the dead host: name of a peer, or host id of 64 hex digits')
+    .requiredOption('--last-generation <number>', 'the newest that is known; at least that of the backup')
+    .requiredOption('--method <text>', 'what keeps that host from running it; goes into the audit log');
+  fenceCommand.action((flags: FenceFlags) => run(fenceCommand, (context) => fence(flags, context)));
+
+  const rescueCommand = add(
+    migrateCommand,
+    'rescue',
+    'has a vTPM go on here whose host is dead, from a backup which that host made',
+    [
+      'vtpmctl migrate rescue web1 --from-backup monday.vtpm --operator-key backup.key --fencing web1.fencing',
+      'vtpmctl migrate rescue web1 --from-backup … --operator-key … --fencing … --accept-rollback',
+    ],
+  )
+    .argument('<name>', 'what it is called here')
+    .option('--from-backup <file>', 'needed: made by the dead host, which is a peer of this one')
+    .option('--operator-key <file>', 'needed: private half of the backup key')
+    .option('--fencing <file>', 'needed: what vtpmctl migrate fence wrote')
+    .option('--accept-rollback', 'do it: what was saved since is lost, and it bears a mark for ever');
+  rescueCommand.action((name: string, flags: RescueFlags) =>
+    run(rescueCommand, (context) => rescue(name, flags, context)),
+  );
 
   const evacuateCommand = add(program, 'evacuate', 'moves all vTPMs of this host to another one', [
     'vtpmctl evacuate --to hostb',

@@ -1,0 +1,368 @@
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createLogger } from 'vtpm-common';
+import { EMPTY_HEAD } from 'vtpm-manager/audit/index';
+import { openEntry, readBackup } from 'vtpm-manager/backup/read';
+import { writeBackup } from 'vtpm-manager/backup/write';
+import { RescueControl } from 'vtpm-manager/rescue/control';
+import {
+  boxKeyPair,
+  encode,
+  type FencingStatement,
+  type RestoreRequest,
+  type SignedRescue,
+  signFencing,
+} from 'vtpm-proto';
+import { testPeer } from '../support/test-peer.js';
+import { type TestVtpm, testVtpm } from '../support/worker-client.js';
+import { idOf, Journey } from './migration-fixture.js';
+import { refused, type Worker, World } from './ownership-fixture.js';
+
+const EPOCHS = 1n << 32n;
+const operator = boxKeyPair();
+const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+
+/** The entry of one vTPM in a backup that a host made. */
+async function backedUp(world: World, { id }: TestVtpm): Promise<RestoreRequest> {
+  const directory = mkdtempSync(join(tmpdir(), 'vtpm-rescue-'));
+  try {
+    const chunks: Buffer[] = [];
+    for await (const chunk of writeBackup({
+      keys: world.keys,
+      ids: [id],
+      recipient: operator.publicKey,
+      anchor: { root: Buffer.alloc(32), counter: 1n },
+      enrolment: Buffer.from('{}'),
+      approvals: Buffer.alloc(0),
+      backupId: randomBytes(16),
+      record: (name) => world.registry.record(name),
+    })) {
+      chunks.push(chunk);
+    }
+    const file = join(directory, 'backup');
+    writeFileSync(file, Buffer.concat(chunks));
+    let request: RestoreRequest | undefined;
+    await readBackup(file, (start, entry) => {
+      const { facts, signature, envelope } = entry;
+      const content = envelope.length > 0 ? openEntry(operator.secretKey, start, entry) : undefined;
+      request = { headerDigest: start.digest, facts, signature, ...(content && { content }) };
+    });
+    assert.ok(request);
+    return request;
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+}
+
+/** A host with what it rescues. */
+class Rescuer {
+  told = 0;
+  readonly control: RescueControl;
+
+  constructor(readonly world: World) {
+    this.control = new RescueControl({
+      keys: world.keys,
+      trust: world.trust,
+      registry: world.registry,
+      audit: {
+        append: async (event) => {
+          world.audited.push(event);
+          return EMPTY_HEAD;
+        },
+      },
+      log,
+      onHeld: () => {
+        this.told += 1;
+      },
+    });
+  }
+
+  static async create(): Promise<Rescuer> {
+    return new Rescuer(await World.create());
+  }
+
+  async know(...others: readonly Rescuer[]): Promise<void> {
+    for (const [index, { world }] of others.entries()) {
+      const { hostKey, backupKey } = world.keys;
+      const keys = { hostId: hostKey.publicKey, backupKey: backupKey.publicKey };
+      await this.world.trust.addPeer(testPeer({ name: `host${index}`, ...keys }));
+    }
+  }
+
+  request(
+    restore: RestoreRequest,
+    dead: Rescuer,
+    vtpm: TestVtpm,
+    changes: Partial<FencingStatement> = {},
+  ): Buffer {
+    const fencing = signFencing(this.world.toolstack.key, {
+      format: 1,
+      toolstackKey: this.world.toolstack.key.publicKey,
+      vtpmUuid: vtpm.uuid,
+      host: idOf(dead.world),
+      lastGeneration: 9n,
+      method: 'its power was cut',
+      at: BigInt(Date.now()),
+      ...changes,
+    });
+    return encode('RescueRequest', { restore, fencing });
+  }
+
+  rescue(request: Uint8Array) {
+    return this.control.rescue({ uid: 0 }, request);
+  }
+
+  async header(vtpm: TestVtpm) {
+    return (await this.world.registry.view(vtpm.id)).header;
+  }
+
+  /** Verdicts of the log, of rescues. */
+  get verdicts(): string[] {
+    return this.world.audited.filter(({ action }) => action === 'rescue').map(({ verdict }) => verdict);
+  }
+}
+
+describe('a rescue', () => {
+  let dead: Rescuer;
+  let here: Rescuer;
+  let vtpm: TestVtpm;
+  let worker: Worker;
+  let backup: RestoreRequest;
+
+  beforeEach(async () => {
+    [dead, here] = [await Rescuer.create(), await Rescuer.create()];
+    await here.know(dead);
+    vtpm = testVtpm();
+    worker = await dead.world.manufactured(vtpm);
+    await worker.save('P2');
+    backup = await backedUp(dead.world, vtpm);
+    await worker.save('P3');
+  });
+
+  /** The notices that `here` holds for the host that was dead. */
+  const held = (): Promise<readonly SignedRescue[]> => here.control.held(idOf(dead.world));
+
+  it('goes on from the backup: marked, far above every epoch and generation, to be powered on', async () => {
+    const plan = await here.control.plan(here.request(backup, dead, vtpm));
+    assert.deepEqual([plan.generation, plan.lastGeneration, plan.epoch], [2n, 9n, undefined]);
+    assert.equal(await here.world.registry.record(vtpm.id), undefined);
+
+    await here.rescue(here.request(backup, dead, vtpm));
+    const header = await here.header(vtpm);
+    assert.deepEqual([header.kind, header.marks, header.session], ['LIVE', ['rescued'], undefined]);
+    assert.equal(header.epoch, EPOCHS);
+    assert.ok(header.generation > 9n && header.generation % EPOCHS === 2n);
+    assert.deepEqual(
+      header.lineage.map(({ host, lastGeneration }) => [Buffer.from(host), lastGeneration]),
+      [[idOf(dead.world), 9n]],
+    );
+    assert.deepEqual(here.verdicts, ['intended', 'done']);
+    assert.equal(here.world.audited.at(-1)?.facts?.method, 'its power was cut');
+
+    const next = here.world.worker(vtpm);
+    const grant = await next.load({ expectedEpoch: EPOCHS, verbs: ['COLD'] });
+    assert.equal(Buffer.from(grant.permanent ?? []).toString(), 'P2');
+    assert.equal(grant.suspended, undefined);
+  });
+
+  it('has been counted by the TPM when it is told, and is there after a crash', async () => {
+    const before = await here.world.anchor.counter.read();
+    await here.rescue(here.request(backup, dead, vtpm));
+    assert.ok((await here.world.anchor.counter.read()) > before);
+    await here.world.restart();
+    assert.equal((await new Rescuer(here.world).header(vtpm)).epoch, EPOCHS);
+  });
+
+  it('is above what the statement knows of, whatever the backup has', async () => {
+    const lastGeneration = 77n * EPOCHS + 5n;
+    await here.rescue(here.request(backup, dead, vtpm, { lastGeneration }));
+    assert.ok((await here.header(vtpm)).generation > lastGeneration);
+  });
+
+  it('never happens without a statement, about another host or vTPM, or that knows too little: not-fenced', async () => {
+    const third = await Rescuer.create();
+    await here.world.trust.addPeer(
+      testPeer({ name: 'c', hostId: idOf(third.world), backupKey: third.world.keys.backupKey.publicKey }),
+    );
+    const none = encode('RescueRequest', { restore: backup });
+    const stranger = new Rescuer(third.world).request(backup, dead, vtpm);
+    for (const [request, code] of [
+      [none, 'not-fenced'],
+      [stranger, 'not-fenced'],
+      [here.request(backup, dead, testVtpm()), 'not-fenced'],
+      [here.request(backup, dead, vtpm, { lastGeneration: 1n }), 'not-fenced'],
+      [here.request(backup, dead, vtpm, { at: 1n }), 'not-fenced'],
+      [here.request(backup, third, vtpm), 'wrong-manager'],
+      [here.request(backup, dead, vtpm, { host: randomBytes(32) }), 'unknown-peer'],
+      [here.request(backup, here, vtpm), 'bad-request'],
+    ] as const) {
+      await assert.rejects(here.rescue(request), refused(code));
+      await assert.rejects(here.control.plan(request), refused(code));
+    }
+    assert.equal(await here.world.registry.record(vtpm.id), undefined);
+    assert.deepEqual([...new Set(here.verdicts)], ['refused']);
+  });
+
+  it('is refused where the vTPM lives here, was retired here, or there', async () => {
+    const mine = await here.world.manufactured(vtpm);
+    await assert.rejects(here.rescue(here.request(backup, dead, vtpm)), refused('lives-here'));
+    mine.stream?.detach();
+    await here.world.registry.retire(vtpm.id, 'manager');
+    await assert.rejects(here.rescue(here.request(backup, dead, vtpm)), refused('retired'));
+    worker.stream?.detach();
+    await dead.world.registry.retire(vtpm.id, 'manager');
+    const tombstone = await backedUp(dead.world, vtpm);
+    const fresh = await Rescuer.create();
+    await fresh.know(dead);
+    await assert.rejects(fresh.rescue(fresh.request(tombstone, dead, vtpm)), refused('retired'));
+  });
+
+  it('is refused where it went from here to a third host, and where that is in doubt', async () => {
+    const third = await Rescuer.create();
+    const mine = testVtpm();
+    const other = await here.world.manufactured(mine);
+    const journey = new Journey(here.world, third.world, other, 'OFFLINE');
+    await journey.expect();
+    await journey.depart();
+    // A backup by the dead host of a vTPM that lived there before it came here.
+    const lived = await Rescuer.create();
+    await here.world.trust.addPeer(
+      testPeer({ name: 'd', hostId: idOf(lived.world), backupKey: lived.world.keys.backupKey.publicKey }),
+    );
+    await lived.world.manufactured(mine);
+    const old = await backedUp(lived.world, mine);
+    await assert.rejects(here.rescue(here.request(old, lived, mine)), refused('in-doubt'));
+    await here.world.registry.departures.commit(mine.id, await journey.commit());
+    await assert.rejects(here.rescue(here.request(old, lived, mine)), refused('moved'));
+  });
+
+  it('brings back what went from here to the host that is dead', async () => {
+    const mine = testVtpm();
+    const other = await here.world.manufactured(mine);
+    const journey = new Journey(here.world, dead.world, other, 'OFFLINE');
+    await journey.expect();
+    await journey.depart();
+    await here.world.registry.departures.commit(mine.id, await journey.commit());
+    const copy = await backedUp(dead.world, mine);
+    await here.rescue(here.request(copy, dead, mine));
+    const header = await here.header(mine);
+    assert.deepEqual([header.kind, header.epoch], ['LIVE', EPOCHS]);
+  });
+
+  describe('when the host that was dead is back', () => {
+    beforeEach(async () => {
+      await dead.know(here);
+      await here.rescue(here.request(backup, dead, vtpm));
+      assert.equal(here.told, 1);
+    });
+
+    it('ends the vTPM there, worker and all, and no Load is granted any more', async () => {
+      const notices = await held();
+      assert.equal(notices.length, 1);
+      const heard = await dead.control.take(idOf(here.world), notices);
+      assert.deepEqual(
+        heard.map((uuid) => Buffer.from(uuid)),
+        [Buffer.from(vtpm.uuid)],
+      );
+      assert.equal(worker.link.ended?.code, 'fenced');
+      const header = await dead.header(vtpm);
+      assert.equal(header.kind, 'MOVED');
+      assert.deepEqual(Buffer.from(header.departure!.destination), idOf(here.world));
+      assert.deepEqual(dead.verdicts, ['intended', 'done']);
+      for (const expectedEpoch of [1n, 2n, EPOCHS - 1n, EPOCHS]) {
+        const late = dead.world.worker(vtpm);
+        await assert.rejects(late.load({ expectedEpoch, verbs: ['COLD'] }), refused('moved'));
+      }
+      await dead.world.restart();
+      assert.equal((await new Rescuer(dead.world).header(vtpm)).kind, 'MOVED');
+    });
+
+    it('is said also after a crash', async () => {
+      await here.world.restart();
+      here = new Rescuer(here.world);
+      assert.equal((await held()).length, 1);
+    });
+
+    it('is forgotten when it was heard, also while a worker runs it', async () => {
+      const next = here.world.worker(vtpm);
+      await next.load({ expectedEpoch: EPOCHS, verbs: ['COLD'] });
+      await next.connect();
+      // Another host does not say what this one has heard.
+      await here.control.heard(randomBytes(32), vtpm.uuid);
+      assert.equal((await held()).length, 1);
+      await here.control.heard(idOf(dead.world), vtpm.uuid);
+      assert.deepEqual(await held(), []);
+      assert.equal((await here.header(vtpm)).rescue, undefined);
+      await next.save('P4');
+      assert.equal((await here.header(vtpm)).rescue, undefined);
+    });
+
+    it('stays known over saves and a migration until it was heard', async () => {
+      const next = here.world.worker(vtpm);
+      await next.load({ expectedEpoch: EPOCHS, verbs: ['COLD'] });
+      await next.connect();
+      await next.save('P4');
+      assert.equal((await held()).length, 1);
+      const third = await Rescuer.create();
+      const journey = new Journey(here.world, third.world, next, 'OFFLINE');
+      await journey.expect();
+      await journey.depart();
+      await here.world.registry.departures.commit(vtpm.id, await journey.commit());
+      assert.equal((await held()).length, 1);
+    });
+
+    it('lets it come back by a migration', async () => {
+      await dead.control.take(idOf(here.world), await held());
+      const next = here.world.worker(vtpm);
+      await next.load({ expectedEpoch: EPOCHS, verbs: ['COLD'] });
+      await next.connect();
+      await next.save('P4');
+      const journey = new Journey(here.world, dead.world, next, 'OFFLINE');
+      await journey.expect();
+      await journey.depart();
+      await here.world.registry.departures.commit(vtpm.id, await journey.commit());
+      const header = await dead.header(vtpm);
+      assert.deepEqual([header.kind, header.marks], ['LIVE', ['rescued']]);
+      // The notice of before is of an earlier time.
+      const [old] = await here.control.held(idOf(dead.world));
+      assert.ok(old);
+      assert.equal((await dead.control.take(idOf(here.world), [old])).length, 1);
+      assert.equal((await dead.header(vtpm)).kind, 'LIVE');
+    });
+
+    it('does not end what no backup of that host is shown for, and says so in the log', async () => {
+      const [notice] = await held();
+      assert.ok(notice);
+      const third = await Rescuer.create();
+      assert.deepEqual(await dead.control.take(idOf(third.world), [notice]), []);
+      assert.deepEqual(dead.verdicts, ['refused']);
+      assert.equal((await dead.header(vtpm)).kind, 'LIVE');
+      await worker.save('P5');
+    });
+
+    it('waits while a migration of it is in doubt', async () => {
+      const third = await Rescuer.create();
+      const journey = new Journey(dead.world, third.world, worker, 'OFFLINE');
+      await journey.expect();
+      await journey.depart();
+      assert.deepEqual(await dead.control.take(idOf(here.world), await held()), []);
+      assert.equal((await dead.header(vtpm)).kind, 'LIVE');
+      const late = dead.world.worker(vtpm);
+      await assert.rejects(late.load({ expectedEpoch: 1n, verbs: ['COLD'] }), refused('migrating'));
+    });
+
+    it('knows nothing of what is not there', async () => {
+      const stranger = testVtpm();
+      const other = await dead.world.manufactured(stranger);
+      const copy = await backedUp(dead.world, stranger);
+      await here.rescue(here.request(copy, dead, stranger));
+      other.stream?.detach();
+      await dead.world.registry.retire(stranger.id, 'manager');
+      assert.equal((await dead.control.take(idOf(here.world), await held())).length, 2);
+      assert.equal((await dead.header(stranger)).kind, 'RETIRED');
+    });
+  });
+});
