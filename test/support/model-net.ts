@@ -120,6 +120,7 @@ export class ModelHost {
       },
       departures: registry.departures,
       arrivals: registry.arrivals,
+      rescues: { held: async () => [], heard: async () => undefined, take: async () => [] },
       attestor: new ModelChip(),
       orders: {
         identity: keys.identity,
