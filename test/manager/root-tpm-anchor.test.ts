@@ -8,6 +8,7 @@ import {
   NV_Read,
   NV_UndefineSpace,
   permanent,
+  Quote,
   Rc,
   Rh,
   readNvIndex,
@@ -52,6 +53,31 @@ describe('manager: the anchor counter in the root TPM', () => {
       await chip.swtpm.restart();
     }
     assert.equal(await counter(enrolment, (anchor) => anchor.read()), last);
+  });
+
+  it('counts before all others that wait for the TPM, and those take their turns after it', async () => {
+    const { enrolment } = await chip.enrol();
+    const bus = await startRecordingProxy(chip.swtpm.socket);
+    try {
+      await chip.root(async (tpm) => {
+        const key = await tpm.makeAttestationKey(enrolment);
+        const anchor = tpm.anchorCounter(enrolment, ANCHOR_AUTH);
+        bus.forget();
+        const order: string[] = [];
+        const quotes = Array.from({ length: 4 }, async (_, at) => {
+          await tpm.quote(enrolment, key, 'sha256:7', randomBytes(32));
+          order.push(`quote ${at}`);
+        });
+        const count = anchor.increment().then(() => order.push('count'));
+        await Promise.all([...quotes, count]);
+        assert.deepEqual(order, ['count', 'quote 0', 'quote 1', 'quote 2', 'quote 3']);
+        const codes: readonly number[] = bus.commands.map(commandCode);
+        assert.ok(codes.indexOf(NV_Increment.code) < codes.indexOf(Quote.code));
+        assert.equal(codes.filter((code) => code === Quote.code).length, 4);
+      }, bus.path);
+    } finally {
+      await bus.close();
+    }
   });
 
   it('keeps no session in the TPM between two uses, and works beside everything else', async () => {

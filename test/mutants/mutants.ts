@@ -358,6 +358,13 @@ export const MUTANTS: readonly Mutant[] = [
     },
   },
   {
+    name: 'a frozen vTPM does not wait for what others have to prove',
+    file: 'manager/src/root-tpm/turns.ts',
+    guard: 'this.#urgent.shift() ?? this.#waiting.shift()',
+    without: 'this.#waiting.shift() ?? this.#urgent.shift()',
+    test: { file: 'manager/root-tpm-anchor', name: 'counts before all others that wait for the TPM' },
+  },
+  {
     name: 'I-6 the NV half of an old generation is overwritten',
     file: 'manager/src/root-tpm/nv-index.ts',
     guard: 'if ((attributes & NV_TYPE) === 0) {',

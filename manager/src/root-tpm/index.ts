@@ -43,6 +43,7 @@ import { certifyRevocation, type QuoteBytes, quote, type StatementBytes } from '
 import { releaseRootKey } from './release.js';
 import { incrementRevocation, readPlatformState, readRevocation } from './revocation.js';
 import { flushLeftovers, start } from './start.js';
+import { Turns } from './turns.js';
 import { type Withdrawal, type WithdrawOptions, withdraw } from './withdraw.js';
 
 export type { AnchorCounter } from './anchor-counter.js';
@@ -68,8 +69,8 @@ export type { Withdrawal, WithdrawOptions } from './withdraw.js';
 const DEADLINE_MS = 60_000;
 
 /**
- * The TPM that holds the manager's root key. One call at a time is under way; further ones wait. After a connection was
- * lost, the next call makes a new one.
+ * The TPM that holds the manager's root key. One call at a time is under way; further ones wait, and those of the anchor
+ * counter wait for none but the one under way. After a connection was lost, the next call makes a new one.
  */
 export interface RootTpm {
   /**
@@ -254,7 +255,7 @@ function countCommand({ responseCode }: ObservedExchange): void {
 const NO_PASSWORD = new Uint8Array(0);
 
 class OpenRootTpm implements RootTpm {
-  #last: Promise<unknown> = Promise.resolve();
+  readonly #turns = new Turns();
   #tpm: Tpm | undefined;
   #isClosed = false;
   readonly #counters: SessionCounter[] = [];
@@ -320,15 +321,16 @@ class OpenRootTpm implements RootTpm {
     const { orderlyCount } = enrolment.anchor;
     const counter = new SessionCounter(enrolment, anchorAuth);
     this.#counters.push(counter);
+    const urgent = <T>(body: (tpm: Tpm) => Promise<T>): Promise<T> => this.#inTurn(body, true);
     return {
-      read: () => this.#inTurn((tpm) => counter.read(tpm)),
-      increment: (stated) => this.#inTurn((tpm) => counter.increment(tpm, stated)),
+      read: () => urgent((tpm) => counter.read(tpm)),
+      increment: (stated) => urgent((tpm) => counter.increment(tpm, stated)),
       ...(orderlyCount > 0 && {
         orderly: {
           // Part 1, "NV counters": the value after an unorderly reset is the end of the block that was begun.
           ahead: BigInt(orderlyCount) + 1n,
-          resets: () => this.#inTurn((tpm) => counter.resets(tpm)),
-          countTo: (value) => this.#inTurn((tpm) => counter.countTo(tpm, value)),
+          resets: () => urgent((tpm) => counter.resets(tpm)),
+          countTo: (value) => urgent((tpm) => counter.countTo(tpm, value)),
         },
       }),
     };
@@ -394,32 +396,32 @@ class OpenRootTpm implements RootTpm {
   }
 
   async close(): Promise<void> {
-    await this.#last;
+    await this.#turns.idle();
     this.#isClosed = true;
     for (const counter of this.#counters) counter.close();
     await this.#tpm?.close();
   }
 
   // Two at once would need more sessions and objects than a chip has room for.
-  #inTurn<T>(body: (tpm: Tpm) => Promise<T>): Promise<T> {
-    const turn = this.#last.then(() =>
-      translated(async () => {
-        if (this.#isClosed) throw new TpmError('usage', 'the connection to the root TPM was closed');
-        this.#tpm ??= await connectStarted(this.location, this.deadlineMs);
-        try {
-          return await body(this.#tpm);
-        } catch (error) {
-          if (isLost(error)) {
-            const lost = this.#tpm;
-            this.#tpm = undefined;
-            await lost.close();
+  #inTurn<T>(body: (tpm: Tpm) => Promise<T>, isUrgent = false): Promise<T> {
+    return this.#turns.take(
+      () =>
+        translated(async () => {
+          if (this.#isClosed) throw new TpmError('usage', 'the connection to the root TPM was closed');
+          this.#tpm ??= await connectStarted(this.location, this.deadlineMs);
+          try {
+            return await body(this.#tpm);
+          } catch (error) {
+            if (isLost(error)) {
+              const lost = this.#tpm;
+              this.#tpm = undefined;
+              await lost.close();
+            }
+            throw error;
           }
-          throw error;
-        }
-      }),
+        }),
+      isUrgent,
     );
-    this.#last = turn.catch(() => undefined);
-    return turn;
   }
 }
 
