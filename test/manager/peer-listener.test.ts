@@ -9,6 +9,7 @@ import {
   createServer as createTlsServer,
   type TLSSocket,
 } from 'node:tls';
+import fc from 'fast-check';
 import { tlsIdentity } from 'vtpm-manager/peer/certificate';
 import type { PeerLimits } from 'vtpm-manager/peer/limits';
 import { tlsOptions } from 'vtpm-manager/peer/tls';
@@ -323,7 +324,25 @@ describe('the listener for other hosts', () => {
     http2.destroy();
   });
 
-  it('cuts a peer that is removed while it makes its handshake, or has no session', async () => {
+  it('bears any bytes of a peer, and serves the next', async () => {
+    const peer = await meet({ idleMs: 50 });
+    const preface = Buffer.from('PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n');
+    await fc.assert(
+      fc.asyncProperty(fc.boolean(), fc.uint8Array({ maxLength: 300 }), async (isHttp2, bytes) => {
+        const socket = await admitted();
+        socket.end(isHttp2 ? Buffer.concat([preface, bytes]) : Buffer.from(bytes));
+        await closed(socket);
+      }),
+      { numRuns: 20 },
+    );
+    const session = b.nextSession();
+    const channel = await a.dial(peer);
+    await channel.send({ type: 'HELLO', payload: Buffer.from('x') });
+    assert.equal((await (await session).receive(10_000)).type, 'HELLO');
+    channel.close();
+  });
+
+  it('cuts a peer that is removed, also where it has no session', async () => {
     await meet();
     const socket = await admitted();
     await b.trust.removePeer('a');
@@ -440,6 +459,40 @@ describe('who dials another host', () => {
     });
     for (const socket of sockets) socket.destroy();
     silent.close();
+  });
+
+  it('bears any bytes of the host that it knows', async () => {
+    const sockets = new Set<Socket>();
+    let said = Buffer.alloc(0);
+    const hostile = createTlsServer(
+      { ...tlsOptions(b.identity.tls), requestCert: true, rejectUnauthorized: false },
+      (socket) => {
+        sockets.add(socket);
+        socket.on('error', () => undefined);
+        socket.end(said);
+      },
+    );
+    hostile.listen(0, '127.0.0.1');
+    await once(hostile, 'listening');
+    const { port } = hostile.address() as { port: number };
+    const peer = a.peerOf(b, { addresses: [`127.0.0.1:${port}`] });
+    await a.trust.addPeer(peer);
+    // SETTINGS (RFC 9113 section 6.5): with it the dialling end believes that it is known.
+    const settings = Buffer.from('000000040000000000', 'hex');
+    await fc.assert(
+      fc.asyncProperty(fc.boolean(), fc.uint8Array({ maxLength: 300 }), async (isHttp2, bytes) => {
+        said = Buffer.concat([isHttp2 ? settings : Buffer.alloc(0), bytes]);
+        try {
+          const channel = await a.dial(peer);
+          await assert.rejects(channel.receive(10_000), refused('peer-closed'));
+        } catch (error) {
+          refused('peer-unreachable')(error);
+        }
+      }),
+      { numRuns: 20 },
+    );
+    for (const socket of sockets) socket.destroy();
+    hostile.close();
   });
 
   it('is told where the other host does not know this one', async () => {

@@ -250,7 +250,10 @@ function reasonOf({ code, message }: NodeJS.ErrnoException): string {
       return 'nothing listens there (its setting peer-listen)';
     case 'EHOSTUNREACH':
     case 'ENETUNREACH':
-      return 'there is no way to it';
+    case 'EAFNOSUPPORT':
+    case 'EPERM':
+    case 'EACCES':
+      return 'there is no way to it: no route, or the service has no network (docs/peers.md)';
     case 'ENOTFOUND':
       return 'there is no such host name';
     case 'ETIMEDOUT':

@@ -20,7 +20,7 @@ export interface PeerLimits {
   readonly idleMs: number;
 }
 
-/** docs/bad-input.md has this table for operators. */
+/** docs/peers.md has this table for operators. */
 export const PEER_LIMITS: PeerLimits = {
   handshakeMs: 5_000,
   handshakes: 64,
