@@ -77,8 +77,10 @@ export class Journey {
     };
   }
 
-  async expect(changes: Partial<MigrationHello> = {}): Promise<Expected> {
-    this.expected = await this.to.registry.arrivals.expect(await this.hello(changes), peerOf(this.from));
+  /** @param hello what it says, where that was asked before */
+  async expect(changes: Partial<MigrationHello> = {}, hello?: MigrationHello): Promise<Expected> {
+    const said = hello ?? (await this.hello(changes));
+    this.expected = await this.to.registry.arrivals.expect(said, peerOf(this.from));
     return this.expected;
   }
 
@@ -86,8 +88,9 @@ export class Journey {
   async suspend(volatile = 'V', digest = REFERENCE): Promise<void> {
     const { worker } = this;
     const frozen = this.from.registry.departures.suspend(this.id);
+    frozen.catch(() => undefined);
     const freeze = worker.link.frames.at(-1)!;
-    assert.equal(freeze.type, 'FREEZE');
+    if (freeze.type !== 'FREEZE') await frozen;
     worker.session!.cipher.openManager(freeze);
     if (volatile) await suspendingSave(worker, volatile, digest);
     await worker.stream!.receive(
@@ -106,12 +109,12 @@ export class Journey {
 
   /** A worker at the destination, whose Load waits. */
   load(changes: Parameters<Worker['ticket']>[0] = {}, referenceDigest?: Buffer): Waiting {
-    const worker = new Worker(this.to, this.worker.vtpm);
-    return new Waiting(
-      worker,
-      { expectedEpoch: this.worker.session!.grant.epoch, verbs: ['RESUME'], ...changes },
-      referenceDigest,
-    );
+    const expectedEpoch = this.worker.session!.grant.epoch;
+    return this.loadOf(new Worker(this.to, this.worker.vtpm), { expectedEpoch, ...changes }, referenceDigest);
+  }
+
+  loadOf(worker: Worker, changes: Parameters<Worker['ticket']>[0], referenceDigest?: Buffer): Waiting {
+    return new Waiting(worker, { verbs: ['RESUME'], ...changes }, referenceDigest);
   }
 
   commit(): Promise<SignedDecision> {
