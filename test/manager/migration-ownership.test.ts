@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
+import { deriveRootKeys } from 'vtpm-manager/keys/index';
 import type { MigrateMode } from 'vtpm-proto';
 import { decisionIn, idOf, Journey, peerOf, REFERENCE } from './migration-fixture.js';
 import { refused, type Worker, World } from './ownership-fixture.js';
@@ -84,6 +85,44 @@ describe('a vTPM that moves', () => {
     assert.equal(text(grant.suspended?.volatile), 'V2');
     assert.deepEqual([grant.epoch, grant.arrived], [3n, true]);
     await assert.rejects(way.commit(), refused('migration-aborted'));
+  });
+
+  it('goes on by itself in the run of its VM alone: a VM that was powered on since has other PCRs', async () => {
+    const way = await moved('LIVE');
+    const same = b.worker(worker.vtpm);
+    assert.equal((await same.load({ expectedEpoch: 2n, verbs: ['RESUME'] })).arrived, true);
+    const vmRunId = Buffer.alloc(16, 2);
+    const other = b.worker(worker.vtpm);
+    const grant = await other.load({ expectedEpoch: 3n, verbs: ['RESUME'], vmRunId });
+    assert.deepEqual([grant.arrived, text(grant.suspended?.volatile)], [false, 'V']);
+    assert.equal((await b.registry.view(way.id)).header.epoch, 4n);
+  });
+
+  it('is put under the next generation of the root key wherever it is: here, on its way, gone', async () => {
+    const way = journey('LIVE');
+    await way.expect();
+    const load = way.load();
+    await way.suspend('V2');
+    await way.depart();
+    const rotate = async (world: World, generation: number): Promise<void> => {
+      world.keys.advance(deriveRootKeys(randomBytes(32), world.keys.storeId, generation));
+      await world.registry.rekey(way.id);
+      await world.registry.arrivals.rekey();
+      await world.trust.rekey();
+      world.keys.forgetOlder();
+      await world.restart();
+    };
+    await rotate(a, 2);
+    assert.ok((await a.registry.view(way.id)).header.departure);
+    await a.registry.departures.commit(way.id, await way.commit());
+    await load.grant;
+    await rotate(a, 3);
+    assert.equal((await a.registry.view(way.id)).header.kind, 'MOVED');
+    await rotate(b, 2);
+    const grant = await b.worker(worker.vtpm).load({ expectedEpoch: 2n, verbs: ['RESUME'] });
+    assert.equal(text(grant.suspended?.volatile), 'V2');
+    assert.deepEqual(Buffer.from(grant.referenceKey!), Buffer.from(worker.session!.grant.referenceKey!));
+    assert.equal(b.registry.arrivals.unsettled().length, 1);
   });
 
   it('comes back to where it was, and a reference from before is good', async () => {

@@ -5,14 +5,20 @@ import { ManagerError, type ManagerErrorCode } from 'vtpm-manager';
 import {
   applyLoad,
   applySave,
+  arrive,
   decodeRecord,
+  depart,
   encodeRecord,
   type LoadFacts,
+  movedAway,
   newRecord,
   openState,
   rekey,
   resume,
   retire,
+  settled,
+  thawed,
+  travelling,
   type VtpmRecord,
 } from 'vtpm-manager/records/index';
 import { decode, encode, type SaveBody, type StateAction, type StoredRecord } from 'vtpm-proto';
@@ -92,6 +98,37 @@ describe('records', () => {
         },
       ),
     );
+  });
+
+  it('I-3 say with their format that they are about a migration: a manager of before refuses them by name', () => {
+    const formatIn = (record: VtpmRecord): number =>
+      decodeRecord(keys, names.vtpmUuid, encodeRecord(keys, record)).header.format;
+    const destination = {
+      migrationId: randomBytes(16),
+      destination: randomBytes(32),
+      at: 1n,
+      mode: 'LIVE' as const,
+    };
+    const leaving = depart(suspended, destination);
+    assert.deepEqual([formatIn(first), formatIn(suspended), formatIn(retire(suspended, 1n))], [1, 1, 1]);
+    assert.equal(formatIn(leaving), 2);
+    const moved = movedAway(leaving, leaving.header.departure!, 1n);
+    assert.equal(formatIn(moved), 2);
+    const { departure: _, ...nowhere } = moved.header;
+    assert.equal(formatIn({ header: nowhere, parts: [] }), 2);
+    assert.equal(formatIn(thawed(leaving)), 1);
+    const stay = {
+      host: randomBytes(32),
+      auditHead: randomBytes(32),
+      auditLength: 1n,
+      migrationId: randomBytes(16),
+    };
+    const state = travelling(keys, suspended, stay);
+    const source = stay.host;
+    const { migrationId } = stay;
+    const came = arrive(keys, { vtpmUuid: names.vtpmUuid, migrationId, source }, state, undefined, undefined);
+    assert.equal(formatIn(came), 2);
+    assert.equal(formatIn(settled(came, migrationId)), 2);
   });
 
   it('are refused with any bit flipped', () => {
