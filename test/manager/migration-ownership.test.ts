@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { deriveRootKeys } from 'vtpm-manager/keys/index';
 import type { MigrateMode } from 'vtpm-proto';
-import { decisionIn, idOf, Journey, peerOf, REFERENCE } from './migration-fixture.js';
+import { decisionIn, idOf, Journey, peerOf, REFERENCE, suspendingSave } from './migration-fixture.js';
 import { refused, type Worker, World } from './ownership-fixture.js';
 
 const text = (bytes: Uint8Array | undefined): string | undefined =>
@@ -66,6 +66,26 @@ describe('a vTPM that moves', () => {
     assert.deepEqual([grant.epoch, grant.generation, grant.arrived], [2n, 2n, true]);
     await load.worker.connect();
     assert.equal((await load.worker.save('P3')).generation, 3n);
+  });
+
+  it('is in the log as a migration, and its going on needs no entry; a later suspension does', async () => {
+    const way = journey('LIVE');
+    await way.expect();
+    const { worker: at, grant } = way.load();
+    await way.suspend();
+    await way.depart();
+    await way.commit();
+    await grant;
+    await at.connect();
+    const from = b.audited.length;
+    const restore = { permanent: Buffer.from('P3'), use: { action: 'RESTORE' as const, digest: REFERENCE } };
+    await at.saveBody(restore);
+    await suspendingSave(at, 'V3');
+    await at.saveBody(restore);
+    const actions = b.audited.slice(from).map(({ action }) => action);
+    assert.deepEqual(actions, ['suspend', 'resume']);
+    const named = b.audited.filter(({ facts }) => facts?.migration === way.migrationId.toString('hex'));
+    assert.ok(named.some(({ action, vtpm }) => action === 'migrate-commit' && vtpm === way.id));
   });
 
   it('goes on at the source where the destination says ABORT', async () => {

@@ -76,7 +76,7 @@ export function isCounted(use: StateUse | undefined): boolean {
 
 /**
  * What the audit log says of a save, undefined where nothing. A save that does not mention a suspended state takes it back:
- * the TPM went on.
+ * the TPM went on. Of one that goes on as it came from another host, the migration is in the log: its guest waits.
  */
 export function auditedUse(
   use: StateUse | undefined,
@@ -84,9 +84,16 @@ export function auditedUse(
 ): { readonly action: AuditAction; readonly facts: Readonly<Record<string, string>> } | undefined {
   const { suspension } = before.header;
   if (!use && !suspension) return undefined;
+  if (use?.action === 'RESTORE' && isAsItCame(before)) return undefined;
   const { action, digest } = use ?? {
     action: 'TAKE_BACK',
     digest: suspension?.referenceDigest ?? new Uint8Array(0),
   };
   return { action: RULES[action].audits, facts: { digest: Buffer.from(digest).toString('hex') } };
+}
+
+/** Its worker waited for the migration that brought it, and has saved nothing since. */
+function isAsItCame({ header: { epoch, generation, lineage } }: VtpmRecord): boolean {
+  const came = lineage.at(-1);
+  return came?.lastEpoch === epoch - 1n && came.lastGeneration === generation;
 }
