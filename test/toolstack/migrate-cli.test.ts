@@ -89,8 +89,8 @@ describe('vtpmctl migrate', () => {
       const vtpm = supervisorVtpm(ID(1), 'web1', { description: DESCRIPTION, ...extra }) as never;
       const options = { isDryRun: false, mode, timeoutSeconds: undefined };
       const manager = new ManagerApi(desk.paths.manager.adminSocket);
-      const signed = await makeOrder(key, vtpm, peer, options, { manager });
-      return verifyMigrateOrder(decode('SignedMigrateOrder', signed)).mode;
+      const { bytes } = await makeOrder(key, vtpm, peer, options, { manager });
+      return verifyMigrateOrder(decode('SignedMigrateOrder', bytes)).mode;
     };
 
     for (const [what, extra, wanted, mode] of [
@@ -133,7 +133,7 @@ describe('vtpmctl migrate', () => {
     assert.equal(code, 0);
     assert.deepEqual(stderr.trim().split('\n'), [
       'web1: connecting',
-      'web1: stopped, stopped for 1 ms',
+      'web1: frozen, stopped for 1 ms',
       'web1: sending, 1.0 KiB of 40.0 KiB, stopped for 12 ms',
     ]);
     assert.equal(stdout, 'web1 lives on hostb now: in 1.23 s, stopped for 38 ms, 40.0 KiB\n');
@@ -340,7 +340,7 @@ describe('vtpmctl migrate status, resolve and cancel', () => {
     await desk.supervisor({ 'GET /vtpms': { body: { vtpms: [supervisorVtpm(ID(1), 'web1')] } } });
     const silent = await desk.ctl(['migrate', 'resolve', 'web1']);
     assert.equal(silent.code, 1);
-    assert.match(silent.stdout, /in-doubt; nobody runs it until hostb says.*\(in-doubt\)/);
+    assert.match(silent.stdout, /in-doubt; nobody runs it until hostb says.*\nwhy: hostb does not answer\n/);
     manager.replies[`POST /migrations/${MIGRATION}/resolve`] = { body: { verdict: 'COMMIT' } };
     const known = await desk.ctl(['migrate', 'resolve', 'web1']);
     assert.equal(known.code, 0);

@@ -131,7 +131,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     name: vtpm.name,
     vmUuid: vtpm.vmUuid,
     // It hears of that from the manager, perhaps a moment later.
-    state: record?.kind === 'moved' && vtpm.state === 'stopped' ? 'moved' : vtpm.state,
+    state: record?.kind === 'moved' && vtpm.worker === null ? 'moved' : vtpm.state,
     movedTo: record?.movedTo ?? null,
     reason: vtpm.reason ?? null,
     kind: record?.kind ?? null,

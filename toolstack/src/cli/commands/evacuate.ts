@@ -9,7 +9,7 @@ import { bytes, fields } from '../output.js';
 import type { ManagerPeer } from '../peer-api.js';
 import type { SupervisorVtpm } from '../supervisor-api.js';
 import { readToolstackKey } from '../toolstack-key.js';
-import { because } from './migrate.js';
+import { because, withoutStop } from './migrate.js';
 
 export interface EvacuateFlags {
   readonly to: string;
@@ -64,7 +64,8 @@ export async function evacuate(flags: EvacuateFlags, context: Context): Promise<
         const order = await makeOrder(key, now, peer, options, context);
         running.add(migration);
         if (isInterrupted) throw left();
-        return await migration.run(order, isDryRun, () => undefined);
+        const end = await migration.run(order.bytes, isDryRun, () => undefined);
+        return withoutStop(end, order.mode);
       };
       const outcome = isInterrupted
         ? failureOf(vtpm, left())
@@ -109,7 +110,8 @@ function sayOutcome(outcome: Outcome, index: number, count: number): string {
   const { name, result, downtimeUs, elapsedUs, bytes: size } = outcome;
   const head = `${String(index).padStart(String(count).length)}/${count} ${result.padEnd(12)} ${name}`;
   if (result === 'migrated') {
-    return `${head}: ${duration(elapsedUs)}, stopped for ${duration(downtimeUs)}, ${bytes(size)}`;
+    const stop = downtimeUs > 0 ? `, stopped for ${duration(downtimeUs)}` : '';
+    return `${head}: ${duration(elapsedUs)}${stop}, ${bytes(size)}`;
   }
   return result === 'possible' ? head : `${head}: ${because(outcome)}`;
 }

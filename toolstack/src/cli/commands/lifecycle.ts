@@ -60,6 +60,9 @@ export async function remove(
   }
   if (entry.state === 'moved') {
     // Its keys and state are elsewhere: there is nothing to destroy, and nothing to ask.
+    const { state } = await supervisor.vtpm(shown);
+    // It crashed here before it was rescued elsewhere.
+    if (state !== 'moved' && state !== 'stopped') await supervisor.stop(entry.id);
     await supervisor.forget(entry.id);
     output.result(
       { id: entry.id, name: entry.name, retired: false, movedTo: entry.movedTo },

@@ -1,3 +1,4 @@
+import type { MigrateMode } from 'vtpm-proto';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { EXIT } from '../exit-status.js';
@@ -52,9 +53,9 @@ export async function migrate(
   const timer =
     timeoutSeconds === undefined ? undefined : setTimeout(() => running.cancel(), timeoutSeconds * 1000);
   try {
-    const end = await running.run(order, isDryRun, view.show);
+    const end = await running.run(order.bytes, isDryRun, view.show);
     view.end();
-    return report(vtpm, peer.name, end, isDryRun, context);
+    return report(vtpm, peer.name, withoutStop(end, order.mode), isDryRun, context);
   } catch (error) {
     view.end();
     throw error;
@@ -77,7 +78,7 @@ function report(
   const took = `in ${duration(elapsedUs)}`;
   const checked = checks.length === 0 ? '' : `${fields(checks.map((check) => [check.name, check.detail]))}\n`;
   const text = {
-    migrated: `${name} lives on ${peer} now: ${took}, stopped for ${duration(downtimeUs)}, ${bytes(bytesSent)}`,
+    migrated: `${name} lives on ${peer} now: ${took}, ${downtimeUs > 0 ? `stopped for ${duration(downtimeUs)}, ` : ''}${bytes(bytesSent)}`,
     possible: `${checked}${name} can go to ${peer}: checked ${took}, nothing was stopped`,
     'not-migrated': `${checked}${name} stays here: ${because(end)}${downtimeUs > 0 ? `; it was stopped for ${duration(downtimeUs)}` : ''}`,
     'in-doubt': `${name} is in doubt: ${because(end)}. Nobody runs it until ${peer} says what it decided; to ask: vtpmctl migrate resolve ${name}`,
@@ -90,6 +91,11 @@ function resultOf({ phase }: MigrateProgress, isDryRun: boolean) {
   if (phase === 'COMMITTED') return 'migrated';
   if (phase === 'IN_DOUBT') return 'in-doubt';
   return isDryRun && phase === 'PREPARED' ? 'possible' : 'not-migrated';
+}
+
+/** One that was stopped before was not stopped by it. */
+export function withoutStop(end: MigrateProgress, mode: MigrateMode): MigrateProgress {
+  return mode === 'OFFLINE' ? { ...end, downtimeUs: 0 } : end;
 }
 
 /** The reason as a sentence, and by name for who looks it up. */

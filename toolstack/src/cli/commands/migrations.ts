@@ -60,9 +60,10 @@ export async function migrateResolve(nameOrId: string, context: Context): Promis
   }
   const { answer, reason } = await ask(open, context);
   const asked: Named = { ...open, state: answer, ...reason };
+  const said = sayMeaning(isOpen(asked) ? { ...asked, reason: null } : asked);
   output.result(
-    { ...asked, meaning: sayMeaning(asked) },
-    `${asked.name ?? asked.id}: ${asked.state}; ${sayMeaning(asked)}`,
+    { ...asked, meaning: said },
+    `${asked.name ?? asked.id}: ${asked.state}; ${said}${isOpen(asked) ? `\nwhy: ${asked.message}` : ''}`,
   );
   return isOpen(asked) ? EXIT.failed : EXIT.ok;
 }
@@ -71,7 +72,8 @@ export async function migrateResolve(nameOrId: string, context: Context): Promis
 async function ask({ migration }: Migration, { manager }: Context) {
   try {
     const verdict = await manager.resolve(migration);
-    return { answer: verdict === 'COMMIT' ? 'committed' : 'aborted', reason: {} } as const;
+    const known = { reason: null, message: null };
+    return { answer: verdict === 'COMMIT' ? 'committed' : 'aborted', reason: known } as const;
   } catch (caught) {
     const { code, message } = ToolstackError.from(caught);
     if (code !== 'in-doubt' && code !== 'manager-refused') throw caught;
@@ -104,7 +106,8 @@ async function named({ manager, supervisor }: Context): Promise<Named[]> {
 
 function isOf(nameOrId: string): (migration: Named) => boolean {
   const id = nameOrId.toLowerCase();
-  return isUuid(nameOrId) ? (migration) => migration.id === id : ({ name }) => name === nameOrId;
+  if (isUuid(nameOrId)) return (migration) => migration.id === id;
+  return ({ name, migration }) => name === nameOrId || migration === id;
 }
 
 function isOpen({ role, state }: Migration): boolean {

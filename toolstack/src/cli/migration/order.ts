@@ -27,7 +27,7 @@ export async function findPeer(name: string, { manager }: Pick<Context, 'manager
 }
 
 /**
- * A serialised SignedMigrateOrder for one vTPM as it is now. The manager refuses it where the vTPM was loaded since.
+ * An order, a serialised SignedMigrateOrder, for one vTPM as it is now. The manager refuses it where the vTPM was loaded since.
  * @throws ToolstackError `not-stopped`, `not-running`, `bad-request` where its state is none that can be moved
  */
 export async function makeOrder(
@@ -36,7 +36,7 @@ export async function makeOrder(
   peer: Pick<ManagerPeer, 'hostId'>,
   options: OrderOptions,
   { manager }: Pick<Context, 'manager'>,
-): Promise<Buffer> {
+): Promise<{ readonly bytes: Buffer; readonly mode: MigrateMode }> {
   const mode = modeOf(vtpm, options.mode);
   if (vtpm.description === undefined) {
     throw new ToolstackError('internal', 'the supervisor did not describe the vTPM; see vtpmctl logs');
@@ -59,7 +59,7 @@ export async function makeOrder(
     dryRun: options.isDryRun,
     description: Buffer.from(vtpm.description),
   });
-  return encode('SignedMigrateOrder', signed);
+  return { bytes: encode('SignedMigrateOrder', signed), mode };
 }
 
 function modeOf(vtpm: SupervisorVtpm, wanted: OrderOptions['mode']): MigrateMode {
