@@ -239,6 +239,18 @@ describe('a rescue', () => {
     await assert.rejects(here.rescue(here.request(old, lived, mine)), refused('moved'));
   });
 
+  it('is refused where it was on its way to a third host when the backup was made', async () => {
+    const third = await Rescuer.create();
+    const journey = new Journey(dead.world, third.world, worker, 'OFFLINE');
+    await journey.expect();
+    await journey.depart();
+    const leaving = await backedUp(dead.world, vtpm);
+    await assert.rejects(here.rescue(here.request(leaving, dead, vtpm)), refused('in-doubt'));
+    const toHere = new Rescuer(third.world);
+    await toHere.know(dead);
+    await toHere.rescue(toHere.request(leaving, dead, vtpm));
+  });
+
   it('brings back what went from here to the host that is dead', async () => {
     const mine = testVtpm();
     const other = await here.world.manufactured(mine);

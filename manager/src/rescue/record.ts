@@ -53,7 +53,7 @@ export function rescuedRecord(
     facts: restore.facts,
     factsSignature: restore.signature,
   });
-  return { header: { ...header, lineage: withStay(held?.lineage ?? [], stay), rescue }, parts };
+  return { header: { ...header, lineage: withStay(held?.lineage ?? facts.lineage, stay), rescue }, parts };
 }
 
 /**

@@ -24,7 +24,7 @@ export interface CheckedRescue {
 
 /**
  * @param bytes of a RescueRequest; bytes of the result are views into them
- * @throws ManagerError `not-fenced`, `unknown-peer`, `wrong-manager`, `retired`, `moved`, `bad-request`
+ * @throws ManagerError `not-fenced`, `unknown-peer`, `wrong-manager`, `retired`, `moved`, `in-doubt`, `bad-request`
  */
 export function checkRescue(
   bytes: Uint8Array,
@@ -40,6 +40,7 @@ export function checkRescue(
   const facts = factsOf(peer, restore);
   checkStatementFits(statement, facts);
   if (facts.kind !== 'LIVE' || facts.generation === 0n) throw nothingThere(facts, peer);
+  checkStayed(facts, peer, keys);
   return { statement, peer, facts, restore };
 }
 
@@ -66,6 +67,16 @@ function factsOf(peer: Peer, restore: RestoreRequest): BackupFacts {
       { cause },
     );
   }
+}
+
+/** One that was on its way to this host would live here: what came of that is known. */
+function checkStayed({ departure, vtpmUuid }: BackupFacts, { name }: Peer, keys: KeyHierarchy): void {
+  if (!departure || bytesEqual(departure.destination, keys.hostKey.publicKey)) return;
+  throw new ManagerError(
+    'in-doubt',
+    `vTPM ${uuidToText(vtpmUuid)} was on its way from ${name} to host ${Buffer.from(departure.destination).toString('hex')} ` +
+      'when the backup was made, and may live there: look there; where it does not, take an earlier backup',
+  );
 }
 
 function nothingThere({ kind, vtpmUuid }: BackupFacts, { name }: Peer): ManagerError {

@@ -135,7 +135,7 @@ export async function rescue(name: string, flags: RescueFlags, context: Context)
     output.result(done, `${facts(name, done)}\nnothing was changed; to do it add --accept-rollback`);
     return EXIT.failed;
   }
-  output.note(`rescued: ${name} has generation ${say(done.next)} and the mark "rescued" for ever`);
+  output.note(`rescued: ${name} bears the mark "rescued" for ever; its generation is ${say(done.next)}`);
   if (known) await supervisor.forget(known.id);
   await create(name, { adopt: id }, context).catch((caught) => {
     const error = ToolstackError.from(caught);
