@@ -1282,7 +1282,7 @@ export const MUTANTS: readonly Mutant[] = [
     file: 'vtpmd/src/control/stand-in-actions.ts',
     guard: 'if (error instanceof VtpmdError) refusal = error;',
     without: '',
-    test: { file: 'vtpmd/stand-in', name: 'refuses state in the clear' },
+    test: { file: 'vtpmd/stand-in', name: 'state in the clear' },
   },
   {
     name: 'I-10 a TPM that its VMM switched off while it was away is off when it is back',

@@ -119,7 +119,6 @@ export class ModelHost {
         auditTail: async () => [],
       },
       departures: registry.departures,
-      rescues: { held: async () => [], heard: async () => undefined, take: async () => [] },
       arrivals: registry.arrivals,
       rescues: { held: async () => [], heard: async () => undefined, take: async () => [] },
       attestor: new ModelChip(),
