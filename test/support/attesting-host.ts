@@ -186,7 +186,10 @@ export class AttestingHost {
           cancelled: new AbortController().signal,
         },
         host: this.#host(),
-        departures: this.#noting<Departures>('departures'),
+        departures: this.#noting<Departures>('departures', {
+          announce: async () => undefined,
+          renounce: () => undefined,
+        }),
         attestor: this.attestor,
         resolver: undefined as never,
         log,
@@ -224,6 +227,7 @@ export class AttestingHost {
       attestor: this.attestor,
       arrivals: this.#noting<Arrivals>('arrivals', {
         check: async () => undefined,
+        announce: async () => undefined,
         expect: async () => {
           this.done.push('arrivals.expect');
           const loadWaiting = Promise.resolve({ libtpmsVersion: LIBTPMS });
@@ -232,6 +236,7 @@ export class AttestingHost {
       }),
       doorkeeper: { ask: async () => undefined },
       admit: () => undefined,
+      onCommitted: () => undefined,
       log,
     });
     this.ends.push(await migration.run());

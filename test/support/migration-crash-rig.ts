@@ -32,6 +32,8 @@ export interface MigrationFault {
 const SETTLES_MS = 20_000;
 /** To a step, with inquiries that nobody answers on the way. */
 const COMES_THERE_MS = 90_000;
+/** From the end to the last step of the destination, which lets the guest go first. */
+const LAST_STEP_MS = 5_000;
 const NAME = 'web1';
 
 /**
@@ -73,15 +75,17 @@ export class MigrationCrashRig {
     const stages = fault.before ? [fault.before, fault] : [fault];
     for (const stage of stages) switchOf(stage, source, destination).stopAt(stage.barrier, 'wait');
     let end: string | undefined;
+    let endedAt = Number.POSITIVE_INFINITY;
     const migration = migrate(source, destination, NAME)
       .then((lines) => lines.at(-1)?.phase ?? 'nothing')
       .catch((error: { code?: string }) => error.code ?? 'broken off')
       .then((said) => {
         end = said;
+        endedAt = Date.now();
       });
     for (const stage of stages) {
       const stopped = switchOf(stage, source, destination);
-      const isOver = (): boolean => stopped.isReached(stage.barrier) || end !== undefined;
+      const isOver = (): boolean => stopped.isReached(stage.barrier) || Date.now() > endedAt + LAST_STEP_MS;
       await until(`${stage.barrier} or the end`, isOver, COMES_THERE_MS);
       // What comes after another failure may end before.
       if (!fault.before)

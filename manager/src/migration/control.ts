@@ -79,6 +79,8 @@ export class MigrationControl {
     { readonly session: SourceMigration; readonly cancel: AbortController }
   >();
   readonly #arriving = new Map<string, Arriving>();
+  /** Those above, and those that are decided and not settled. */
+  readonly #sessions = new Set<DestinationMigration>();
   /** Those that have ended in this run of the manager, for a toolstack that was away. */
   readonly #ended = new Map<string, MigrationView>();
   readonly #running = new Set<Promise<unknown>>();
@@ -255,7 +257,7 @@ export class MigrationControl {
       'shutting-down',
       'the manager is shutting down; ask again when it is back',
     );
-    for (const { session } of this.#arriving.values()) session.end(error);
+    for (const session of this.#sessions) session.end(error);
     await Promise.all([this.#resolver.stop(), this.#settler.stop()]);
     await Promise.allSettled(this.#running);
   }
@@ -297,35 +299,45 @@ export class MigrationControl {
       admit: (hello) => {
         name = this.#admit(hello, session, peerName);
       },
+      onCommitted: () => {
+        const arriving = this.#arriving.get(name ?? '');
+        if (!arriving) return;
+        this.#arriving.delete(name ?? '');
+        this.#onArrived(arriving, 'COMMIT');
+      },
     });
+    this.#sessions.add(session);
     const end = await session.run();
-    const { hello } = session;
+    this.#sessions.delete(session);
     const reason = end.at === 'ended' ? end.reason : undefined;
     log[reason ? 'warn' : 'info'](
-      { peer: peerName, end: end.at, reason: reason?.code, vtpm: hello && uuidToText(hello.vtpmUuid) },
+      { peer: peerName, end: end.at, reason: reason?.code, migration: name },
       reason ? `a vTPM does not come: ${reason.message}` : 'a migration to this host has ended',
     );
-    if (name === undefined || !hello) return;
-    const arriving = this.#arriving.get(name);
-    this.#arriving.delete(name);
-    if (!arriving || hello.dryRun) return;
     this.#settler.notice();
-    const verdict: Verdict = end.at === 'committed' ? 'COMMIT' : 'ABORT';
-    this.#remember({
-      ...this.#viewOfArriving(arriving),
-      state: verdict === 'COMMIT' ? 'committed' : 'aborted',
-      ...(reason && { reason: reason.code, message: reason.message }),
-    });
-    this.#tell(name, uuidToText(hello.vtpmUuid), 'destination', verdict, peerName);
-    if (!reason) return;
+    const arriving = name === undefined ? undefined : this.#arriving.get(name);
+    if (name === undefined || !arriving) return;
+    this.#arriving.delete(name);
+    if (arriving.hello.dryRun) return;
+    this.#onArrived(arriving, 'ABORT', reason);
     await this.#audit({
       actor: 'manager',
       action: 'migrate-in',
       verdict: 'failed',
-      vtpm: uuidToText(hello.vtpmUuid),
-      facts: { migration: name, from: peerName, mode: hello.mode },
-      reason,
+      vtpm: uuidToText(arriving.hello.vtpmUuid),
+      facts: { migration: name, from: peerName, mode: arriving.hello.mode },
+      ...(reason && { reason }),
     });
+  }
+
+  #onArrived(arriving: Arriving, verdict: Verdict, reason?: ManagerError): void {
+    const view = this.#viewOfArriving(arriving);
+    this.#remember({
+      ...view,
+      state: verdict === 'COMMIT' ? 'committed' : 'aborted',
+      ...(reason && { reason: reason.code, message: reason.message }),
+    });
+    this.#tell(view.migration, view.id, 'destination', verdict, view.peer);
   }
 
   #admit(hello: MigrationHello, session: DestinationMigration, peerName: string): string {
@@ -357,9 +369,7 @@ export class MigrationControl {
     if (live && !bytesEqual(live.hello.source, source)) {
       throw new ManagerError('unknown-migration', 'this migration is not from the host that asks');
     }
-    const signed =
-      (await arrivals.decisionOf(migrationId)) ??
-      (await this.#abort(live, { migrationId, vtpmUuid, source, epoch, generation }));
+    const signed = await this.#abort(live, { migrationId, vtpmUuid, source, epoch, generation });
     await talk.send('DECISION', signed);
     const { value } = await talk.receive('SETTLED', LIMITS_MS.settling);
     if (!bytesEqual(value.migrationId, migrationId)) return;
@@ -368,6 +378,7 @@ export class MigrationControl {
     barrier('migrate.destination.settled');
   }
 
+  /** @returns the ABORT; the COMMIT where that was decided before; neither for another host's migration */
   async #abort(live: Arriving | undefined, facts: Parameters<Arrivals['abort']>[0]): Promise<SignedDecision> {
     live?.session.end(new ManagerError('migration-aborted', 'the source has asked for an end of it'));
     barrier('migrate.destination.abort');

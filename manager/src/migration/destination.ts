@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto';
+import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
 import {
   type BoxKeyPair,
@@ -19,7 +20,7 @@ import { checkRight } from '../trust/peers.js';
 import { type ExpectedState, MAX_STATE_BYTES, openBundle } from './bundle.js';
 import { checkFormats, checkLibtpms, commonVersion, OWN_RECORD_FORMAT } from './compatibility.js';
 import { checkLengths } from './lengths.js';
-import { LIMITS_MS, MAX_DESCRIPTION_BYTES } from './limits.js';
+import { LIMITS_MS, MAX_DESCRIPTION_BYTES, SETTLE_DELAY_MS } from './limits.js';
 import { DESTINATION, type DestinationAt } from './machine.js';
 import type { Arrivals, Attestor, Host } from './ports.js';
 import { StateKeys, sharedSecret, type TravellingPart } from './state-key.js';
@@ -43,6 +44,8 @@ export interface DestinationParts {
   readonly doorkeeper: Doorkeeper;
   /** Whether a migration may begin now. @throws ManagerError `busy` where there are too many, or this one is under way */
   readonly admit: (hello: MigrationHello) => void;
+  /** It lives here. */
+  readonly onCommitted: () => void;
   readonly log: Logger;
 }
 
@@ -277,6 +280,7 @@ export class DestinationMigration {
     }
     barrier('migrate.destination.accepted');
     host.checkRoom();
+    if (expected) await this.parts.arrivals.announce(expected);
     return { ...awaited, at: 'ready' };
   }
 
@@ -310,6 +314,7 @@ export class DestinationMigration {
       barrier('migrate.destination.commit');
       const signed = await this.parts.arrivals.commit(expected, state);
       barrier('migrate.destination.committed');
+      this.parts.onCommitted();
       return { at: 'answering', signed };
     } finally {
       wipe(...Object.values(state.parts));
@@ -326,6 +331,9 @@ export class DestinationMigration {
     const { value } = await talk.receive('SETTLED', LIMITS_MS.settling);
     const migrationId = this.#hello?.migrationId ?? new Uint8Array(0);
     if (bytesEqual(value.migrationId, migrationId)) {
+      talk.channel.close();
+      // The worker's first save here comes now, and a guest waits for it.
+      await delay(SETTLE_DELAY_MS, undefined, { ref: false, signal: this.#over.signal });
       barrier('migrate.destination.settle');
       await arrivals.settled(migrationId, talk.peer.hostId);
       barrier('migrate.destination.settled');

@@ -40,3 +40,5 @@ export const MAX_ORDER_LIFETIME_MS = 3_600_000n;
 export const MAX_DESCRIPTION_BYTES = 16 * 1024;
 /** Pauses between two rounds of questions about tombstones. */
 export const SETTLE_AFTER_MS: readonly number[] = [5_000, 30_000, 120_000, 600_000];
+/** From the source's word that it is settled to its writing here: what the guest waits for comes first. */
+export const SETTLE_DELAY_MS = 1_000;

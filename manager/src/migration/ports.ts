@@ -9,13 +9,22 @@ import type { ImportKey } from '../root-tpm/import-key.js';
 /** The records of vTPMs that leave. */
 export type Departures = Pick<
   AllDepartures,
-  'check' | 'awaitSuspend' | 'suspend' | 'thawWorker' | 'depart' | 'abort' | 'commit' | 'pending'
+  | 'check'
+  | 'announce'
+  | 'renounce'
+  | 'awaitSuspend'
+  | 'suspend'
+  | 'thawWorker'
+  | 'depart'
+  | 'abort'
+  | 'commit'
+  | 'pending'
 >;
 
 /** The records of vTPMs that come. Each migration id is decided once. */
 export type Arrivals = Pick<
   AllArrivals,
-  'check' | 'expect' | 'commit' | 'abort' | 'decisionOf' | 'settled' | 'unsettled'
+  'check' | 'expect' | 'announce' | 'commit' | 'abort' | 'settled' | 'unsettled'
 >;
 
 /** What this host's chip says of it, and what the chips of others are held against. */

@@ -13,9 +13,10 @@ import {
   type SignedDecision,
   uuidToText,
 } from 'vtpm-proto';
+import type { AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { wipe } from '../keys/index.js';
-import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
+import type { DepartureFacts, Destination, PendingDeparture } from '../ownership/departure.js';
 import type { MadeChallenge } from '../peer/attestation-key.js';
 import { checkRight } from '../trust/peers.js';
 import { BUNDLE_FORMAT, MAX_STATE_BYTES, sealBundle } from './bundle.js';
@@ -209,6 +210,7 @@ export class SourceMigration {
 
   async #close(state: SourceEnd): Promise<void> {
     this.#keys?.wipe();
+    this.parts.departures.renounce(uuidToText(this.order.vtpmUuid));
     if (!this.#talk) return;
     if (state.at === 'aborted') await this.#talk.refuse(state.reason);
     else this.#talk.channel.close();
@@ -344,6 +346,7 @@ export class SourceMigration {
     const { departures, host, order, orderer } = this.parts;
     const id = uuidToText(order.vtpmUuid);
     const auditTail = await host.auditTail(id);
+    await departures.announce(id, this.#destination(), this.#actor());
     if (order.mode === 'VMM') {
       const waiting = departures.awaitSuspend(id, orderer.cancelled);
       await this.#unlessCancelled(waiting, LIMITS_MS.state.VMM, 'the VMM');
@@ -369,8 +372,7 @@ export class SourceMigration {
     const id = uuidToText(order.vtpmUuid);
     const { migrationId, destination, mode } = order;
     barrier('migrate.source.depart');
-    const actor = { toolstackKey: Buffer.from(order.toolstackKey).toString('hex') };
-    const written = departures.depart(id, { migrationId, destination, mode, at: BigInt(Date.now()) }, actor);
+    const written = departures.depart(id, this.#destination(), this.#actor());
     const reaped = this.#unlessCancelled(
       orderer.reaped,
       LIMITS_MS.reaping,
@@ -447,6 +449,15 @@ export class SourceMigration {
         resolver.verdictOf(order.migrationId);
     if (!verdict) return { at: 'in-doubt', reason };
     return verdict === 'COMMIT' ? { at: 'committed' } : { at: 'aborted', reason };
+  }
+
+  #destination(): Destination {
+    const { migrationId, destination, mode } = this.parts.order;
+    return { migrationId, destination, mode, at: BigInt(Date.now()) };
+  }
+
+  #actor(): AuditActor {
+    return { toolstackKey: Buffer.from(this.order.toolstackKey).toString('hex') };
   }
 
   async #pending(): Promise<PendingDeparture | undefined> {

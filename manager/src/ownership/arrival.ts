@@ -111,6 +111,15 @@ export class Arrivals {
     }
   }
 
+  /** Writes into the log what is about to be decided, while the vTPM runs on at its source: `commit` needs not wait for it then. */
+  async announce({ vtpmUuid }: Pick<Expected, 'vtpmUuid'>): Promise<void> {
+    const place = this.#places.get(vtpmUuid);
+    if (!place) return;
+    const { hello } = place;
+    await this.desk.audit('manager', 'migrate-commit', 'intended', hello, factsOf(place));
+    place.isAnnounced = true;
+  }
+
   /**
    * THE decision: the record, with the session of the Load that waits in it, in one write that the TPM counts before it
    * resolves. In mode VMM it waits for the Load that brings the reference.
@@ -248,13 +257,11 @@ export class Arrivals {
     // Sealed before it is decided: what no worker can be given is not taken over.
     const response = load && sealGrant(keys, load.checked, record, false);
     const { header } = record;
-    const facts = { migration: hex(names.migrationId), from: hex(names.source), mode: place.mode };
-    await this.desk.audit('manager', 'migrate-commit', 'intended', header, facts);
+    if (!place.isAnnounced) await this.announce(place);
     barrier('migrate.commit.audited');
     const loaded = await this.desk.records.write(vtpmUuid, held, record, 'now');
     barrier('migrate.commit.written');
-    // It is decided: a log that is full changes nothing of it.
-    await this.desk.audit('manager', 'migrate-commit', 'done', header, facts).catch(() => undefined);
+    this.desk.noteDone('manager', 'migrate-commit', header, factsOf(place));
     this.desk.emit('arrived', header);
     if (load && response && header.session) {
       const { sessionId } = header.session;
@@ -359,6 +366,10 @@ function checkNotSince(vtpmUuid: string, held: RecordHeader | undefined, { epoch
     `vTPM ${vtpmUuid} has been at epoch ${held.epoch} on this host, the source asks about epoch ${epoch}: its disk is an old ` +
       'one. Nobody says that it may go on there; see docs/migration.md, "An old disk"',
   );
+}
+
+function factsOf({ migrationId, source, mode }: Place): Record<string, string> {
+  return { migration: hex(migrationId), from: hex(source), mode };
 }
 
 function hex(bytes: Uint8Array): string {

@@ -10,7 +10,7 @@ import {
   uuidToBytes,
   uuidToText,
 } from 'vtpm-proto';
-import type { AuditActor } from '../audit/index.js';
+import type { AuditActor, AuditHead } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { wipe } from '../keys/index.js';
 import { checkDecision } from '../migration/decision.js';
@@ -66,12 +66,20 @@ interface Frozen {
   readonly suspension: Suspension | undefined;
 }
 
+/** An intention in the log. */
+interface Announced {
+  readonly migrationId: Uint8Array;
+  readonly head: AuditHead;
+}
+
 /**
  * How vTPMs leave. Each step that counts is durable, counted by the TPM and in the audit log before it is said: from
  * `depart` on nobody runs the vTPM here, whatever crashes, until the destination's own word ends it.
  */
 export class Departures {
   readonly #frozen = new Map<string, Frozen>();
+  /** What the log says already of those that are about to go, by vTPM. */
+  readonly #announced = new Map<string, Announced>();
 
   constructor(private readonly desk: Desk) {}
 
@@ -139,6 +147,19 @@ export class Departures {
     });
   }
 
+  /** Writes into the log what is about to be done, while the vTPM runs on: `depart` needs not wait for it then. */
+  async announce(vtpmUuid: string, destination: Destination, actor: AuditActor = 'manager'): Promise<void> {
+    this.desk.checkOpen();
+    const { header } = this.desk.slotOf(vtpmUuid)?.live?.record ?? (await this.desk.known(vtpmUuid)).record;
+    const head = await this.desk.audit(actor, 'freeze', 'intended', header, factsOf(destination));
+    this.#announced.set(vtpmUuid, { migrationId: destination.migrationId, head });
+  }
+
+  /** It does not go after all. */
+  renounce(vtpmUuid: string): void {
+    this.#announced.delete(vtpmUuid);
+  }
+
   /**
    * Has the connected worker stop with all of its TPM saved.
    * @returns `none` where no worker is connected
@@ -186,7 +207,12 @@ export class Departures {
       this.#checkMayGo(vtpmUuid, record.header, destination.destination);
       checkStopped(slot, record.header, destination, frozen);
       const facts = factsOf(destination);
-      const head = await this.desk.audit(actor, 'freeze', 'intended', record.header, facts);
+      const announced = this.#announced.get(vtpmUuid);
+      const head =
+        announced && bytesEqual(announced.migrationId, destination.migrationId)
+          ? announced.head
+          : await this.desk.audit(actor, 'freeze', 'intended', record.header, facts);
+      this.#announced.delete(vtpmUuid);
       // Opened before anything is said: a state that does not open never leaves.
       const state = travelling(this.desk.keys, record, {
         host: this.desk.keys.hostKey.publicKey,
@@ -201,7 +227,7 @@ export class Departures {
         wipe(state.parts.PERMANENT, state.parts.VOLATILE, state.parts.REFERENCE_KEY);
         throw error;
       }
-      await this.#note(actor, 'freeze', next.header, facts);
+      this.desk.noteDone(actor, 'freeze', next.header, facts);
       const { live } = slot;
       slot.live = undefined;
       live?.fence(`vTPM ${vtpmUuid} is on its way to another host`);
@@ -221,7 +247,7 @@ export class Departures {
       const facts = factsOf(departure);
       await this.desk.audit('manager', 'migrate-abort', 'intended', next.header, facts);
       await this.#write('thaw', vtpmUuid, held, next);
-      await this.#note('manager', 'migrate-abort', next.header, facts);
+      this.desk.noteDone('manager', 'migrate-abort', next.header, facts);
       this.desk.emit('stayed', next.header);
     });
   }
@@ -239,7 +265,7 @@ export class Departures {
       await this.desk.audit('manager', 'migrate-commit', 'intended', next.header, facts);
       await this.desk.noteErasure(now);
       await this.#write('moved', vtpmUuid, held, next);
-      await this.#note('manager', 'migrate-commit', next.header, facts);
+      this.desk.noteDone('manager', 'migrate-commit', next.header, facts);
       this.desk.emit('moved', next.header);
     });
   }
@@ -314,16 +340,6 @@ export class Departures {
     barrier(`migrate.${step}.audited`);
     await this.desk.records.write(vtpmUuid, held, next, 'now');
     barrier(`migrate.${step}.written`);
-  }
-
-  /** It is so: a log that is full changes nothing of it. */
-  async #note(
-    actor: AuditActor,
-    action: 'freeze' | 'migrate-abort' | 'migrate-commit',
-    header: RecordHeader,
-    facts: Readonly<Record<string, string>>,
-  ): Promise<void> {
-    await this.desk.audit(actor, action, 'done', header, facts).catch(() => undefined);
   }
 }
 

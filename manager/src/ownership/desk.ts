@@ -36,6 +36,7 @@ export class Desk {
   readonly records: VtpmRecords;
   readonly #slots = new Map<string, Slot>();
   readonly #refusals: Refusals;
+  readonly #beside = new Set<Promise<unknown>>();
   #connected = 0;
   #isClosing = false;
 
@@ -151,6 +152,22 @@ export class Desk {
     this.events.emit({ type, id: uuidToText(vtpmUuid), epoch, generation });
   }
 
+  /**
+   * That something is done, of which the intention is in the log already and the record says that it is so. Nobody waits for
+   * it: a log that is full changes nothing of what is done.
+   */
+  noteDone(
+    actor: AuditActor,
+    action: AuditAction,
+    vtpm: NamedVtpm,
+    facts: Readonly<Record<string, string>>,
+  ): void {
+    const noted: Promise<unknown> = this.audit(actor, action, 'done', vtpm, facts)
+      .catch(() => undefined)
+      .finally(() => this.#beside.delete(noted));
+    this.#beside.add(noted);
+  }
+
   /** Ends every stream; resolves when no operation is under way. */
   async close(error: ManagerError): Promise<void> {
     this.#isClosing = true;
@@ -159,6 +176,7 @@ export class Desk {
       slot.live?.end(error);
     }
     this.events.end();
+    await Promise.all(this.#beside);
     await this.#refusals.close();
   }
 }

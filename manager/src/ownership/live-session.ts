@@ -213,17 +213,22 @@ export class LiveSession {
     checkBody(body, this.record);
     await this.#checkUse(body);
     const next = applySave(this.parts.keys, this.record, { body, sequence, digest, now: BigInt(Date.now()) });
-    const audited = auditedUse(body.use, this.record);
-    if (audited) {
-      await this.parts.audit(audited.action, next.header, audited.facts);
-      barrier('state-use.audited');
-      this.#pauseMs = this.parts.slot.uses.spend(1);
-    }
-    await this.#commit(next, isCounted(body.use));
+    const noted = this.#noteUse(body.use, next);
+    // What goes out or comes in in the clear is in the log first; the rest is written beside it, and answered after both.
+    if (isCounted(body.use)) await noted;
+    await Promise.all([this.#commit(next, isCounted(body.use)), noted]);
     this.#isProven = true;
     metrics.saveCommitted(payload.length);
     this.parts.onSaved(this.record);
     return this.#ack();
+  }
+
+  async #noteUse(use: SaveBody['use'], next: VtpmRecord): Promise<void> {
+    const audited = auditedUse(use, this.record);
+    if (!audited) return;
+    this.#pauseMs = this.parts.slot.uses.spend(1);
+    await this.parts.audit(audited.action, next.header, audited.facts);
+    barrier('state-use.audited');
   }
 
   /** What the ticket may not have is written down, as at a Load. @throws ManagerError */

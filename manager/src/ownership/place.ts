@@ -42,6 +42,8 @@ export class Place {
   readonly mode: MigrateMode;
   /** As a record would say it. */
   readonly header: LoadableHeader;
+  /** That it is to be committed is in the log. */
+  isAnnounced = false;
   /** Resolves when a worker waits. */
   readonly loadWaiting: Promise<{ readonly libtpmsVersion: string }>;
   #tellWaiting!: (fact: { readonly libtpmsVersion: string }) => void;
