@@ -229,8 +229,8 @@ export class MigrationWorld {
     const event = this.incoming();
     const load = this.holdLoads(event);
     this.manager.emit(event);
-    // Behind the grant.
-    if (barrier.endsWith('serving') || barrier.endsWith('shown')) {
+    const isServed = barrier.endsWith('serving') || barrier.endsWith('shown');
+    if (isServed) {
       await load.begun;
       load.commit();
     }
@@ -238,16 +238,13 @@ export class MigrationWorld {
     this.manager.beforeLoad = undefined;
     if (verdict === 'COMMIT') {
       const { vmUuid } = event;
-      const record = { vmUuid, kind: 'live', epoch: 8, generation: 9, isSuspended: true } as const;
+      const record = { vmUuid, kind: 'live', epoch: 8, generation: 9, isSuspended: !isServed } as const;
       this.manager.records.set(event.id, record);
     }
     await this.restart();
     if (verdict === 'ABORT') return await this.isGone();
     // One that no worker had waited for is as it came; one that was served is as any whose supervisor was killed.
-    const states: Record<string, string> = {
-      'migrate.destination.entry': 'stopped',
-      'migrate.destination.shown': 'crashed',
-    };
-    await this.becomes(states[barrier] ?? 'running');
+    const state = isServed ? 'crashed' : barrier.endsWith('entry') ? 'stopped' : 'running';
+    await this.becomes(state);
   }
 }

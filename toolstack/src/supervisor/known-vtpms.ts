@@ -1,6 +1,7 @@
 import { bootId } from 'vtpm-common';
 import type { Entry } from './entry.js';
 import type { Inheritance } from './handover/inheritance.js';
+import { SUPERVISOR_ENDED } from './migration/outcome.js';
 import { killAndWait } from './processes.js';
 import { Vtpm } from './vtpm.js';
 import type { VtpmList } from './vtpm-list.js';
@@ -44,6 +45,6 @@ function afterLoss(list: VtpmList, found: Entry): Entry {
   const isSameBoot = found.runningInBoot === bootId().toString('hex');
   return list.update(found.id, {
     runningInBoot: null,
-    crashed: isSameBoot ? 'the supervisor ended and its workers with it' : null,
+    crashed: isSameBoot ? SUPERVISOR_ENDED : null,
   });
 }

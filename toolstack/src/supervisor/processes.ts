@@ -48,13 +48,16 @@ export function descendants(pid: number): ProcessId[] {
   return found;
 }
 
+/** Between two looks at processes that were killed. */
+const LONGEST_WAIT_MS = 8;
+
 /**
  * Kills, and resolves when none of them can run any more: only then may another live copy of the same vTPM exist (I-3).
  * @throws ToolstackError `busy` where one is still there after `limitMs` (a process in an uninterruptible wait)
  */
 export async function killAndWait(processes: readonly ProcessId[], limitMs = 30_000): Promise<void> {
   const until = performance.now() + limitMs;
-  for (;;) {
+  for (let wait = 1; ; wait = Math.min(2 * wait, LONGEST_WAIT_MS)) {
     const alive = processes.filter(isAlive);
     if (alive.length === 0) return;
     for (const { pid } of alive) signal(pid);
@@ -64,7 +67,7 @@ export async function killAndWait(processes: readonly ProcessId[], limitMs = 30_
         `process ${alive.map(({ pid }) => pid).join(', ')} does not end although it was killed; it waits in the kernel, look at its disk or restart the host`,
       );
     }
-    await delay(5);
+    await delay(wait);
   }
 }
 

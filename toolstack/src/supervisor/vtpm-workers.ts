@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
-import { barrier, bootId } from 'vtpm-common';
+import { bootId } from 'vtpm-common';
 import { ToolstackError } from '../error.js';
 import { CheckpointStore } from './checkpoint-store.js';
 import type { VmmChoice, WorkerMessage } from './control-protocol.js';
@@ -9,7 +9,8 @@ import { doorEvents, passVisit, takeDataChannel } from './door-events.js';
 import { type DoorPlan, Doors } from './doors.js';
 import type { InheritedDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
-import { type Coming, VmmTravel } from './migration/vmm-travel.js';
+import { arriveLive, type Coming } from './migration/live-arrival.js';
+import { VmmTravel } from './migration/vmm-travel.js';
 import { killAndWait } from './processes.js';
 import { isFinal, isHopeless, isOutdated, passingRetryMs, presumedWrong, wasLost } from './restart-policy.js';
 import { type ResetParts, resetLost } from './vm-reset.js';
@@ -32,8 +33,6 @@ interface Gate {
 
 /** Connections of a TPM that is frozen wait so long for the host that decides. */
 const PATIENCE_MS = 300_000;
-/** A migration has limits of its own; this ends a worker that nobody tells. */
-const ARRIVAL_LIMIT_MS = 3_600_000;
 
 /** The workers that serve one vTPM, one after another, and the connections that outlive them. */
 export class VtpmWorkers {
@@ -158,12 +157,22 @@ export class VtpmWorkers {
       this.#status.state = { kind: 'migrating', reason };
     } else {
       this.#status.state = { kind: 'migrating', reason, doors: state.doors };
-      if ('worker' in state && state.worker) this.#status.lingering = (await state.worker.kill()).lingering;
+      if ('worker' in state && state.worker) await this.#endForGood(state.worker);
       // What a worker in a VM of its own had cannot be passed on.
       if (this.#status.entry.isolation === 'vm') this.#dropConnections(reason);
     }
     await killAndWait(this.#status.lingering);
     this.#status.lingering = [];
+  }
+
+  /** What is around it may take longer: nobody waits for that. @throws Error where a process of it cannot be ended */
+  async #endForGood(worker: WorkerProcess): Promise<void> {
+    try {
+      await worker.endProcesses();
+    } catch (error) {
+      this.#status.lingering = (await worker.ended).lingering;
+      throw error;
+    }
   }
 
   /** Before `leave`, where the VM moves too. @param called its VMM needs the TPM here */
@@ -231,55 +240,21 @@ export class VtpmWorkers {
     }
   }
 
-  /**
-   * A vTPM that comes from another host, frozen: its worker's Load waits until the manager has it. Resolves when it serves and
-   * the doors are open; before that nobody sees them.
-   * @param onWaiting the Load is on its way @throws ToolstackError
-   */
+  /** A vTPM that comes from another host, frozen: see `arriveLive`. */
   async arrive(coming: Coming, onWaiting: () => Promise<void>): Promise<void> {
-    const { pool, office } = this.#context;
-    const { vmRunId, epoch: epochThere } = coming;
-    const reason = `it comes from ${coming.from}`;
+    const { pool } = this.#context;
     const claimed = await pool.take(this.#status.entry.isolation, this.#owner());
-    const { worker } = claimed;
     const run = this.#newRun();
     this.#run = run;
-    this.#status.state = { kind: 'arriving', reason, worker };
-    this.#status.vmm = undefined;
-    const entry = { ...this.#status.entry, vmRunId };
-    let making: Promise<Doors> | undefined;
-    try {
-      const { epoch, generation } = await giveIdentity(claimed, {
-        ...{ ...this.#parts(run), entry, limitMs: ARRIVAL_LIMIT_MS },
-        issue: (key, digest) => office.expect(entry, key, digest, epochThere),
-        onIssued: (issued) => {
-          this.#status.update({ vmRunId, runningInBoot: bootId().toString('hex'), epoch: issued.epoch });
-          making = Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
-          making.catch(() => undefined);
-          onWaiting().catch(() => worker.kill());
-        },
-      });
-      barrier('migrate.destination.serving');
-      const doors = await (making ?? Doors.open(this.#doorPlan(), doorEvents(this.#status, run)));
-      this.#status.update({ manufactured: true, epoch, moved: null, migration: null });
-      this.#status.state = { kind: 'running', worker, doors };
-      doors.show();
-      barrier('migrate.destination.shown');
-      this.#watch(worker);
-      this.#status.log.info(
-        { epoch, generation, pid: worker.pid, from: coming.from },
-        'arrived, and running',
-      );
-    } catch (error) {
-      this.#status.lingering = (await worker.kill()).lingering;
-      await making?.then(
-        (doors) => doors.close(),
-        () => undefined,
-      );
-      run.end();
-      this.#status.state = { kind: 'arriving', reason, worker: undefined };
-      throw error;
-    }
+    await arriveLive(
+      {
+        ...{ context: this.#context, status: this.#status, claimed, run, onWaiting },
+        startParts: this.#parts(run),
+        doorPlan: this.#doorPlan(),
+        watch: (worker) => this.#watch(worker),
+      },
+      coming,
+    );
   }
 
   /** As `arrive`, where its VMM brings it. Resolves when that can connect: when it comes, and whether, is not known then. */

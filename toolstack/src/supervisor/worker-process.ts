@@ -233,14 +233,19 @@ export class WorkerProcess {
 
   /** SIGKILL to every process of it. */
   async kill(): Promise<WorkerEnd> {
+    await this.endProcesses().catch(() => undefined);
+    return this.ended;
+  }
+
+  /** As `kill`. Resolves when none of them can run any more; `ended` follows. @throws ToolstackError `busy` */
+  async endProcesses(): Promise<void> {
     try {
       this.#noteProcesses();
     } catch {
       // Those that are known, and the one that holds the others.
       this.#child.kill();
     }
-    await killAndWait(this.#processes).catch(() => undefined);
-    return this.ended;
+    await killAndWait(this.#processes);
   }
 
   /** Resolves when nothing is on its way to it any more, it has ended, or `limitMs` have passed. */

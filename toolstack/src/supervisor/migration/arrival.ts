@@ -4,7 +4,7 @@ import type { Incoming } from '../admin-client.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
 import type { VtpmWorkers } from '../vtpm-workers.js';
-import { outcomeOf } from './outcome.js';
+import { outcomeOf, SUPERVISOR_ENDED } from './outcome.js';
 
 export interface ArrivalParts {
   readonly context: Pick<VtpmContext, 'admin'>;
@@ -76,13 +76,16 @@ export async function settleArrival({ context, status, workers }: ArrivalParts):
   // Its worker says so itself when it serves.
   if (workers.isAwaited) return 'pending';
   const here = { manufactured: true, moved: null, crashed: null, epoch: outcome.record?.epoch ?? null };
-  if (status.entry.runningInBoot === bootId().toString('hex')) {
+  const runsHere = status.entry.runningInBoot === bootId().toString('hex');
+  if (runsHere && outcome.record?.isSuspended) {
     // Its VM runs here: the TPM goes on from where it was frozen, whoever was to do that first.
     status.update(here);
     await workers.resume('it has arrived, and its worker has not come up');
     status.tryUpdate({ migration: null });
   } else {
-    status.update({ ...here, migration: null, runningInBoot: null });
+    // A guest was served already, and what its TPM was after that has ended with the supervisor.
+    const crashed = runsHere ? SUPERVISOR_ENDED : null;
+    status.update({ ...here, crashed, migration: null, runningInBoot: null });
     status.rest();
   }
   status.log.info({ from: migration.peer }, 'arrived');

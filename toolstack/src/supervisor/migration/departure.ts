@@ -7,7 +7,7 @@ import type { VtpmStatus } from '../vtpm-status.js';
 import type { VtpmWorkers } from '../vtpm-workers.js';
 import { type MigrateCall, openMigrateCall } from './migrate-call.js';
 import type { Order } from './order.js';
-import { outcomeOf } from './outcome.js';
+import { outcomeOf, SUPERVISOR_ENDED } from './outcome.js';
 import { inDoubt, lineOf, type ProgressLine } from './progress.js';
 
 export interface DepartureParts {
@@ -159,7 +159,7 @@ export async function settleStaying({ context, status, workers }: Settled, reaso
     return;
   }
   // As after any end of a supervisor: the VM may still run, and must not get a TPM with fresh PCRs.
-  const crashed = wasRunning ? 'the supervisor ended and its workers with it' : entry.crashed;
+  const crashed = wasRunning ? SUPERVISOR_ENDED : entry.crashed;
   workers.gone();
   status.update({ migration: null, runningInBoot: null, crashed });
   status.rest();

@@ -7,6 +7,9 @@ export type Outcome =
   | { readonly verdict: 'COMMIT' | 'ABORT'; readonly record: ManagerRecord | undefined }
   | { readonly verdict: 'pending' };
 
+/** Why a vTPM is crashed whose VM may still run: no TPM with fresh PCRs may come back under it. */
+export const SUPERVISOR_ENDED = 'the supervisor ended and its workers with it';
+
 const PENDING: readonly string[] = ['preparing', 'departing', 'in-doubt'];
 
 /**

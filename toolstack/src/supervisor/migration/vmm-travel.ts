@@ -7,17 +7,9 @@ import type { VtpmStatus } from '../vtpm-status.js';
 import type { ClaimedWorker } from '../worker-pool.js';
 import type { WorkerProcess } from '../worker-process.js';
 import type { StartParts } from '../worker-start.js';
+import type { Coming } from './live-arrival.js';
 import { StandIn } from './stand-in.js';
 import { VmmArrival } from './vmm-arrival.js';
-
-/** A vTPM that comes, frozen, from another host. */
-export interface Coming {
-  /** Name of the host. */
-  readonly from: string;
-  /** That it has there. */
-  readonly epoch: number;
-  readonly vmRunId: string;
-}
 
 export interface VmmTravelParts {
   readonly context: Pick<VtpmContext, 'admin' | 'office'>;
