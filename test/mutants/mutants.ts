@@ -1063,7 +1063,7 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'void workers.leave(',
     test: {
       file: 'toolstack/migration-departure',
-      name: 'ends the worker when it is frozen and says so then',
+      name: 'says that the worker has ended when none of its processes is left',
     },
   },
   {

@@ -10,8 +10,21 @@ import {
   exchange,
   removeDirectory,
   temporaryDirectory,
+  until,
   workersOf,
 } from './supervisor-fixture.js';
+
+/** Prelude of a supervisor: its descendants before the worker is ended, and which of them can still run behind that. */
+const TELLS_WHO_IS_LEFT = `import { readFileSync, writeSync } from 'node:fs';
+const read = (path) => { try { return readFileSync(path, 'utf8'); } catch { return ''; } };
+const below = (pid) =>
+  read('/proc/' + pid + '/task/' + pid + '/children').split(' ').filter(Boolean).flatMap((one) => [one, ...below(one)]);
+const runs = (pid) => !['', 'Z', 'X'].includes((/\\) (.)/.exec(read('/proc/' + pid + '/stat')) ?? ['', ''])[1]);
+let workers = [];
+globalThis[Symbol.for('vtpm.barrier')] = (name) => {
+  if (name === 'migrate.source.reaping') workers = below(process.pid);
+  if (name === 'migrate.source.reaped') writeSync(2, 'left: ' + workers.filter(runs).length + ' of ' + workers.length + '\\n');
+};`;
 
 describe('a vTPM that leaves, as its supervisor sees it', function () {
   this.timeout(60_000);
@@ -64,6 +77,16 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
     await world.restart();
     assert.equal(await world.state(), 'moved');
     assert.equal((await world.supervisor.call('DELETE', '/vtpms/web1')).status, 200);
+  });
+
+  it('I-3: says that the worker has ended when none of its processes is left', async () => {
+    await world.restart([], TELLS_WHO_IS_LEFT);
+    const begun = await world.order(await world.running());
+    await world.frozen(begun);
+    await until(() => world.supervisor.stderr.includes('left: '));
+    assert.match(world.supervisor.stderr, /left: 0 of [1-9]/);
+    begun.call.end('ABORTED');
+    await begun.lines.ended;
   });
 
   it('has another worker go on with the same guests where it is aborted', async () => {

@@ -211,7 +211,13 @@ export class MigrationWorld {
     const left = verdict === 'COMMIT' ? ({ kind: 'moved' } as const) : { isSuspended: true };
     this.manager.records.set(vtpm.id, { ...record, ...left });
     this.manager.migrations.set(order.migration, { state: 'departing' });
+    const { askedForMigrations: asked } = this.manager;
     await this.restart();
+    // What it is told twice it has understood once.
+    this.manager.emit({ type: 'migration', migration: order.migration, id: vtpm.id });
+    await until(
+      async () => this.manager.askedForMigrations >= asked + 2 || (await this.state()) !== 'migrating',
+    );
     assert.equal(await this.state(), isSettled ? 'moved' : 'migrating');
     this.manager.migrations.delete(order.migration);
     await this.manager.stop();

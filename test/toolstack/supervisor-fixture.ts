@@ -107,6 +107,8 @@ export class StubManager {
   beforeLoad: ((ticket: Ticket) => Promise<void>) | undefined;
   /** Of migrations, what it tells. */
   readonly migrations = new Map<string, { state: string; incoming?: object }>();
+  /** How often it was asked for one. */
+  askedForMigrations = 0;
   /** What it was told of them: `accept`, `refuse` or `cancel`. */
   onAnswer: (migration: string, verb: string, body: { code?: string; message?: string }) => void = () => {};
   readonly #listeners = new Set<ServerResponse>();
@@ -176,6 +178,7 @@ export class StubManager {
       response.end('{}');
       return;
     }
+    if (id) this.askedForMigrations++;
     const all = [...this.migrations].map(([migration, more]) => ({ migration, ...more }));
     const found = all.find(({ migration }) => migration === id);
     const error = { error: { code: 'unknown-migration', message: 'none' } };
