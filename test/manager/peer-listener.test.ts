@@ -227,7 +227,7 @@ describe('the listener for other hosts', () => {
   });
 
   it('closes a connection of a peer that has no session', async () => {
-    await meet({ idleMs: 100 });
+    await meet({ idleMs: 100, silenceMs: 600_000 });
     await closed(await admitted());
   });
 

@@ -3,7 +3,13 @@ import { randomBytes } from 'node:crypto';
 import type { KeyHierarchy } from 'vtpm-manager/keys/index';
 import { createAnchoredStore, openAnchoredStore } from 'vtpm-manager/store/index';
 import { MAX_PEERS } from 'vtpm-manager/trust/peers';
-import { createTrustStore, openTrustStore, type TrustStore } from 'vtpm-manager/trust/trust-configuration';
+import {
+  createTrustStore,
+  openTrustStore,
+  rekeyTrust,
+  TRUST_KEY,
+  type TrustStore,
+} from 'vtpm-manager/trust/trust-configuration';
 import { MemoryStore, storeFull } from '../support/memory-store.js';
 import { anchorOptions, testKeys } from '../support/test-keys.js';
 import { testPeer } from '../support/test-peer.js';
@@ -146,6 +152,30 @@ describe('peers in the trust configuration', () => {
     const after = await reopened();
     assert.deepEqual(await after.ensureAttestationKey(make), one);
     assert.equal(made, 1);
+  });
+});
+
+describe('the trust configuration of a recovered installation', () => {
+  it('has its peers, and the attestation key only where the TPM is the same', async () => {
+    const keys = testKeys();
+    const disk = new MemoryStore();
+    const anchor = anchorOptions(keys);
+    const store = await createAnchoredStore(disk, anchor);
+    await createTrustStore(keys, store, randomBytes(32), 1n);
+    const before = await openTrustStore(keys, store);
+    await before.addPeer(testPeer());
+    const key = await before.ensureAttestationKey(async () => randomBytes(200));
+    for (const [isOtherTpm, kept] of [
+      [false, key],
+      [true, undefined],
+    ] as const) {
+      const entry = await store.read(TRUST_KEY);
+      assert.ok(entry);
+      await store.write(TRUST_KEY, entry.version, rekeyTrust(keys, entry.value, isOtherTpm), 'now');
+      const after = await openTrustStore(keys, store);
+      assert.deepEqual(after.attestationKey(), kept);
+      assert.equal(after.peers().length, 1);
+    }
   });
 });
 

@@ -8,7 +8,10 @@ import { tlsIdentity } from 'vtpm-manager/peer/certificate';
 import { tlsOptions } from 'vtpm-manager/peer/tls';
 import { Host, makeAuthority } from '../manager/platform-fixture.js';
 import { type Finished, run } from '../support/installation.js';
+import { ManagerInstallation } from '../support/manager-process.js';
+import { startSwtpm } from '../support/swtpm.js';
 import { until } from '../support/until.js';
+import { Maker } from '../tpm2-ts-bindings/maker.js';
 import { vtpmctl } from './cli-fixture.js';
 
 interface Shown {
@@ -149,6 +152,28 @@ describe('vtpmctl peer', () => {
     const ca = a.file('ca.pem', tlsIdentity(randomBytes(32)).certificate);
     await refusedWith(/has no certificate.*--ek-fingerprint/, a, 'peer', 'add', 'b', file, '--ek-ca', ca);
     assert.deepEqual((await a.manager.admin('GET', '/peers')).body, { peers: [] });
+  });
+
+  it("takes a TPM under its maker's authority, and under no other", async () => {
+    const maker = new Maker();
+    const tpm = await startSwtpm();
+    const c = new ManagerInstallation();
+    try {
+      await maker.manufacture(tpm);
+      await c.init(`unix:${tpm.socket}`);
+      await c.start();
+      const { identity, endorsement } = (await c.admin('GET', '/identity')).body as unknown as Shown;
+      assert.equal(endorsement.isCertified, true);
+      const of = [a, 'peer', 'add', 'b', a.file('c.peer', identity), '--ek-ca'] as const;
+      const stranger = a.file('stranger.pem', tlsIdentity(randomBytes(32)).certificate);
+      await refusedWith(/no trusted root vouches for it.*peer-ek/, ...of, stranger);
+      const ca = a.file('maker.pem', `${maker.issuer}${maker.root}`);
+      assert.match((await done(...of, ca)).stdout, /known by +CN=swtpm-localca/);
+    } finally {
+      await c.remove();
+      await tpm.stop();
+      maker.remove();
+    }
   });
 
   it('refuses what is no identity, its own, and one that is there already', async () => {
