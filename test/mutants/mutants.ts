@@ -1455,9 +1455,9 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: "nobody's TPM is taken on the word of the file",
-    file: 'manager/src/admin/peer-routes.ts',
-    guard: 'if ((ekCa === undefined) === (ekFingerprint === undefined)) {',
-    without: 'if (ekCa !== undefined && ekFingerprint !== undefined) {',
+    file: 'manager/src/peer/control.ts',
+    guard: 'const endorsedBy = acceptEndorsement(offered, added.endorsement);',
+    without: "const endorsedBy = 'pinned';",
     test: { file: 'toolstack/peers', name: 'never takes the word of the file' },
   },
 ];
