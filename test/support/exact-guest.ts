@@ -4,6 +4,7 @@ import {
   Alg,
   createPrimary,
   createTpm,
+  DictionaryAttackLockReset,
   defineNvIndex,
   GetRandom,
   NV_Increment,
@@ -116,6 +117,9 @@ export class ExactGuest {
     this.#resets = undefined;
     // Without a shutdown it goes on from where it was last stored, and says so (Part 1, "Clock").
     if (!wasInOrder) this.#clock = 0n;
+    // Nor can it tell that nobody guessed (Part 1, "Dictionary Attack Protection").
+    if (!wasInOrder)
+      await this.#tpm.run(DictionaryAttackLockReset, { lockHandle: withPassword(permanent(Rh.LOCKOUT)) }, {});
     await this.#readClock();
     const resets = (this.#resets ?? 0) - before;
     assert.ok(wasInOrder ? resets === 1 : resets >= 1, `${resets} resets`);
