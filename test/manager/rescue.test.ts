@@ -274,12 +274,14 @@ describe('a rescue', () => {
     it('ends the vTPM there, worker and all, and no Load is granted any more', async () => {
       const notices = await held();
       assert.equal(notices.length, 1);
+      const before = await dead.world.anchor.counter.read();
       const heard = await dead.control.take(idOf(here.world), notices);
       assert.deepEqual(
         heard.map((uuid) => Buffer.from(uuid)),
         [Buffer.from(vtpm.uuid)],
       );
       assert.equal(worker.link.ended?.code, 'fenced');
+      assert.ok((await dead.world.anchor.counter.read()) > before);
       const header = await dead.header(vtpm);
       assert.equal(header.kind, 'MOVED');
       assert.deepEqual(Buffer.from(header.departure!.destination), idOf(here.world));
