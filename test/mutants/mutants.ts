@@ -1459,6 +1459,7 @@ export const MUTANTS: readonly Mutant[] = [
     guard: 'const endorsedBy = acceptEndorsement(offered, added.endorsement);',
     without: "const endorsedBy = 'pinned';",
     test: { file: 'toolstack/peers', name: 'never takes the word of the file' },
+  },
   {
     name: 'I-3 a host is dead where a trusted toolstack says so',
     file: 'manager/src/rescue/fencing.ts',
