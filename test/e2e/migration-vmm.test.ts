@@ -120,6 +120,18 @@ describe('a vTPM that moves with its VM', () => {
     assert.equal((await migration.ended).result, 'migrated');
   });
 
+  it('does not go where its VMM would carry the state itself', async () => {
+    const { installation } = hosts.a;
+    const args = ['--doors', 'control', '--startup', 'none', '--state-blobs', 'plain'];
+    await installation.ctlJson('create', 'plain', ...args);
+    await installation.ctlJson('start', 'plain');
+    vm = await MovingVm.boot(hosts.a, 'plain');
+    await until('the VMM is known', async () => (await show(hosts.a, 'plain')).vmm !== null);
+    const { message } = await new Ordered(hosts.a, hosts.b, 'plain').ended;
+    assert.match(message, /state blobs that are references/);
+    assert.equal((await show(hosts.a, 'plain')).state, 'running');
+  });
+
   it('goes nowhere where it is cancelled before its VMM takes it out', async () => {
     await boot('cancels');
     const migration = new Ordered(hosts.a, hosts.b, 'cancels');

@@ -58,8 +58,8 @@ export class StandIn {
   }
 
   /** As `begin`, as often as it takes. */
-  start(): void {
-    this.#settled = this.#replace();
+  start(refused?: string): void {
+    this.#settled = this.#replace(refused);
   }
 
   /**
@@ -146,11 +146,11 @@ export class StandIn {
     this.start();
   }
 
-  async #replace(): Promise<void> {
+  async #replace(refused: string | undefined): Promise<void> {
     const { signal } = this.#over;
     while (!signal.aborted) {
       try {
-        await this.begin();
+        await this.begin(refused);
         return;
       } catch (error) {
         if (signal.aborted) return;

@@ -73,27 +73,34 @@ export class VmmArrival {
         const end = await worker.kill();
         if (signal.aborted) return;
         log.warn({ reason: (error as Error).message }, 'the vTPM is not here yet');
-        hasArrived = await this.#hasArrived();
+        hasArrived = (await this.#asOftenAsItTakes(() => this.#parts.hasArrived())) === true;
         if (signal.aborted) return;
-        if (!hasArrived) return await this.standIn.begin(refusalOf(end));
+        if (!hasArrived) {
+          this.standIn.start(refusalOf(end));
+          return;
+        }
       } finally {
         signal.removeEventListener('abort', kill);
       }
-      claimed = await this.#parts.claim(signal);
+      await delay(RETRY_MS, undefined, { signal }).catch(() => undefined);
+      const next = await this.#asOftenAsItTakes(() => this.#parts.claim(signal));
+      if (signal.aborted) await next?.worker.kill();
+      if (!next || signal.aborted) return;
+      claimed = next;
     }
   }
 
-  /** A manager that is away is waited for: only it knows. */
-  async #hasArrived(): Promise<boolean> {
+  /** A manager that is away is waited for: only it knows, and no worker is without it. @returns undefined where it does not come */
+  async #asOftenAsItTakes<T>(run: () => Promise<T>): Promise<T | undefined> {
     const { signal } = this.#over;
     while (!signal.aborted) {
       try {
-        return await this.#parts.hasArrived();
+        return await run();
       } catch {
         await delay(RETRY_MS, undefined, { signal }).catch(() => undefined);
       }
     }
-    return false;
+    return undefined;
   }
 }
 
