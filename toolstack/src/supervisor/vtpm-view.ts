@@ -60,7 +60,7 @@ export function viewOf(
 ): VtpmView {
   const { id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode } =
     entry;
-  const worker = standIn ? standIn.worker : 'worker' in state ? state.worker : undefined;
+  const worker = standIn ? standIn.process : 'worker' in state ? state.worker : undefined;
   return {
     ...{ id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketOwner, socketMode },
     dropin: entry.dropin && { place: entry.dropin.place, uid: entry.dropin.uid },

@@ -37,6 +37,8 @@ export class StandIn {
   readonly #parts: StandInParts;
   readonly #over = new AbortController();
   #claimed: ClaimedWorker | undefined;
+  /** Is about to be more than that. */
+  #taken: WorkerProcess | undefined;
   /** Waits until it is needed. */
   #prepared: Promise<ClaimedWorker> | undefined;
   #isCalling = false;
@@ -49,6 +51,11 @@ export class StandIn {
   /** Undefined while there is none. */
   get worker(): WorkerProcess | undefined {
     return this.#claimed?.worker;
+  }
+
+  /** As `worker`, also where it has an identity and does not serve yet. */
+  get process(): WorkerProcess | undefined {
+    return this.worker ?? this.#taken;
   }
 
   /** There is a worker when `begin` comes, if one can be had by then. */
@@ -120,6 +127,7 @@ export class StandIn {
     const claimed = this.#claimed;
     if (!claimed) throw new ToolstackError('busy', 'the worker that stands in has ended; another one comes');
     this.#claimed = undefined;
+    this.#taken = claimed.worker;
     return claimed;
   }
 
