@@ -12,6 +12,7 @@ import {
   tailOf,
   verifyAudit,
 } from './audit/index.js';
+import { asItLeft, departuresIn } from './departures-log.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
 import { isPromisesKey, rekeyPromises } from './ownership/abort-promises.js';
@@ -105,7 +106,8 @@ function refusalOf(
 
 /**
  * Takes the store for the newest, after `spoilAnchor`: every live vTPM is marked, loses its session, and goes on with a
- * generation that none of the lost ones can have had; everything is put under the current generation of the root key.
+ * generation that none of the lost ones can have had; everything is put under the current generation of the root key. One
+ * that left since, as the audit log says, is on its way again: its destination says what became of it.
  * @returns that generation, by the vTPM's id
  */
 export async function acceptStore(
@@ -117,6 +119,8 @@ export async function acceptStore(
   try {
     const action = mark === 'recovered' ? 'recover' : 'accept-rollback';
     const actor = { uid: process.getuid?.() ?? 0 };
+    // The log may be newer than the store: what it says has left must not come to life here again.
+    const left = departuresIn(await tailOf(options.paths.audit, audit.head, AUDIT_ENTRIES));
     await audit.append({ actor, action, verdict: 'intended' });
     const events: { vtpm: string; generation: bigint; epoch: bigint }[] = [];
     const change = (entry: StoreEntry, count: bigint): Uint8Array | undefined => {
@@ -126,7 +130,7 @@ export async function acceptStore(
       if (!record) return undefined;
       const isLive = record.header.kind === 'LIVE';
       if (!isLive && record.header.keyId === keys.current.keyId) return undefined;
-      const next = rekey(keys, isLive ? resume(record, mark, count) : record);
+      const next = rekey(keys, isLive ? resume(asItLeft(record, left), mark, count) : record);
       const { vtpmUuid, generation, epoch } = next.header;
       if (isLive) events.push({ vtpm: uuidToText(vtpmUuid), generation, epoch });
       return encodeRecord(keys, next);

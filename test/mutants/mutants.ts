@@ -226,6 +226,13 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/migration-ownership', name: 'in the run of its VM alone' },
   },
   {
+    name: 'I-3 an old store brings nothing to life that the audit log knows to have left',
+    file: 'manager/src/store-acceptance.ts',
+    guard: 'resume(asItLeft(record, left), mark, count)',
+    without: 'resume(left.size < 0 ? asItLeft(record, left) : record, mark, count)',
+    test: { file: 'manager/departures-log', name: 'brings nothing to life that has moved since' },
+  },
+  {
     name: 'I-6 the sealed secret opens by policy alone',
     file: 'tpm2-ts-bindings/src/templates.ts',
     guard: 'A.fixedTPM | A.fixedParent | A.adminWithPolicy | A.noDA,',
