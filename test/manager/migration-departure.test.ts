@@ -103,6 +103,10 @@ describe('a vTPM that leaves', () => {
     await worker.save('and on');
     // Nor does a later attempt take that FROZEN for its own.
     await assert.rejects(way.depart(), refused('migration-aborted'));
+    // The same where nothing was suspended, since its TPM was off.
+    await way.suspend('');
+    await worker.save('and on again');
+    await assert.rejects(way.depart(), refused('migration-aborted'));
   });
 
   it('stays in mode VMM where its VMM has not taken it out', async () => {
