@@ -19,8 +19,10 @@ export function departuresIn(entries: readonly AuditEntry[]): ReadonlyMap<string
     if (departure) left.set(vtpm, departure);
     const isSame = hex(left.get(vtpm)?.migrationId) === migration;
     const hasStayed = action === 'migrate-abort' && isDone && to !== undefined && isSame;
+    // The intention is in the log before anything stops, and may have come to nothing.
+    const hasEnded = action === 'migrate-out' && verdict === 'failed' && isSame;
     const hasCome = action === 'migrate-commit' && isDone && from !== undefined;
-    if (hasStayed || hasCome) left.delete(vtpm);
+    if (hasStayed || hasEnded || hasCome) left.delete(vtpm);
   }
   return left;
 }

@@ -94,6 +94,14 @@ describe('an old store that is accepted', () => {
     await load();
   });
 
+  it('lets go on what was only about to leave', async () => {
+    await a.registry.departures.announce(way.id, way.destination);
+    const facts = { migration: way.migrationId.toString('hex'), to: 'b', mode: 'OFFLINE' };
+    a.audited.push({ actor: 'manager', action: 'migrate-out', verdict: 'failed', vtpm: way.id, facts });
+    await rollBack();
+    await load();
+  });
+
   it('lets go on what came back, where the log does not say so', async () => {
     await way.depart();
     await a.registry.departures.abort(way.id, await way.ask());

@@ -216,7 +216,10 @@ export class LiveSession {
     const noted = this.#noteUse(body.use, next);
     // What goes out or comes in in the clear is in the log first; the rest is written beside it, and answered after both.
     if (isCounted(body.use)) await noted;
-    await Promise.all([this.#commit(next, isCounted(body.use)), noted]);
+    noted.catch(() => undefined);
+    // First what changes the record: nothing else of the vTPM begins while that is under way.
+    await this.#commit(next, isCounted(body.use));
+    await noted;
     this.#isProven = true;
     metrics.saveCommitted(payload.length);
     this.parts.onSaved(this.record);
