@@ -182,6 +182,27 @@ describe('a migration between two managers', () => {
     await assert.rejects(b.worker(worker.vtpm, ['RESUME'], again.grant.epoch));
   });
 
+  it('stays where the toolstack has not said that the worker ended, and says no more', async () => {
+    const worker = await a.manufactured('P-unsaid');
+    const { given } = await liveTo(worker);
+    await worker.suspends('V-unsaid');
+    await given.reaches('FROZEN');
+    given.hangUp();
+    await ended(given, 'ABORTED', 'migration-aborted');
+    const again = await a.worker(worker.vtpm, ['RESUME']);
+    assert.equal(saved(again.grant.suspended!.volatile), 'V-unsaid');
+    await again.end();
+  });
+
+  it('is taken back before the freeze by its source while a worker waits: it hears migration-aborted', async () => {
+    const worker = await a.manufactured('P-wait');
+    const { given, waiting } = await liveTo(worker);
+    await given.reaches('PREPARED');
+    given.say({ cancel: {} });
+    await assert.rejects(waiting, (error: { reason?: string }) => error.reason === 'migration-aborted');
+    await worker.end();
+  });
+
   it('thaws the worker where the destination goes between its freeze and its departure', async () => {
     const worker = await a.manufactured('P-thaw');
     const { given } = await liveTo(worker);

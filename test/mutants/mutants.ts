@@ -1,3 +1,5 @@
+import { MIGRATION_MUTANTS } from './migration.js';
+
 /** A guard, the same code without it, and the test that must then fail. */
 export interface Mutant {
   readonly name: string;
@@ -14,6 +16,7 @@ export interface Mutant {
 }
 
 export const MUTANTS: readonly Mutant[] = [
+  ...MIGRATION_MUTANTS,
   {
     name: 'I-4 an answer waits until its save is acknowledged',
     file: 'vtpmd/src/worker/command-queue.ts',

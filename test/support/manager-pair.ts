@@ -342,6 +342,11 @@ export class GivenOrder {
     return this.progress.at(-1);
   }
 
+  /** The toolstack says no more, and listens. */
+  hangUp(): void {
+    this.#call.end();
+  }
+
   /** The toolstack goes without a word. */
   leave(): void {
     this.#call.cancel();

@@ -356,6 +356,7 @@ export class SourceMigration {
 
   async #freeze(frozen: Frozen): Promise<SourceState> {
     const { departures, order } = this.parts;
+    this.#throwIfCancelled();
     this.#frozenAt = performance.now();
     if (order.mode !== 'OFFLINE') {
       barrier('migrate.source.freeze');
@@ -485,10 +486,11 @@ export class SourceMigration {
     whose: string,
     onLate: (late: T) => void = () => undefined,
   ): Promise<T> {
-    this.#throwIfCancelled();
     const { cancelled: signal } = this.parts.orderer;
-    let isOver = false;
+    let isOver = signal.aborted;
+    // Whoever waits for it no longer does not hear of its failure either.
     work.then((late) => isOver && onLate(late)).catch(() => undefined);
+    this.#throwIfCancelled();
     let stop: (() => void) | undefined;
     const stopped = new Promise<never>((_, reject) => {
       stop = () => reject(cancelled());
