@@ -1,5 +1,5 @@
 import { ManagerError } from '../error.js';
-import type { MigrationView } from '../migration/control.js';
+import type { MigrationView } from '../migration/view.js';
 import { type AdminContext, type AdminRequest, type Answer, bodyOf, ok, type Route } from './route.js';
 
 export const migrationRoutes: readonly Route[] = [

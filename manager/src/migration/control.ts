@@ -1,7 +1,6 @@
 import { barrier, type Logger } from 'vtpm-common';
 import {
   bytesEqual,
-  type MigrateMode,
   type MigrationHello,
   type PeerMessage,
   type SignedDecision,
@@ -12,7 +11,7 @@ import {
 import type { AuditActor, AuditEvent } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
-import type { IncomingEvent, VtpmEvents } from '../ownership/events.js';
+import type { VtpmEvents } from '../ownership/events.js';
 import type { PeerChannel } from '../peer/channel.js';
 import { answerRescues, type RescueBook } from '../rescue/exchange.js';
 import { DestinationMigration } from './destination.js';
@@ -25,6 +24,17 @@ import { Resolver } from './resolve.js';
 import { Settler } from './settler.js';
 import { type Orderer, type SourceEnd, SourceMigration } from './source.js';
 import { Talk } from './talk.js';
+import {
+  type Arriving,
+  because,
+  hex,
+  incomingOf,
+  isCancellable,
+  type MigrationView,
+  viewOfArriving,
+  viewOfOrder,
+  viewOfPending,
+} from './view.js';
 
 export interface MigrationParts {
   readonly host: Host;
@@ -39,33 +49,6 @@ export interface MigrationParts {
   readonly log: Logger;
   /** For tests: other pauses between two questions to another host. */
   readonly pausesMs?: readonly number[] | undefined;
-}
-
-/** One migration, as the admin plane tells of it. */
-export interface MigrationView {
-  readonly migration: string;
-  readonly id: string;
-  readonly role: 'source' | 'destination';
-  readonly mode: MigrateMode;
-  /** Name of the other host; its host id where it is no peer any more. */
-  readonly peer: string;
-  readonly state: 'preparing' | 'departing' | 'in-doubt' | 'committed' | 'aborted';
-  /** Of its state machine, while it is under way. */
-  readonly step?: string;
-  readonly dryRun?: boolean;
-  readonly reason?: string;
-  readonly message?: string;
-  /** It waits for the toolstack's answer: what the event said. */
-  readonly incoming?: IncomingView;
-}
-
-/** What the event said. */
-type IncomingView = Omit<IncomingEvent, 'type'>;
-
-interface Arriving {
-  readonly session: DestinationMigration;
-  readonly hello: MigrationHello;
-  readonly peerName: string;
 }
 
 /** The migrations of this host, in both directions. */
@@ -104,7 +87,7 @@ export class MigrationControl {
       isLive: (migrationId) => this.#arriving.has(hex(migrationId)),
     });
     this.#doorkeeper = new EventDoorkeeper((hello) =>
-      parts.events.emit({ type: 'incoming', ...this.#incoming(hello) }),
+      parts.events.emit({ type: 'incoming', ...incomingOf(hello, this.#nameOf) }),
     );
   }
 
@@ -161,7 +144,7 @@ export class MigrationControl {
       // What changes a record is in the log with it.
       if (end.at === 'aborted') await this.#audit({ ...about, verdict: 'failed', reason: end.reason });
       if (end.at === 'checked') await this.#audit({ ...about, verdict: 'done' });
-      if (!order.dryRun) this.#remember(this.#viewOfOrder(session, end));
+      if (!order.dryRun) this.#remember(viewOfOrder(session, this.#nameOf, end));
       return end;
     } finally {
       this.#leaving.delete(name);
@@ -187,9 +170,14 @@ export class MigrationControl {
         state: 'committed',
       });
     }
-    for (const doubt of pending) views.set(hex(doubt.departure.migrationId), this.#viewOfPending(doubt));
-    for (const [migration, { session }] of this.#leaving) views.set(migration, this.#viewOfOrder(session));
-    for (const [migration, arriving] of this.#arriving) views.set(migration, this.#viewOfArriving(arriving));
+    for (const doubt of pending)
+      views.set(
+        hex(doubt.departure.migrationId),
+        viewOfPending(doubt, this.#nameOf, this.#resolver.reasonOf(doubt.departure.migrationId)?.reason),
+      );
+    for (const [migration, { session }] of this.#leaving)
+      views.set(migration, viewOfOrder(session, this.#nameOf));
+    for (const [migration, arriving] of this.#arriving) views.set(migration, this.#viewOf(arriving));
     return [...views.values()];
   }
 
@@ -331,11 +319,11 @@ export class MigrationControl {
   }
 
   #onArrived(arriving: Arriving, verdict: Verdict, reason?: ManagerError): void {
-    const view = this.#viewOfArriving(arriving);
+    const view = this.#viewOf(arriving);
     this.#remember({
       ...view,
       state: verdict === 'COMMIT' ? 'committed' : 'aborted',
-      ...(reason && { reason: reason.code, message: reason.message }),
+      ...because(reason),
     });
     this.#tell(view.migration, view.id, 'destination', verdict, view.peer);
   }
@@ -433,73 +421,17 @@ export class MigrationControl {
     if (this.#ended.size > MAX_REMEMBERED && oldest !== undefined) this.#ended.delete(oldest);
   }
 
-  #viewOfOrder(session: SourceMigration, end?: SourceEnd): MigrationView {
-    const { order, at } = session;
-    const reason = end && 'reason' in end ? end.reason : undefined;
-    return {
-      migration: hex(order.migrationId),
-      id: uuidToText(order.vtpmUuid),
-      role: 'source',
-      mode: order.mode,
-      peer: this.#nameOf(order.destination),
-      state: stateOf(at),
-      step: at,
-      dryRun: order.dryRun,
-      ...(reason && { reason: reason.code, message: reason.message }),
-    };
+  #viewOf(arriving: Arriving): MigrationView {
+    return viewOfArriving(arriving, this.#nameOf, this.#doorkeeper.isAsked(hex(arriving.hello.migrationId)));
   }
 
-  #viewOfPending(pending: PendingDeparture): MigrationView {
-    const { vtpmUuid, departure } = pending;
-    const reason = this.#resolver.reasonOf(departure.migrationId)?.reason;
-    return {
-      migration: hex(departure.migrationId),
-      id: vtpmUuid,
-      role: 'source',
-      mode: departure.mode,
-      peer: this.#nameOf(departure.destination),
-      state: 'in-doubt',
-      ...(reason && { reason: reason.code, message: reason.message }),
-    };
-  }
-
-  #viewOfArriving({ session, hello, peerName }: Arriving): MigrationView {
-    const migration = hex(hello.migrationId);
-    return {
-      migration,
-      id: uuidToText(hello.vtpmUuid),
-      role: 'destination',
-      mode: hello.mode,
-      peer: peerName,
-      state: session.at === 'answering' || session.at === 'settling' ? 'committed' : 'preparing',
-      step: session.at,
-      dryRun: hello.dryRun,
-      ...(this.#doorkeeper.isAsked(migration) && { incoming: this.#incoming(hello) }),
-    };
-  }
-
-  #incoming(hello: MigrationHello): IncomingView {
-    return {
-      migration: hex(hello.migrationId),
-      id: uuidToText(hello.vtpmUuid),
-      vmUuid: uuidToText(hello.vmUuid),
-      vmRunId: uuidToText(hello.vmRunId),
-      epoch: hello.epoch,
-      generation: hello.generation,
-      mode: hello.mode,
-      from: { name: this.#nameOf(hello.source), hostId: hex(hello.source) },
-      description: Buffer.from(hello.description).toString('utf8'),
-      dryRun: hello.dryRun,
-    };
-  }
-
-  #nameOf(hostId: Uint8Array): string {
+  readonly #nameOf = (hostId: Uint8Array): string => {
     try {
       return this.parts.host.peer(hostId).name;
     } catch {
       return hex(hostId);
     }
-  }
+  };
 
   /** What the log does not take keeps nothing from its end: what is decided is in the records. */
   async #audit(event: AuditEvent): Promise<void> {
@@ -523,31 +455,6 @@ export class MigrationControl {
   }
 }
 
-function stateOf(at: SourceMigration['at']): MigrationView['state'] {
-  switch (at) {
-    case 'departing':
-    case 'sending':
-    case 'deciding':
-    case 'committing':
-    case 'asking':
-      return 'departing';
-    case 'in-doubt':
-      return 'in-doubt';
-    case 'committed':
-      return 'committed';
-    case 'aborted':
-    case 'thawing':
-    case 'checked':
-      return 'aborted';
-    default:
-      return 'preparing';
-  }
-}
-
-function isCancellable({ at }: SourceMigration): boolean {
-  return stateOf(at) === 'preparing' || at === 'departing';
-}
-
 /** What this host keeps to itself is not for others. */
 function shown(error: ManagerError): ManagerError {
   return error.code === 'internal'
@@ -560,8 +467,4 @@ function unknown(migration: string): ManagerError {
     'unknown-migration',
     `nothing is known here of a migration ${migration.slice(0, 32)}`,
   );
-}
-
-function hex(bytes: Uint8Array): string {
-  return Buffer.from(bytes).toString('hex');
 }

@@ -99,6 +99,8 @@ const PARTS: Readonly<Record<MigrateMode, Pick<ExpectedState, 'required' | 'allo
 export class DestinationMigration {
   #state: DestinationState = { at: 'greeting' };
   #hello: MigrationHello | undefined;
+  /** Looked for once: it takes longer than a guest should wait. */
+  #libtpms = '';
   #importKey: ImportKey | undefined;
   #keys: StateKeys | undefined;
   #expected: Expected | undefined;
@@ -193,7 +195,8 @@ export class DestinationMigration {
     }
     checkRight(peer, 'send');
     checkFormats(hello.recordFormat, OWN_RECORD_FORMAT);
-    checkLibtpms(hello.libtpmsVersion, host.libtpmsVersion());
+    this.#libtpms = host.libtpmsVersion();
+    checkLibtpms(hello.libtpmsVersion, this.#libtpms);
     host.checkRoom();
     admit(hello);
     this.#hello = hello;
@@ -203,7 +206,7 @@ export class DestinationMigration {
   }
 
   async #offer(hello: MigrationHello): Promise<DestinationState> {
-    const { talk, host, attestor } = this.parts;
+    const { talk, attestor } = this.parts;
     const session = boxKeyPair();
     const identifier = randomBytes(32);
     const challenge = attestor.challenge(talk.peer);
@@ -218,7 +221,7 @@ export class DestinationMigration {
       sessionKey: session.publicKey,
       identifier,
       importKey: { publicArea, certifyInfo, certifySignature, pcrSelection },
-      libtpmsVersion: host.libtpmsVersion(),
+      libtpmsVersion: this.#libtpms,
       recordFormat: OWN_RECORD_FORMAT,
       challengeAnswer: answer,
       ...(challenge && { challenge: challenge.challenge }),
@@ -292,12 +295,12 @@ export class DestinationMigration {
   }
 
   async #receive({ hello, identifier, keys, expected }: Extract<DestinationState, { at: 'receiving' }>) {
-    const { talk, host } = this.parts;
+    const { talk } = this.parts;
     const bytes = await talk.receiveBytes('STATE', LIMITS_MS.state[hello.mode]);
     const { header, parts } = openBundle(keys, expectedState(hello, identifier), bytes);
     keys.wipe();
     try {
-      checkLibtpms(header.libtpmsVersion, host.libtpmsVersion());
+      checkLibtpms(header.libtpmsVersion, this.#libtpms);
       checkSuspension(hello.mode, header.referenceDigest.length > 0, parts);
     } catch (error) {
       wipe(...Object.values(parts));
