@@ -122,10 +122,18 @@ export class WorkerProcess {
   #isKilled = false;
   log = '';
 
-  /** @param options `program`: what inherits a worker's descriptors in its place */
+  /**
+   * @param options `program`: what inherits a worker's descriptors in its place; `wrapper`: a program that executes the rest of
+   * its arguments
+   */
   constructor(
     manager: MiniManager,
-    options: { nodeArguments?: string[]; workerArguments?: string[]; program?: string } = {},
+    options: {
+      nodeArguments?: string[];
+      workerArguments?: string[];
+      program?: string;
+      wrapper?: string[];
+    } = {},
   ) {
     this.#manager = manager;
     const [linkHere, linkThere] = socketPair();
@@ -138,9 +146,10 @@ export class WorkerProcess {
     const worker = [...image.nodeArguments, ...(options.nodeArguments ?? []), path];
     // A relay and its VM have no filter.
     const needsFilter = hasMore && options.program === undefined;
+    const [command = process.execPath, ...rest] = [...(options.wrapper ?? []), process.execPath];
     this.child = spawn(
-      process.execPath,
-      [...(needsFilter ? [FIRST_FILTER] : []), ...worker, ...(options.workerArguments ?? [])],
+      command,
+      [...rest, ...(needsFilter ? [FIRST_FILTER] : []), ...worker, ...(options.workerArguments ?? [])],
       {
         env: { ...image.environment, PATH: process.env.PATH },
         stdio: ['ignore', 'ignore', 'pipe', linkThere, controlThere, descriptorsThere],

@@ -85,10 +85,10 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
     return made;
   }
 
-  function spawn(options: { at?: MiniManager; killedAt?: string } = {}): WorkerProcess {
-    const { at = manager, killedAt } = options;
+  function spawn(options: { at?: MiniManager; killedAt?: string; wrapper?: string[] } = {}): WorkerProcess {
+    const { at = manager, killedAt, wrapper = [] } = options;
     const prelude = killedAt && `data:text/javascript,${encodeURIComponent(killAt(killedAt, 1))}`;
-    const worker = new WorkerProcess(at, prelude ? { nodeArguments: ['--import', prelude] } : {});
+    const worker = new WorkerProcess(at, { wrapper, nodeArguments: prelude ? ['--import', prelude] : [] });
     workers.push(worker);
     return worker;
   }
@@ -265,6 +265,26 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
     await arrive();
     assert.equal(uses(there).filter((use) => use === 'RESTORE').length, 1);
   });
+
+  // Where another host was booted at another time its clock says something else.
+  for (const seconds of [-30, 300]) {
+    it(`D-12: the clock goes on where that of the other host is ${seconds} s away`, async () => {
+      const worker = await spawn().begin(run);
+      const before = clockOf(await worker.connectKept(run).client.transmit(readClock()));
+      await freeze();
+      move();
+      const offset = ['--monotonic', '--boottime'].map((clock) => `${clock}=${seconds}`);
+      const wrapper = ['unshare', '--map-root-user', '--time', ...offset, '--fork', '--kill-child'];
+      const arrived = await spawn({ at: there, wrapper }).begin(emptyRun());
+      const client = arrived.connect('tpm');
+      const after = clockOf(await client.transmit(readClock()));
+      const minute = 60_000n;
+      assert.ok(after.clock >= before.clock && after.clock < before.clock + minute, `${after.clock}`);
+      assert.ok(after.time >= before.time && after.time < before.time + minute, `${after.time}`);
+      assert.deepEqual([after.counts, after.safe], [before.counts, before.safe]);
+      assert.ok(clockOf(await client.transmit(readClock())).clock >= after.clock);
+    });
+  }
 
   it('gives other random numbers wherever it goes on', async () => {
     await spawn().begin(run);
