@@ -1736,4 +1736,6 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (referenceDigest) return undefined;',
     test: { file: 'e2e/migration-vmm', name: 'is taken over for the reference that its state has' },
   },
+  },
+  {
 ];
