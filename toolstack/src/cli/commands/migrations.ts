@@ -15,7 +15,7 @@ function meaning({ role, state, peer }: Migration, name: string): string {
       return `stopped here, its state goes to ${peer}`;
     case 'in-doubt':
       return role === 'source'
-        ? `nobody runs it until ${peer} says what it decided; to ask: vtpmctl migrate resolve ${name}. Where ${peer} is gone for good: vtpmctl migrate rescue`
+        ? `nobody runs it until ${peer} says what it decided; to ask: vtpmctl migrate resolve ${name}`
         : `${peer} has not said yet that it has given it up; it runs here`;
     case 'committed':
       return role === 'source' ? `it lives on ${peer}` : 'it lives here';
