@@ -44,6 +44,7 @@ describe('a vTPM that moves with its VM', () => {
     ] as const) {
       const migration = new Ordered(from, to, 'moves');
       await migration.reached('PREPARED');
+      await migration.says(/waits for its VM: migrate that now/);
       // The RAM goes first, and the guest works.
       await guest.round();
       there = await MovingVm.incoming(to, 'moves');

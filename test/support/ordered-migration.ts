@@ -20,6 +20,7 @@ export class Ordered {
   readonly ended: Promise<Ended>;
   readonly #phases = new Set<string>();
   readonly #child;
+  #errors = '';
 
   constructor({ installation }: Host, to: Host, name: string) {
     const program = join(REPOSITORY, 'toolstack/bin/vtpmctl.js');
@@ -33,14 +34,18 @@ export class Ordered {
       last = JSON.parse(line) as typeof last;
       if (last.phase) this.#phases.add(last.phase);
     });
-    let errors = '';
     child.stderr.setEncoding('utf8').on('data', (text: string) => {
-      errors += text;
+      this.#errors += text;
     });
     this.ended = once(child, 'close').then(() => ({
       result: last.result ?? 'none',
-      message: last.message || errors,
+      message: last.message || this.#errors,
     }));
+  }
+
+  /** On standard error. */
+  async says(pattern: RegExp): Promise<void> {
+    await until(`vtpmctl says ${pattern}`, () => pattern.test(this.#errors));
   }
 
   /** Ctrl-C. */

@@ -53,7 +53,13 @@ export async function migrate(
   const timer =
     timeoutSeconds === undefined ? undefined : setTimeout(() => running.cancel(), timeoutSeconds * 1000);
   try {
-    const end = await running.run(order.bytes, isDryRun, view.show);
+    const show = (progress: MigrateProgress): void => {
+      view.show(progress);
+      const isItsTurn = progress.phase === 'PREPARED' && order.mode === 'VMM' && !isDryRun;
+      if (isItsTurn)
+        view.say(`${vtpm.name} waits for its VM: migrate that now, to ${peer.name}; Ctrl-C cancels`);
+    };
+    const end = await running.run(order.bytes, isDryRun, show);
     view.end();
     return report(vtpm, peer.name, withoutStop(end, order.mode), isDryRun, context);
   } catch (error) {
