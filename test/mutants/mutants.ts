@@ -1702,6 +1702,8 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'toolstack/migrate-cli', name: 'says so where it is too late' },
   },
   {
+  },
+  {
     name: 'I-3 a VMM is served while its TPM is on its way',
     file: 'toolstack/src/supervisor/migration/departure.ts',
     guard: "if (order.mode === 'VMM') workers.standAway();",
@@ -1736,6 +1738,8 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'if (referenceDigest) return undefined;',
     test: { file: 'e2e/migration-vmm', name: 'is taken over for the reference that its state has' },
   },
+  },
+  {
   },
   {
 ];
