@@ -76,6 +76,7 @@ export class MigrationCrashRig {
     for (const stage of stages) switchOf(stage, source, destination).stopAt(stage.barrier, 'wait');
     let end: string | undefined;
     let endedAt = Number.POSITIVE_INFINITY;
+    const back: Promise<void>[] = [];
     const migration = migrate(source, destination, NAME)
       .then((lines) => lines.at(-1)?.phase ?? 'nothing')
       .catch((error: { code?: string }) => error.code ?? 'broken off')
@@ -95,9 +96,20 @@ export class MigrationCrashRig {
         for (const victim of stage.victims) await this.#strike(victim, source, destination);
       }
       stopped.release(stage.barrier);
-      await this.#mend(source, destination, stage.victims, migration);
+      const mended = this.#mend(source, destination, stage.victims, migration);
+      back.push(mended);
+      const next = stages[stages.indexOf(stage) + 1];
+      // Who comes back may be stopped at the next step before it is all there.
+      const isNext =
+        next &&
+        until(
+          'the next step',
+          () => switchOf(next, source, destination).isReached(next.barrier),
+          COMES_THERE_MS,
+        );
+      await (isNext ? Promise.race([mended, isNext.catch(() => undefined)]) : mended);
     }
-    await migration;
+    await Promise.all([...back, migration]);
     const said = end ?? 'nothing';
     this.ends.set(said, (this.ends.get(said) ?? 0) + 1);
     this.faults++;
