@@ -38,7 +38,7 @@ const MOST_VTPMS = 100;
 export const migrationSuite: Suite = {
   names: [DOWNTIME, CHIP, TOTAL, BYTES, ...[...BEFORE, ...DOWN].map(phaseRow), EVACUATION, EVACUATION_MEMORY],
   async run(context: RowContext): Promise<void> {
-    const hosts = await TwoHosts.create();
+    const hosts = await TwoHosts.create({ a: { hasPool: true }, b: { hasPool: true } });
     try {
       const { wanted } = context;
       if (migrationSuite.names.slice(0, -2).some(wanted)) await liveRows(hosts, context);
@@ -188,6 +188,7 @@ async function evacuationRows({ a, b }: TwoHosts, { effort, report }: RowContext
     starts.start(name);
     names.push(name);
   }
+  await new OwnStarts(b.installation).poolIsFull();
   const managers = [a, b].map(({ installation }) => installation.manager?.pid ?? 0);
   for (const pid of managers) forgetPeak(pid);
   const begin = performance.now();

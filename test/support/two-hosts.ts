@@ -55,7 +55,10 @@ export class Host {
   }
 
   startSupervisor(): Promise<Answer> {
-    return this.installation.startSupervisor({ nodeArgs: this.supervisor.nodeArgs });
+    return this.installation.startSupervisor({
+      nodeArgs: this.supervisor.nodeArgs,
+      env: this.options.hasPool ? { VTPM_POOL_MAX: undefined } : {},
+    });
   }
 
   async start(): Promise<void> {
@@ -94,6 +97,8 @@ export interface HostOptions {
   readonly homeDisk?: string;
   /** Of its manager. */
   readonly nodeArgs?: string[];
+  /** Its supervisor keeps workers ready, as it does unless it is told otherwise. */
+  readonly hasPool?: boolean;
 }
 
 interface BothOptions extends Partial<Record<HostName, HostOptions>> {
