@@ -16,6 +16,7 @@ export interface Mutant {
 }
 
 export const MUTANTS: readonly Mutant[] = [
+  ...MIGRATION_MUTANTS,
   {
     name: 'I-4 an answer waits until its save is acknowledged',
     file: 'vtpmd/src/worker/command-queue.ts',
@@ -1700,7 +1701,6 @@ export const MUTANTS: readonly Mutant[] = [
     without: 'isCancelled !== undefined\n          ?',
     test: { file: 'toolstack/migrate-cli', name: 'says so where it is too late' },
   },
-  {},
   {
     name: 'I-3 a VMM is served while its TPM is on its way',
     file: 'toolstack/src/supervisor/migration/departure.ts',
