@@ -61,6 +61,7 @@ describe('a vTPM that moves with its VM', () => {
       // A worker like any other.
       process.kill(await to.installation.workerPid('moves'), 'SIGKILL');
       await guest.round();
+      await until('another one runs', async () => (await show(to, 'moves')).state === 'running');
     }
   });
 

@@ -1706,7 +1706,7 @@ export const MUTANTS: readonly Mutant[] = [
     file: 'toolstack/src/supervisor/migration/departure.ts',
     guard: "if (order.mode === 'VMM') workers.standAway();",
     without: '',
-    test: { file: 'e2e/migration-vmm', name: 'goes with the reference that its VMM carries' },
+    test: { file: 'e2e/migration-vmm', name: 'stays where its VM goes on after all' },
   },
   {
     name: 'I-3 the destination is asked where a VM goes on at the source',
@@ -1735,5 +1735,12 @@ export const MUTANTS: readonly Mutant[] = [
     guard: 'if (referenceDigest && bytesEqual(referenceDigest, header.referenceDigest)) return undefined;',
     without: 'if (referenceDigest) return undefined;',
     test: { file: 'e2e/migration-vmm', name: 'is taken over for the reference that its state has' },
+  },
+  {
+    name: 'I-3 what came with its VM is not loaded once more',
+    file: 'toolstack/src/supervisor/migration/arrival.ts',
+    guard: "if (status.entry.migration?.id !== migration.id) return 'here';",
+    without: '',
+    test: { file: 'toolstack/settle-arrival', name: 'is not touched again where its worker came up' },
   },
 ];

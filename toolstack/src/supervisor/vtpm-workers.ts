@@ -129,9 +129,10 @@ export class VtpmWorkers {
     await this.#startWorker(claimed, this.#run, randomUUID());
   }
 
-  /** For the end of the supervisor: a start under way fails, and no fresh worker takes the place of its lost one. */
+  /** For the end of the supervisor: a start under way fails, no fresh worker takes the place of its lost one, and none goes on. */
   async breakOffStart(): Promise<void> {
     this.#isShuttingDown = true;
+    this.#breaking.abort();
     const { state } = this.#status;
     if ((state.kind === 'starting' || state.kind === 'arriving') && 'worker' in state)
       await state.worker?.kill();

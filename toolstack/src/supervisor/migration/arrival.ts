@@ -75,6 +75,8 @@ export async function settleArrival({ context, status, workers }: ArrivalParts):
   }
   // Its worker says so itself when it serves.
   if (workers.isAwaited) return 'pending';
+  // It did while the manager was asked.
+  if (status.entry.migration?.id !== migration.id) return 'here';
   const here = { manufactured: true, moved: null, crashed: null, epoch: outcome.record?.epoch ?? null };
   const runsHere = status.entry.runningInBoot === bootId().toString('hex');
   if (runsHere && outcome.record?.isSuspended) {

@@ -1,0 +1,38 @@
+import assert from 'node:assert/strict';
+import type { Entry, EntryMigration } from 'vtpm-toolstack/supervisor/entry';
+import { type ArrivalParts, settleArrival } from 'vtpm-toolstack/supervisor/migration/arrival';
+
+const MIGRATION: EntryMigration = { id: '00'.repeat(16), role: 'arriving', peer: 'a', isNew: true };
+
+describe('what came of an arrival', () => {
+  /** @param whileAsked what happens while the manager is asked */
+  function parts(whileAsked: (entry: { migration: Entry['migration'] }) => void) {
+    const done: string[] = [];
+    const entry = { id: 'x', migration: MIGRATION as Entry['migration'], runningInBoot: null };
+    const admin = {
+      migration: async () => {
+        whileAsked(entry);
+        return undefined;
+      },
+      vtpm: async () => ({ kind: 'live', vmUuid: '', epoch: 2, generation: 7 }),
+    };
+    const note = (what: string) => (): void => void done.push(what);
+    const status = { entry, update: note('update'), rest: note('rest'), log: { info: () => undefined } };
+    const workers = { isAwaited: false, comesNot: note('comesNot'), resume: note('resume') };
+    return { done, parts: { context: { admin }, status, workers } as unknown as ArrivalParts };
+  }
+
+  it('is not touched again where its worker came up while the manager was asked', async () => {
+    const { done, parts: given } = parts((entry) => {
+      entry.migration = null;
+    });
+    assert.equal(await settleArrival(given), 'here');
+    assert.deepEqual(done, []);
+  });
+
+  it('is settled where nobody did that', async () => {
+    const { done, parts: given } = parts(() => undefined);
+    assert.equal(await settleArrival(given), 'here');
+    assert.deepEqual(done, ['update', 'rest']);
+  });
+});
