@@ -16,11 +16,16 @@ import {
 } from 'vtpm-proto';
 
 /**
- * The manager's half of a rehearsal: it lets a new TPM be made for whoever asks, and acknowledges what it gets without
- * keeping it. It believes everything, and nobody but this process can reach it.
+ * The manager's half of a rehearsal: it lets a new TPM be made for whoever asks, or has one arrive, and acknowledges what it
+ * gets without keeping it. It believes everything, and nobody but this process can reach it.
  */
-export function playManager(stream: Duplex, keys: BoxKeyPair, workerKey: Uint8Array): void {
-  const part = new RehearsalManager(keys, workerKey);
+export function playManager(
+  stream: Duplex,
+  keys: BoxKeyPair,
+  workerKey: Uint8Array,
+  arriving: ArrivingTpm | undefined,
+): void {
+  const part = new RehearsalManager(keys, workerKey, arriving);
   performServerHandshake(stream).on('stream', (call, headers) => {
     const reader = new MessageReader();
     const isLoad = headers[':path'] === LOAD_PATH;
@@ -36,6 +41,13 @@ export function playManager(stream: Duplex, keys: BoxKeyPair, workerKey: Uint8Ar
   });
 }
 
+/** A TPM that comes from another host. */
+export interface ArrivingTpm {
+  readonly permanent: Buffer;
+  /** A serialised SuspendedState. */
+  readonly suspended: Buffer;
+}
+
 const EPOCH = 1n;
 
 class RehearsalManager {
@@ -47,7 +59,9 @@ class RehearsalManager {
   constructor(
     private readonly keys: BoxKeyPair,
     private readonly workerKey: Uint8Array,
+    private readonly arriving: ArrivingTpm | undefined,
   ) {
+    if (arriving) this.#generation = 1n;
     this.#cipher = sessionCipher(this.#sessionKey, this.#sessionId, EPOCH);
   }
 
@@ -58,11 +72,18 @@ class RehearsalManager {
       sessionId: this.#sessionId,
       sessionKey: this.#sessionKey,
       epoch: EPOCH,
-      generation: 0n,
-      permanent: new Uint8Array(0),
-      manufacture: true,
+      generation: this.#generation,
+      permanent: this.arriving?.permanent ?? new Uint8Array(0),
+      manufacture: !this.arriving,
       checkpointKey: new Uint8Array(0),
-      arrived: false,
+      arrived: this.arriving !== undefined,
+      ...(this.arriving && {
+        suspended: {
+          volatile: this.arriving.suspended,
+          referenceDigest: new Uint8Array(32),
+          generation: this.#generation,
+        },
+      }),
     };
     const answer = sealBox('LoadGrant', grant, this.workerKey, this.keys);
     call.end(frameMessage(encode('LoadResponse', answer)));

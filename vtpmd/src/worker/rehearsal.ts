@@ -2,62 +2,81 @@ import { randomBytes } from 'node:crypto';
 import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { duplexPair } from 'node:stream';
-import { boxKeyPair, encode } from 'vtpm-proto';
+import { boxKeyPair, encode, type Verb } from 'vtpm-proto';
 import type { Doors } from '../channels/doors.js';
-import { openLeft } from '../checkpoint/left.js';
+import { type Left, openLeft } from '../checkpoint/left.js';
 import { getRandom } from '../engine/command.js';
-import { readIdentity } from '../manager-link/load.js';
+import { type Identity, readIdentity } from '../manager-link/load.js';
 import { LoadKeys } from '../manager-link/load-keys.js';
 import { openManagerLink } from '../manager-link/manager-link.js';
+import { encodeSuspended } from '../state-blob/suspended.js';
 import type { CheckpointDescriptors } from './control-channel.js';
 import { HOLD_MS } from './outage-policy.js';
-import { beginRun } from './power.js';
-import { playManager } from './rehearsal-manager.js';
-import { loadTpm } from './served-tpm.js';
+import { arrive, beginRun } from './power.js';
+import { type ArrivingTpm, playManager } from './rehearsal-manager.js';
+import { loadTpm, type ServedTpm } from './served-tpm.js';
 
 /** Two connected sockets, for a guest and for its door. They can be made before a worker is locked down only. */
 export type RehearsalStage = readonly [number, number];
 
 /**
- * Does everything once that a start does, with a manager made up in this process and a TPM that is thrown away: what is
- * compiled, bound and paged in now, the start does not wait for. Nothing of it is left but that, and the descriptors are closed.
+ * Does everything once that a start does, and then what the arrival of a TPM from another host does, with managers made up in
+ * this process and a TPM that is thrown away: what is compiled, bound and paged in now, nobody waits for later. Nothing of it
+ * is left but that, and the descriptors are closed.
  * @param checkpoint of a VM run that there is not
  */
 export async function rehearse(
   stage: RehearsalStage,
   checkpoint: CheckpointDescriptors | undefined,
 ): Promise<void> {
+  const left = openLeft(checkpoint);
+  const arriving = await play(left, ['MANUFACTURE', 'COLD'], undefined, async (tpm, identity) => {
+    await beginRun(tpm, identity);
+    await useDoor(tpm.doors, stage);
+    const volatile = tpm.engine.volatileState();
+    const suspended = { reference: randomBytes(32), volatile, isMoving: true, owners: Buffer.alloc(0) };
+    return { suspended: encodeSuspended(suspended), permanent: tpm.engine.powerOff() };
+  });
+  await play(left, ['RESUME'], arriving, (tpm) => arrive(tpm));
+  if (checkpoint) for (const fd of Object.values(checkpoint.pipe)) closeSync(fd);
+}
+
+/** One life of a TPM. */
+async function play<T>(
+  left: Left | undefined,
+  verbs: Verb[],
+  arriving: ArrivingTpm | undefined,
+  live: (tpm: ServedTpm, identity: Identity) => Promise<T>,
+): Promise<T> {
   const [here, there] = duplexPair();
   const managerKeys = boxKeyPair();
   const keys = new LoadKeys();
-  playManager(there, managerKeys, keys.publicKey);
+  playManager(there, managerKeys, keys.publicKey, arriving);
   const identity = readIdentity({
-    ticket: ticketText(),
+    ticket: ticketText(verbs),
     managerKey: Buffer.from(managerKeys.publicKey).toString('hex'),
     startup: 'clear',
   });
   const link = openManagerLink(here);
-  const parts = { identity, holdTimes: HOLD_MS, left: openLeft(checkpoint) };
-  await new Promise<void>((resolve, reject) => {
+  return await new Promise<T>((resolve, reject) => {
     const nothing = (): void => {};
     const events = {
       ...{ linkUp: nothing, linkLost: nothing, failed: reject, log: nothing },
       ...{ dataChannel: nothing, vmmChanged: nothing, vmmShutDown: nothing },
     };
-    const play = async (): Promise<void> => {
-      const { tpm } = await loadTpm(link, keys, parts, events);
+    const run = async (): Promise<T> => {
+      const { tpm } = await loadTpm(link, keys, { identity, holdTimes: HOLD_MS, left }, events);
       try {
         tpm.session.attach(link);
-        await beginRun(tpm, identity);
-        await useDoor(tpm.doors, stage);
+        const result = await live(tpm, identity);
         tpm.session.close();
+        return result;
       } finally {
         tpm.engine.terminate();
       }
     };
-    play().then(resolve, reject);
+    run().then(resolve, reject);
   });
-  if (checkpoint) for (const fd of Object.values(checkpoint.pipe)) closeSync(fd);
 }
 
 /** One guest that asks once. */
@@ -73,7 +92,7 @@ async function useDoor(doors: Doors, [here, there]: readonly [number, number]): 
   await closed;
 }
 
-function ticketText(): string {
+function ticketText(verbs: Verb[]): string {
   const ticket = encode('Ticket', {
     format: 1,
     managerId: randomBytes(32),
@@ -84,7 +103,7 @@ function ticketText(): string {
     imageDigest: randomBytes(32),
     isolation: 'sandbox',
     expectedEpoch: 0n,
-    verbs: ['MANUFACTURE', 'COLD'],
+    verbs,
     bootId: randomBytes(16),
     expiresAtMonotonicMs: 0n,
   });
