@@ -231,7 +231,7 @@ export class VtpmWorkers {
   /** The VM run goes on, of which nothing is left here but what the manager has. */
   async #resume(reason: string): Promise<void> {
     try {
-      const run = this.#newRun();
+      const run = this.hasRun && this.#run ? this.#run : this.#newRun();
       this.#run = run;
       const doors = await Doors.open(this.#doorPlan(), doorEvents(this.#status, run));
       doors.show();
@@ -268,10 +268,14 @@ export class VtpmWorkers {
     return this.#travel.isArriving;
   }
 
-  /** What `arriveWithVmm` began comes to nothing. */
+  /** A worker of it has left what the next one needs. */
+  get hasRun(): boolean {
+    return this.#run !== undefined && !this.#run.isOver;
+  }
+
+  /** What `arrive` or `arriveWithVmm` began comes to nothing. */
   async comesNot(): Promise<void> {
-    if (!this.#travel.isArriving) return;
-    await this.#travel.comesNot();
+    if (this.#travel.isArriving) await this.#travel.comesNot();
     this.#run?.end();
   }
 

@@ -79,8 +79,8 @@ export async function settleArrival({ context, status, workers }: ArrivalParts):
   if (status.entry.migration?.id !== migration.id) return 'here';
   const here = { manufactured: true, moved: null, crashed: null, epoch: outcome.record?.epoch ?? null };
   const runsHere = status.entry.runningInBoot === bootId().toString('hex');
-  if (runsHere && outcome.record?.isSuspended) {
-    // Its VM runs here: the TPM goes on from where it was frozen, whoever was to do that first.
+  if (runsHere && (outcome.record?.isSuspended || workers.hasRun)) {
+    // Its VM runs here: the TPM goes on from where it was frozen, or behind what the first worker did with it.
     status.update(here);
     await workers.resume('it has arrived, and its worker has not come up');
     status.tryUpdate({ migration: null });

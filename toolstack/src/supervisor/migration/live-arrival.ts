@@ -34,7 +34,8 @@ const LIMIT_MS = 3_600_000;
 
 /**
  * The worker's Load waits until the manager has the vTPM. Resolves when it serves and the doors are open; before that nobody
- * sees them. @throws ToolstackError; nothing of it is left then, but the entry
+ * sees them. @throws ToolstackError; nothing of it is left then, but the entry, and the run: where the manager has the vTPM, a
+ * worker goes on from what this one left
  */
 export async function arriveLive(
   parts: LiveArrivalParts,
@@ -75,7 +76,6 @@ export async function arriveLive(
       (doors) => doors.close(),
       () => undefined,
     );
-    run.end();
     status.state = { kind: 'arriving', reason, worker: undefined };
     throw error;
   }
