@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
+import { STRANGE_INQUIRIES } from 'vtpm-manager/migration/limits';
+import { Talk } from 'vtpm-manager/migration/talk';
 import { signMigrateOrder } from 'vtpm-proto';
 import { type Fate, ModelHost, ModelNet } from '../support/model-net.js';
 import { until } from '../support/until.js';
@@ -194,6 +196,40 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       [from, to] = [to, from];
     }
     assert.equal((await hosts.livesAt(vtpm)).length, 1);
+    await hosts.a.control.close();
+    await hosts.b.control.close();
+  });
+
+  it('I-10 let a manager end though another host keeps the line on which it asked', async () => {
+    const hosts = await TwoHosts.create();
+    const vtpm = await hosts.stopped(hosts.a, 'saved');
+    const talk = new Talk(hosts.net.dial(hosts.a, 'b'), 'source');
+    await talk.send('UNSETTLED', { migrationId: randomBytes(16), vtpmUuid: vtpm.uuid });
+    await talk.receive('SETTLED', 5_000);
+    await hosts.b.control.close();
+    await hosts.a.control.close();
+  });
+
+  it('I-10 answer only so many questions about migrations that nobody knows', async () => {
+    const hosts = await TwoHosts.create();
+    const ask = async (): Promise<string> => {
+      const talk = new Talk(hosts.net.dial(hosts.a, 'b'), 'source');
+      const names = { migrationId: randomBytes(16), vtpmUuid: randomBytes(16) };
+      await talk.send('INQUIRE', { ...names, epoch: 1n, generation: 1n });
+      try {
+        await talk.receive('DECISION', 5_000);
+        return 'decided';
+      } catch (error) {
+        return (error as { code: string }).code;
+      } finally {
+        talk.channel.close();
+      }
+    };
+    const told: string[] = [];
+    while (told.length < STRANGE_INQUIRIES.burst + 8 && !told.includes('rate-limited'))
+      told.push(await ask());
+    assert.equal(told.at(-1), 'rate-limited');
+    assert.ok(told.length > STRANGE_INQUIRIES.burst);
     await hosts.a.control.close();
     await hosts.b.control.close();
   });

@@ -1,3 +1,4 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
 import {
   bytesEqual,
@@ -10,14 +11,16 @@ import {
 } from 'vtpm-proto';
 import type { AuditActor, AuditEvent } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import { Bucket } from '../grpc/limits.js';
 import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
 import type { VtpmEvents } from '../ownership/events.js';
 import type { PeerChannel } from '../peer/channel.js';
 import { answerRescues, type RescueBook } from '../rescue/exchange.js';
+import { checkRight } from '../trust/peers.js';
 import { DestinationMigration } from './destination.js';
 import { EventDoorkeeper } from './doorkeeper.js';
 import { checkLengths } from './lengths.js';
-import { LIMITS_MS, MAX_REMEMBERED, MAX_SESSIONS } from './limits.js';
+import { LIMITS_MS, MAX_REMEMBERED, MAX_SESSIONS, STRANGE_INQUIRIES } from './limits.js';
 import { OrderCheck, type OrderEnvironment } from './order-check.js';
 import type { Arrivals, Attestor, Departures, Host } from './ports.js';
 import { Resolver } from './resolve.js';
@@ -64,6 +67,10 @@ export class MigrationControl {
   readonly #arriving = new Map<string, Arriving>();
   /** Those above, and those that are decided and not settled. */
   readonly #sessions = new Set<DestinationMigration>();
+  /** Of hosts that ask, or tell what they rescued. */
+  readonly #asking = new Set<PeerChannel>();
+  /** By host id: its questions about migrations that nobody knows here. */
+  readonly #strangers = new Map<string, Bucket>();
   /** Those that have ended in this run of the manager, for a toolstack that was away. */
   readonly #ended = new Map<string, MigrationView>();
   readonly #running = new Set<Promise<unknown>>();
@@ -246,6 +253,7 @@ export class MigrationControl {
       'the manager is shutting down; ask again when it is back',
     );
     for (const session of this.#sessions) session.end(error);
+    for (const channel of this.#asking) channel.close(error);
     await Promise.all([this.#resolver.stop(), this.#settler.stop()]);
     await Promise.allSettled(this.#running);
   }
@@ -259,10 +267,13 @@ export class MigrationControl {
         case 'HELLO':
           return await this.#arrive(channel, first);
         case 'INQUIRE':
+          this.#asking.add(channel);
           return await this.#answer(new Talk(channel, 'destination', first));
         case 'UNSETTLED':
+          this.#asking.add(channel);
           return await this.#saySettled(new Talk(channel, 'source', first));
         case 'RESCUED':
+          this.#asking.add(channel);
           return await answerRescues(channel, first, this.parts.rescues);
         default:
           throw new ManagerError('bad-request', `a session does not begin with ${first.type}`);
@@ -272,6 +283,7 @@ export class MigrationControl {
       this.parts.log.warn({ reason: reason.code }, `a session of another host is refused: ${reason.message}`);
       await talk.refuse(shown(reason));
     } finally {
+      this.#asking.delete(channel);
       channel.close();
     }
   }
@@ -339,6 +351,13 @@ export class MigrationControl {
         `${MAX_SESSIONS} vTPMs are on their way here; try again when one has arrived`,
       );
     }
+    const own = [...this.#arriving.values()].filter((other) => bytesEqual(other.hello.source, hello.source));
+    if (own.length >= MAX_SESSIONS / 2) {
+      throw new ManagerError(
+        'busy',
+        `${own.length} vTPMs of this host are on their way here; try again when one has arrived`,
+      );
+    }
     this.#arriving.set(name, { session, hello, peerName });
     return name;
   }
@@ -357,6 +376,7 @@ export class MigrationControl {
     if (live && !bytesEqual(live.hello.source, source)) {
       throw new ManagerError('unknown-migration', 'this migration is not from the host that asks');
     }
+    if (!live && !(await arrivals.decisionOf(migrationId))) this.#admitStranger(talk);
     const signed = await this.#abort(live, { migrationId, vtpmUuid, source, epoch, generation });
     await talk.send('DECISION', signed);
     const { value } = await talk.receive('SETTLED', LIMITS_MS.settling);
@@ -364,6 +384,20 @@ export class MigrationControl {
     barrier('migrate.destination.settle');
     await arrivals.settled(migrationId, source);
     barrier('migrate.destination.settled');
+  }
+
+  /** An ABORT of what was never heard of is written and counted: no peer may have as many as it likes. */
+  #admitStranger({ peer }: Talk): void {
+    checkRight(peer, 'send');
+    const name = hex(peer.hostId);
+    const bucket = this.#strangers.get(name) ?? new Bucket(STRANGE_INQUIRIES);
+    this.#strangers.set(name, bucket);
+    if (!bucket.take()) {
+      throw new ManagerError(
+        'rate-limited',
+        'this host has asked for too many migrations that nobody knows here; try again later',
+      );
+    }
   }
 
   /** @returns the ABORT; the COMMIT where that was decided before; neither for another host's migration */
@@ -388,7 +422,8 @@ export class MigrationControl {
     if (this.#leaving.has(hex(migrationId)))
       throw new ManagerError('migrating', 'the migration is under way');
     await talk.send('SETTLED', { migrationId, vtpmUuid });
-    await talk.channel.closed;
+    // Whoever asked ends it.
+    await Promise.race([talk.channel.closed, delay(LIMITS_MS.settling, undefined, { ref: false })]);
   }
 
   async #pending(migration: string): Promise<PendingDeparture | undefined> {

@@ -32,6 +32,8 @@ export const INQUIRE_AFTER_MS: readonly number[] = [0, 250, 1_000, 3_000, 10_000
 
 /** At once, at each end; more are told to come back. */
 export const MAX_SESSIONS = 64;
+/** Questions of one peer about migrations that nobody knows here: each wears the TPM's memory. */
+export const STRANGE_INQUIRIES = { burst: 256, perSecond: 0.1 } as const;
 /** Decided ones that are remembered for who asks late. */
 export const MAX_REMEMBERED = 1024;
 /** An order is for now: one that is good for longer would have to be remembered as long. */

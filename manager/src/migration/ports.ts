@@ -24,7 +24,7 @@ export type Departures = Pick<
 /** The records of vTPMs that come. Each migration id is decided once. */
 export type Arrivals = Pick<
   AllArrivals,
-  'check' | 'expect' | 'announce' | 'commit' | 'abort' | 'settled' | 'unsettled'
+  'check' | 'expect' | 'announce' | 'commit' | 'abort' | 'decisionOf' | 'settled' | 'unsettled'
 >;
 
 /** What this host's chip says of it, and what the chips of others are held against. */
