@@ -48,6 +48,8 @@ export interface Settings {
   'dropin-users': string;
   /** Which vTPMs of other hosts come in: none, those that were here before, or all. */
   'accept-migrations': 'none' | 'known' | 'all';
+  /** What vTPMs of other hosts may bring that this host protects less, with commas between them. */
+  'migrations-may': string;
   /** Layers of the sandbox that workers may run without, with commas between them. */
   'waive-layers': string;
 }
@@ -165,6 +167,14 @@ export const CONFIG_KEYS: Readonly<Record<Exclude<keyof Settings, 'home' | 'run-
     help: 'vTPMs of other hosts that come in: none, those that were on this host before (known), or all',
     fallback: 'all',
     values: ['none', 'known', 'all'],
+  },
+  'migrations-may': {
+    help: 'what vTPMs of other hosts may bring although it protects them less: isolation-none, mssim, plain',
+    fallback: '',
+    form: [
+      'isolation-none, mssim or plain, several with commas between them',
+      /^ *((isolation-none|mssim|plain)( *, *(isolation-none|mssim|plain))*)? *$/,
+    ],
   },
   'waive-layers': {
     help: 'layers of the sandbox, by name, that workers run without where the machine cannot give them',

@@ -1211,6 +1211,13 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'toolstack/migration-arrival', name: 'takes none, or those that it knows' },
   },
   {
+    name: 'no host chooses how weakly another one runs its vTPM',
+    file: 'toolstack/src/supervisor/migration/desk.ts',
+    guard: 'if (!known) checkProtection(description, settings);',
+    without: '',
+    test: { file: 'toolstack/migration-arrival', name: 'is not told by another host to protect a vTPM less' },
+  },
+  {
     name: 'a TPM that arrived has another generator',
     file: 'vtpmd/src/state-blob/vtpm-state-blobs.ts',
     guard: "await this.#saveStart(useOf('RESTORE', this.#suspended), true, beforeSave);",

@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { decode } from 'vtpm-proto';
 import { MigrationWorld } from './migration-world.js';
 import {
@@ -125,7 +125,9 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
       [{ description: 'no JSON' }, 'bad-request'],
       [world.described({ format: 2 }), 'newer-format'],
       [world.described({ doors: ['window'] }), 'bad-request'],
-      [world.described({ name: '../../etc' }), 'usage'],
+      [world.described({ name: '../../etc' }), 'bad-request'],
+      [world.described({ name: '--help' }), 'bad-request'],
+      [world.described({ autostart: 'yes' }), 'bad-request'],
     ];
     for (const [change, code] of cases) {
       const event = world.incoming(change);
@@ -148,6 +150,41 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
       await world.said('refuse', event);
       assert.equal(world.answers.at(-1)!.code, 'migration-refused');
     }
+  });
+
+  it('is not told by another host to protect a vTPM less, where it is not set so', async () => {
+    const weaker: readonly [string, Record<string, unknown>][] = [
+      ['isolation-none', { isolation: 'none' }],
+      ['mssim', { doors: ['mssim'] }],
+      ['plain', { stateBlobs: 'plain' }],
+    ];
+    for (const [name, change] of weaker) {
+      for (const dryRun of [true, false]) {
+        const event = world.incoming({ ...world.described(change), mode: 'OFFLINE', dryRun });
+        world.manager.emit(event);
+        await world.said('refuse', event);
+        const { code, message } = world.answers.at(-1)!;
+        assert.deepEqual(
+          [code, message?.includes(`put ${name} into migrations-may`)],
+          ['migration-refused', true],
+        );
+      }
+    }
+    assert.equal((await world.supervisor.call('GET', '/vtpms')).body.vtpms.length, 0);
+    await world.restart(['--migrations-may', 'plain, isolation-none,mssim']);
+    for (const [name, change] of weaker) {
+      const event = world.incoming({ ...world.described({ ...change, name }), mode: 'OFFLINE' });
+      world.manager.emit(event);
+      await world.said('accept', event);
+    }
+    writeFileSync(world.supervisor.paths.config, JSON.stringify({ isolation: 'none' }));
+    await world.restart();
+    const event = world.incoming({
+      ...world.described({ isolation: 'none', name: 'as-here' }),
+      mode: 'OFFLINE',
+    });
+    world.manager.emit(event);
+    await world.said('accept', event);
   });
 
   it('hears of what came while it was away', async () => {

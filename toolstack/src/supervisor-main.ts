@@ -40,6 +40,7 @@ interface Flags {
   readonly waiveLayers?: string;
   readonly dropinUsers?: string;
   readonly acceptMigrations?: string;
+  readonly migrationsMay?: string;
   readonly workerManifest?: string;
   readonly handover?: string;
   readonly checkHandover?: string;
@@ -68,6 +69,7 @@ const program = new Command('vtpm-supervisord')
   .option('--waive-layers <names>', 'layers of the sandbox that workers may run without')
   .option('--dropin-users <names>', 'users whom the drop-in commands serve, beside root')
   .option('--accept-migrations <which>', 'vTPMs of other hosts that come in: none, known or all')
+  .option('--migrations-may <what>', 'they may bring: isolation-none, mssim, plain')
   .addOption(new Option('--worker-manifest <file>', 'another worker image, for fault tests').hideHelp())
   // What the program before this one hands over, and whether this one would take it; see handover/upgrade.ts.
   .addOption(new Option(`${HANDOVER_FLAG} <descriptor>`).hideHelp())
@@ -97,6 +99,7 @@ async function run(flags: Flags): Promise<void> {
     'waive-layers': flags.waiveLayers,
     'dropin-users': flags.dropinUsers,
     'accept-migrations': flags.acceptMigrations,
+    'migrations-may': flags.migrationsMay,
   });
   const log = createLogger('vtpm-supervisord', settings);
   const service = new ServiceNotifier();

@@ -175,6 +175,14 @@ export function parseNewEntry(value: unknown): NewEntry {
   return check(given, NEW_ENTRY) as unknown as NewEntry;
 }
 
+/** Some fields of a new entry, and no others. @throws ToolstackError `bad-request` that names the field */
+export function parseNewEntryFields<K extends keyof NewEntry>(
+  value: unknown,
+  names: readonly K[],
+): Pick<NewEntry, K> {
+  return check(value, Object.fromEntries(names.map((name) => [name, NEW_ENTRY[name]]))) as Pick<NewEntry, K>;
+}
+
 /** What can be changed while it is stopped. */
 export type EntryChange = Partial<Pick<Entry, 'doors' | 'startup' | 'dropin'>>;
 

@@ -34,10 +34,12 @@ export function createArriving(
   { id, name, vmUuid, isolation, autostart, startup, doors, stateBlobs, socketMode, migration }: ArrivingVtpm,
 ): Promise<void> {
   return runVtpmctl(paths, [
-    ...['create', name, '--id', id, '--vm-uuid', vmUuid, '--isolation', isolation, '--startup', startup],
+    ...['create', '--id', id, '--vm-uuid', vmUuid, '--isolation', isolation, '--startup', startup],
     ...['--doors', doors.join(','), '--state-blobs', stateBlobs, '--socket-mode', socketMode],
     ...(autostart ? ['--autostart'] : []),
     ...['--arriving', JSON.stringify(migration)],
+    // Another host chose it: whatever it is, it is no option.
+    ...['--', name],
   ]);
 }
 

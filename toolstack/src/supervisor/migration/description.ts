@@ -1,5 +1,6 @@
 import { ToolstackError } from '../../error.js';
-import type { Entry, NewEntry } from '../entry.js';
+import { checkDoors } from '../door-kinds.js';
+import { type Entry, type NewEntry, parseNewEntryFields } from '../entry.js';
 
 /** Of what a destination is told of a vTPM; a newer one is refused by name. */
 const FORMAT = 1;
@@ -18,7 +19,7 @@ export function describe(entry: Entry): string {
   return JSON.stringify({ format: FORMAT, ...Object.fromEntries(fields) });
 }
 
-/** Not more than that it can be read: the entry that is made of it is checked as any other. @throws ToolstackError `bad-request` | `newer-format` */
+/** Checked as any new entry is: a dry run makes none. @throws ToolstackError `bad-request` | `newer-format` */
 export function readDescription(text: string): Description {
   let value: unknown;
   try {
@@ -36,9 +37,10 @@ export function readDescription(text: string): Description {
       `the vTPM is described in format ${format}, this host knows ${FORMAT}; upgrade it first`,
     );
   }
-  const isWhole = format === FORMAT && FIELDS.every((field) => Object.hasOwn(fields, field));
-  if (!isWhole || Object.keys(fields).length !== FIELDS.length) {
+  if (format !== FORMAT) {
     throw new ToolstackError('bad-request', 'the vTPM is described in a way that this host does not know');
   }
-  return fields as unknown as Description;
+  const description = parseNewEntryFields(fields, FIELDS);
+  checkDoors(description.doors, description.isolation);
+  return description;
 }

@@ -5,6 +5,7 @@ import { createArriving } from '../dropin/creation.js';
 import { Creations } from '../dropin/creations.js';
 import type { Vtpm } from '../vtpm.js';
 import { type Description, readDescription } from './description.js';
+import { checkProtection } from './protection.js';
 
 export interface DeskParts {
   readonly admin: AdminClient;
@@ -97,8 +98,9 @@ export class MigrationDesk {
   }
 
   /** Before anything stops at the source. @throws ToolstackError `migration-refused` | `name-taken` */
-  #check({ id, vmUuid, from }: Incoming, { name }: Description): void {
+  #check({ id, vmUuid, from }: Incoming, description: Description): void {
     const { settings } = this.#parts;
+    const { name } = description;
     const accepts = settings['accept-migrations'];
     if (accepts === 'none') {
       throw new ToolstackError('migration-refused', 'this host takes no vTPMs (accept-migrations is none)');
@@ -125,6 +127,8 @@ export class MigrationDesk {
         `another vTPM is called ${name} here; before it can come from ${from.name} one of the two needs another name`,
       );
     }
+    // One that comes back is run as its entry here says.
+    if (!known) checkProtection(description, settings);
   }
 
   /** @throws ToolstackError what vtpmctl says */
