@@ -372,13 +372,15 @@ describe('vtpmctl evacuate', () => {
 
   const NAMES = ['web1', 'web2', 'web3', 'db1', 'gone'] as const;
 
-  async function host(answers: Partial<Record<(typeof NAMES)[number], Answer>>) {
+  /** @param extra of each vTPM */
+  async function host(answers: Partial<Record<(typeof NAMES)[number], Answer>>, extra: object = {}) {
     mkdirSync(desk.paths.toolstack.directory, { recursive: true });
     writeFileSync(desk.paths.toolstack.key, SEED, { mode: 0o600 });
     const vtpms = NAMES.map((name, index) =>
       supervisorVtpm(ID(index + 1), name, {
         description: DESCRIPTION,
         state: name === 'gone' ? 'moved' : index % 2 ? 'stopped' : 'running',
+        ...extra,
       }),
     );
     await desk.manager({
@@ -419,6 +421,13 @@ describe('vtpmctl evacuate', () => {
     assert.equal(lines.filter((line) => line.includes(' migrated ')).length, 4);
     assert.ok(!stdout.includes('gone'));
     assert.match(stdout, /done +4 of 4 to hostb\ntime +.*\nlongest stop +38 ms\nbytes +160\.0 KiB\n$/);
+  });
+
+  it('says which VMs are to be migrated now', async () => {
+    await host({ web1: saying(progress('PREPARED'), COMMITTED) }, { vmm: { connected: true } });
+    const { code, stderr } = await desk.ctl(['evacuate', '--to', 'hostb', '--only', 'web?']);
+    assert.equal(code, 0, stderr);
+    assert.equal(stderr.trim(), 'web1 waits for its VM: migrate that now, to hostb');
   });
 
   it('goes on over failures, names them by reason, and ends with 1', async () => {

@@ -64,7 +64,10 @@ export async function evacuate(flags: EvacuateFlags, context: Context): Promise<
         const order = await makeOrder(key, now, peer, options, context);
         running.add(migration);
         if (isInterrupted) throw left();
-        const end = await migration.run(order.bytes, isDryRun, () => undefined);
+        const end = await migration.run(order.bytes, isDryRun, ({ phase }) => {
+          if (phase !== 'PREPARED' || order.mode !== 'VMM' || isDryRun) return;
+          output.note(`${vtpm.name} waits for its VM: migrate that now, to ${peer.name}`);
+        });
         return withoutStop(end, order.mode);
       };
       const outcome = isInterrupted
