@@ -175,6 +175,36 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
     assert.equal(await world.state(), 'moved');
   });
 
+  it('does not begin what was cancelled before the manager heard of it', async () => {
+    const vtpm = await world.running();
+    await world.supervisor.call('POST', '/vtpms/web1/stop');
+    let tell = (): void => {};
+    const asked = new Promise<void>((resolve) => {
+      world.manager.beforePeers = () => {
+        resolve();
+        return new Promise((told) => {
+          tell = told;
+        });
+      };
+    });
+    const migrating = world.supervisor.call('POST', '/vtpms/web1/migrate', testOrder(vtpm, 'OFFLINE').body);
+    await asked;
+    assert.deepEqual((await world.supervisor.call('DELETE', '/vtpms/web1/migrate')).body, {
+      cancelled: true,
+    });
+    tell();
+    assert.equal((await migrating).body.error.code, 'migration-aborted');
+    assert.deepEqual([(await world.view()).migration, await world.state()], [null, 'stopped']);
+  });
+
+  it('does not go with its VM where nothing is check-pointed', async () => {
+    await world.restart(['--checkpoint', 'off']);
+    const order = testOrder(await world.running(), 'VMM');
+    const { error } = (await world.supervisor.call('POST', '/vtpms/web1/migrate', order.body)).body;
+    assert.equal(error.code, 'bad-request');
+    assert.match(error.message, /checkpoint to always/);
+  });
+
   it('I-3: starts nothing while it is in doubt, and does what the manager says then', async () => {
     for (const verdict of ['COMMIT', 'ABORT'] as const) {
       const vtpm = await world.running();

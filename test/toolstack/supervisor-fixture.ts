@@ -107,6 +107,8 @@ export class StubManager {
   beforeLoad: ((ticket: Ticket) => Promise<void>) | undefined;
   /** Of migrations, what it tells. */
   readonly migrations = new Map<string, { state: string; incoming?: object }>();
+  /** It tells of its peers when this resolves. */
+  beforePeers: (() => Promise<void>) | undefined;
   /** How often it was asked for one. */
   askedForMigrations = 0;
   /** What it was told of them: `accept`, `refuse` or `cancel`. */
@@ -132,7 +134,9 @@ export class StubManager {
         return;
       }
       if (call.url === '/peers') {
-        response.end(JSON.stringify({ peers: [{ name: 'other', hostId: OTHER_HOST }] }));
+        void Promise.resolve(this.beforePeers?.()).then(() =>
+          response.end(JSON.stringify({ peers: [{ name: 'other', hostId: OTHER_HOST }] })),
+        );
         return;
       }
       if (call.url?.startsWith('/migrations')) {

@@ -44,6 +44,7 @@ export type ToolstackErrorCode =
   | 'migrating'
   | 'moved'
   | 'migration-refused'
+  | 'migration-aborted'
   | 'not-fenced'
   | 'internal';
 
@@ -82,6 +83,7 @@ const CODES: ReadonlySet<string> = new Set<ToolstackErrorCode>([
   'migrating',
   'moved',
   'migration-refused',
+  'migration-aborted',
   'not-fenced',
   'internal',
 ]);

@@ -196,6 +196,13 @@ export class Vtpm {
 
   #checkMovesWithVmm(): void {
     const { name, doors, stateBlobs } = this.entry;
+    if (this.#context.settings.checkpoint === 'off') {
+      throw new ToolstackError(
+        'bad-request',
+        `vTPM ${name} cannot move with its VM while nothing is check-pointed: where its VM goes on here after all, its TPM would ` +
+          'be lost. Set checkpoint to always, start the supervisor again, and restart the VM',
+      );
+    }
     if (doors.includes('control') && stateBlobs === 'reference') return;
     throw new ToolstackError(
       'bad-request',

@@ -30,6 +30,7 @@ export class Departure {
   #call: MigrateCall | undefined;
   #last: ProgressLine | undefined;
   #isTooLate = false;
+  #isCancelled = false;
   #hasEnded = false;
 
   constructor(parts: DepartureParts) {
@@ -38,6 +39,7 @@ export class Departure {
 
   /** @returns false where its state is on its way already */
   cancel(): boolean {
+    this.#isCancelled = true;
     this.#call?.cancel();
     return !this.#isTooLate;
   }
@@ -47,6 +49,12 @@ export class Departure {
     const { context, status, order } = this.#parts;
     if (!order.isDryRun) {
       const peer = (await context.admin.peerName(order.destination)) ?? order.destination;
+      if (this.#isCancelled) {
+        throw new ToolstackError(
+          'migration-aborted',
+          'it was cancelled before it began; the vTPM stays as it is',
+        );
+      }
       status.update({ migration: { id: order.migration, role: 'departing', peer, isNew: false } });
       barrier('migrate.source.noted');
     }
