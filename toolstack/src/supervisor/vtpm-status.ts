@@ -32,6 +32,8 @@ export class VtpmStatus {
   readonly #list: VtpmList;
   readonly #doors: string;
   #entry: Entry;
+  /** What `tryUpdate` could not write. */
+  #unwritten: Parameters<VtpmList['update']>[1] = {};
 
   constructor({ list, paths, log }: Pick<VtpmContext, 'list' | 'paths' | 'log'>, entry: Entry) {
     this.log = log.child({ vtpm: entry.name });
@@ -73,14 +75,19 @@ export class VtpmStatus {
   }
 
   update(change: Parameters<VtpmList['update']>[1]): void {
-    this.#entry = this.#list.update(this.#entry.id, change);
+    this.#entry = this.#list.update(this.#entry.id, { ...this.#unwritten, ...change });
+    this.#unwritten = {};
   }
 
-  /** For events that nobody waits for. What is not written is found again: `runningInBoot` still stands in the list. */
+  /**
+   * For events that nobody waits for. What is not written is written with the next change, or found again: `runningInBoot` still
+   * stands in the list.
+   */
   tryUpdate(change: Parameters<VtpmList['update']>[1]): void {
     try {
       this.update(change);
     } catch (error) {
+      this.#unwritten = { ...this.#unwritten, ...change };
       this.log.error({ reason: (error as Error).message }, 'the list of vTPMs cannot be written');
     }
   }

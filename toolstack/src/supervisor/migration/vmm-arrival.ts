@@ -63,12 +63,11 @@ export class VmmArrival {
       const { worker } = claimed;
       const kill = (): void => void worker.kill();
       signal.addEventListener('abort', kill);
+      const visits = doors.visits();
+      let serving: Serving | undefined;
       try {
-        const visits = doors.visits();
-        const serving = await giveIdentity(claimed, hasArrived ? common : { ...common, issue }, visits);
+        serving = await giveIdentity(claimed, hasArrived ? common : { ...common, issue }, visits);
         if (signal.aborted) throw new ToolstackError('busy', 'it does not come any more');
-        this.#parts.serves(worker, serving, visits);
-        return;
       } catch (error) {
         const end = await worker.kill();
         if (signal.aborted) return;
@@ -81,6 +80,11 @@ export class VmmArrival {
         }
       } finally {
         signal.removeEventListener('abort', kill);
+      }
+      if (serving) {
+        // Whatever fails behind that, this worker serves the vTPM.
+        this.#parts.serves(worker, serving, visits);
+        return;
       }
       await delay(RETRY_MS, undefined, { signal }).catch(() => undefined);
       const next = await this.#asOftenAsItTakes(() => this.#parts.claim(signal));

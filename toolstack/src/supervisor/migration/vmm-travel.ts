@@ -76,14 +76,15 @@ export class VmmTravel {
       hasArrived: async () => (await context.admin.vtpm(entry.id))?.kind === 'live',
       serves: (worker, serving, visits) => {
         this.#arrival = status.standIn = undefined;
-        status.update({
-          ...{ vmRunId, epoch: serving.epoch, runningInBoot: bootId().toString('hex') },
-          ...{ manufactured: true, crashed: null, moved: null, migration: null },
-        });
         status.state = { kind: 'running', worker, doors };
         const known = new Set(visits.map(({ id }) => id));
         for (const visit of doors.visits()) if (!known.has(visit.id)) passVisit(status, run, visit);
         watch(worker);
+        // It is here, whether that can be written now or not.
+        status.tryUpdate({
+          ...{ vmRunId, epoch: serving.epoch, runningInBoot: bootId().toString('hex') },
+          ...{ manufactured: true, crashed: null, moved: null, migration: null },
+        });
         status.log.info({ ...serving, pid: worker.pid, from }, 'arrived with its VM, and running');
       },
     });
