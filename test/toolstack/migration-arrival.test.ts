@@ -224,6 +224,7 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
       generation: 9,
       isSuspended: true,
     });
+    world.manager.migrations.delete(event.migration);
     process.kill(worker!.pid, 'SIGKILL');
     await world.becomes('running');
     const { verbs, vmRunId, expectedEpoch } = world.manager.tickets.at(-1)!;

@@ -55,7 +55,10 @@ export class MigrationWorld {
     world.supervisor = await world.start();
     const { paths } = world.supervisor;
     world.manager = new StubManager(paths);
-    world.manager.onAnswer = (migration, verb, body) => world.answers.push({ migration, verb, ...body });
+    world.manager.onAnswer = (migration, verb, body) => {
+      world.answers.push({ migration, verb, ...body });
+      if (verb === 'accept') world.manager.migrations.set(migration, { state: 'preparing' });
+    };
     await world.manager.start();
     await world.toolstack.start(paths);
     mkdirSync(dirname(paths.toolstack.key), { recursive: true, mode: 0o700 });
@@ -155,6 +158,7 @@ export class MigrationWorld {
   }
 
   decided({ migration, id }: Incoming, verdict: Verdict): void {
+    this.manager.migrations.delete(migration);
     this.manager.emit({ type: 'migration', migration, id, role: 'destination', verdict });
   }
 
@@ -242,6 +246,7 @@ export class MigrationWorld {
     }
     await this.supervisor.end();
     this.manager.beforeLoad = undefined;
+    this.manager.migrations.delete(event.migration);
     if (verdict === 'COMMIT') {
       const { vmUuid } = event;
       const record = { vmUuid, kind: 'live', epoch: 8, generation: 9, isSuspended: !isServed } as const;

@@ -6,7 +6,10 @@ const MIGRATION: EntryMigration = { id: '00'.repeat(16), role: 'arriving', peer:
 
 describe('what came of an arrival', () => {
   /** @param whileAsked what happens while the manager is asked */
-  function parts(whileAsked: (entry: { migration: Entry['migration'] }) => void) {
+  function parts(
+    whileAsked: (entry: { migration: Entry['migration'] }) => void,
+    state: { kind: string } = { kind: 'arriving' },
+  ) {
     const done: string[] = [];
     const entry = { id: 'x', migration: MIGRATION as Entry['migration'], runningInBoot: null };
     const admin = {
@@ -17,7 +20,13 @@ describe('what came of an arrival', () => {
       vtpm: async () => ({ kind: 'live', vmUuid: '', epoch: 2, generation: 7 }),
     };
     const note = (what: string) => (): void => void done.push(what);
-    const status = { entry, update: note('update'), rest: note('rest'), log: { info: () => undefined } };
+    const status = {
+      entry,
+      state,
+      update: note('update'),
+      rest: note('rest'),
+      log: { info: () => undefined },
+    };
     const workers = { isAwaited: false, comesNot: note('comesNot'), resume: note('resume') };
     return { done, parts: { context: { admin }, status, workers } as unknown as ArrivalParts };
   }
@@ -28,6 +37,12 @@ describe('what came of an arrival', () => {
     });
     assert.equal(await settleArrival(given), 'here');
     assert.deepEqual(done, []);
+  });
+
+  it('does not end one that is served, where only the list could not be written', async () => {
+    const { done, parts: given } = parts(() => undefined, { kind: 'running' });
+    assert.equal(await settleArrival(given), 'here');
+    assert.deepEqual(done, ['update']);
   });
 
   it('is settled where nobody did that', async () => {

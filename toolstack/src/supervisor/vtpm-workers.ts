@@ -134,7 +134,8 @@ export class VtpmWorkers {
     this.#isShuttingDown = true;
     this.#breaking.abort();
     const { state } = this.#status;
-    if ((state.kind === 'starting' || state.kind === 'arriving') && 'worker' in state)
+    const { kind } = state;
+    if ((kind === 'starting' || kind === 'arriving' || kind === 'restarting') && 'worker' in state)
       await state.worker?.kill();
   }
 
@@ -152,7 +153,7 @@ export class VtpmWorkers {
     this.#breaking.abort();
     if (this.#status.state.kind === 'restarting') await this.#status.state.worker?.kill();
     await this.#restart;
-    this.#breaking = new AbortController();
+    if (!this.#isShuttingDown) this.#breaking = new AbortController();
     const { state } = this.#status;
     if (!('doors' in state)) {
       this.#status.state = { kind: 'migrating', reason };

@@ -239,6 +239,8 @@ export class Vtpm {
   async settleMigration(): Promise<Arrived> {
     let settled: Arrived = 'pending';
     await this.#operations.exclusively('settled', async () => {
+      // It goes on, which may take longer: what came of it is known.
+      if (this.state === 'restarting') return;
       const parts = this.#migrationParts();
       const isArriving = this.entry.migration?.role === 'arriving';
       settled = isArriving ? await settleArrival(parts) : (await settleDeparture(parts)) ? 'here' : 'pending';

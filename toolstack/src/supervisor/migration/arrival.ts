@@ -4,6 +4,7 @@ import type { Incoming } from '../admin-client.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
 import type { VtpmWorkers } from '../vtpm-workers.js';
+import { whenItGoesOn } from './going-on.js';
 import { outcomeOf, SUPERVISOR_ENDED } from './outcome.js';
 
 export interface ArrivalParts {
@@ -78,12 +79,16 @@ export async function settleArrival({ context, status, workers }: ArrivalParts):
   // It did while the manager was asked.
   if (status.entry.migration?.id !== migration.id) return 'here';
   const here = { manufactured: true, moved: null, crashed: null, epoch: outcome.record?.epoch ?? null };
+  // A worker serves, and the list could not be written.
+  if (status.state.kind === 'running' || status.state.kind === 'lost') {
+    status.update({ ...here, runningInBoot: bootId().toString('hex'), migration: null });
+    return 'here';
+  }
   const runsHere = status.entry.runningInBoot === bootId().toString('hex');
   if (runsHere && (outcome.record?.isSuspended || workers.hasRun)) {
     // Its VM runs here: the TPM goes on from where it was frozen, or behind what the first worker did with it.
     status.update(here);
-    await workers.resume('it has arrived, and its worker has not come up');
-    status.tryUpdate({ migration: null });
+    await whenItGoesOn(status, workers.resume('it has arrived, and its worker has not come up'));
   } else {
     // A guest was served already, and what its TPM was after that has ended with the supervisor.
     const crashed = runsHere ? SUPERVISOR_ENDED : null;

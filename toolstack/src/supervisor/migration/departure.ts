@@ -1,10 +1,10 @@
 import { barrier, bootId } from 'vtpm-common';
 import type { MigrateProgress } from 'vtpm-proto';
 import { ToolstackError } from '../../error.js';
-import { isWithin } from '../is-within.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
 import type { VtpmWorkers } from '../vtpm-workers.js';
+import { whenItGoesOn } from './going-on.js';
 import { type MigrateCall, openMigrateCall } from './migrate-call.js';
 import type { Order } from './order.js';
 import { outcomeOf, SUPERVISOR_ENDED } from './outcome.js';
@@ -17,9 +17,6 @@ export interface DepartureParts {
   readonly order: Order;
   onProgress(line: ProgressLine): void;
 }
-
-/** How long the caller waits for the worker that goes on here. */
-const STAYING_LIMIT_MS = 10_000;
 
 /**
  * One vTPM leaves, or does not. What came of it is durable in the list when its last progress is told; until it is known the
@@ -131,7 +128,7 @@ export class Departure {
       settleDeparted(parts);
       parts.onProgress(last);
     } else if (last.phase === 'ABORTED') {
-      await isWithin(settleStaying(parts, last.message), STAYING_LIMIT_MS);
+      await settleStaying(parts, last.message);
       parts.onProgress(last);
     } else {
       const line = last.phase === 'IN_DOUBT' ? last : inDoubt(last, failure);
@@ -154,7 +151,7 @@ export function settleDeparted({ status, workers }: Settled): void {
   status.log.info({ to }, 'moved to another host');
 }
 
-/** It lives here. Resolves when it goes on, or will not. @throws ToolstackError where the manager cannot be asked */
+/** It lives here. Resolves when it goes on, or will not, or takes long. @throws ToolstackError where the manager cannot be asked */
 export async function settleStaying({ context, status, workers }: Settled, reason: string): Promise<void> {
   const { state, entry } = status;
   const isServed = state.kind !== 'migrating' || 'doors' in state;
@@ -162,8 +159,7 @@ export async function settleStaying({ context, status, workers }: Settled, reaso
   const isFrozen = isServed || (wasRunning && (await context.admin.vtpm(entry.id))?.isSuspended === true);
   status.log.warn({ reason }, 'not moved');
   if (isFrozen) {
-    await workers.stay(`it was not moved: ${reason}`);
-    status.tryUpdate({ migration: null });
+    await whenItGoesOn(status, workers.stay(`it was not moved: ${reason}`));
     return;
   }
   // As after any end of a supervisor: the VM may still run, and must not get a TPM with fresh PCRs.

@@ -24,19 +24,24 @@ export interface ManagerEvent {
   readonly migration?: unknown;
 }
 
+const SETTLE_MS = 5_000;
+
 /** What this host's toolstack does about migrations that others begin, and about those whose end it has not seen. */
 export class MigrationDesk {
   readonly #parts: DeskParts;
   readonly #creations = new Creations();
   readonly #inHand = new Set<string>();
+  readonly #timer: NodeJS.Timeout;
   #isClosed = false;
 
   constructor(parts: DeskParts) {
     this.#parts = parts;
+    this.#timer = setInterval(() => this.#settleAgain(), SETTLE_MS).unref();
   }
 
   close(): void {
     this.#isClosed = true;
+    clearInterval(this.#timer);
   }
 
   /** The manager has come, or nothing was heard of it for a while. Never rejects. */
@@ -58,8 +63,17 @@ export class MigrationDesk {
     }
   }
 
-  /** Never rejects. */
-  async #settle(vtpm: Vtpm): Promise<void> {
+  /** An event is said once, and what it asked for may have failed. */
+  #settleAgain(): void {
+    for (const vtpm of this.#parts.all()) {
+      const { migration } = vtpm.entry;
+      if (migration && vtpm.operation === undefined && !this.#inHand.has(migration.id))
+        void this.#settle(vtpm, 'debug');
+    }
+  }
+
+  /** Never rejects. @param level of what is said where it fails */
+  async #settle(vtpm: Vtpm, level: 'warn' | 'debug' = 'warn'): Promise<void> {
     const { log } = this.#parts;
     try {
       // Whoever is at it knows better, and may leave it as it is.
@@ -67,9 +81,12 @@ export class MigrationDesk {
       if (this.#isClosed || !vtpm.entry.migration) return;
       if ((await vtpm.settleMigration()) === 'nothing') await this.#parts.forget(vtpm);
     } catch (error) {
-      // It is asked again when the manager comes, or says more.
+      // It is asked again, and when the manager comes or says more.
       const { code, message } = ToolstackError.from(error);
-      log.warn({ vtpm: vtpm.entry.name, code, reason: message }, 'what came of a migration is not known yet');
+      log[level](
+        { vtpm: vtpm.entry.name, code, reason: message },
+        'what came of a migration is not known yet',
+      );
     }
   }
 
