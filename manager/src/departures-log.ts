@@ -1,43 +1,82 @@
 import { type Departure, type MigrateMode, uuidToText } from 'vtpm-proto';
 import type { AuditEntry } from './audit/index.js';
-import type { VtpmRecord } from './records/index.js';
+import { movedAway, type VtpmRecord } from './records/index.js';
+import { NO_MIGRATION } from './rescue/record.js';
 
 const MODES: readonly MigrateMode[] = ['OFFLINE', 'LIVE', 'VMM'];
 
+/** How a vTPM left this host. */
+export interface Leave {
+  readonly departure: Departure;
+  /** Another host rescued it and this one gave it up: there is nothing to ask. */
+  readonly isGivenUp: boolean;
+}
+
 /**
  * vTPMs that left this host, as its audit log says, and of which it does not say that they stayed or came back. By vTPM.
- * @param entries the oldest first
+ * @param log entries, some at a time, the oldest first
  */
-export function departuresIn(entries: readonly AuditEntry[]): ReadonlyMap<string, Departure> {
-  const left = new Map<string, Departure>();
-  for (const entry of entries) {
-    const { action, verdict, vtpm } = entry;
-    if (vtpm === undefined) continue;
-    const isDone = verdict === 'done';
-    const { migration, to, from } = entry.facts ?? {};
-    const departure = action === 'freeze' ? departureOf(entry) : undefined;
-    if (departure) left.set(vtpm, departure);
-    const isSame = hex(left.get(vtpm)?.migrationId) === migration;
-    const hasStayed = action === 'migrate-abort' && isDone && to !== undefined && isSame;
-    // The intention is in the log before anything stops, and may have come to nothing.
-    const hasEnded = action === 'migrate-out' && verdict === 'failed' && isSame;
-    const hasCome = action === 'migrate-commit' && isDone && from !== undefined;
-    if (hasStayed || hasEnded || hasCome) left.delete(vtpm);
+export async function departuresIn(
+  log: AsyncIterable<readonly AuditEntry[]>,
+): Promise<ReadonlyMap<string, Leave>> {
+  const left = new Map<string, Leave>();
+  for await (const entries of log) {
+    for (const entry of entries) follow(left, entry);
   }
   return left;
 }
 
+function follow(left: Map<string, Leave>, entry: AuditEntry): void {
+  const { action, verdict, vtpm } = entry;
+  if (vtpm === undefined) return;
+  const isDone = verdict === 'done';
+  const { migration, to, from } = entry.facts ?? {};
+  const leave = leaveOf(entry);
+  if (leave) left.set(vtpm, leave);
+  const isSame = hex(left.get(vtpm)?.departure.migrationId) === migration;
+  const hasStayed = action === 'migrate-abort' && isDone && to !== undefined && isSame;
+  // The intention is in the log before anything stops, and may have come to nothing.
+  const hasEnded = action === 'migrate-out' && verdict === 'failed' && isSame;
+  const hasCome = action === 'migrate-commit' && isDone && from !== undefined;
+  if (hasStayed || hasEnded || hasCome) left.delete(vtpm);
+}
+
 /**
- * An old record of a vTPM that left since: nobody loads it before its destination has said what it decided.
+ * An old record of a vTPM that left since: nobody loads it before its destination has said what it decided, and never
+ * where this host gave it up; its tombstone is in the place of the record then.
  * @param left as `departuresIn` has it
+ * @param now Unix milliseconds
  */
-export function asItLeft(record: VtpmRecord, left: ReadonlyMap<string, Departure>): VtpmRecord {
+export function asItLeft(record: VtpmRecord, left: ReadonlyMap<string, Leave>, now: bigint): VtpmRecord {
   const { header, parts } = record;
-  const departure = left.get(uuidToText(header.vtpmUuid));
-  if (header.kind !== 'LIVE' || header.departure || !departure) return record;
+  const leave = left.get(uuidToText(header.vtpmUuid));
+  if (header.kind !== 'LIVE' || !leave) return record;
+  const { departure, isGivenUp } = leave;
   // It stayed, or came back: that has an epoch of its own.
   if (header.epoch > departure.epoch) return record;
-  return { header: { ...header, departure }, parts };
+  if (isGivenUp) return movedAway(record, departure, now);
+  return header.departure ? record : { header: { ...header, departure }, parts };
+}
+
+function leaveOf(entry: AuditEntry): Leave | undefined {
+  const isGivenUp = entry.action === 'rescue' && entry.verdict !== 'refused';
+  if (!isGivenUp && entry.action !== 'freeze') return undefined;
+  const departure = isGivenUp ? rescueOf(entry) : departureOf(entry);
+  return departure && { departure, isGivenUp };
+}
+
+/** A rescue of this host's own names no rescuer. That it was only intended is enough: the other host has it. */
+function rescueOf({ time, epoch, generation, facts }: AuditEntry): Departure | undefined {
+  const rescuer = facts?.rescuer;
+  if (epoch === undefined || generation === undefined || !isHex(rescuer, 32)) return undefined;
+  return {
+    migrationId: NO_MIGRATION,
+    destination: Buffer.from(rescuer, 'hex'),
+    at: BigInt(Date.parse(time)),
+    mode: 'OFFLINE',
+    epoch,
+    generation,
+  };
 }
 
 function departureOf({ time, epoch, generation, facts }: AuditEntry): Departure | undefined {

@@ -5,11 +5,11 @@ import { uuidToBytes, uuidToText } from 'vtpm-proto';
 import {
   type AuditHead,
   type AuditLog,
+  allOf,
   createAuditLog,
   EMPTY_HEAD,
   openAuditLog,
   refuseFlaw,
-  tailOf,
   verifyAudit,
 } from './audit/index.js';
 import { asItLeft, departuresIn } from './departures-log.js';
@@ -50,9 +50,6 @@ export interface Survey {
   readonly vtpms: readonly RecoveredVtpm[];
 }
 
-/** Entries of the audit log that are looked through for what was lost. */
-const AUDIT_ENTRIES = 10_000;
-
 /**
  * What accepting the store would bring back. Changes nothing.
  * @param counted what the TPM shows; undefined where its counter is gone
@@ -78,8 +75,10 @@ export async function surveyStore(options: AcceptOptions, counted: bigint | unde
     // Not opened: that would cut off an end that looks torn, and nothing is to be changed yet.
     const report = await verifyAudit(paths.audit, auditKeys(keys), verdict.anchor?.audit ?? EMPTY_HEAD);
     refuseFlaw(report);
-    for (const { vtpm, generation = 0n } of await tailOf(paths.audit, report.head, AUDIT_ENTRIES)) {
-      if (vtpm !== undefined && generation > (known.get(vtpm) ?? 0n)) known.set(vtpm, generation);
+    for await (const entries of allOf(paths.audit, report.head)) {
+      for (const { vtpm, generation = 0n } of entries) {
+        if (vtpm !== undefined && generation > (known.get(vtpm) ?? 0n)) known.set(vtpm, generation);
+      }
     }
   } catch (error) {
     if (!(error instanceof ManagerError)) throw error;
@@ -107,32 +106,46 @@ function refusalOf(
 /**
  * Takes the store for the newest, after `spoilAnchor`: every live vTPM is marked, loses its session, and goes on with a
  * generation that none of the lost ones can have had; everything is put under the current generation of the root key. One
- * that left since, as the audit log says, is on its way again: its destination says what became of it.
- * @returns that generation, by the vTPM's id
+ * that left since, as the audit log says, is on its way again: its destination says what became of it. One that was given
+ * up since to a host that rescued it is a tombstone again.
+ * @returns that generation, by the id of each vTPM that lives
  */
 export async function acceptStore(
   options: AcceptOptions,
   counter: AnchorCounter,
 ): Promise<ReadonlyMap<string, bigint>> {
-  const { store, keys, mark } = options;
+  const { store, keys, paths, log, mark } = options;
   const audit = await openOrBeginAudit(options);
   try {
     const action = mark === 'recovered' ? 'recover' : 'accept-rollback';
     const actor = { uid: process.getuid?.() ?? 0 };
-    // The log may be newer than the store: what it says has left must not come to life here again.
-    const left = departuresIn(await tailOf(options.paths.audit, audit.head, AUDIT_ENTRIES));
+    // The log may be newer than the store: what it says has left must not come to life here again. All of it: an intention
+    // may be in the log before the store's anchor, and lines that a peer causes must not push one out.
+    const left = await departuresIn(allOf(paths.audit, audit.head));
     await audit.append({ actor, action, verdict: 'intended' });
-    const events: { vtpm: string; generation: bigint; epoch: bigint }[] = [];
+    const events: { vtpm: string; generation: bigint; epoch: bigint; facts?: { rescuer: string } }[] = [];
+    const living = new Map<string, bigint>();
+    const now = BigInt(Date.now());
     const change = (entry: StoreEntry, count: bigint): Uint8Array | undefined => {
       if (entry.key === TRUST_KEY) return rekeyTrust(keys, entry.value, mark === 'recovered');
       if (isPromisesKey(entry.key)) return rekeyPromises(keys, entry.key, entry.value);
       const record = recordOf(keys, entry);
       if (!record) return undefined;
-      const isLive = record.header.kind === 'LIVE';
-      if (!isLive && record.header.keyId === keys.current.keyId) return undefined;
-      const next = rekey(keys, isLive ? resume(asItLeft(record, left), mark, count) : record);
-      const { vtpmUuid, generation, epoch } = next.header;
-      if (isLive) events.push({ vtpm: uuidToText(vtpmUuid), generation, epoch });
+      const wasLive = record.header.kind === 'LIVE';
+      if (!wasLive && record.header.keyId === keys.current.keyId) return undefined;
+      const known = asItLeft(record, left, now);
+      const isLive = known.header.kind === 'LIVE';
+      const next = rekey(keys, isLive ? resume(known, mark, count) : known);
+      const { vtpmUuid, generation, epoch, departure } = next.header;
+      const vtpm = uuidToText(vtpmUuid);
+      if (isLive) {
+        living.set(vtpm, generation);
+        events.push({ vtpm, generation, epoch });
+      } else if (wasLive && departure) {
+        const rescuer = Buffer.from(departure.destination).toString('hex');
+        events.push({ vtpm, generation, epoch, facts: { rescuer } });
+        log.warn({ vtpm, rescuer }, 'this vTPM was rescued by another host before; it stays there');
+      }
       return encodeRecord(keys, next);
     };
     let head: AuditHead = audit.head;
@@ -141,7 +154,7 @@ export async function acceptStore(
       head = audit.head;
     };
     await adoptStore(store, keys, counter, () => head, change, announce);
-    return new Map(events.map(({ vtpm, generation }) => [vtpm, generation]));
+    return living;
   } finally {
     await audit.close();
   }

@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createLogger } from 'vtpm-common';
 import { type AuditLog, createAuditLog } from 'vtpm-manager/audit/index';
+import { movedAway } from 'vtpm-manager/records/index';
 import { spoilAnchor } from 'vtpm-manager/store/index';
 import { acceptStore } from 'vtpm-manager/store-acceptance';
 import { MemoryStore } from '../support/memory-store.js';
@@ -33,7 +34,7 @@ describe('an old store that is accepted', () => {
     const { keyId: id, auditKey: key } = a.keys.current;
     const audit = join(mkdtempSync(join(directory, 'log-')), 'audit.log');
     const log: AuditLog = await createAuditLog(audit, { id, key });
-    for (const event of a.audited) await log.append(event);
+    await Promise.all(a.audited.map((event) => log.append(event)));
     await log.close();
     const store = new MemoryStore(old);
     await spoilAnchor(store, a.keys);
@@ -70,6 +71,57 @@ describe('an old store that is accepted', () => {
     await assert.rejects(load(), refused('migrating'));
     await a.registry.departures.abort(way.id, await way.ask());
     assert.ok((await load()).generation > 1n << 32n);
+  });
+
+  it('I-3 brings nothing to life that has moved since, whatever was written after it', async () => {
+    await way.expect();
+    await way.depart();
+    await a.registry.departures.commit(way.id, await way.commit());
+    const line = { actor: 'manager', action: 'peer-connect', verdict: 'refused' } as const;
+    a.audited.push(...Array.from({ length: 10_001 }, () => line));
+    await rollBack();
+    await assert.rejects(load(), refused('migrating'));
+  });
+
+  /** What the host does that is told of a rescue. */
+  async function giveUp(rescuer: Buffer, epoch = (1n << 32n) - 1n): Promise<void> {
+    const facts = { rescuer: rescuer.toString('hex') };
+    const where = { migrationId: Buffer.alloc(16), destination: rescuer, at: 1n, mode: 'OFFLINE' } as const;
+    await a.registry.rescues.giveUp(way.id, facts, (record, now) =>
+      movedAway(record, { ...where, epoch, generation: 1n << 32n }, now),
+    );
+  }
+
+  for (const verdict of ['done', 'intended'] as const) {
+    it(`I-3 leaves dead what another host rescued since, where giving it up was ${verdict}`, async () => {
+      const rescuer = randomBytes(32);
+      await giveUp(rescuer);
+      const kept = a.audited.filter((event) => event.action !== 'rescue' || event.verdict === verdict);
+      a.audited.splice(0, a.audited.length, ...kept);
+      await rollBack();
+      const { kind, epoch, departure } = await header();
+      assert.deepEqual([kind, epoch], ['MOVED', (1n << 32n) - 1n]);
+      assert.deepEqual(Buffer.from(departure!.destination), rescuer);
+      for (const expectedEpoch of [1n, 2n, epoch, epoch + 1n]) {
+        await assert.rejects(
+          a.worker(worker.vtpm).load({ expectedEpoch, verbs: ['COLD'] }),
+          refused('moved'),
+        );
+      }
+    });
+  }
+
+  it('lets go on what it rescued itself, what nobody was given, and what came back after a rescue', async () => {
+    const entry = { actor: 'manager', action: 'rescue', vtpm: way.id, epoch: 1n, generation: 1n } as const;
+    const rescuer = randomBytes(32).toString('hex');
+    a.audited.push(
+      { ...entry, verdict: 'done', facts: { host: rescuer } },
+      { ...entry, verdict: 'refused', facts: { rescuer } },
+      { ...entry, verdict: 'done', facts: { rescuer: 'somebody' } },
+      { ...entry, epoch: 0n, verdict: 'done', facts: { rescuer } },
+    );
+    await rollBack();
+    await load();
   });
 
   it('lets go on what stayed, and what came back', async () => {

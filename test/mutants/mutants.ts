@@ -231,9 +231,23 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 an old store brings nothing to life that the audit log knows to have left',
     file: 'manager/src/store-acceptance.ts',
-    guard: 'resume(asItLeft(record, left), mark, count)',
-    without: 'resume(left.size < 0 ? asItLeft(record, left) : record, mark, count)',
+    guard: 'const known = asItLeft(record, left, now);',
+    without: 'const known = left.size < 0 ? asItLeft(record, left, now) : record;',
     test: { file: 'manager/departures-log', name: 'brings nothing to life that has moved since' },
+  },
+  {
+    name: 'I-3 an old store brings nothing to life that another host rescued since',
+    file: 'manager/src/departures-log.ts',
+    guard: "const isGivenUp = entry.action === 'rescue' && entry.verdict !== 'refused';",
+    without: "const isGivenUp = entry.action === 'none' && entry.verdict !== 'refused';",
+    test: { file: 'manager/departures-log', name: 'leaves dead what another host rescued since' },
+  },
+  {
+    name: 'I-3 no number of lines hides from an old store what has left',
+    file: 'manager/src/store-acceptance.ts',
+    guard: 'await departuresIn(allOf(paths.audit, audit.head));',
+    without: 'await departuresIn(allOf(paths.audit, EMPTY_HEAD));',
+    test: { file: 'manager/departures-log', name: 'whatever was written after it' },
   },
   {
     name: 'I-3 a vTPM leaves as its worker left it',

@@ -19,5 +19,5 @@ export { type AuditHead, decodeAuditHead, EMPTY_HEAD, encodeAuditHead } from './
 export type { AuditKey } from './line.js';
 export { Refusals } from './refusals.js';
 export { type AuditVerdictView, viewOf } from './verdict.js';
-export { refuseFlaw, tailOf, verifyAudit } from './verify.js';
+export { allOf, refuseFlaw, verifyAudit } from './verify.js';
 export type { AuditFlaw, AuditKeys, AuditReport } from './walk.js';

@@ -39,6 +39,15 @@ export async function tailOf(path: string, head: AuditHead, count: number): Prom
 }
 
 /**
+ * All entries, some at a time, the oldest first; without those of files that were moved away.
+ * @param head of the log: the chain to it proves them
+ * @throws ManagerError `audit-corrupt`, `newer-format`
+ */
+export async function* allOf(path: string, head: AuditHead): AsyncGenerator<AuditEntry[]> {
+  for await (const lines of linesFrom(path, head, 1n)) yield lines.map(({ entry }) => entry);
+}
+
+/**
  * Entries `from` to `to`, as they are in the file, each with its newline. Goes on to the head after them: what came out
  * is genuine when the end was reached without an error.
  * @throws ManagerError `audit-corrupt`, `newer-format`; `bad-request` where the file of the first was moved away
