@@ -87,7 +87,7 @@ describe('an old store that is accepted', () => {
   async function giveUp(rescuer: Buffer, epoch = (1n << 32n) - 1n): Promise<void> {
     const facts = { rescuer: rescuer.toString('hex') };
     const where = { migrationId: Buffer.alloc(16), destination: rescuer, at: 1n, mode: 'OFFLINE' } as const;
-    await a.registry.rescues.giveUp(way.id, facts, (record, now) =>
+    await a.registry.rescues.giveUp(way.id, { destination: rescuer, epoch }, facts, (record, now) =>
       movedAway(record, { ...where, epoch, generation: 1n << 32n }, now),
     );
   }

@@ -122,6 +122,9 @@ describe('a notice of a rescue', () => {
     assert.throws(() => take(notice({ vtpmUuid: randomBytes(16) })), refused('bad-request'));
     assert.throws(() => take(notice({ headerDigest: randomBytes(32) })), refused('bad-request'));
     assert.throws(() => take(notice({ epoch: 3n })), refused('bad-request'));
+    for (const epoch of [(1n << 32n) + 1n, 2n ** 64n - 1n]) {
+      assert.throws(() => take(notice({ epoch })), refused('bad-request'));
+    }
     // A backup of the same vTPM that somebody else made.
     const forger = new BackupDesk();
     forger.put(ID, 5n, Buffer.from('state'));

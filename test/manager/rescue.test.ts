@@ -357,6 +357,49 @@ describe('a rescue', () => {
       await worker.save('P5');
     });
 
+    it('writes one line of many that are bad, and takes what is good among them', async () => {
+      const [notice] = await held();
+      assert.ok(notice);
+      const bad = { notice: notice.notice, signature: randomBytes(64) };
+      assert.deepEqual(await dead.control.take(idOf(here.world), [bad, bad, bad]), []);
+      assert.equal((await dead.control.take(idOf(here.world), [bad, notice, bad])).length, 1);
+      assert.deepEqual(dead.verdicts, ['refused', 'intended', 'done']);
+      assert.equal((await dead.header(vtpm)).kind, 'MOVED');
+    });
+
+    it('ends nothing for a host to which vTPMs do not go, until they do', async () => {
+      const may = (mayReceive: boolean) =>
+        dead.world.trust.changePeer('host0', (peer) => ({ ...peer, mayReceive }));
+      await may(false);
+      assert.deepEqual(await dead.control.take(idOf(here.world), await held()), []);
+      assert.equal((await dead.header(vtpm)).kind, 'LIVE');
+      assert.deepEqual(
+        dead.world.audited.flatMap(({ action, reason }) => (action === 'rescue' ? [reason?.code] : [])),
+        ['peer-forbidden'],
+      );
+      await may(true);
+      assert.equal((await dead.control.take(idOf(here.world), await held())).length, 1);
+      assert.equal((await dead.header(vtpm)).kind, 'MOVED');
+    });
+
+    it('has not heard it where it had gone to a third host: two may run it, and the log names both', async () => {
+      const third = await Rescuer.create();
+      const journey = new Journey(dead.world, third.world, worker, 'OFFLINE');
+      await journey.expect();
+      await journey.depart();
+      await dead.world.registry.departures.commit(vtpm.id, await journey.commit());
+      assert.deepEqual(await dead.control.take(idOf(here.world), await held()), []);
+      assert.deepEqual(await dead.control.take(idOf(here.world), await held()), []);
+      const [entry, ...more] = dead.world.audited.filter(({ action }) => action === 'rescue');
+      assert.deepEqual([entry?.verdict, entry?.reason?.code, more.length], ['refused', 'moved', 0]);
+      const { rescuer, livesAt } = entry?.facts ?? {};
+      assert.deepEqual(
+        [rescuer, livesAt],
+        [idOf(here.world).toString('hex'), idOf(third.world).toString('hex')],
+      );
+      assert.equal((await held()).length, 1);
+    });
+
     it('waits while a migration of it is in doubt', async () => {
       const third = await Rescuer.create();
       const journey = new Journey(dead.world, third.world, worker, 'OFFLINE');

@@ -1667,6 +1667,27 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/rescue-notice', name: 'is refused from any other host' },
   },
   {
+    name: 'a notice of a rescue has an epoch that a rescue begins',
+    file: 'manager/src/rescue/notice.ts',
+    guard: "if (notice.epoch % EPOCHS !== 0n) throw unfit('its epoch is none that a rescue begins');",
+    without: '',
+    test: { file: 'manager/rescue-notice', name: 'is refused from any other host' },
+  },
+  {
+    name: 'no host ends a vTPM to which the operator lets none go',
+    file: 'manager/src/rescue/control.ts',
+    guard: 'this.#checkMayEnd(id, peer);',
+    without: '',
+    test: { file: 'manager/rescue', name: 'ends nothing for a host to which vTPMs do not go' },
+  },
+  {
+    name: 'I-3 a rescue of what had gone to a third host is not heard in silence',
+    file: 'manager/src/ownership/rescues.ts',
+    guard: 'if (held && isElsewhere(held.record.header, to)) {',
+    without: 'if (held && to.epoch < 0n) {',
+    test: { file: 'manager/rescue', name: 'has not heard it where it had gone to a third host' },
+  },
+  {
     name: 'I-3 a rescue elsewhere is counted before it is told',
     file: 'manager/src/ownership/rescues.ts',
     guard: "await desk.records.write(vtpmUuid, held, record, 'now');",
@@ -1683,7 +1704,7 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a notice of a rescue does not settle a migration that is in doubt',
     file: 'manager/src/ownership/rescues.ts',
-    guard: 'if (isDeparting(held.record.header)) return false;',
+    guard: "if (isDeparting(held.record.header)) return 'in-doubt';",
     without: '',
     test: { file: 'manager/rescue', name: 'waits while a migration of it is in doubt' },
   },

@@ -2,6 +2,7 @@ import { type RecordHeader, uuidToText } from 'vtpm-proto';
 import {
   type AuditAction,
   type AuditActor,
+  type AuditEvent,
   type AuditHead,
   type AuditLog,
   type AuditVerdict,
@@ -145,7 +146,12 @@ export class Desk {
     reason: ManagerError,
   ): Promise<void> {
     const vtpm = uuidToText(vtpmUuid);
-    return this.#refusals.note({ actor, action, verdict: 'refused', vtpm, epoch, generation, reason });
+    return this.note({ actor, action, verdict: 'refused', vtpm, epoch, generation, reason });
+  }
+
+  /** A refusal, at a bounded rate. Never rejects. */
+  note(event: AuditEvent): Promise<void> {
+    return this.#refusals.note(event);
   }
 
   emit(type: VtpmChange['type'], { vtpmUuid, epoch, generation }: NamedVtpm): void {

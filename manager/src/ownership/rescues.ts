@@ -1,7 +1,11 @@
 import { barrier } from 'vtpm-common';
-import { type SignedRescue, uuidToText } from 'vtpm-proto';
+import { bytesEqual, type Departure, type RecordHeader, type SignedRescue, uuidToText } from 'vtpm-proto';
+import type { ManagerError } from '../error.js';
 import { isDeparting, type VtpmRecord } from '../records/index.js';
 import type { Desk } from './desk.js';
+
+/** `in-doubt`: a migration of it is; `elsewhere`: it went to a third host, which may run it as the rescuer does. */
+export type GivenUp = 'over' | 'in-doubt' | 'elsewhere';
 
 /** What becomes of the records of vTPMs that were rescued: here, or from here. */
 export class Rescues {
@@ -29,26 +33,32 @@ export class Rescues {
 
   /**
    * Another host has it: the state goes, and whoever runs it here is fenced. Durable and counted.
+   * @param to the host that rescued it, and the last epoch that was not the rescuer's
    * @param change the tombstone in the place of the record; undefined where the record is of a later time than the rescue
    * @param facts for the audit log
-   * @returns whether nobody runs here what was rescued: false while a migration of it is in doubt
-   * @throws ManagerError `busy`
+   * @returns `over` where nobody runs what was rescued, as far as this host knows
+   * @throws ManagerError `busy`, and what `change` throws
    */
   async giveUp(
     vtpmUuid: string,
+    to: Pick<Departure, 'destination' | 'epoch'>,
     facts: Readonly<Record<string, string>>,
     change: (record: VtpmRecord, now: bigint) => VtpmRecord | undefined,
-  ): Promise<boolean> {
+  ): Promise<GivenUp> {
     const { desk } = this;
     desk.checkOpen();
     return await desk.visit(vtpmUuid, (slot) =>
       slot.exclusively('rescue', async () => {
         const held = await desk.records.read(vtpmUuid);
-        if (held?.record.header.kind !== 'LIVE') return true;
-        if (isDeparting(held.record.header)) return false;
+        if (held && isElsewhere(held.record.header, to)) {
+          await this.#noteElsewhere(held.record.header, facts);
+          return 'elsewhere';
+        }
+        if (held?.record.header.kind !== 'LIVE') return 'over';
+        if (isDeparting(held.record.header)) return 'in-doubt';
         const now = Date.now();
         const record = change(held.record, BigInt(now));
-        if (!record) return true;
+        if (!record) return 'over';
         await desk.audit('manager', 'rescue', 'intended', record.header, facts);
         barrier('rescue.giving-up');
         await desk.noteErasure(now);
@@ -59,10 +69,43 @@ export class Rescues {
         live?.fence(`vTPM ${uuidToText(record.header.vtpmUuid)} was rescued by another host; it lives there`);
         await desk.audit('manager', 'rescue', 'done', record.header, facts);
         desk.emit('moved', record.header);
-        return true;
+        return 'over';
       }),
     );
   }
+
+  /** A notice, or one of many, is not taken. At a bounded rate; never rejects. */
+  async noteRefusal(rescuer: string, { code, message }: ManagerError): Promise<void> {
+    const event = { actor: 'manager', action: 'rescue', verdict: 'refused' } as const;
+    await this.desk.note({ ...event, reason: { code, message }, facts: { rescuer } });
+  }
+
+  async #noteElsewhere(
+    { vtpmUuid, epoch, generation, departure }: RecordHeader,
+    facts: Readonly<Record<string, string>>,
+  ): Promise<void> {
+    const livesAt = departure ? Buffer.from(departure.destination).toString('hex') : 'unknown';
+    const message = 'it was rescued from here by one host, and had gone from here to another before';
+    await this.desk.note({
+      actor: 'manager',
+      action: 'rescue',
+      verdict: 'refused',
+      vtpm: uuidToText(vtpmUuid),
+      epoch,
+      generation,
+      reason: { code: 'moved', message },
+      facts: { ...facts, livesAt },
+    });
+  }
+}
+
+/** A later tombstone is of a time after the rescue: it came back before it went there. */
+function isElsewhere(
+  { kind, departure, epoch }: RecordHeader,
+  to: Pick<Departure, 'destination' | 'epoch'>,
+): boolean {
+  if (kind !== 'MOVED' || epoch > to.epoch) return false;
+  return !departure || !bytesEqual(departure.destination, to.destination);
 }
 
 function withoutNotice({ header: { rescue: _rescue, ...header }, parts }: VtpmRecord): VtpmRecord {

@@ -1,5 +1,5 @@
 import type { Logger } from 'vtpm-common';
-import { bytesEqual, type RecordHeader, type SignedRescue, uuidToText } from 'vtpm-proto';
+import { bytesEqual, type Peer, type RecordHeader, type SignedRescue, uuidToText } from 'vtpm-proto';
 import { statusOf } from '../admin/http.js';
 import type { AuditActor, AuditEvent, AuditLog } from '../audit/index.js';
 import { contentOf } from '../backup/format.js';
@@ -7,6 +7,7 @@ import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import { movedAway, type VtpmRecord } from '../records/index.js';
+import { checkRight, unknownPeer } from '../trust/peers.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import type { RescueBook } from './exchange.js';
 import { parseNotice, verifiedNotice } from './notice.js';
@@ -113,20 +114,20 @@ export class RescueControl implements RescueBook {
 
   async take(hostId: Uint8Array, rescues: readonly SignedRescue[]): Promise<Uint8Array[]> {
     const heard: Uint8Array[] = [];
+    let refusal: ManagerError | undefined;
     for (const signed of rescues) {
       try {
         const uuid = await this.#takeOne(hostId, signed);
         if (uuid) heard.push(uuid);
       } catch (caught) {
-        const { code, message } = ManagerError.from(caught);
-        const event = { actor: 'manager', action: 'rescue', verdict: 'refused' } as const;
-        await this.parts.audit.append({
-          ...event,
-          reason: { code, message },
-          facts: { rescuer: hex(hostId) },
-        });
-        this.parts.log.warn({ rescuer: hex(hostId), reason: code }, message);
+        // One that is bad hides none that is good; the first speaks for all of a message.
+        refusal ??= ManagerError.from(caught);
       }
+    }
+    if (refusal) {
+      const rescuer = hex(hostId);
+      await this.parts.registry.rescues.noteRefusal(rescuer, refusal);
+      this.parts.log.warn({ rescuer, reason: refusal.code }, refusal.message);
     }
     return heard;
   }
@@ -137,18 +138,22 @@ export class RescueControl implements RescueBook {
     const parties = { hostId: keys.hostKey.publicKey, backupKey: keys.backupKey.publicKey, rescuer };
     const { notice } = verifiedNotice(signed, parties);
     const id = uuidToText(notice.vtpmUuid);
-    const by = trust.peerById(rescuer)?.name ?? hex(rescuer);
+    const peer = trust.peerById(rescuer);
+    if (!peer) throw unknownPeer(hex(rescuer));
+    const by = peer.name;
     const facts = { rescuer: hex(rescuer), by, at: new Date(Number(notice.at)).toISOString() };
     // The last epoch that was not the rescuer's, as where a vTPM leaves by itself.
     const epoch = notice.epoch - 1n;
     let isEnded = false;
-    const isOver = await registry.rescues.giveUp(id, facts, (record, now) => {
+    const to = { destination: rescuer, epoch };
+    const end = await registry.rescues.giveUp(id, to, facts, (record, now) => {
       // It has come back since.
       if (record.header.epoch > epoch) return undefined;
+      this.#checkMayEnd(id, peer);
       isEnded = true;
       const { generation } = notice;
-      const where = { migrationId: NO_MIGRATION, destination: rescuer, mode: 'OFFLINE' } as const;
-      return movedAway(record, { ...where, at: now, epoch, generation }, now);
+      const where = { ...to, migrationId: NO_MIGRATION, mode: 'OFFLINE' } as const;
+      return movedAway(record, { ...where, at: now, generation }, now);
     });
     if (isEnded) {
       log.warn(
@@ -156,13 +161,34 @@ export class RescueControl implements RescueBook {
         'this vTPM was rescued by another host while this one was away; it lives there now',
       );
     }
-    if (!isOver) {
+    if (end === 'in-doubt') {
       log.warn(
         { vtpm: id, by },
         'this vTPM was rescued by another host, and is on its way to a third one; settle that first: vtpmctl migrate resolve',
       );
     }
-    return isOver ? notice.vtpmUuid : undefined;
+    if (end === 'elsewhere') {
+      log.error(
+        { vtpm: id, by },
+        'this vTPM was rescued by another host, but had gone from here to a third one before: both may run it now; ' +
+          'stop it on one of the two and retire it there (the audit log names both)',
+      );
+    }
+    return end === 'over' ? notice.vtpmUuid : undefined;
+  }
+
+  /** Its state would be gone here: no host may say so to which the operator lets nothing go. */
+  #checkMayEnd(id: string, peer: Peer): void {
+    try {
+      checkRight(peer, 'receive');
+    } catch (error) {
+      this.parts.log.error(
+        { vtpm: id, by: peer.name },
+        'a host that vTPMs do not go to says that it rescued this one: if that is so, both run it now; ' +
+          `stop it there, or have it end here: vtpmctl peer change ${peer.name} --receive`,
+      );
+      throw error;
+    }
   }
 }
 

@@ -14,6 +14,8 @@ import { verifiedFacts } from '../backup/format.js';
 import { ManagerError } from '../error.js';
 
 const NOTICE_FORMAT = 1;
+/** Epochs of a rescue: far above whatever the host that is dead had, or will have before it hears of it. */
+export const EPOCHS = 1n << 32n;
 const DOMAIN = Buffer.from('vtpm.v1 rescue\0');
 
 /** What the host that was dead is told. @param hostKey of the host that rescued */
@@ -54,6 +56,7 @@ export function verifiedNotice(
   const facts = backupOf(notice, backupKey);
   if (!bytesEqual(facts.vtpmUuid, notice.vtpmUuid)) throw unfit('its backup is of another vTPM');
   if (notice.epoch <= facts.epoch) throw unfit('its epoch is not above that of the backup');
+  if (notice.epoch % EPOCHS !== 0n) throw unfit('its epoch is none that a rescue begins');
   return { notice, facts };
 }
 

@@ -2,11 +2,9 @@ import { bytesEqual, type Peer, type RecordHeader, type Stay } from 'vtpm-proto'
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
 import { isDeparting, restoredRecord, type VtpmRecord, withStay } from '../records/index.js';
-import { signNotice } from './notice.js';
+import { EPOCHS, signNotice } from './notice.js';
 import type { CheckedRescue } from './request.js';
 
-/** Epochs of a rescue: far above whatever the host that is dead had, or will have before it hears of it. */
-const EPOCHS = 1n << 32n;
 /** Of no migration, and of an audit log that nobody could ask. */
 export const NO_MIGRATION = Buffer.alloc(16);
 const NO_HEAD = Buffer.alloc(32);
