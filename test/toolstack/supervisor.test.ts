@@ -98,6 +98,8 @@ describe('vtpm-supervisord', function () {
   });
 
   it('asks the manager for an epoch only where the list is wrong about it', async () => {
+    // Before its events are heard, no manager is known to be the one that was asked.
+    await until(async () => (await supervisor.call('GET', '/health')).body.managerConnected);
     const { body: vtpm } = await supervisor.create('web1');
     const start = () => supervisor.call('POST', '/vtpms/web1/start');
     const epoch = async () => {
