@@ -1,7 +1,7 @@
 import { execFileSync, spawnSync } from 'node:child_process';
-import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { dirname, join } from 'node:path';
+import { join } from 'node:path';
 import { transformSync } from 'esbuild';
 import { cleanEnvironment, REPOSITORY } from '../support/installation.js';
 import type { Mutant } from './mutants.js';
@@ -13,29 +13,30 @@ export interface Verdict {
   readonly output: string;
 }
 
+/** History, and what is made of the build. */
+const NOT_COPIED = ['.git', '.build'];
+
+/** What scripts/bundle-worker.mjs makes the worker's images of. */
+const BUNDLED = ['vtpmd/', 'common/', 'proto/'];
+
 /** A copy of the repository in which guards are removed, one at a time. */
 export class Workshop {
   readonly #directory = mkdtempSync(join(tmpdir(), 'vtpm-mutants-'));
+  /** What the tests said in the copy as it is: several guards may have the same test. */
+  readonly #controls = new Map<string, Verdict>();
 
   constructor() {
-    const sources = execFileSync(
-      'git',
-      ['-C', REPOSITORY, 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-      { encoding: 'utf8' },
-    ).split('\0');
-    for (const file of sources.filter(Boolean)) {
-      const target = join(this.#directory, file);
-      mkdirSync(dirname(target), { recursive: true });
-      cpSync(join(REPOSITORY, file), target);
-    }
-    // With its links as they are: the packages of the workspace must be the copies.
-    execFileSync('cp', ['-a', join(REPOSITORY, 'node_modules'), this.#directory]);
-    this.#runScript('scripts/build.mjs');
+    const parts = readdirSync(REPOSITORY).filter((name) => !NOT_COPIED.includes(name));
+    // With its links as they are: the packages of the workspace must be the copies. What is built is copied too.
+    execFileSync('cp', ['-a', ...parts.map((name) => join(REPOSITORY, name)), this.#directory]);
   }
 
   /** The mutant's test in the copy as it is: it must pass. */
   control(mutant: Mutant): Verdict {
-    return this.#run(mutant);
+    const key = `${mutant.test.file}\0${mutant.test.name}`;
+    const known = this.#controls.get(key) ?? this.#run(mutant);
+    this.#controls.set(key, known);
+    return known;
   }
 
   /** The mutant's test without the guard: it must fail. */
@@ -45,12 +46,13 @@ export class Workshop {
     const original = readFileSync(path, 'utf8');
     // Not checked: without its guard a name may be unused.
     writeFileSync(path, transformSync(mutate(source, mutant), { loader: 'ts', target: 'node20' }).code);
+    const isBundled = BUNDLED.some((folder) => mutant.file.startsWith(folder));
     try {
-      this.#runScript('scripts/bundle-worker.mjs');
-      return this.#run(mutant);
+      if (isBundled) this.#runScript('scripts/bundle-worker.mjs');
+      return this.#run(mutant, ['--bail']);
     } finally {
       writeFileSync(path, original);
-      this.#runScript('scripts/bundle-worker.mjs');
+      if (isBundled) this.#runScript('scripts/bundle-worker.mjs');
     }
   }
 
@@ -68,7 +70,7 @@ export class Workshop {
       throw new Error(`the mutated copy does not build:\n${built.stdout}${built.stderr}`);
   }
 
-  #run(mutant: Mutant): Verdict {
+  #run(mutant: Mutant, more: readonly string[] = []): Verdict {
     const report = join(this.#directory, 'report.json');
     rmSync(report, { force: true });
     const ran = spawnSync(
@@ -80,6 +82,7 @@ export class Workshop {
         ...['--reporter', 'scripts/mocha-reporter.cjs'],
         ...['--spec', `test/dist/${mutant.test.file}.test.js`],
         ...['--fgrep', mutant.test.name],
+        ...more,
       ],
       {
         cwd: this.#directory,
