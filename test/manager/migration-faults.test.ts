@@ -4,6 +4,7 @@ import fc from 'fast-check';
 import { STRANGE_INQUIRIES } from 'vtpm-manager/migration/limits';
 import { Talk } from 'vtpm-manager/migration/talk';
 import { signMigrateOrder } from 'vtpm-proto';
+import type { MemoryCounter } from '../support/memory-counter.js';
 import { type Fate, ModelHost, ModelNet } from '../support/model-net.js';
 import { until } from '../support/until.js';
 import type { TestVtpm } from '../support/worker-client.js';
@@ -167,6 +168,32 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       ),
       { numRuns: 20 },
     );
+  });
+
+  it('I-3 stay in doubt where the departure is on the disk, and the TPM has not counted it', async () => {
+    const hosts = await TwoHosts.create();
+    const { a, b } = hosts;
+    const vtpm = await hosts.stopped(a, 'saved');
+    const counter = a.world.anchor.counter as MemoryCounter;
+    // The manager is told to stop while its TPM does not answer.
+    counter.beforeIncrement = () => {
+      a.world.store.stopWaiting();
+      void a.control.close();
+      throw new Error('the TPM does not answer');
+    };
+    const end = await hosts.move(a, b, vtpm);
+    assert.equal(end.at, 'in-doubt');
+    counter.beforeIncrement = () => undefined;
+    await hosts.restart(a);
+    assert.equal((await a.world.registry.departures.pending()).length, 1);
+    await hosts.settle(a);
+    const lives = await hosts.livesAt(vtpm);
+    assert.deepEqual(
+      lives.map(({ host, permanent }) => [host.name, permanent]),
+      [['a', 'saved']],
+    );
+    await a.control.close();
+    await b.control.close();
   });
 
   it('forget a migration when both have acted on it, also where nobody heard of the tombstone', async () => {

@@ -145,4 +145,11 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
       name: 'is taken back before the freeze by its source while a worker waits',
     },
   },
+  {
+    name: 'a departure of which the store does not say whether it is written is not given up',
+    file: 'manager/src/ownership/departure.ts',
+    guard: 'if (!(await this.#isReadable(vtpmUuid))) this.#unread.set(vtpmUuid, pendingOf(next.header));',
+    without: '',
+    test: { file: 'manager/migration-faults', name: 'on the disk, and the TPM has not counted it' },
+  },
 ];

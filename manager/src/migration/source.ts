@@ -388,7 +388,7 @@ export class SourceMigration {
     ]);
     if (departed.status === 'rejected') {
       const reason = ManagerError.from(departed.reason);
-      // It did not come about: the worker is frozen still, and can go on.
+      // The store says that it did not come about: the worker is frozen still, and can go on.
       if (!(await this.#pending())) return { at: 'thawing', reason };
       throw reason;
     }

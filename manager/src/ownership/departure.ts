@@ -80,6 +80,8 @@ export class Departures {
   readonly #frozen = new Map<string, Frozen>();
   /** What the log says already of those that are about to go, by vTPM. */
   readonly #announced = new Map<string, Announced>();
+  /** Whether these were written, only the next start can read. */
+  readonly #unread = new Map<string, PendingDeparture>();
 
   constructor(private readonly desk: Desk) {}
 
@@ -186,10 +188,11 @@ export class Departures {
   }
 
   /**
-   * From now on nobody runs it here: durable and counted by the TPM when it resolves. It is done where the record is the one
+   * From now on nobody runs it here: durable and counted by the TPM when it resolves. Where it rejects, `pending` says whether
+   * it may be written. It is done where the record is the one
    * that the worker left when it stopped, or nobody is connected in mode OFFLINE.
    * @returns what travels; the caller wipes it
-   * @throws ManagerError as `check`, and `migration-aborted` where the worker has gone on: nothing has changed then
+   * @throws ManagerError as `check`, `migration-aborted` where the worker has gone on, the store's
    */
   async depart(
     vtpmUuid: string,
@@ -225,6 +228,7 @@ export class Departures {
         await this.#write('depart', vtpmUuid, held, next);
       } catch (error) {
         wipe(state.parts.PERMANENT, state.parts.VOLATILE, state.parts.REFERENCE_KEY);
+        if (!(await this.#isReadable(vtpmUuid))) this.#unread.set(vtpmUuid, pendingOf(next.header));
         throw error;
       }
       this.desk.noteDone(actor, 'freeze', next.header, facts);
@@ -270,16 +274,17 @@ export class Departures {
     });
   }
 
-  /** Those that wait for the word of their destination, from before a restart too. */
+  /**
+   * Those that wait for the word of their destination, from before a restart too, and those of which the store does not say
+   * any more whether they do.
+   */
   async pending(): Promise<PendingDeparture[]> {
     const records = await Promise.all(this.desk.census.departing.map((id) => this.desk.records.read(id)));
-    return records.flatMap((held) => {
+    const written = records.flatMap((held) => {
       const header = held?.record.header;
-      if (!header || !isDeparting(header)) return [];
-      const { departure, vtpmUuid } = header;
-      const { epoch, generation } = departure;
-      return [{ vtpmUuid: uuidToText(vtpmUuid), epoch, generation, departure }];
+      return header && isDeparting(header) ? [pendingOf(header)] : [];
     });
+    return [...written, ...this.#unread.values()];
   }
 
   #checkMayGo(vtpmUuid: string, header: RecordHeader, destination: Uint8Array): void {
@@ -330,6 +335,14 @@ export class Departures {
     });
   }
 
+  /** A store that refuses one write can be read; one that does not know what it wrote cannot. */
+  async #isReadable(vtpmUuid: string): Promise<boolean> {
+    return await this.desk.records.read(vtpmUuid).then(
+      () => true,
+      () => false,
+    );
+  }
+
   /** Counted first: no disk from before brings back what was so then. */
   async #write(
     step: 'depart' | 'thaw' | 'moved',
@@ -341,6 +354,14 @@ export class Departures {
     await this.desk.records.write(vtpmUuid, held, next, 'now');
     barrier(`migrate.${step}.written`);
   }
+}
+
+function pendingOf({
+  vtpmUuid,
+  departure,
+}: RecordHeader & { readonly departure: Departure }): PendingDeparture {
+  const { epoch, generation } = departure;
+  return { vtpmUuid: uuidToText(vtpmUuid), epoch, generation, departure };
 }
 
 function checkIsOnItsWay(vtpmUuid: string, { header }: VtpmRecord): void {

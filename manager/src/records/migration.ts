@@ -40,7 +40,7 @@ export function isDeparting(
 export function depart(
   record: VtpmRecord,
   { migrationId, destination, at, mode }: Omit<Departure, 'epoch' | 'generation'>,
-): VtpmRecord {
+): VtpmRecord & { readonly header: { readonly departure: Departure } } {
   const { header, parts } = withoutSession(record);
   const { epoch, generation } = header;
   return {
