@@ -50,6 +50,7 @@ describe('a migration between two managers', () => {
 
   it('moves a stopped vTPM: state, generation and epoch go on at the destination alone', async () => {
     const vtpm = await stoppedAt(a, 'P-one');
+    const began = Date.now();
     const given = a.give(await a.order(vtpm, b));
     const incoming = await b.acceptNext();
     assert.equal(incoming.id, vtpm.id);
@@ -78,6 +79,9 @@ describe('a migration between two managers', () => {
       assert.deepEqual([told.id, told.role, told.verdict], [vtpm.id, role, 'COMMIT']);
       const shown = await host.call('GET', `/migrations/${String(told.migration)}`);
       assert.deepEqual([shown.role, shown.state, shown.mode], [role, 'committed', 'OFFLINE']);
+      assert.equal(shown.description, '{"name":"web1"}');
+      const [begun, since] = [shown.begunAt, shown.since].map((time) => Date.parse(String(time)));
+      assert.ok(began <= begun! && begun! <= since! && since! <= Date.now(), JSON.stringify(shown));
     }
   });
 
@@ -227,6 +231,7 @@ describe('a migration between two managers', () => {
   });
 
   it('stays in doubt while the destination is away, through a restart of the source, until `resolve`', async () => {
+    const began = Date.now();
     const worker = await a.manufactured('P-doubt');
     const { vtpm } = worker;
     await worker.end();
@@ -245,6 +250,9 @@ describe('a migration between two managers', () => {
     await a.start();
     const [doubt] = (await a.migrations()).filter((one) => one.migration === migration);
     assert.deepEqual([doubt?.state, doubt?.role, doubt?.peer], ['in-doubt', 'source', 'b']);
+    // What the record has.
+    assert.ok(Date.parse(String(doubt?.since)) >= began);
+    assert.equal(doubt?.begunAt, null);
     await a.call('POST', `/migrations/${String(migration)}/resolve`, {}, 409);
     await b.start();
     const { verdict } = await a.call('POST', `/migrations/${String(migration)}/resolve`, {});

@@ -312,18 +312,41 @@ describe('vtpmctl migrate status, resolve and cancel', () => {
     mode: 'LIVE',
     peer: 'hostb',
     state: 'in-doubt',
+    begunAt: '2026-11-22T01:00:00.000Z',
+    since: '2026-11-22T01:00:02.000Z',
     reason: null,
     message: null,
   };
 
   it('show what each means, and end with 1 where one is in doubt', async () => {
-    const arrived = { ...DOUBT, id: ID(2), role: 'destination', state: 'committed' };
-    await desk.manager({ 'GET /migrations': { body: { migrations: [DOUBT, arrived] } } });
+    const arrived = {
+      ...DOUBT,
+      ...{ id: ID(2), role: 'destination', state: 'committed', mode: null, begunAt: null, since: null },
+      description: '{"name":"../web2"}',
+    };
+    const refused = {
+      ...DOUBT,
+      ...{ id: ID(3), role: 'destination', state: 'aborted', description: '{"name":"web3"}' },
+      ...{ begunAt: '2026-11-22T02:20:40.123Z', since: '2026-11-22T02:20:41.000Z' },
+    };
+    await desk.manager({ 'GET /migrations': { body: { migrations: [arrived, DOUBT, refused] } } });
     await desk.supervisor({ 'GET /vtpms': { body: { vtpms: [supervisorVtpm(ID(1), 'web1')] } } });
     const { code, stdout } = await desk.ctl(['migrate', 'status']);
     assert.equal(code, 1);
-    assert.match(stdout, /web1 +to hostb +live +in-doubt +nobody runs it until hostb says/);
-    assert.match(stdout, new RegExp(`${ID(2)} +from hostb +live +committed +it lives here`));
+    const [head, ...rows] = stdout.trimEnd().split('\n');
+    assert.match(head!, /^NAME +HOST +MODE +STATE +BEGUN +SINCE$/);
+    assert.match(rows[0]!, new RegExp(`^${ID(2)} +from hostb +- +committed +- +- +it lives here$`));
+    assert.match(rows[1]!, /^web1 +to hostb +live +in-doubt +\S+Z +\S+Z +nobody runs it until hostb says/);
+    assert.match(
+      rows[2]!,
+      /^web3 +from hostb +live +aborted +2026-11-22T02:20:40Z +2026-11-22T02:20:41Z +it stayed on hostb$/,
+    );
+    const json = (await desk.ctl(['--json', 'migrate', 'status', 'web3'])).stdout;
+    const { migrations } = JSON.parse(json) as { migrations: Record<string, unknown>[] };
+    assert.deepEqual(
+      migrations.map(({ id, name, begunAt, since, peer }) => ({ id, name, begunAt, since, peer })),
+      [{ id: ID(3), name: 'web3', begunAt: refused.begunAt, since: refused.since, peer: 'hostb' }],
+    );
     const other = await desk.ctl(['migrate', 'status', 'web9']);
     assert.equal(other.code, 0);
     assert.match(other.stdout, /no migration of web9 is under way or in doubt/);

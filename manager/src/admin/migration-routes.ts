@@ -1,6 +1,6 @@
 import { ManagerError } from '../error.js';
 import type { MigrationView } from '../migration/view.js';
-import { type AdminContext, type AdminRequest, type Answer, bodyOf, ok, type Route } from './route.js';
+import { type AdminContext, type AdminRequest, type Answer, bodyOf, ok, type Route, time } from './route.js';
 
 export const migrationRoutes: readonly Route[] = [
   { method: 'GET', path: '/migrations', handle: list },
@@ -50,9 +50,12 @@ async function cancel(request: AdminRequest, { service }: AdminContext): Promise
 }
 
 /** The reader's numbers: they stay below 2^53. */
-function describe({ incoming, ...rest }: MigrationView): object {
+function describe({ incoming, mode, begunAt, since, ...rest }: MigrationView): object {
   return {
     ...rest,
+    mode: mode ?? null,
+    begunAt: time(begunAt ?? 0),
+    since: time(since ?? 0),
     ...(incoming && {
       incoming: { ...incoming, epoch: Number(incoming.epoch), generation: Number(incoming.generation) },
     }),

@@ -32,6 +32,7 @@ import {
   because,
   hex,
   incomingOf,
+  inOrder,
   isCancellable,
   type MigrationView,
   viewOfArriving,
@@ -169,7 +170,7 @@ export class MigrationControl {
     for (const { migrationId, vtpmUuid, source } of this.parts.arrivals.unsettled()) {
       const migration = hex(migrationId);
       views.set(migration, {
-        ...(views.get(migration) ?? { mode: 'OFFLINE' }),
+        ...views.get(migration),
         migration,
         id: vtpmUuid,
         role: 'destination',
@@ -177,15 +178,16 @@ export class MigrationControl {
         state: 'committed',
       });
     }
-    for (const doubt of pending)
-      views.set(
-        hex(doubt.departure.migrationId),
-        viewOfPending(doubt, this.#nameOf, this.#resolver.reasonOf(doubt.departure.migrationId)?.reason),
-      );
+    for (const doubt of pending) {
+      const { migrationId } = doubt.departure;
+      const reason = this.#resolver.reasonOf(migrationId)?.reason;
+      const { begunAt, description } = views.get(hex(migrationId)) ?? {};
+      views.set(hex(migrationId), { begunAt, description, ...viewOfPending(doubt, this.#nameOf, reason) });
+    }
     for (const [migration, { session }] of this.#leaving)
       views.set(migration, viewOfOrder(session, this.#nameOf));
     for (const [migration, arriving] of this.#arriving) views.set(migration, this.#viewOf(arriving));
-    return [...views.values()];
+    return inOrder(views.values());
   }
 
   /** @param migration 32 hex digits @throws ManagerError `unknown-migration` */
@@ -335,6 +337,7 @@ export class MigrationControl {
     this.#remember({
       ...view,
       state: verdict === 'COMMIT' ? 'committed' : 'aborted',
+      since: Date.now(),
       ...because(reason),
     });
     this.#tell(view.migration, view.id, 'destination', verdict, view.peer);
@@ -434,7 +437,9 @@ export class MigrationControl {
   #onDecided({ vtpmUuid, departure }: PendingDeparture, verdict: Verdict): void {
     const migration = hex(departure.migrationId);
     const peer = this.#nameOf(departure.destination);
+    const { begunAt, description } = this.#ended.get(migration) ?? {};
     this.#remember({
+      ...{ begunAt, description, since: Date.now() },
       migration,
       id: vtpmUuid,
       role: 'source',

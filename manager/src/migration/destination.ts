@@ -97,6 +97,9 @@ const PARTS: Readonly<Record<MigrateMode, Pick<ExpectedState, 'required' | 'allo
  * to, also where it fails, and this class goes by that table.
  */
 export class DestinationMigration {
+  /** Unix milliseconds, for people; `since`: when it came to the state that it is in. */
+  readonly begunAt = Date.now();
+  since = this.begunAt;
   #state: DestinationState = { at: 'greeting' };
   #hello: MigrationHello | undefined;
   /** Looked for once: it takes longer than a guest should wait. */
@@ -135,6 +138,7 @@ export class DestinationMigration {
         return state;
       }
       this.#state = await this.#step(state).catch((error: unknown) => this.#failed(state, error));
+      this.since = Date.now();
     }
   }
 

@@ -136,6 +136,9 @@ const PHASE: Readonly<Partial<Record<SourceAt, MigratePhase>>> = {
  * also where it fails, and this class goes by that table.
  */
 export class SourceMigration {
+  /** Unix milliseconds, for people; `since`: when it came to the state that it is in. */
+  readonly begunAt = Date.now();
+  since = this.begunAt;
   #state: SourceState = { at: 'connecting' };
   readonly #began = performance.now();
   #frozenAt: number | undefined;
@@ -176,6 +179,7 @@ export class SourceMigration {
 
   #enter(next: SourceState): void {
     this.#state = next;
+    this.since = Date.now();
     if (isEnd(next) && this.#downtimeUs === 0n) this.#downtimeUs = this.#downtime();
     this.#tell();
   }

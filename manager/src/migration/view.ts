@@ -10,10 +10,17 @@ export interface MigrationView {
   readonly migration: string;
   readonly id: string;
   readonly role: 'source' | 'destination';
-  readonly mode: MigrateMode;
+  /** Absent where a manager before this one knew it. */
+  readonly mode?: MigrateMode;
   /** Name of the other host; its host id where it is no peer any more. */
   readonly peer: string;
   readonly state: 'preparing' | 'departing' | 'in-doubt' | 'committed' | 'aborted';
+  /** Unix milliseconds; absent as above. */
+  readonly begunAt?: number | undefined;
+  /** Unix milliseconds: of its step while it is under way, otherwise of its state; absent as above. */
+  readonly since?: number;
+  /** What the source's toolstack says of the vTPM, where that is short. */
+  readonly description?: string | undefined;
   /** Of its state machine, while it is under way. */
   readonly step?: string;
   readonly dryRun?: boolean;
@@ -37,7 +44,7 @@ export interface Arriving {
 export type NameOf = (hostId: Uint8Array) => string;
 
 export function viewOfOrder(session: SourceMigration, nameOf: NameOf, end?: SourceEnd): MigrationView {
-  const { order, at } = session;
+  const { order, at, begunAt, since } = session;
   return {
     migration: hex(order.migrationId),
     id: uuidToText(order.vtpmUuid),
@@ -46,6 +53,8 @@ export function viewOfOrder(session: SourceMigration, nameOf: NameOf, end?: Sour
     peer: nameOf(order.destination),
     state: stateOf(at),
     step: at,
+    ...{ begunAt, since },
+    ...described(order),
     dryRun: order.dryRun,
     ...because(end && 'reason' in end ? end.reason : undefined),
   };
@@ -64,6 +73,7 @@ export function viewOfPending(
     mode: departure.mode,
     peer: nameOf(departure.destination),
     state: 'in-doubt',
+    since: Number(departure.at),
     ...because(reason),
   };
 }
@@ -82,6 +92,9 @@ export function viewOfArriving(
     peer: peerName,
     state: 'preparing',
     step: session.at,
+    begunAt: session.begunAt,
+    since: session.since,
+    ...described(hello),
     dryRun: hello.dryRun,
     ...(isAsked && { incoming: incomingOf(hello, nameOf) }),
   };
@@ -100,6 +113,20 @@ export function incomingOf(hello: MigrationHello, nameOf: NameOf): IncomingView 
     description: Buffer.from(hello.description).toString('utf8'),
     dryRun: hello.dryRun,
   };
+}
+
+/** Many are remembered, and another host writes them. */
+const MAX_KEPT_DESCRIPTION_BYTES = 1024;
+
+function described({ description }: Pick<MigrationHello, 'description'>): Pick<MigrationView, 'description'> {
+  if (description.length === 0 || description.length > MAX_KEPT_DESCRIPTION_BYTES) return {};
+  return { description: Buffer.from(description).toString('utf8') };
+}
+
+/** What is known of when, newest last. */
+export function inOrder(views: Iterable<MigrationView>): MigrationView[] {
+  const when = ({ begunAt, since }: MigrationView): number => begunAt ?? since ?? 0;
+  return [...views].sort((one, other) => when(one) - when(other));
 }
 
 function stateOf(at: SourceMigration['at']): MigrationView['state'] {

@@ -110,6 +110,14 @@ export async function findEntry(
   return { entry: join(known, undefined, false), missing: [saved] };
 }
 
+/** As the supervisor has it. Upper case is refused so that two names never differ by that alone. */
+const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
+
+/** Whether a vTPM may be called so; an id is told from a name by its form. */
+export function isVtpmName(text: string): boolean {
+  return NAME.test(text) && !isUuid(text);
+}
+
 export function isUuid(text: string): boolean {
   return /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/i.test(text);
 }

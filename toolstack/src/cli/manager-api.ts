@@ -59,10 +59,17 @@ export interface Migration {
   /** Of the vTPM. */
   readonly id: string;
   readonly role: 'source' | 'destination';
-  readonly mode: string;
+  /** null: a manager before this one knew it; so with the times. */
+  readonly mode: string | null;
   /** Name of the other host, or its host id. */
   readonly peer: string;
   readonly state: 'preparing' | 'departing' | 'in-doubt' | 'committed' | 'aborted';
+  /** ISO 8601, UTC. */
+  readonly begunAt: string | null;
+  /** Of its step while it is under way, otherwise of its state. */
+  readonly since: string | null;
+  /** Of the source's toolstack, or of another host that gives itself out for it. */
+  readonly description?: string;
   readonly reason?: string | null;
   readonly message?: string | null;
 }

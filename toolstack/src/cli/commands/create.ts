@@ -4,7 +4,7 @@ import { checkSocketPath } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import { parseSocketAccess } from '../accounts.js';
 import type { Context } from '../context.js';
-import { isUuid } from '../inventory.js';
+import { isUuid, isVtpmName } from '../inventory.js';
 import { fields, PLAIN_STATE } from '../output.js';
 import type { DropinBinding } from '../supervisor-api.js';
 import { delegate, readToolstackKey } from '../toolstack-key.js';
@@ -27,13 +27,10 @@ export interface CreateFlags {
   readonly socketMode?: string;
 }
 
-/** As the supervisor has it. Upper case is refused so that two names never differ by that alone. */
-const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
-
 /** Registers a vTPM; its TPM comes into being with the first start. */
 export async function create(name: string, flags: CreateFlags, context: Context): Promise<void> {
   const { configuration, output, supervisor } = context;
-  if (!NAME.test(name) || isUuid(name)) {
+  if (!isVtpmName(name)) {
     throw new ToolstackError(
       'usage',
       `a name has 1 to 63 of a-z, 0-9, ".", "_" and "-", begins with a letter or digit and is no UUID; "${name}" is not one`,

@@ -1,9 +1,9 @@
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { EXIT } from '../exit-status.js';
-import { isUuid } from '../inventory.js';
+import { isUuid, isVtpmName } from '../inventory.js';
 import type { Migration } from '../manager-api.js';
-import { table } from '../output.js';
+import { table, time } from '../output.js';
 import { because } from './migrate.js';
 
 /** Of a migration, what it means for who looks after the vTPM. */
@@ -28,22 +28,24 @@ interface Named extends Migration {
   readonly name: string | null;
 }
 
-/** Those that are not settled, and those of the last time. @returns the exit status: 0 where none is in doubt */
+/** Those that are not settled, and those of the last time, the newest last. @returns the exit status: 0 where none is in doubt */
 export async function migrateStatus(nameOrId: string | undefined, context: Context): Promise<number> {
   const all = await named(context);
   const shown = nameOrId === undefined ? all : all.filter(isOf(nameOrId));
   const rows = shown.map((migration) => [
     migration.name ?? migration.id,
     migration.role === 'source' ? `to ${migration.peer}` : `from ${migration.peer}`,
-    migration.mode.toLowerCase(),
+    migration.mode?.toLowerCase() ?? '-',
     migration.state,
+    time(migration.begunAt),
+    time(migration.since),
     sayMeaning(migration),
   ]);
   context.output.result(
     { migrations: shown.map((migration) => ({ ...migration, meaning: sayMeaning(migration) })) },
     rows.length === 0
       ? `no migration${nameOrId === undefined ? '' : ` of ${nameOrId}`} is under way or in doubt`
-      : table(['NAME', 'HOST', 'MODE', 'STATE', ''], rows),
+      : table(['NAME', 'HOST', 'MODE', 'STATE', 'BEGUN', 'SINCE', ''], rows),
   );
   return shown.some(isOpen) ? EXIT.failed : EXIT.ok;
 }
@@ -101,7 +103,20 @@ async function named({ manager, supervisor }: Context): Promise<Named[]> {
     supervisor.vtpms().catch(() => []),
   ]);
   const names = new Map(vtpms.map(({ id, name }) => [id, name]));
-  return migrations.map((migration) => ({ ...migration, name: names.get(migration.id) ?? null }));
+  return migrations.map(({ description, ...migration }) => ({
+    ...migration,
+    name: names.get(migration.id) ?? nameIn(description),
+  }));
+}
+
+/** Of one that has no entry here any more, or none yet: what the host it comes from calls it. */
+function nameIn(description: string | undefined): string | null {
+  try {
+    const { name } = JSON.parse(description ?? '{}') as { name?: unknown };
+    return typeof name === 'string' && isVtpmName(name) ? name : null;
+  } catch {
+    return null;
+  }
 }
 
 function isOf(nameOrId: string): (migration: Named) => boolean {
