@@ -7,6 +7,7 @@ export * from './file-system-failure.js';
 export * from './files.js';
 export * from './finding.js';
 export * from './free-space.js';
+export * from './host-port.js';
 export * from './libc.js';
 export * from './log.js';
 export * from './paths.js';

@@ -473,17 +473,20 @@ describe('vtpmctl evacuate', () => {
   });
 
   it('takes those alone whose names fit', async () => {
-    const supervisor = await host({});
-    const { code, stderr } = await desk.ctl([
-      'evacuate',
-      '--to',
-      'hostb',
-      '--only',
-      'web?',
-      'x*',
-      '--dry-run',
-    ]);
+    const ready = saying(progress('PREPARED'));
+    const supervisor = await host({ web1: ready, web2: ready, web3: ready });
+    const only = ['evacuate', '--to', 'hostb', '--dry-run', '--only'];
+    const none = await desk.ctl([...only, 'wbe*', 'x*']);
+    assert.equal(none.code, 1);
+    assert.match(none.stderr, /no vTPM here is called wbe\* or x\*; there are: web1, web2, web3, db1\n$/);
+    const gone = await desk.ctl([...only, 'gone']);
+    assert.equal(gone.code, 0, gone.stderr);
+    assert.deepEqual(supervisor.calls.filter(({ method }) => method === 'POST').length, 0);
+    const { code, stdout, stderr } = await desk.ctl([...only, 'web?', 'x*']);
     assert.equal(code, 0, stderr);
+    assert.equal(stderr, 'no vTPM here is called x*\n');
+    assert.match(stdout, /^checked +3 of 3 can go to hostb; nothing was stopped$/m);
+    assert.doesNotMatch(stdout, /done/);
     const orders = supervisor.calls.filter(({ method }) => method === 'POST');
     assert.deepEqual(
       orders.map(({ path }) => path).sort(),

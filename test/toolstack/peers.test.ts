@@ -261,6 +261,9 @@ describe('vtpmctl peer', () => {
     const without = await json<ShownPeer>(a, 'peer', 'change', 'b', '--no-authority');
     assert.deepEqual([without.authority, without.maySend, without.mayReceive], [null, true, false]);
     await refusedWith(/say what to change/, a, 'peer', 'change', 'b');
+    const nowhere = await ctl(a, 'peer', 'change', 'b', '--address', 'b.example');
+    assert.equal(nowhere.code, 2);
+    assert.match(nowhere.stderr, /--address: "b.example" is no address; it is HOST:PORT/);
 
     await refusedWith(/vtpmctl peer list/, a, 'peer', 'show', 'c');
   });

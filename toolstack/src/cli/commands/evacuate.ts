@@ -5,7 +5,7 @@ import { EXIT } from '../exit-status.js';
 import { findPeer, makeOrder } from '../migration/order.js';
 import { duration, type MigrateProgress } from '../migration/progress.js';
 import { RunningMigration } from '../migration/run.js';
-import { bytes, fields } from '../output.js';
+import { bytes, fields, type Output } from '../output.js';
 import type { ManagerPeer } from '../peer-api.js';
 import type { SupervisorVtpm } from '../supervisor-api.js';
 import { readToolstackKey } from '../toolstack-key.js';
@@ -19,11 +19,14 @@ export interface EvacuateFlags {
 }
 
 const MAX_PARALLEL = 64;
+/** In a message. */
+const SHOWN_NAMES = 20;
 
 /** What came of one vTPM. */
 interface Outcome {
   readonly vtpm: string;
   readonly name: string;
+  /** `possible`: of a dry run. */
   readonly result: 'migrated' | 'possible' | 'not-migrated' | 'in-doubt' | 'left';
   readonly reason: string;
   readonly message: string;
@@ -35,14 +38,15 @@ interface Outcome {
 /**
  * Moves every vTPM, or those whose names fit, some at a time. What one of them is refused for does not stop the others.
  * Interrupted, it begins no other and cancels those that can still be cancelled.
- * @returns the exit status: 0 only where all of them have moved
+ * @returns the exit status: 0 only where all of them have moved, or could
+ * @throws ToolstackError `unknown-vtpm` where a name is asked for that none has
  */
 export async function evacuate(flags: EvacuateFlags, context: Context): Promise<number> {
   const { configuration, output, supervisor } = context;
   const parallel = parallelOf(flags.parallel);
   const key = readToolstackKey(configuration.paths);
   const peer = await findPeer(flags.to, context);
-  const vtpms = chosen(await supervisor.vtpms(), flags.only);
+  const vtpms = chosen(await supervisor.vtpms(), flags, output);
   const isDryRun = flags.dryRun === true;
   const running = new Set<RunningMigration>();
   let isInterrupted = false;
@@ -83,7 +87,7 @@ export async function evacuate(flags: EvacuateFlags, context: Context): Promise<
   } finally {
     process.removeListener('SIGINT', interrupt);
   }
-  return report(outcomes, peer, (performance.now() - began) * 1000, output);
+  return report(outcomes, peer, isDryRun, (performance.now() - began) * 1000, output);
 }
 
 function left(): ToolstackError {
@@ -122,8 +126,9 @@ function sayOutcome(outcome: Outcome, index: number, count: number): string {
 function report(
   outcomes: readonly Outcome[],
   peer: ManagerPeer,
+  isDryRun: boolean,
   elapsedUs: number,
-  output: Context['output'],
+  output: Output,
 ): number {
   const done = outcomes.filter(({ result }) => result === 'migrated' || result === 'possible');
   const failures = new Map<string, string[]>();
@@ -136,8 +141,9 @@ function report(
   const total = outcomes.reduce((sum, outcome) => sum + outcome.bytes, 0);
   const summary = {
     peer: peer.name,
+    dryRun: isDryRun,
     vtpms: outcomes.length,
-    done: done.length,
+    [isDryRun ? 'possible' : 'done']: done.length,
     failures: Object.fromEntries(failures),
     elapsedUs: Math.round(elapsedUs),
     worstDowntimeUs: stopped.length === 0 ? null : Math.max(...stopped),
@@ -146,7 +152,9 @@ function report(
   output.line(
     { summary },
     fields([
-      ['done', `${done.length} of ${outcomes.length} to ${peer.name}`],
+      isDryRun
+        ? ['checked', `${done.length} of ${outcomes.length} can go to ${peer.name}; nothing was stopped`]
+        : ['done', `${done.length} of ${outcomes.length} to ${peer.name}`],
       ...[...failures].map(([why, names]) => [why, names.join(', ')] as const),
       ['time', duration(elapsedUs)],
       ['longest stop', stopped.length === 0 ? null : duration(Math.max(...stopped))],
@@ -156,14 +164,34 @@ function report(
   return done.length === outcomes.length ? EXIT.ok : EXIT.failed;
 }
 
-/** Those that are elsewhere, or on their way, are nobody's business any more. */
-function chosen(vtpms: readonly SupervisorVtpm[], only: readonly string[] | undefined): SupervisorVtpm[] {
-  const here = vtpms.filter(
-    ({ state }) => state !== 'moved' && state !== 'migrating' && state !== 'arriving',
-  );
-  if (only === undefined) return here;
-  const patterns = only.map(globPattern);
-  return here.filter(({ name }) => patterns.some((pattern) => pattern.test(name)));
+/**
+ * Those that are elsewhere, or on their way, are nobody's business any more.
+ * @throws ToolstackError `unknown-vtpm` where none is called so, and none was
+ */
+function chosen(vtpms: readonly SupervisorVtpm[], { only }: EvacuateFlags, output: Output): SupervisorVtpm[] {
+  const isHere = ({ state }: SupervisorVtpm): boolean =>
+    state !== 'moved' && state !== 'migrating' && state !== 'arriving';
+  const fits = (glob: string) => {
+    const pattern = globPattern(glob);
+    return ({ name }: SupervisorVtpm): boolean => pattern.test(name);
+  };
+  const strange = (only ?? []).filter((glob) => !vtpms.some(fits(glob)));
+  if (strange.length > 0 && strange.length === only?.length) {
+    throw new ToolstackError(
+      'unknown-vtpm',
+      `no vTPM here is called ${strange.join(' or ')}; ${namesOf(vtpms.filter(isHere))}`,
+    );
+  }
+  for (const glob of strange) output.note(`no vTPM here is called ${glob}`);
+  const found = vtpms.filter((vtpm) => isHere(vtpm) && (only ?? ['*']).some((glob) => fits(glob)(vtpm)));
+  if (found.length === 0) output.note('none of them is here to go; vtpmctl list shows where each is');
+  return found;
+}
+
+function namesOf(vtpms: readonly SupervisorVtpm[]): string {
+  const names = vtpms.slice(0, SHOWN_NAMES).map(({ name }) => name);
+  if (vtpms.length > names.length) names.push(`… (${vtpms.length} in all, see vtpmctl list)`);
+  return names.length === 0 ? 'there is none that could go' : `there are: ${names.join(', ')}`;
 }
 
 /** `*` stands for any characters, `?` for one, everything else for itself. */

@@ -1,3 +1,4 @@
+import { parseHostPort } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { readGivenFile } from '../given-files.js';
@@ -74,7 +75,7 @@ export async function addPeer(
     identity: readGivenFile('FILE', file),
     ...(flags.ekCa !== undefined && { ekCa: readGivenFile('--ek-ca', flags.ekCa) }),
     ...(flags.ekFingerprint !== undefined && { ekFingerprint: flags.ekFingerprint }),
-    addresses: flags.address ?? [],
+    addresses: addressesOf(flags.address ?? []),
     approveCurrent: flags.approveCurrent === true,
     ...(flags.authority !== undefined && { authority: readGivenFile('--authority', flags.authority) }),
     maySend: flags.send,
@@ -117,7 +118,7 @@ export async function changePeer(
   { manager, output }: Context,
 ): Promise<void> {
   const peer = await manager.peer.change(name, {
-    ...(address !== undefined && { addresses: address }),
+    ...(address !== undefined && { addresses: addressesOf(address) }),
     ...(authority !== undefined && {
       authority: authority === false ? null : readGivenFile('--authority', authority),
     }),
@@ -151,6 +152,15 @@ export async function approvePeer(
 export async function removePeer(name: string, { manager, output }: Context): Promise<void> {
   await manager.peer.remove(name);
   output.result({ name }, `${name} is no peer any more; what was connected with it is cut`);
+}
+
+function addressesOf(texts: readonly string[]): readonly string[] {
+  try {
+    texts.forEach(parseHostPort);
+    return texts;
+  } catch (cause) {
+    throw new ToolstackError('usage', `--address: ${(cause as Error).message}`, { cause });
+  }
 }
 
 function platformOf(text: string): PlatformName {
