@@ -1366,7 +1366,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'a key that nobody waits for is cancelled',
-    file: 'vtpmd/src/worker/command-queue.ts',
+    file: 'vtpmd/src/worker/run-command.ts',
     guard: 'if (source.isGone || source.hasLeft?.()) engine.cancel();',
     without: '',
     test: { file: 'vtpmd/doors', name: 'cancel what nobody waits for' },

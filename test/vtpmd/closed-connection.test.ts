@@ -3,7 +3,8 @@ import { closeSync } from 'node:fs';
 import { socketPair } from 'vtpm-common';
 import { receiveNow, sendNow } from 'vtpmd/channels/socket-io';
 import { TpmConnection } from 'vtpmd/channels/tpm-connection';
-import type { CommandQueue, CommandSource } from 'vtpmd/worker/command-queue';
+import type { CommandQueue } from 'vtpmd/worker/command-queue';
+import type { CommandSource } from 'vtpmd/worker/command-source';
 import { until } from '../support/until.js';
 
 const GET_RANDOM = Buffer.from('80010000000c0000017b0008', 'hex');

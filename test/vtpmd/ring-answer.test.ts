@@ -5,7 +5,7 @@ import { socketPair } from 'vtpm-common/libc';
 import { FrontendPage } from 'vtpm-frontend-driver';
 import { mapShared, sendNow, sendWithDescriptors, viewOf } from 'vtpm-frontend-driver/system-calls';
 import { RingConnection } from 'vtpmd/ring/ring-connection';
-import type { CommandSource } from 'vtpmd/worker/command-queue';
+import type { CommandSource } from 'vtpmd/worker/command-source';
 import { memoryOf, SEAL, SETUP } from '../support/raw-frontend.js';
 import { getRandom } from '../support/tpm-commands.js';
 import { until } from '../support/until.js';

@@ -1,7 +1,8 @@
 import type { AnswerPipe } from '../checkpoint/answer-pipe.js';
 import type { CheckpointKeeper } from '../checkpoint/keeper.js';
 import type { Locality } from '../engine/engine.js';
-import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
+import type { CommandQueue } from '../worker/command-queue.js';
+import type { CommandSource } from '../worker/command-source.js';
 import type { ClientKind } from '../worker/outage-policy.js';
 import {
   type Frame,

@@ -4,7 +4,7 @@ import { framed } from '../channels/framing.js';
 import type { HandleOwners } from '../channels/handle-owners.js';
 import type { TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
-import type { CommandSource } from '../worker/command-queue.js';
+import type { CommandSource } from '../worker/command-source.js';
 import type { OutagePolicy } from '../worker/outage-policy.js';
 import type { GrantedState } from './choose.js';
 import { type CheckpointMemory, SLOTS, type Slot } from './memory.js';

@@ -1,6 +1,7 @@
 import { type Frame, framed, type Message, ONLY_ZERO } from '../channels/framing.js';
 import type { TpmEngine } from '../engine/engine.js';
-import type { CommandQueue, CommandSource } from '../worker/command-queue.js';
+import type { CommandQueue } from '../worker/command-queue.js';
+import type { CommandSource } from '../worker/command-source.js';
 import { type Answer, PortConnection } from './port.js';
 import {
   type CommandRequest,

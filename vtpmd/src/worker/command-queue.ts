@@ -1,44 +1,12 @@
 import { barrier } from 'vtpm-common/barrier';
-import type { Frame } from '../channels/framing.js';
-import type { HandleOwner } from '../channels/handle-owners.js';
-import {
-  commandCode,
-  errorResponse,
-  HEADER_BYTES,
-  isSlow,
-  TPM_RC_FAILURE,
-  TPM_RC_RETRY,
-} from '../engine/command.js';
-import type { Locality, Processed, TpmEngine } from '../engine/engine.js';
+import { errorResponse, HEADER_BYTES, TPM_RC_RETRY } from '../engine/command.js';
+import type { Processed, TpmEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
-import type { ClientKind, OutagePolicy } from './outage-policy.js';
+import { type CommandSource, refuse, stayingSource } from './command-source.js';
+import { DueTimes } from './due-times.js';
+import type { OutagePolicy } from './outage-policy.js';
+import { runCommand } from './run-command.js';
 import { expectStirred, freshStir, type Trial, Trials } from './trial.js';
-
-/** Who sends commands: one connection, or the worker itself. It has at most one command in the queue. */
-export interface CommandSource {
-  /** The command, of HEADER_BYTES at least. The queue replaces it by a copy where it has to wait. */
-  command: Buffer;
-  /** At which it runs; 0 where absent. */
-  readonly locality?: Locality;
-  /** What it came in; the answer goes back in it. */
-  readonly frame?: Frame | undefined;
-  /** It does not run, and this is the code of its answer. */
-  readonly refusal?: number | undefined;
-  /** Number of the connection, where workers that come after this one know it by that. */
-  readonly connection?: number | undefined;
-  /** Of what the command loads into the TPM. */
-  readonly owner?: HandleOwner | undefined;
-  /** Absent for commands of the worker itself. */
-  readonly kind?: ClientKind;
-  /** True once nobody waits for the answer: a command that did not run yet is dropped. */
-  readonly isGone: boolean;
-  /** Asked while a slow command of it runs: nobody will take the answer, though the event loop does not know it yet. */
-  hasLeft?(): boolean;
-  /** The command's own answer, or RETRY where it did not run; a view that is valid during the call. */
-  answer(response: Buffer): void;
-  /** Instead of `answer`: the command was dropped and did not run. */
-  dropped(): void;
-}
 
 export interface CommandQueueOptions {
   readonly engine: TpmEngine;
@@ -80,8 +48,7 @@ export class CommandQueue {
   readonly #idleWaiters: (() => void)[] = [];
   readonly #trials: Trials;
   /** When the commands that wait may be tried; only in an outage. */
-  #due: Map<CommandSource, number> | undefined;
-  #timer: NodeJS.Timeout | undefined;
+  #due: DueTimes | undefined;
   #current: CommandSource | undefined;
   #isDead = false;
 
@@ -113,7 +80,7 @@ export class CommandQueue {
     }
     source.command = Buffer.from(source.command);
     this.#waiting.push(source);
-    if (this.#due) this.#schedule(source);
+    this.#due?.schedule(source);
     this.#options.onWaiting?.(source);
   }
 
@@ -124,7 +91,7 @@ export class CommandQueue {
       return;
     }
     this.#waiting.unshift(source);
-    if (this.#due) this.#schedule(source);
+    if (this.#due) this.#due.schedule(source);
     else this.#pump();
   }
 
@@ -144,7 +111,7 @@ export class CommandQueue {
     const index = this.#waiting.indexOf(source);
     if (index < 0) return false;
     this.#waiting.splice(index, 1);
-    this.#due?.delete(source);
+    this.#due?.forget(source);
     return true;
   }
 
@@ -168,16 +135,17 @@ export class CommandQueue {
   outage(): void {
     if (this.#due) return;
     this.#holds.add(OUTAGE);
-    this.#options.policy?.begin();
-    this.#due = new Map();
-    for (const source of this.#waiting) this.#schedule(source);
+    const { policy } = this.#options;
+    policy?.begin();
+    this.#due = new DueTimes(policy, () => this.#guard(() => this.#tryDue()));
+    for (const source of this.#waiting) this.#due.schedule(source);
   }
 
   /** Everything goes on. */
   outageOver(): void {
     if (!this.#due) return;
+    this.#due.end();
     this.#due = undefined;
-    clearTimeout(this.#timer);
     if (this.#trials.mustStir) this.#waiting.unshift(this.#stirSource());
     this.release(OUTAGE);
   }
@@ -204,7 +172,7 @@ export class CommandQueue {
     this.#guesses.clear();
     const waiting = this.#waiting.splice(0);
     for (const source of waiting) {
-      this.#due?.delete(source);
+      this.#due?.forget(source);
       if (source.isGone) source.dropped();
       else refuse(source);
     }
@@ -256,28 +224,15 @@ export class CommandQueue {
 
   /** `done` is called at once, or later where the command is slow. */
   #process(source: CommandSource, done: (processed: Processed, wasAsync: boolean) => void): void {
-    const { engine } = this.#options;
-    const { command, locality, refusal } = source;
-    if (refusal !== undefined) {
-      done({ response: errorResponse(refusal), stored: undefined }, false);
+    const processed = runCommand(this.#options.engine, source);
+    if (!(processed instanceof Promise)) {
+      done(processed, false);
       return;
     }
-    if (!isSlow(commandCode(command))) {
-      done(engine.process(command, locality), false);
-      return;
-    }
-    // Its connection's memory may be another command's meanwhile.
-    source.command = Buffer.from(command);
-    const watch = setInterval(() => {
-      if (source.isGone || source.hasLeft?.()) engine.cancel();
-    }, LEFT_CHECK_MS);
-    engine
-      .processAsync(source.command, locality)
-      .finally(() => clearInterval(watch))
-      .then(
-        (processed) => this.#guard(() => done(processed, true)),
-        (error: unknown) => this.#fail(error),
-      );
+    processed.then(
+      (late) => this.#guard(() => done(late, true)),
+      (error: unknown) => this.#fail(error),
+    );
   }
 
   #processed(source: CommandSource, processed: Processed, wasAsync: boolean): void {
@@ -302,40 +257,23 @@ export class CommandQueue {
     this.#finish(source, response, stored !== undefined, wasAsync);
   }
 
-  #schedule(source: CommandSource): void {
-    const { policy } = this.#options;
-    if (!policy || !this.#due) return;
-    this.#due.set(source, performance.now() + policy.holdTime(source));
-    this.#setTimer();
-  }
-
-  #setTimer(): void {
-    clearTimeout(this.#timer);
-    if (!this.#due || this.#due.size === 0) return;
-    const first = Math.min(...this.#due.values());
-    if (first === Number.POSITIVE_INFINITY) return;
-    this.#timer = setTimeout(
-      () => this.#guard(() => this.#tryDue()),
-      Math.max(0, Math.ceil(first - performance.now())),
-    );
-  }
-
   /** Tries what has waited long enough, where nothing but the outage is in the way. */
   #tryDue(): void {
     while (this.#due && !this.#isDead && !this.#current && this.#holds.size === 1) {
+      const due = this.#due;
       const now = performance.now();
-      const index = this.#waiting.findIndex((one) => one.isGone || (this.#due?.get(one) ?? now + 1) <= now);
+      const index = this.#waiting.findIndex((one) => one.isGone || due.isDue(one, now));
       const source = this.#waiting[index];
       if (!source) {
-        this.#setTimer();
+        due.wait();
         return;
       }
       if (!source.isGone && !this.#options.policy?.mayTry(source.command)) {
-        this.#due.set(source, Number.POSITIVE_INFINITY);
+        due.never(source);
         continue;
       }
       this.#waiting.splice(index, 1);
-      this.#due.delete(source);
+      due.forget(source);
       if (source.isGone) source.dropped();
       else this.#try(source);
     }
@@ -369,7 +307,7 @@ export class CommandQueue {
       const kept = stayingSource(source);
       this.#waiting.unshift(kept);
       if (isGuess) this.#guesses.add(kept);
-      this.#due.set(kept, Number.POSITIVE_INFINITY);
+      this.#due.never(kept);
     } else {
       source.answer(errorResponse(TPM_RC_RETRY));
     }
@@ -417,32 +355,6 @@ export class CommandQueue {
 }
 
 const OUTAGE = 'outage';
-
-/** Of a TPM that is off. */
-function refuse(source: CommandSource): void {
-  // The worker's own only make room in a TPM that is not there any more.
-  if (source.kind === undefined) source.dropped();
-  else source.answer(errorResponse(TPM_RC_FAILURE));
-}
-
-/** The same command, which runs even where its sender is gone by then. */
-function stayingSource(source: CommandSource): CommandSource {
-  return {
-    command: source.command,
-    connection: source.connection,
-    owner: source.owner,
-    frame: source.frame,
-    refusal: source.refusal,
-    ...(source.kind !== undefined && { kind: source.kind }),
-    ...(source.locality !== undefined && { locality: source.locality }),
-    isGone: false,
-    answer: (response) => source.answer(response),
-    dropped: () => source.dropped(),
-  };
-}
-
-/** How often a slow command looks whether somebody waits for it. */
-const LEFT_CHECK_MS = 20;
 
 /** Commands that run before the event loop gets a turn. */
 const PUMP_BUDGET = 64;

@@ -14,7 +14,7 @@ import { errorResponse, TPM_RC_FAILURE } from '../engine/command.js';
 import { createEngine } from '../engine/engine.js';
 import { VtpmdError } from '../error.js';
 import { RingConnection } from '../ring/ring-connection.js';
-import type { CommandSource } from './command-queue.js';
+import type { CommandSource } from './command-source.js';
 import type { Log } from './log.js';
 
 export interface LostTpmEvents {

@@ -7,7 +7,7 @@ import {
   TPM_RC_SUCCESS,
 } from '../engine/command.js';
 import { VtpmdError } from '../error.js';
-import type { CommandSource } from './command-queue.js';
+import type { CommandSource } from './command-source.js';
 
 /** Who waits for an answer, where it matters how long. */
 export type ClientKind = 'tpm' | 'tcti' | 'vmm-data';

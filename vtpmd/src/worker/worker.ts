@@ -2,8 +2,7 @@ import { closeSync } from 'node:fs';
 import { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { forbidCoreDumps, sendDescriptor, socketPair } from 'vtpm-common/libc';
-import { type Doors, isDoorKind, type Visitor } from '../channels/doors.js';
-import { Inherited, type Left, openLeft } from '../checkpoint/left.js';
+import { type Left, openLeft } from '../checkpoint/left.js';
 import { loadLibtpms } from '../engine/libtpms.js';
 import { VtpmdError } from '../error.js';
 import { readIdentity } from '../manager-link/load.js';
@@ -25,6 +24,7 @@ import { arrive, arriveWithVmm, beginRun, endRun, goOn } from './power.js';
 import { type RehearsalStage, rehearse } from './rehearsal.js';
 import { type LoadParts, loadTpm, type ServedTpm } from './served-tpm.js';
 import { StandIn } from './stand-in.js';
+import { Visits } from './visits.js';
 
 /** What a worker is connected to its surroundings by, when it starts. It opens nothing itself. */
 export interface WorkerEnds {
@@ -64,6 +64,7 @@ class Worker {
   readonly #link: IdleLink;
   readonly #control: ControlChannel;
   readonly #descriptors: number;
+  readonly #visits: Visits;
   #tpm: ServedTpm | undefined;
   #rehearsal: Promise<void> | undefined;
   /** After the start none can be made. */
@@ -72,9 +73,6 @@ class Worker {
   #standIn: StandIn | undefined;
   /** What it has of the VM run; with an identity all of that comes again. */
   #standInPipes: PipeEnds[] = [];
-  /** Connections that the worker before this one had. */
-  #inherited: Inherited | undefined;
-  #isOpen = false;
   #isEnding = false;
   #hasFailed = false;
 
@@ -91,6 +89,7 @@ class Worker {
       onError: (error) => this.#fail(error),
       onEnd: () => this.#end(2),
     });
+    this.#visits = new Visits(this.#control, log);
   }
 
   start(isLocked: boolean): void {
@@ -144,13 +143,13 @@ class Worker {
         this.#useLink(message.fd);
         return;
       case 'connection':
-        this.#openDoor(message);
+        this.#visits.open(message);
         return;
       case 'peer-gone':
         this.#tpm?.doors.peerGone(message.peer);
         return;
       case 'no-data-channel':
-        this.#target?.dataChannelRefused();
+        this.#visits.host?.dataChannelRefused();
         return;
       case 'no-vm-reset':
         this.#lost?.resetRefused();
@@ -181,42 +180,14 @@ class Worker {
     else this.#link.replace(fd);
   }
 
-  #openDoor({ door, id, peer, fd }: SupervisorMessage & { type: 'connection' }): void {
-    const target = this.#isOpen ? this.#target : this.#inherited;
-    if (!target || !isDoorKind(door)) {
-      closeSync(fd);
-      this.#log('warn', 'a connection was refused', { door, id });
-      this.#closed(id);
-      return;
-    }
-    target.open({ kind: door, id, fd, peer }, () => this.#closed(id));
-  }
-
-  /** Who has the connections. */
-  get #target(): LostTpm | StandIn | Doors | undefined {
-    return this.#lost ?? this.#standIn ?? this.#tpm?.doors;
-  }
-
   #sendDataChannel(fd: number): void {
     sendDescriptor(this.#descriptors, fd);
     this.#control.send({ type: 'data-channel' });
   }
 
-  #closed(id: number): void {
-    this.#control.send({ type: 'connection-closed', id });
-  }
-
-  /** Resolves with all connections of the worker before this one. */
-  async #inherit(left: Left): Promise<readonly Visitor[]> {
-    this.#inherited = new Inherited(left.resumes?.connections ?? 0);
-    const visitors = await this.#inherited.all;
-    this.#inherited = undefined;
-    return visitors;
-  }
-
   async #beLost(left: Left | undefined): Promise<void> {
     if (!left) throw new VtpmdError('protocol', 'nothing is left of a worker before this one');
-    const visitors = await this.#inherit(left);
+    const visitors = await this.#visits.inherit(left);
     this.#lost = new LostTpm(left, {
       dataChannel: (fd) => this.#sendDataChannel(fd),
       vmmChanged: (status) => this.#control.send({ type: 'vmm', ...status }),
@@ -225,8 +196,8 @@ class Worker {
       failed: (error) => this.#fail(error),
       log: this.#log,
     });
-    this.#lost.adopt(visitors, (id) => this.#closed(id));
-    this.#isOpen = true;
+    this.#lost.adopt(visitors, this.#visits.closed);
+    this.#visits.host = this.#lost;
     this.#log('warn', 'every command is answered with TPM_RC_FAILURE');
     this.#control.send({ type: 'lost' });
   }
@@ -238,7 +209,7 @@ class Worker {
       closeSync(read);
       closeSync(write);
     }
-    this.#isOpen = false;
+    this.#visits.host = undefined;
   }
 
   async #standInFor({ kind, bufferSize, refused, outage, checkpoint }: StandInMessage): Promise<void> {
@@ -246,7 +217,7 @@ class Worker {
     const { pipe, controlPipe } = checkpoint;
     this.#standInPipes = controlPipe ? [pipe, controlPipe] : [pipe];
     const { power: holdMs } = readHoldTimes(outage);
-    const visitors = await this.#inherit(left);
+    const visitors = await this.#visits.inherit(left);
     this.#standIn = new StandIn(
       left,
       { kind, bufferSize, refused, holdMs },
@@ -259,14 +230,14 @@ class Worker {
         log: this.#log,
       },
     );
-    this.#standIn.adopt(visitors, (id) => this.#closed(id));
-    this.#isOpen = true;
+    this.#standIn.adopt(visitors, this.#visits.closed);
+    this.#visits.host = this.#standIn;
     this.#control.send({ type: 'standing-in' });
   }
 
   async #serve(parts: LoadParts, keys: LoadKeys, link: ManagerLink): Promise<void> {
     const { identity, left } = parts;
-    const inherited = left?.resumes && this.#inherit(left);
+    const inherited = left?.resumes && this.#visits.inherit(left);
     // A process has one TPM at a time.
     await this.#rehearsal;
     const { tpm, epoch, chosen, hasArrived } = await loadTpm(link, keys, parts, {
@@ -283,13 +254,13 @@ class Worker {
     });
     this.#tpm = tpm;
     tpm.session.attach(link);
-    const onClosed = (id: number): void => this.#closed(id);
+    const onClosed = this.#visits.closed;
     if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, onClosed);
     else if (hasArrived) await arrive(tpm, await inherited, onClosed);
     else if (identity.arrives && inherited && left)
       arriveWithVmm(tpm, await inherited, left, onClosed, this.#log);
     else await beginRun(tpm, identity);
-    this.#isOpen = true;
+    this.#visits.host = tpm.doors;
     const { generation } = tpm.session;
     this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
     this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
