@@ -1206,8 +1206,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 what is pending at the manager is not decided by the supervisor',
     file: 'toolstack/src/supervisor/migration/outcome.ts',
-    guard: "if (state !== undefined && PENDING.includes(state)) return { verdict: 'pending' };",
-    without: '',
+    guard: 'if (known && PENDING.includes(known.state)) {',
+    without: "if (known && PENDING.includes('') && migration.isNew) {",
     test: { file: 'toolstack/migration-departure', name: 'that it lives here' },
   },
   {
@@ -1756,6 +1756,20 @@ export const MUTANTS: readonly Mutant[] = [
     guard: 'this.#call?.cancel();\n      await this.#call?.ended',
     without: 'await this.#call?.ended',
     test: { file: 'e2e/migration-vmm', name: 'stays where its VM goes on after all' },
+  },
+  {
+    name: 'a vTPM is not awaited from a VMM that has lost its supervisor',
+    file: 'toolstack/src/supervisor/migration/arrival.ts',
+    guard: 'if (outcome.awaitsVmm && !isServed) await giveUp(',
+    without: 'if (outcome.awaitsVmm && isServed) await giveUp(',
+    test: { file: 'e2e/migration-vmm', name: 'stays, and at once, where the supervisor' },
+  },
+  {
+    name: 'a source hears that its destination gives up what waits for its VM',
+    file: 'manager/src/migration/source.ts',
+    guard: 'Promise.race([taken, gone])',
+    without: 'Promise.race([taken])',
+    test: { file: 'e2e/migration-vmm', name: 'stays, and at once, where the supervisor' },
   },
   {
     name: 'I-3 a vTPM whose VMM carries its state does not move with it',

@@ -347,15 +347,27 @@ export class SourceMigration {
   }
 
   async #awaitTurn(keyed: Keyed): Promise<SourceState> {
-    const { departures, host, order, orderer } = this.parts;
+    const { departures, host, order } = this.parts;
     const id = uuidToText(order.vtpmUuid);
     const auditTail = await host.auditTail(id);
     await departures.announce(id, this.#destination(), this.#actor());
-    if (order.mode === 'VMM') {
-      const waiting = departures.awaitSuspend(id, orderer.cancelled);
-      await this.#unlessCancelled(waiting, LIMITS_MS.state.VMM, 'the VMM');
-    }
+    if (order.mode === 'VMM') await this.#awaitVmm(keyed.talk, id);
     return { ...keyed, auditTail, at: 'freezing' };
+  }
+
+  /** Nothing has stopped yet. Where the destination gives it up, or is gone, its VMM would take the TPM out for nobody. */
+  async #awaitVmm({ channel }: Talk, id: string): Promise<void> {
+    const { departures, orderer } = this.parts;
+    const over = new AbortController();
+    const gone = channel.closed.then((reason) => {
+      throw reason;
+    });
+    const taken = departures.awaitSuspend(id, AbortSignal.any([orderer.cancelled, over.signal]));
+    try {
+      await this.#unlessCancelled(Promise.race([taken, gone]), LIMITS_MS.state.VMM, 'the VMM');
+    } finally {
+      over.abort();
+    }
   }
 
   async #freeze(frozen: Frozen): Promise<SourceState> {

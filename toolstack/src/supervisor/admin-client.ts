@@ -23,6 +23,13 @@ export interface ManagerRecord {
   readonly migrating?: boolean;
 }
 
+/** What the supervisor needs of the manager's GET /migrations/ID. */
+export interface ManagerMigration {
+  /** `preparing`, `departing`, `in-doubt`, `committed` or `aborted`; another version may have more of them. */
+  readonly state: string;
+  readonly mode: string;
+}
+
 /** A vTPM that another host sends, as the manager tells of it. */
 export interface Incoming {
   /** 32 hex digits. */
@@ -75,10 +82,10 @@ export class AdminClient {
     return value as ManagerRecord;
   }
 
-  /** @param id 32 hex digits @returns its state; undefined where the manager knows nothing of it, or not any more */
-  async migration(id: string): Promise<string | undefined> {
-    const value = (await this.#get(`/migrations/${id}`)) as { state?: unknown } | undefined;
-    return value === undefined ? undefined : String(value.state);
+  /** @param id 32 hex digits @returns undefined where the manager knows nothing of it, or not any more */
+  async migration(id: string): Promise<ManagerMigration | undefined> {
+    const value = (await this.#get(`/migrations/${id}`)) as { state?: unknown; mode?: unknown } | undefined;
+    return value && { state: String(value.state), mode: String(value.mode) };
   }
 
   /** Those that wait for an answer. */

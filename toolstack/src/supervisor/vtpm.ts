@@ -6,7 +6,7 @@ import { checkDoors, type DoorKind } from './door-kinds.js';
 import type { Entry, EntryChange, EntryMigration } from './entry.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { VtpmHandOver } from './handover/state.js';
-import { type Arrived, settleArrival, takeIn } from './migration/arrival.js';
+import { type Arrived, breakOffArrival, settleArrival, takeIn } from './migration/arrival.js';
 import { Departure, settleDeparture } from './migration/departure.js';
 import type { Order } from './migration/order.js';
 import type { ProgressLine } from './migration/progress.js';
@@ -292,7 +292,7 @@ export class Vtpm {
     await this.#operations.settled;
     const state = this.#status.state;
     if (state.kind === 'running') await this.stop();
-    await this.#workers.comesNot();
+    await breakOffArrival(this.#migrationParts());
     // The next supervisor asks what came of it.
     if (state.kind === 'migrating') this.#workers.gone();
     if (state.kind !== 'lost' && state.kind !== 'restarting') return;

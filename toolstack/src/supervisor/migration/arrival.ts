@@ -13,6 +13,12 @@ export interface ArrivalParts {
   readonly workers: VtpmWorkers;
 }
 
+/** Its VMM has lost who was to give it its TPM here, or never had it. */
+const NOBODY_WAITS = new ToolstackError(
+  'migration-aborted',
+  'the supervisor that was to serve its VMM has ended; migrate it again',
+);
+
 /** What an arrival came to. `pending`: the manager does not know yet. `nothing`: its entry is to go. */
 export type Arrived = 'here' | 'pending' | 'nothing';
 
@@ -61,12 +67,28 @@ async function giveUp(
     .catch(() => undefined);
 }
 
+/**
+ * For the end of the supervisor. What its VMM is to bring comes nowhere without the doors of here, and the next supervisor cannot
+ * have its connections: the source hears now that it keeps the vTPM.
+ */
+export async function breakOffArrival({ context, status, workers }: ArrivalParts): Promise<void> {
+  const { migration } = status.entry;
+  const { isAwaited } = workers;
+  await workers.comesNot();
+  if (isAwaited && migration) await giveUp(context.admin, migration.id, NOBODY_WAITS);
+}
+
 /** What came of it, by the manager's record. @throws ToolstackError */
 export async function settleArrival({ context, status, workers }: ArrivalParts): Promise<Arrived> {
   const { migration } = status.entry;
   if (!migration) return 'here';
   const outcome = await outcomeOf(context.admin, status.entry, migration);
-  if (outcome.verdict === 'pending') return 'pending';
+  if (outcome.verdict === 'pending') {
+    // The supervisor that served its VMM was killed: the manager would wait for a day.
+    const isServed = workers.isAwaited || status.state.kind !== 'arriving';
+    if (outcome.awaitsVmm && !isServed) await giveUp(context.admin, migration.id, NOBODY_WAITS);
+    return 'pending';
+  }
   if (outcome.verdict === 'ABORT') {
     await workers.comesNot();
     if (migration.isNew) return 'nothing';

@@ -46,7 +46,7 @@ export class MigrationDesk {
 
   /** The manager has come, or nothing was heard of it for a while. Never rejects. */
   async look(): Promise<void> {
-    await Promise.all(this.#parts.all().map((vtpm) => this.#settle(vtpm)));
+    await Promise.all(this.#unsettled().map((vtpm) => this.#settle(vtpm)));
     try {
       for (const incoming of await this.#parts.admin.incoming()) void this.#take(incoming);
     } catch (error) {
@@ -65,11 +65,16 @@ export class MigrationDesk {
 
   /** An event is said once, and what it asked for may have failed. */
   #settleAgain(): void {
-    for (const vtpm of this.#parts.all()) {
-      const { migration } = vtpm.entry;
-      if (migration && vtpm.operation === undefined && !this.#inHand.has(migration.id))
-        void this.#settle(vtpm, 'debug');
+    for (const vtpm of this.#unsettled()) {
+      if (vtpm.operation === undefined) void this.#settle(vtpm, 'debug');
     }
+  }
+
+  /** Those that are not being taken in. */
+  #unsettled(): Vtpm[] {
+    return this.#parts
+      .all()
+      .filter(({ entry: { migration } }) => migration && !this.#inHand.has(migration.id));
   }
 
   /** Never rejects. @param level of what is said where it fails */

@@ -5,7 +5,11 @@ import type { Entry, EntryMigration } from '../entry.js';
 /** What became of a migration. `pending`: the manager does not know yet. */
 export type Outcome =
   | { readonly verdict: 'COMMIT' | 'ABORT'; readonly record: ManagerRecord | undefined }
-  | { readonly verdict: 'pending' };
+  | {
+      readonly verdict: 'pending';
+      /** It waits here for its VMM. */
+      readonly awaitsVmm: boolean;
+    };
 
 /** Why a vTPM is crashed whose VM may still run: no TPM with fresh PCRs may come back under it. */
 export const SUPERVISOR_ENDED = 'the supervisor ended and its workers with it';
@@ -21,10 +25,13 @@ export async function outcomeOf(
   { id }: Pick<Entry, 'id'>,
   migration: EntryMigration,
 ): Promise<Outcome> {
-  const state = await admin.migration(migration.id);
-  if (state !== undefined && PENDING.includes(state)) return { verdict: 'pending' };
+  const known = await admin.migration(migration.id);
+  if (known && PENDING.includes(known.state)) {
+    const awaitsVmm = migration.role === 'arriving' && known.mode === 'VMM';
+    return { verdict: 'pending', awaitsVmm };
+  }
   const record = await admin.vtpm(id);
-  if (record?.migrating) return { verdict: 'pending' };
+  if (record?.migrating) return { verdict: 'pending', awaitsVmm: false };
   if (record?.kind === 'retired') {
     throw new ToolstackError('manager-refused', `vTPM ${id} was retired while it was on its way`);
   }
