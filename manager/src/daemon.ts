@@ -67,6 +67,13 @@ const PASSING = new Set(['tpm-unreachable', 'tpm-busy', 'tpm-lockout', 'store-fu
 /** Changes while locked that are kept for the audit log. */
 const MAX_OWED = 64;
 
+/** The store is open, and verified. */
+interface Opened {
+  readonly service: Service;
+  /** Aborted with the reason when the store is lost. */
+  readonly lost: AbortSignal;
+}
+
 class Manager implements Daemon {
   readonly #instance = randomBytes(16).toString('hex');
   readonly #log: Logger;
@@ -82,8 +89,12 @@ class Manager implements Daemon {
   readonly #platformControl: PlatformControl;
   /** Attempts to unlock, one after the other. Never rejects. */
   #unlocking: Promise<void> = Promise.resolve();
-  /** The store being opened again. Never rejects. */
-  #reopening: Promise<void> | undefined;
+  /** Open, whether or not it is served yet. */
+  #open: Service | undefined;
+  /** The store being opened again, once for each loss. Never rejects. */
+  #reopening: Promise<void> = Promise.resolve();
+  /** What other hosts rescued while this one was away is in effect, as far as they said so in time. */
+  #hasAskedPeers = false;
   readonly #ended = new AbortController();
   /** What was done while the log could not be opened. */
   #owedToAudit: AuditEvent[] = [];
@@ -197,21 +208,16 @@ class Manager implements Daemon {
     const file = readEnrolment(this.#paths);
     const unlocked = await unlock(tpm, this.#paths, file, readApprovals(this.#paths));
     const { enrolment, keys, isRotating } = unlocked;
-    let service: Service;
+    let opened: Opened;
     try {
-      service = await this.#openService(unlocked, undefined);
+      opened = await this.#openService(unlocked, undefined);
     } catch (error) {
       keys.wipe();
       throw error;
     }
+    // From here on who ends the manager wipes the keys.
     this.#unlocked = unlocked;
-    // Before the first Load: what another host has rescued meanwhile does not run here.
-    await service.messenger.askAll(this.options.askPeersMs, this.#ended.signal);
-    // Who ends the manager wipes the keys.
-    if (this.#stopping) return await service.close();
-    void service.messenger.tellAll();
     this.#file = file;
-    this.#state = { status: 'ready', service };
     this.#rotation = new Rotation({
       paths: this.#paths,
       log: this.#log,
@@ -222,21 +228,46 @@ class Manager implements Daemon {
       service: () => this.#service(),
       eraseAfter: this.options.eraseAfter,
     });
+    if (wasLocked) {
+      const { code, message } = wasLocked;
+      const locked = { actor: 'manager', action: 'locked', verdict: 'done' } as const;
+      this.#owedToAudit.unshift({ ...locked, reason: { code, message } });
+    }
+    if (!(await this.#serve(opened))) return;
+    const { audit } = opened.service;
     const facts = { version: VERSION, generation: String(enrolment.tpm.root.generation) };
     try {
-      if (wasLocked) {
-        const { code, message } = wasLocked;
-        const locked = { actor: 'manager', action: 'locked', verdict: 'done' } as const;
-        await service.audit.append({ ...locked, reason: { code, message } });
-      }
-      for (const event of this.#owedToAudit.splice(0)) await service.audit.append(event);
-      await service.audit.append({ actor: 'manager', action: 'start', verdict: 'done', facts });
+      for (const event of this.#owedToAudit.splice(0)) await audit.append(event);
+      await audit.append({ actor: 'manager', action: 'start', verdict: 'done', facts });
     } finally {
       this.#rotation.resume();
     }
   }
 
-  async #openService({ keys, enrolment }: Unlocked, roots: readonly Buffer[] | undefined): Promise<Service> {
+  /**
+   * Lets workers in, when other hosts were asked whether they rescued something from here: that does not run here.
+   * @returns false where the store was lost before, which is then being opened again, or the manager ended
+   */
+  async #serve({ service, lost }: Opened): Promise<boolean> {
+    const { messenger } = service;
+    const asked = messenger.askAll(this.options.askPeersMs, AbortSignal.any([this.#ended.signal, lost]));
+    // Their word of this run is in effect; guests wait for the store.
+    if (!this.#hasAskedPeers) await asked;
+    if (this.#open !== service) return false;
+    if (this.#stopping) {
+      await service.close();
+      return false;
+    }
+    this.#hasAskedPeers = true;
+    this.#state = { status: 'ready', service };
+    void asked.then(() => messenger.tellAll());
+    return true;
+  }
+
+  /** @throws ManagerError as `openService`, and where the store is lost before it is open */
+  async #openService(unlocked: Unlocked, roots: readonly Buffer[] | undefined): Promise<Opened> {
+    const { keys, enrolment } = unlocked;
+    const lost = new AbortController();
     let service: Service | undefined;
     service = await openService(keys, {
       paths: this.#paths,
@@ -252,21 +283,26 @@ class Manager implements Daemon {
       counter: this.#tpm().anchorCounter(enrolment.tpm, keys.anchorAuth),
       peerAddresses: this.options.peerAddresses,
       storeRoots: roots,
-      // Lost while it is being opened: that fails with the same error.
-      onLost: (error) => service && this.#lose(service, error),
+      onLost: (error) => {
+        lost.abort(error);
+        if (service) this.#lose(unlocked, service, error);
+      },
     });
-    return service;
+    // Not everything that opens it needs the store.
+    if (lost.signal.aborted) {
+      await service.close();
+      throw lost.signal.reason;
+    }
+    this.#open = service;
+    return { service, lost: lost.signal };
   }
 
-  #lose(service: Service, lost: ManagerError): void {
-    const unlocked = this.#unlocked;
+  #lose(unlocked: Unlocked, service: Service, lost: ManagerError): void {
     // Told twice of the same loss, or of a service that another one has replaced.
-    if (!unlocked || this.#stopping || this.#state.status !== 'ready' || this.#state.service !== service)
-      return;
+    if (this.#stopping || this.#open !== service) return;
+    this.#open = undefined;
     this.#lock(lost);
-    this.#reopening = this.#reopen(unlocked, service, lost).finally(() => {
-      this.#reopening = undefined;
-    });
+    this.#reopening = this.#reopening.then(() => this.#reopen(unlocked, service, lost));
   }
 
   /**
@@ -283,10 +319,10 @@ class Manager implements Daemon {
       if (this.#stopping) return;
       try {
         const next = await this.#openService(unlocked, service.storeRoots);
-        if (this.#stopping) return await next.close();
-        this.#state = { status: 'ready', service: next };
-        await this.#audit(next, { action: 'start', verdict: 'done', facts: { after: lost.code } });
+        if (!(await this.#serve(next))) return;
         this.#log.warn('the store was verified and is open again');
+        for (const event of this.#owedToAudit.splice(0)) await this.#audit(next.service, event);
+        await this.#audit(next.service, { action: 'start', verdict: 'done', facts: { after: lost.code } });
         this.#rotation?.resume();
         return;
       } catch (error) {
@@ -350,7 +386,7 @@ class Manager implements Daemon {
   }
 
   /** Of the manager's own life. It goes on where the log does not take it: what happens next says more. */
-  async #audit(service: Service, event: Omit<AuditEvent, 'actor'>): Promise<void> {
+  async #audit(service: Service, event: Omit<AuditEvent, 'actor'> & Partial<AuditEvent>): Promise<void> {
     await service.audit.append({ actor: 'manager', ...event }).catch((error: unknown) => {
       const { code, message } = ManagerError.from(error);
       this.#log.warn({ action: event.action, reason: code }, `this is not in the audit log: ${message}`);

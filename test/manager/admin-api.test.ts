@@ -6,8 +6,6 @@ import { join } from 'node:path';
 import { ROUTES } from 'vtpm-manager/admin/routes';
 import { newBackupKey, parseBackupSecret } from 'vtpm-manager/backup/operator-key';
 import { openEntry, readBackup } from 'vtpm-manager/backup/read';
-import { endorsementFingerprint } from 'vtpm-manager/peer/endorsement';
-import { platformDigest, readIdentity, renderIdentity } from 'vtpm-manager/peer/identity-file';
 import {
   encode,
   type RestoreRequest,
@@ -19,7 +17,7 @@ import {
 import { check, description } from '../support/admin-description.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
 import { BackupDesk } from './backup-fixture.js';
-import { LyingTpm } from './peer-fixture.js';
+import { identityOf, LyingTpm } from './peer-fixture.js';
 import { Host } from './platform-fixture.js';
 
 const operations = Object.entries(description.paths).flatMap(([path, methods]) =>
@@ -116,19 +114,8 @@ describe('docs/admin-api.yaml', () => {
   const liar = new LyingTpm();
   const backups = new BackupDesk();
   after(() => backups.clear());
-  /** @returns the identity of another host, with the endorsement key of this one, and the fingerprint of that */
-  function otherHost(own: string, quotedBy = liar): [identity: string, fingerprint: string] {
-    const key = signingKeyFromSeed(Buffer.alloc(32, 1));
-    const facts = {
-      ...readIdentity(own).facts,
-      hostId: key.publicKey,
-      tlsKey: Buffer.alloc(32, 2),
-      attestationKey: Buffer.from(liar.peer.attestationKey),
-      backupKey: backups.keys.backupKey.publicKey,
-    };
-    const identity = renderIdentity(facts, quotedBy.evidence(platformDigest(facts)), key);
-    return [identity, endorsementFingerprint(facts.endorsementKey)];
-  }
+  const otherHost = (own: string, quotedBy = liar) =>
+    identityOf(own, liar, { backupKey: backups.keys.backupKey.publicKey }, quotedBy);
 
   /** What brings back each vTPM of a backup. */
   async function restores(backup: Buffer, secretKey: Uint8Array): Promise<Map<string, RestoreRequest>> {

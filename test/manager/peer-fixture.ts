@@ -26,6 +26,13 @@ import {
   u32,
   u64,
 } from 'tpm2-ts-bindings';
+import { endorsementFingerprint } from 'vtpm-manager/peer/endorsement';
+import {
+  type HostFacts,
+  platformDigest,
+  readIdentity,
+  renderIdentity,
+} from 'vtpm-manager/peer/identity-file';
 import { fixedPolicy } from 'vtpm-manager/root-tpm/generation';
 import { importSecret } from 'vtpm-manager/root-tpm/import-secret';
 import {
@@ -36,7 +43,7 @@ import {
 } from 'vtpm-manager/root-tpm/index';
 import { REVOCATION_SHAPE } from 'vtpm-manager/root-tpm/nv-counter';
 import { writtenEntity } from 'vtpm-manager/root-tpm/nv-index';
-import type { Evidence, Peer } from 'vtpm-proto';
+import { type Evidence, type Peer, signingKeyFromSeed } from 'vtpm-proto';
 import { testPeer } from '../support/test-peer.js';
 import { INSTALLATION, PCRS } from './root-tpm-fixture.js';
 
@@ -191,4 +198,27 @@ export class LyingTpm {
     const z = diffieHellman({ privateKey: this.#agreement, publicKey });
     return importSecret(z, point, this.#agreementName);
   }
+}
+
+/**
+ * What another host gives out that has the endorsement key of this one.
+ * @param own identity of this host
+ * @returns the identity, and the fingerprint of the endorsement key
+ */
+export function identityOf(
+  own: string,
+  tpm: LyingTpm,
+  changes: Partial<HostFacts> = {},
+  quotedBy = tpm,
+): [identity: string, fingerprint: string] {
+  const key = signingKeyFromSeed(Buffer.alloc(32, 1));
+  const facts: HostFacts = {
+    ...readIdentity(own).facts,
+    hostId: key.publicKey,
+    tlsKey: Buffer.alloc(32, 2),
+    attestationKey: Buffer.from(tpm.peer.attestationKey),
+    ...changes,
+  };
+  const identity = renderIdentity(facts, quotedBy.evidence(platformDigest(facts)), key);
+  return [identity, endorsementFingerprint(facts.endorsementKey)];
 }

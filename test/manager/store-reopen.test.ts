@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { once } from 'node:events';
 import { cpSync, mkdtempSync, renameSync, rmSync } from 'node:fs';
 import { type IncomingMessage, request } from 'node:http';
+import { type AddressInfo, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { ManagerError } from 'vtpm-manager';
@@ -12,6 +13,7 @@ import { storeProcesses } from '../support/store-processes.js';
 import { anchorOptions, testKeys } from '../support/test-keys.js';
 import { until } from '../support/until.js';
 import { testVtpm } from '../support/worker-client.js';
+import { identityOf, LyingTpm } from './peer-fixture.js';
 
 describe('the store after its process ended', () => {
   let manager: ManagerInstallation;
@@ -81,6 +83,55 @@ describe('the store after its process ended', () => {
     endStoreProcess();
     await ended;
     await until('the store is open again', () => manager.stderr.includes('is open again'));
+  });
+
+  it('is noticed while the start asks other hosts, which are asked again before a worker is let in', async () => {
+    await manager.init('embedded');
+    await manager.start();
+    const own = (await manager.admin('GET', '/identity')).body.identity as string;
+    const [identity, ekFingerprint] = identityOf(own, new LyingTpm());
+    // It says nothing, then it hangs up. Each of its addresses is given up after five seconds.
+    const sockets: Socket[] = [];
+    let isSilent = true;
+    const servers = [1, 2, 3, 4].map((host) =>
+      createServer((socket) => (isSilent ? sockets.push(socket) : socket.destroy())).listen(
+        0,
+        `127.0.0.${host}`,
+      ),
+    );
+    const asked = () => once(servers[0]!, 'connection');
+    const hangUp = () => {
+      isSilent = false;
+      for (const socket of sockets.splice(0)) socket.destroy();
+    };
+    const opened = () => manager.stderr.split('is open again').length - 1;
+    try {
+      await Promise.all(servers.map((server) => once(server, 'listening')));
+      const addresses = servers.map((server) => {
+        const { address, port } = server.address() as AddressInfo;
+        return `${address}:${port}`;
+      });
+      const peer = { name: 'b', identity, ekFingerprint, addresses };
+      assert.equal((await manager.admin('POST', '/peers', peer)).status, 201);
+      await manager.stop();
+      const first = asked();
+      const started = manager.start({ args: ['--ask-peers-at-start', '60'] });
+      await first;
+      const again = asked();
+      endStoreProcess();
+      assert.equal((await started).status, 'locked');
+      await again;
+      assert.equal((await manager.admin('GET', '/vtpms')).status, 503);
+      hangUp();
+      await until('the store is open again', () => opened() === 1);
+      assert.equal((await manager.admin('GET', '/vtpms')).status, 200);
+      endStoreProcess();
+      await until('the store is open again', () => opened() === 2);
+      await asked();
+    } finally {
+      for (const server of servers) server.close();
+      hangUp();
+    }
   });
 
   it('a commit of which nobody knows whether it happened may be there or not', async () => {

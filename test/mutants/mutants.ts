@@ -117,6 +117,13 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/ownership', name: 'refuses what was retired: retired' },
   },
   {
+    name: 'I-3 other hosts are asked what they rescued before a worker is let in',
+    file: 'manager/src/daemon.ts',
+    guard: 'if (!this.#hasAskedPeers) await asked;',
+    without: 'if (this.#hasAskedPeers) await asked;',
+    test: { file: 'manager/store-reopen', name: 'is noticed while the start asks other hosts' },
+  },
+  {
     name: 'I-3 nobody loads a vTPM that is on its way',
     file: 'manager/src/ownership/ticket-check.ts',
     guard: 'if (departure) {',
