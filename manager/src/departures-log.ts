@@ -13,20 +13,11 @@ export interface Leave {
 }
 
 /**
- * vTPMs that left this host, as its audit log says, and of which it does not say that they stayed or came back. By vTPM.
- * @param log entries, some at a time, the oldest first
+ * Follows vTPMs that left this host, as its audit log says, and of which it does not say that they stayed or came back.
+ * @param left by vTPM
+ * @param entry the one after the last that was noted
  */
-export async function departuresIn(
-  log: AsyncIterable<readonly AuditEntry[]>,
-): Promise<ReadonlyMap<string, Leave>> {
-  const left = new Map<string, Leave>();
-  for await (const entries of log) {
-    for (const entry of entries) follow(left, entry);
-  }
-  return left;
-}
-
-function follow(left: Map<string, Leave>, entry: AuditEntry): void {
+export function noteDeparture(left: Map<string, Leave>, entry: AuditEntry): void {
   const { action, verdict, vtpm } = entry;
   if (vtpm === undefined) return;
   const isDone = verdict === 'done';
@@ -44,7 +35,7 @@ function follow(left: Map<string, Leave>, entry: AuditEntry): void {
 /**
  * An old record of a vTPM that left since: nobody loads it before its destination has said what it decided, and never
  * where this host gave it up; its tombstone is in the place of the record then.
- * @param left as `departuresIn` has it
+ * @param left as `noteDeparture` has it
  * @param now Unix milliseconds
  */
 export function asItLeft(record: VtpmRecord, left: ReadonlyMap<string, Leave>, now: bigint): VtpmRecord {

@@ -2,7 +2,9 @@ import { existsSync, readdirSync, renameSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { type Logger, type Paths, syncDirectory } from 'vtpm-common';
 import { uuidToBytes, uuidToText } from 'vtpm-proto';
+import { noteDecision, type Told } from './arrivals-log.js';
 import {
+  type AuditEntry,
   type AuditHead,
   type AuditLog,
   allOf,
@@ -12,14 +14,22 @@ import {
   refuseFlaw,
   verifyAudit,
 } from './audit/index.js';
-import { asItLeft, departuresIn } from './departures-log.js';
+import { asItLeft, type Leave, noteDeparture } from './departures-log.js';
 import { ManagerError } from './error.js';
 import type { KeyHierarchy } from './keys/index.js';
-import { isPromisesKey, rekeyPromises } from './ownership/abort-promises.js';
+import { isPromisesKey, keepPromises } from './ownership/abort-promises.js';
+import { ACCEPTANCE_KEY, acceptanceRecord } from './ownership/acceptance.js';
 import { decodeRecord, encodeRecord, type Mark, rekey, resume, vtpmOfKey } from './records/index.js';
 import type { AnchorCounter } from './root-tpm/index.js';
 import { auditKeys } from './service.js';
-import { adoptStore, examineStore, readAnchor, type StateStore, type StoreEntry } from './store/index.js';
+import {
+  adoptStore,
+  examineStore,
+  overwrite,
+  readAnchor,
+  type StateStore,
+  type StoreEntry,
+} from './store/index.js';
 import { rekeyTrust, TRUST_KEY } from './trust/trust-configuration.js';
 
 export interface AcceptOptions {
@@ -107,7 +117,8 @@ function refusalOf(
  * Takes the store for the newest, after `spoilAnchor`: every live vTPM is marked, loses its session, and goes on with a
  * generation that none of the lost ones can have had; everything is put under the current generation of the root key. One
  * that left since, as the audit log says, is on its way again: its destination says what became of it. One that was given
- * up since to a host that rescued it is a tombstone again.
+ * up since to a host that rescued it is a tombstone again. Of what was on its way here no ABORT is said from now on, except
+ * where the log has it: it may have been committed.
  * @returns that generation, by the id of each vTPM that lives
  */
 export async function acceptStore(
@@ -121,14 +132,16 @@ export async function acceptStore(
     const actor = { uid: process.getuid?.() ?? 0 };
     // The log may be newer than the store: what it says has left must not come to life here again. All of it: an intention
     // may be in the log before the store's anchor, and lines that a peer causes must not push one out.
-    const left = await departuresIn(allOf(paths.audit, audit.head));
+    const { left, told } = await historyIn(allOf(paths.audit, audit.head));
     await audit.append({ actor, action, verdict: 'intended' });
     const events: { vtpm: string; generation: bigint; epoch: bigint; facts?: { rescuer: string } }[] = [];
     const living = new Map<string, bigint>();
     const now = BigInt(Date.now());
+    const isAborted = (source: string, migration: string): boolean =>
+      told.get(`${source}/${migration}`) === 'ABORT';
     const change = (entry: StoreEntry, count: bigint): Uint8Array | undefined => {
       if (entry.key === TRUST_KEY) return rekeyTrust(keys, entry.value, mark === 'recovered');
-      if (isPromisesKey(entry.key)) return rekeyPromises(keys, entry.key, entry.value);
+      if (isPromisesKey(entry.key)) return keepPromises(keys, entry.key, entry.value, isAborted);
       const record = recordOf(keys, entry);
       if (!record) return undefined;
       const wasLive = record.header.kind === 'LIVE';
@@ -153,11 +166,26 @@ export async function acceptStore(
       await Promise.all(events.map((event) => audit.append({ actor, action, verdict: 'done', ...event })));
       head = audit.head;
     };
+    await overwrite(store, ACCEPTANCE_KEY, acceptanceRecord(Number(now)));
     await adoptStore(store, keys, counter, () => head, change, announce);
     return living;
   } finally {
     await audit.close();
   }
+}
+
+async function historyIn(
+  log: AsyncIterable<readonly AuditEntry[]>,
+): Promise<{ left: ReadonlyMap<string, Leave>; told: Told }> {
+  const left = new Map<string, Leave>();
+  const told: Told = new Map();
+  for await (const entries of log) {
+    for (const entry of entries) {
+      noteDeparture(left, entry);
+      noteDecision(told, entry);
+    }
+  }
+  return { left, told };
 }
 
 function recordOf(keys: KeyHierarchy, { key, value }: StoreEntry) {

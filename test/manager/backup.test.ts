@@ -11,6 +11,9 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { join } from 'node:path';
+import { createLogger } from 'vtpm-common';
+import { ACCEPTANCE_KEY } from 'vtpm-manager/ownership/acceptance';
+import { withLmdbStore } from 'vtpm-manager/store/index';
 import { ManagerInstallation, StandInTpm } from '../support/manager-process.js';
 import { until } from '../support/until.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
@@ -353,6 +356,12 @@ describe('backup and restore', function () {
     rmSync(manager.paths.directory, { recursive: true });
     const result = await json(...args);
     assert.equal(result.managerId, managerId);
+    // What was committed here after the backup is not in it: no ABORT of what came before is said.
+    const { store: directory } = manager.paths;
+    const silent = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
+    await withLmdbStore({ directory, create: false, sandbox: false, log: silent }, async (store) =>
+      assert.ok(await store.get(ACCEPTANCE_KEY)),
+    );
     await startAndAllow();
     assert.equal(await stateOf(vtpm, 2n), 'two');
     const { generation, marks } = await view(vtpm);

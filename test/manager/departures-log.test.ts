@@ -9,8 +9,10 @@ import { movedAway } from 'vtpm-manager/records/index';
 import { spoilAnchor } from 'vtpm-manager/store/index';
 import { acceptStore } from 'vtpm-manager/store-acceptance';
 import { MemoryStore } from '../support/memory-store.js';
-import { decisionIn, Journey } from './migration-fixture.js';
+import { decisionIn, idOf, Journey } from './migration-fixture.js';
 import { refused, type Worker, World } from './ownership-fixture.js';
+
+type Disk = Awaited<ReturnType<MemoryStore['list']>>;
 
 describe('an old store that is accepted', () => {
   let directory: string;
@@ -18,32 +20,33 @@ describe('an old store that is accepted', () => {
   let b: World;
   let worker: Worker;
   let way: Journey;
-  let old: Awaited<ReturnType<MemoryStore['list']>>;
+  let old: Disk;
+  const diskOf = (world: World): Promise<Disk> => world.disk.list(undefined, Number.MAX_SAFE_INTEGER);
   beforeEach(async () => {
     directory = mkdtempSync(join(tmpdir(), 'vtpm-log-'));
     a = await World.create();
     b = await World.create();
     worker = await a.manufactured();
-    old = await a.disk.list(undefined, Number.MAX_SAFE_INTEGER);
+    old = await diskOf(a);
     way = new Journey(a, b, worker, 'OFFLINE');
   });
   afterEach(() => rmSync(directory, { recursive: true, force: true }));
 
   /** The store from before, and the log as it is now. */
-  async function rollBack(): Promise<void> {
-    const { keyId: id, auditKey: key } = a.keys.current;
+  async function rollBack(world = a, disk = old): Promise<void> {
+    const { keyId: id, auditKey: key } = world.keys.current;
     const audit = join(mkdtempSync(join(directory, 'log-')), 'audit.log');
     const log: AuditLog = await createAuditLog(audit, { id, key });
-    await Promise.all(a.audited.map((event) => log.append(event)));
+    await Promise.all(world.audited.map((event) => log.append(event)));
     await log.close();
-    const store = new MemoryStore(old);
-    await spoilAnchor(store, a.keys);
+    const store = new MemoryStore(disk);
+    await spoilAnchor(store, world.keys);
     const paths = { audit } as never;
     const silent = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
-    const { counter } = a.anchor;
-    await acceptStore({ store, keys: a.keys, paths, log: silent, mark: 'rolled-back' }, counter);
-    Object.assign(a, { disk: store });
-    await a.restart();
+    const { counter } = world.anchor;
+    await acceptStore({ store, keys: world.keys, paths, log: silent, mark: 'rolled-back' }, counter);
+    Object.assign(world, { disk: store });
+    await world.restart();
   }
   const header = async () => (await a.registry.view(way.id)).header;
   const load = async () =>
@@ -129,7 +132,7 @@ describe('an old store that is accepted', () => {
     await a.registry.departures.abort(way.id, await way.ask());
     await rollBack();
     await load();
-    old = await a.disk.list(undefined, Number.MAX_SAFE_INTEGER);
+    old = await diskOf(a);
     const at = a.worker(worker.vtpm);
     await at.load({ expectedEpoch: (await header()).epoch, verbs: ['COLD'] });
     way = new Journey(a, b, at, 'OFFLINE');
@@ -157,7 +160,7 @@ describe('an old store that is accepted', () => {
   it('lets go on what came back, where the log does not say so', async () => {
     await way.depart();
     await a.registry.departures.abort(way.id, await way.ask());
-    old = await a.disk.list(undefined, Number.MAX_SAFE_INTEGER);
+    old = await diskOf(a);
     a.audited.splice(0, a.audited.length, ...a.audited.filter(({ action }) => action !== 'migrate-abort'));
     await rollBack();
     await load();
@@ -176,5 +179,65 @@ describe('an old store that is accepted', () => {
     });
     await rollBack();
     await load();
+  });
+
+  describe('where a vTPM had come', () => {
+    let before: Disk;
+    const isRefused = async (journey = way) => {
+      await assert.rejects(journey.ask(), refused('in-doubt'));
+      // However often, and after a restart too.
+      await b.restart();
+      await assert.rejects(journey.ask(), refused('in-doubt'));
+    };
+
+    for (const [what, isLogCut] of [
+      ['as the audit log says', false],
+      ['also where the log was cut with it', true],
+    ] as const) {
+      it(`I-3 says no ABORT of what was committed since, ${what}`, async () => {
+        await way.expect();
+        before = await diskOf(b);
+        const { length } = b.audited;
+        await way.depart();
+        await way.commit();
+        if (isLogCut) b.audited.splice(length);
+        await rollBack(b, before);
+        await isRefused();
+      });
+    }
+
+    it('I-3 says no ABORT of what it knows nothing of any more', async () => {
+      before = await diskOf(b);
+      await way.expect();
+      await way.depart();
+      await way.commit();
+      await rollBack(b, before);
+      await isRefused();
+    });
+
+    it('I-3 says no ABORT of what was committed, whatever the log says after that', async () => {
+      await way.expect();
+      before = await diskOf(b);
+      await way.depart();
+      await way.commit();
+      const facts = { migration: way.migrationId.toString('hex'), from: idOf(a).toString('hex') };
+      b.audited.push({ actor: 'manager', action: 'migrate-abort', verdict: 'done', vtpm: way.id, facts });
+      await rollBack(b, before);
+      await isRefused();
+    });
+
+    it('says again what it has said, and decides what began after that', async () => {
+      await way.expect();
+      await way.depart();
+      before = await diskOf(b);
+      const signed = await way.ask();
+      await rollBack(b, before);
+      assert.deepEqual(await way.ask(), signed);
+      await a.registry.departures.abort(way.id, signed);
+      way = new Journey(a, b, a.worker(worker.vtpm), 'OFFLINE');
+      await way.expect();
+      await way.depart();
+      assert.equal(decisionIn(await way.ask()).verdict, 'ABORT');
+    });
   });
 });

@@ -252,9 +252,30 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 no number of lines hides from an old store what has left',
     file: 'manager/src/store-acceptance.ts',
-    guard: 'await departuresIn(allOf(paths.audit, audit.head));',
-    without: 'await departuresIn(allOf(paths.audit, EMPTY_HEAD));',
+    guard: 'await historyIn(allOf(paths.audit, audit.head));',
+    without: 'await historyIn(allOf(paths.audit, EMPTY_HEAD));',
     test: { file: 'manager/departures-log', name: 'whatever was written after it' },
+  },
+  {
+    name: 'I-3 an old store promises no ABORT of what may have been committed since',
+    file: 'manager/src/store-acceptance.ts',
+    guard: "=== 'ABORT';",
+    without: "!== 'COMMIT';",
+    test: { file: 'manager/departures-log', name: 'also where the log was cut with it' },
+  },
+  {
+    name: 'I-3 an old store says no ABORT of what it does not know',
+    file: 'manager/src/ownership/arrival.ts',
+    guard: 'await this.#checkKnown(facts);',
+    without: 'void this.#checkKnown;',
+    test: { file: 'manager/departures-log', name: 'says no ABORT of what it knows nothing of any more' },
+  },
+  {
+    name: 'I-3 an ABORT in the log says nothing beside a COMMIT',
+    file: 'manager/src/arrivals-log.ts',
+    guard: "if (action === 'migrate-abort' && !told.has(name))",
+    without: "if (action === 'migrate-abort')",
+    test: { file: 'manager/departures-log', name: 'whatever the log says after that' },
   },
   {
     name: 'I-3 a vTPM leaves as its worker left it',

@@ -15,6 +15,7 @@ import { isMissingOrEmpty, type UnverifiedEnrolment, unfinishedPath, unverified 
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import { acquireLock } from '../lock.js';
+import { ACCEPTANCE_KEY, acceptanceRecord } from '../ownership/acceptance.js';
 import { openPlatform, type Platform } from '../platform.js';
 import {
   encodeRecord,
@@ -176,7 +177,9 @@ async function make(
         log,
         auditHead: () => audit.head,
       });
-      await createTrustStore(keys, store, options.toolstackKey, BigInt(Date.now()));
+      const now = Date.now();
+      await createTrustStore(keys, store, options.toolstackKey, BigInt(now));
+      await store.write(ACCEPTANCE_KEY, 0, acceptanceRecord(now));
       // Twice: the lost disk may say one more than its TPM had counted, and must be an old one from now on.
       const vtpms = await fill(options, store, audit, keys, store.stated.counter + 2n);
       await store.count();

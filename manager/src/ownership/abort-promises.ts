@@ -125,10 +125,21 @@ export function isPromisesKey(key: string): boolean {
   return key.startsWith(PREFIX);
 }
 
-/** The record under the current generation of the root key. @throws ManagerError `store-corrupt` */
-export function rekeyPromises(keys: KeyHierarchy, key: string, bytes: Uint8Array): Buffer {
-  const source = Buffer.from(key.slice(PREFIX.length), 'hex');
-  return encodePromises(keys, source, decodePromises(keys, source, bytes));
+/**
+ * The record under the current generation of the root key.
+ * @param isKept of the source's host id and the migration id, in hex
+ * @throws ManagerError `store-corrupt`
+ */
+export function keepPromises(
+  keys: KeyHierarchy,
+  key: string,
+  bytes: Uint8Array,
+  isKept: (source: string, id: string) => boolean,
+): Buffer {
+  const name = key.slice(PREFIX.length);
+  const source = Buffer.from(name, 'hex');
+  const ids = decodePromises(keys, source, bytes).filter((id) => isKept(name, id));
+  return encodePromises(keys, source, ids);
 }
 
 function keyOf(source: Uint8Array): string {

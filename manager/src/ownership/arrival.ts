@@ -19,6 +19,7 @@ import {
   type VtpmRecord,
 } from '../records/index.js';
 import { AbortPromises } from './abort-promises.js';
+import { acceptedAt } from './acceptance.js';
 import type { UnsettledArrival } from './census.js';
 import { signDecision } from './decisions.js';
 import type { Desk } from './desk.js';
@@ -152,7 +153,7 @@ export class Arrivals {
    * Ends what is under way of it, for good.
    * @returns ABORT as the source asks for it, after it is durable and counted; or the COMMIT where that was decided before
    * @throws ManagerError `unknown-migration` where another host asks; `in-doubt` where the source asks with an old disk: the
-   * vTPM has lived here since
+   * vTPM has lived here since; or where this host has an old store, in which a COMMIT may be missing
    */
   async abort(facts: InquiryFacts): Promise<SignedDecision> {
     this.desk.checkOpen();
@@ -169,6 +170,7 @@ export class Arrivals {
           place.release(new ManagerError('migration-aborted', 'its source has asked for an ABORT'));
         }
         checkNotSince(vtpmUuid, held?.record.header, facts);
+        await this.#checkKnown(facts);
         await this.#promise(source, migrationId);
         barrier('migrate.abort.written');
         const fact = { migration: hex(migrationId), from: hex(source) };
@@ -272,6 +274,18 @@ export class Arrivals {
     place.release(new ManagerError('migrating', `vTPM ${vtpmUuid} has come; ask again`));
     const { epoch, generation } = state.header;
     return this.#sign('COMMIT', { ...names, epoch, generation });
+  }
+
+  /** What was committed here is in the store, unless that was taken for the newest and is not: promises go with that. */
+  async #checkKnown({ source, migrationId }: InquiryFacts): Promise<void> {
+    if (await this.#promises.has(source, migrationId)) return;
+    const accepted = await acceptedAt(this.desk.store);
+    if (!accepted) return;
+    throw new ManagerError(
+      'in-doubt',
+      `an old store was accepted on this host on ${accepted.toISOString()}, and whether it had committed this migration ` +
+        'before cannot be told: nobody says that the vTPM may go on at its source; see docs/migration.md, "An old disk"',
+    );
   }
 
   #promise(source: Uint8Array, migrationId: Uint8Array): Promise<void> {

@@ -106,9 +106,14 @@ export async function spoilAnchor(store: StateStore, keys: KeyHierarchy): Promis
   const entry = await store.get(ANCHOR_KEY);
   const stated = entry && authentic(keys, entry.value);
   if (!entry || !stated) return;
-  const value = sealAnchor(keys.current, { ...stated, root: Buffer.alloc(32) });
-  if (!(await store.commit([{ key: ANCHOR_KEY, expectedVersion: entry.version, value }]))) throw changed();
+  await overwrite(store, ANCHOR_KEY, sealAnchor(keys.current, { ...stated, root: Buffer.alloc(32) }));
   barrier('recover.spoilt');
+}
+
+/** Puts a record beside the others, whatever was there, before the store is adopted. */
+export async function overwrite(store: StateStore, key: string, value: Uint8Array): Promise<void> {
+  const entry = await store.get(key);
+  if (!(await store.commit([{ key, expectedVersion: entry?.version ?? 0, value }]))) throw changed();
 }
 
 /** What the anchor says, without a look at the records. @returns undefined where it is missing or not authentic */

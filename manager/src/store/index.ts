@@ -1,4 +1,12 @@
-export { adoptStore, entriesOf, examineStore, readAnchor, type StoreVerdict, spoilAnchor } from './adopt.js';
+export {
+  adoptStore,
+  entriesOf,
+  examineStore,
+  overwrite,
+  readAnchor,
+  type StoreVerdict,
+  spoilAnchor,
+} from './adopt.js';
 export { ANCHOR_KEY, statedUnverified } from './anchor.js';
 export {
   type AnchoredStore,
