@@ -1210,6 +1210,16 @@ export const MUTANTS: readonly Mutant[] = [
     },
   },
   {
+    name: 'I-3 no worker goes on before the frozen one has ended',
+    file: 'toolstack/src/supervisor/migration/departure.ts',
+    guard: 'await this.#reaped;',
+    without: '',
+    test: {
+      file: 'toolstack/migration-departure',
+      name: 'when none of its processes is left, and goes on no sooner',
+    },
+  },
+  {
     name: 'I-3 a supervisor notes a migration before the manager hears of it',
     file: 'toolstack/src/supervisor/migration/departure.ts',
     guard: "status.update({ migration: { id: order.migration, role: 'departing', peer, isNew: false } });",

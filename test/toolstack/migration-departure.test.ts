@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
-import { existsSync } from 'node:fs';
+import { existsSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import grpc from '@grpc/grpc-js';
 import { testOrder } from './migration-fixture.js';
 import { MigrationWorld } from './migration-world.js';
@@ -14,8 +15,15 @@ import {
   workersOf,
 } from './supervisor-fixture.js';
 
-/** Prelude of a supervisor: its descendants before the worker is ended, and which of them can still run behind that. */
-const TELLS_WHO_IS_LEFT = `import { readFileSync, writeSync } from 'node:fs';
+/**
+ * Prelude of a supervisor: its descendants before the worker is ended, and which of them can still run behind that. While the file
+ * `slow` is there, nothing that it kills ends.
+ */
+const tellsWhoIsLeft = (
+  slow: string,
+): string => `import { existsSync, readFileSync, writeSync } from 'node:fs';
+const kill = process.kill;
+process.kill = (pid, signal) => existsSync(${JSON.stringify(slow)}) || kill.call(process, pid, signal);
 const read = (path) => { try { return readFileSync(path, 'utf8'); } catch { return ''; } };
 const below = (pid) =>
   read('/proc/' + pid + '/task/' + pid + '/children').split(' ').filter(Boolean).flatMap((one) => [one, ...below(one)]);
@@ -79,14 +87,28 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
     assert.equal((await world.supervisor.call('DELETE', '/vtpms/web1')).status, 200);
   });
 
-  it('I-3: says that the worker has ended when none of its processes is left', async () => {
-    await world.restart([], TELLS_WHO_IS_LEFT);
-    const begun = await world.order(await world.running());
+  it('I-3: says that the worker has ended when none of its processes is left, and goes on no sooner', async () => {
+    const slow = join(image, 'slow');
+    await world.restart([], tellsWhoIsLeft(slow));
+    const vtpm = await world.running();
+    const begun = await world.order(vtpm);
     await world.frozen(begun);
     await until(() => world.supervisor.stderr.includes('left: '));
     assert.match(world.supervisor.stderr, /left: 0 of [1-9]/);
     begun.call.end('ABORTED');
     await begun.lines.ended;
+    // The manager gives it up before it hears.
+    writeFileSync(slow, '');
+    const again = await world.order(vtpm);
+    for (const phase of ['FREEZING', 'FROZEN'] as const) again.call.say(phase);
+    again.call.end('ABORTED');
+    await again.call.closed;
+    const { state, migration } = await world.view();
+    rmSync(slow);
+    assert.deepEqual([state, migration !== null], ['migrating', true]);
+    await again.lines.ended;
+    assert.equal(await world.state(), 'running');
+    assert.deepEqual(world.supervisor.stderr.match(/left: 0/g)?.length, 2);
   });
 
   it('has another worker go on with the same guests where it is aborted', async () => {

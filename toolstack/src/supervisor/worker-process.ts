@@ -10,6 +10,7 @@ import type { Entry } from './entry.js';
 import type { KeptDescriptors } from './handover/descriptors.js';
 import type { WorkerHandOver } from './handover/state.js';
 import type { WorkerImage } from './image.js';
+import { isWithin } from './is-within.js';
 import type { Layer } from './layers.js';
 import type { WorkerLedger } from './leftovers.js';
 import { descendants, killAndWait, type ProcessId, processId } from './processes.js';
@@ -43,6 +44,8 @@ export interface WorkerOptions {
   readonly before?: WorkerHandOver;
 }
 
+/** What it said before its end is read by then. */
+const LAST_WORDS_MS = 1000;
 /** How long a worker whose process is gone already may take to be known as ended. */
 const ENDING_MS = 1000;
 type Waiter = { type: WorkerMessage['type']; resolve(message: WorkerMessage): void };
@@ -250,11 +253,8 @@ export class WorkerProcess {
 
   /** Resolves when nothing is on its way to it any more, it has ended, or `limitMs` have passed. */
   async whenHeard(limitMs: number): Promise<void> {
-    const timeout = new AbortController();
     const heard = new Promise<void>((resolve) => this.#control.write('', () => resolve()));
-    const late = delay(limitMs, undefined, { signal: timeout.signal }).catch(() => undefined);
-    await Promise.race([heard, this.ended, late]);
-    timeout.abort();
+    await isWithin(Promise.race([heard, this.ended]), limitMs);
   }
 
   /**
@@ -315,7 +315,7 @@ export class WorkerProcess {
     });
     this.#links.end();
     // The last lines may still be on their way; nobody is left who could add to them.
-    await Promise.race([closed, delay(1000, undefined, { ref: false })]);
+    await isWithin(closed, LAST_WORDS_MS);
     this.#hasEnded = true;
     this.#control.destroy();
     if (lingering.length === 0) {

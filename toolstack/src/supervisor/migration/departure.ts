@@ -26,6 +26,7 @@ export class Departure {
   readonly #parts: DepartureParts;
   #call: MigrateCall | undefined;
   #last: ProgressLine | undefined;
+  #reaped: Promise<void> = Promise.resolve();
   #isTooLate = false;
   #isCancelled = false;
   #hasEnded = false;
@@ -75,6 +76,8 @@ export class Departure {
       this.#parts.onProgress(failure ? inDoubt(this.#last, failure) : this.#last);
       return;
     }
+    // The manager may have given it up before it heard of that, and no worker goes on beside the frozen one.
+    await this.#reaped;
     await this.#settle(this.#last, failure);
   }
 
@@ -87,13 +90,14 @@ export class Departure {
       workers.prepareToLeave(() => this.#wantedBack());
     }
     if (phase === 'FREEZING') workers.expectLeaving();
-    if (phase === 'FROZEN') void this.#reap();
+    if (phase === 'FROZEN') this.#reaped = this.#reap();
     if (phase === 'SENDING' || phase === 'DECIDING') this.#isTooLate = true;
     const isLast = phase === 'COMMITTED' || phase === 'ABORTED' || phase === 'IN_DOUBT';
     // Those are told when they are true here, too.
     if (!isLast && !(order.isDryRun && phase === 'PREPARED')) this.#parts.onProgress(line);
   }
 
+  /** Never rejects. */
   async #reap(): Promise<void> {
     const { status, workers, order } = this.#parts;
     barrier('migrate.source.reaping');
