@@ -1,4 +1,4 @@
-// Builds everything: message types from the .proto files, TypeScript, then the worker's single-file bundles.
+// Builds everything: message types from the .proto files, TypeScript, then the single-file bundles of the worker and the programs.
 import { execFileSync } from 'node:child_process';
 import { rmSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
@@ -32,3 +32,4 @@ execFileSync(
 );
 
 await import('./bundle-worker.mjs');
+await import('./bundle-programs.mjs');

@@ -16,8 +16,8 @@ export interface Verdict {
 /** History, and what is made of the build. */
 const NOT_COPIED = ['.git', '.build'];
 
-/** What scripts/bundle-worker.mjs makes the worker's images of. */
-const BUNDLED = ['vtpmd/', 'common/', 'proto/'];
+/** What scripts/bundle-worker.mjs makes the worker's images of; the programs are made of all. */
+const IN_WORKER = ['vtpmd/', 'common/', 'proto/'];
 
 /** A copy of the repository in which guards are removed, one at a time. */
 export class Workshop {
@@ -46,18 +46,22 @@ export class Workshop {
     const original = readFileSync(path, 'utf8');
     // Not checked: without its guard a name may be unused.
     writeFileSync(path, transformSync(mutate(source, mutant), { loader: 'ts', target: 'node20' }).code);
-    const isBundled = BUNDLED.some((folder) => mutant.file.startsWith(folder));
     try {
-      if (isBundled) this.#runScript('scripts/bundle-worker.mjs');
+      this.#bundle(mutant);
       return this.#run(mutant, ['--bail']);
     } finally {
       writeFileSync(path, original);
-      if (isBundled) this.#runScript('scripts/bundle-worker.mjs');
+      this.#bundle(mutant);
     }
   }
 
   close(): void {
     rmSync(this.#directory, { recursive: true, force: true });
+  }
+
+  #bundle({ file }: Mutant): void {
+    if (IN_WORKER.some((folder) => file.startsWith(folder))) this.#runScript('scripts/bundle-worker.mjs');
+    this.#runScript('scripts/bundle-programs.mjs');
   }
 
   #runScript(script: string): void {

@@ -148,7 +148,9 @@ describe('a running vtpm-supervisord whose program is another one now', function
   it('is asked to stop just before: the upgrade is refused, and the workers are stopped in order', async () => {
     await supervisor.end('SIGKILL');
     guest.destroy();
-    const module = new URL('../../../toolstack/dist/supervisor/supervisor.js', import.meta.url);
+    // As separate modules: nothing in a bundle can be replaced.
+    const module = new URL('../dist/supervisor/supervisor.js', pathToFileURL(SUPERVISOR));
+    const main = new URL('../dist/supervisor-main.js', pathToFileURL(SUPERVISOR));
     writeFileSync(
       program,
       `const { Supervisor } = await import(${JSON.stringify(module.href)});
@@ -157,7 +159,7 @@ describe('a running vtpm-supervisord whose program is another one now', function
         await rest.call(this);
         process.kill(process.pid, 'SIGTERM');
       };
-      ${REAL}`,
+      await import(${JSON.stringify(main.href)});`,
     );
     supervisor = await start();
     await supervisor.create('web3');

@@ -1,4 +1,4 @@
 #!/usr/bin/env node
 import '../dist/supervisor/handover/early-signals.js';
 
-await import('../dist/supervisor-main.js');
+await import('../dist/program/vtpm-supervisord.js');

@@ -1,2 +1,2 @@
 #!/usr/bin/env node
-import '../dist/vtpmctl-main.js';
+import '../dist/program/vtpmctl.js';

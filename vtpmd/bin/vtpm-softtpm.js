@@ -1,2 +1,2 @@
 #!/usr/bin/env node
-import '../dist/softtpm-main.js';
+import '../dist/program/vtpm-softtpm.js';

@@ -22,7 +22,7 @@ export function managerProgram(): string {
   }
   return built(
     join(dirname(description), 'bin', 'vtpm-managerd.js'),
-    join(dirname(description), 'dist/main.js'),
+    join(dirname(description), 'dist/program/vtpm-managerd.js'),
   );
 }
 
@@ -52,7 +52,10 @@ export function supervisorInvocation(args: readonly string[]): Invocation {
 }
 
 export function supervisorProgram(): string {
-  return built(join(toolstack, 'bin', 'vtpm-supervisord.js'), join(toolstack, 'dist', 'supervisor-main.js'));
+  return built(
+    join(toolstack, 'bin', 'vtpm-supervisord.js'),
+    join(toolstack, 'dist/program/vtpm-supervisord.js'),
+  );
 }
 
 /** Whether this is a working tree of the project: its worker image changes with each build. */
