@@ -1270,6 +1270,13 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'toolstack/migration-arrival', name: 'is not told by another host to protect a vTPM less' },
   },
   {
+    name: 'a dry run finds what would be in the way of the first start there',
+    file: 'toolstack/src/supervisor/migration/desk.ts',
+    guard: 'checkFirstStart(known?.entry ?? description, { paths, settings });',
+    without: '',
+    test: { file: 'toolstack/migration-arrival', name: 'refuses by name, before anything stops' },
+  },
+  {
     name: 'a TPM that arrived has another generator',
     file: 'vtpmd/src/state-blob/vtpm-state-blobs.ts',
     guard: "await this.#saveStart(useOf('RESTORE', this.#suspended), true, beforeSave);",

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { randomUUID } from 'node:crypto';
 import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { decode } from 'vtpm-proto';
 import { MigrationWorld } from './migration-world.js';
@@ -128,12 +129,18 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
       [world.described({ name: '../../etc' }), 'bad-request'],
       [world.described({ name: '--help' }), 'bad-request'],
       [world.described({ autostart: 'yes' }), 'bad-request'],
+      // All that follow would be refused by the making of their entry, which a dry run does not come to.
+      [world.described({ name: randomUUID() }), 'bad-request'],
+      [world.described({ isolation: 'vm', doors: ['control'] }), 'bad-request'],
+      [world.described({ isolation: 'vm' }), 'missing-package'],
     ];
     for (const [change, code] of cases) {
-      const event = world.incoming(change);
-      world.manager.emit(event);
-      await world.said('refuse', event);
-      assert.equal(world.answers.at(-1)!.code, code, world.answers.at(-1)!.message);
+      for (const dryRun of [true, false]) {
+        const event = world.incoming({ ...change, dryRun });
+        world.manager.emit(event);
+        await world.said('refuse', event);
+        assert.equal(world.answers.at(-1)!.code, code, world.answers.at(-1)!.message);
+      }
     }
     assert.equal((await world.supervisor.call('GET', '/vtpms')).body.vtpms.length, 2);
     const dry = world.incoming({ dryRun: true });

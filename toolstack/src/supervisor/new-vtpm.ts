@@ -4,7 +4,7 @@ import { ToolstackError } from '../error.js';
 import { collectVmSources } from '../vm/sources.js';
 import { checkAccess } from './door-access.js';
 import { checkDoors, doorFiles } from './door-kinds.js';
-import { type Entry, newEntry, parseNewEntry } from './entry.js';
+import { type Entry, isUuid, type NewEntry, newEntry, parseNewEntry } from './entry.js';
 import type { VtpmContext } from './vtpm-state.js';
 
 /**
@@ -18,16 +18,30 @@ export function checkedNewEntry(
 ): Entry {
   const given = parseNewEntry(body);
   office.checkDelegation(given);
+  checkAccess(given, paths);
+  checkFirstStart(given, { paths, settings });
+  return newEntry(given);
+}
+
+/**
+ * What does not hang on whom it belongs to.
+ * @throws ToolstackError `bad-request` | `store-full` | …
+ */
+export function checkFirstStart(
+  given: Pick<NewEntry, 'name' | 'doors' | 'isolation'>,
+  { paths, settings }: Pick<VtpmContext, 'paths' | 'settings'>,
+): void {
+  if (isUuid(given.name)) {
+    throw new ToolstackError('bad-request', `${given.name} is an id and no name; give the vTPM a name`);
+  }
   try {
     for (const path of doorFiles(join(paths.supervisor.doors, given.name))) checkSocketPath(path);
   } catch (error) {
     throw new ToolstackError('bad-request', (error as Error).message);
   }
   checkDoors(given.doors, given.isolation);
-  checkAccess(given, paths);
   if (given.isolation === 'vm') collectVmSources(paths.supervisor.vm);
   checkRoom(paths, settings['store-reserve']);
-  return newEntry(given);
 }
 
 /**

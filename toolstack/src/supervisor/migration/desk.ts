@@ -3,6 +3,7 @@ import { ToolstackError } from '../../error.js';
 import type { AdminClient, Incoming } from '../admin-client.js';
 import { createArriving } from '../dropin/creation.js';
 import { Creations } from '../dropin/creations.js';
+import { checkFirstStart } from '../new-vtpm.js';
 import type { Vtpm } from '../vtpm.js';
 import { type Description, readDescription } from './description.js';
 import { checkProtection } from './protection.js';
@@ -119,9 +120,12 @@ export class MigrationDesk {
     }
   }
 
-  /** Before anything stops at the source. @throws ToolstackError `migration-refused` | `name-taken` */
+  /**
+   * Before anything stops at the source, and all that there is of a dry run.
+   * @throws ToolstackError `migration-refused` | `name-taken` | …
+   */
   #check({ id, vmUuid, from }: Incoming, description: Description): void {
-    const { settings } = this.#parts;
+    const { settings, paths } = this.#parts;
     const { name } = description;
     const accepts = settings['accept-migrations'];
     if (accepts === 'none') {
@@ -151,6 +155,7 @@ export class MigrationDesk {
     }
     // One that comes back is run as its entry here says.
     if (!known) checkProtection(description, settings);
+    checkFirstStart(known?.entry ?? description, { paths, settings });
   }
 
   /** @throws ToolstackError what vtpmctl says */
