@@ -79,7 +79,7 @@ describe("QEMU's own migration with the vTPM's (test:long)", function () {
     const stream = `unix:${join(directory, `stream-${machines.length}`)}`;
     const target = boot(to, name, [...args, '-incoming', stream]);
     await target.monitor('info status');
-    // Under TCG, QEMU 7.2 loses pages that the guest writes meanwhile.
+    // Where it ran on, pages that it wrote meanwhile were missing there (QEMU 7.2 without KVM); why is not known.
     await vm.monitor('stop');
     await vm.monitor(`migrate -d ${stream}`);
     await completed(vm);
