@@ -1230,7 +1230,7 @@ export const MUTANTS: readonly Mutant[] = [
     name: 'I-3 a vTPM in doubt is not started',
     file: 'toolstack/src/supervisor/vtpm.ts',
     guard:
-      "if (isElsewhere(kind)) throw this.#elsewhere(kind);\n    if (this.#status.state.kind === 'running'",
+      "if (isElsewhere(this.#status.state)) throw elsewhere(this.entry, this.#status.state);\n    if (this.#status.state.kind === 'running'",
     without: "if (this.#status.state.kind === 'running'",
     test: { file: 'toolstack/migration-departure', name: 'starts nothing while it is in doubt' },
   },

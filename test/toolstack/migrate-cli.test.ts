@@ -108,9 +108,9 @@ describe('vtpmctl migrate', () => {
       ['running', 'OFFLINE', /vtpmctl stop web1/],
       ['stopped', 'LIVE', /vtpmctl start web1/],
       ['crashed', undefined, /crashed.*vtpmctl stop web1/],
-      ['moved', undefined, /has moved already/],
-      ['migrating', undefined, /on its way already/],
-      ['arriving', undefined, /just arriving/],
+      ['moved', undefined, /it lives on another host: use it there, or migrate it back from there/],
+      ['migrating', undefined, /on its way to another host; .*vtpmctl migrate status web1/],
+      ['arriving', undefined, /comes from another host .*vtpmctl migrate status web1/],
     ] as const) {
       it(`is not made for one that is ${state}${wanted ? ` where it is to be ${wanted}` : ''}`, async () => {
         await assert.rejects(make({ state }, wanted), said);
@@ -555,14 +555,17 @@ describe('what has moved', () => {
   it('is listed with where it lives, is forgotten by delete, and nothing else of it is touched', async () => {
     const desk = new Desk();
     try {
+      const erasure = { isDone: true, retiredAt: '2026-11-22T02:20:41.000Z', due: null };
+      const moved = managerVtpm(ID(1), { kind: 'moved', movedTo: 'hostb', erasure });
       const manager = await desk.manager({
         'GET /health': { body: { status: 'ready' } },
         'GET /vtpms?limit=200': {
-          body: { vtpms: [managerVtpm(ID(1), { kind: 'moved', movedTo: 'hostb' })], next: null },
+          body: { vtpms: [moved], next: null },
         },
-        [`GET /vtpms/${ID(1)}`]: { body: managerVtpm(ID(1), { kind: 'moved', movedTo: 'hostb' }) },
+        [`GET /vtpms/${ID(1)}`]: { body: moved },
       });
-      const web1 = supervisorVtpm(ID(1), 'web1', { state: 'moved' });
+      const went = { movedTo: 'hostb', movedAt: '2026-11-22T02:20:40.000Z' };
+      const web1 = supervisorVtpm(ID(1), 'web1', { state: 'moved', ...went });
       const supervisor = await desk.supervisor({
         'GET /vtpms': { body: { vtpms: [web1] } },
         'GET /vtpms/web1': { body: web1 },
@@ -572,7 +575,20 @@ describe('what has moved', () => {
         (await desk.ctl(['list'])).stdout,
         /web1 .* moved .*it lives on hostb; vtpmctl delete web1/,
       );
-      assert.match((await desk.ctl(['show', 'web1'])).stdout, /state +moved\nnote +it lives on hostb/);
+      const shown = (await desk.ctl(['show', 'web1'])).stdout;
+      assert.match(shown, /state +moved\nnote +it lives on hostb.*\nsince +2026-11-22T02:20:40Z/);
+      assert.doesNotMatch(shown, /\.sock|retired/);
+      for (const command of [
+        ['exec', 'web1', '--', 'true'],
+        ['qemu-args', 'web1'],
+      ]) {
+        const refused = await desk.ctl(command);
+        assert.deepEqual([refused.code, refused.stdout], [1, '']);
+        assert.match(
+          refused.stderr,
+          /lives on hostb since 2026-11-22T02:20:40.000Z: use it there, or migrate it back/,
+        );
+      }
       const deleted = await desk.ctl(['delete', 'web1']);
       assert.equal(deleted.code, 0, deleted.stderr);
       assert.match(deleted.stdout, /forgotten +web1\nstate +untouched: it lives on hostb/);

@@ -42,7 +42,12 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
     assert.deepEqual([ticket!.verbs, ticket!.expectedEpoch], [['RESUME'], 7n]);
     assert.equal(Buffer.from(ticket!.vmRunId).toString('hex'), event.vmRunId.replaceAll('-', ''));
     for (const verb of ['start', 'stop']) {
-      assert.equal((await world.supervisor.call('POST', `/vtpms/web1/${verb}`)).status, 409);
+      const { status, body } = await world.supervisor.call('POST', `/vtpms/web1/${verb}`);
+      assert.equal(status, 409);
+      assert.equal(
+        body.error.message,
+        'vTPM web1 is being taken in from other; wait for that: vtpmctl migrate status web1',
+      );
     }
     load.commit();
     await world.becomes('running');

@@ -58,7 +58,11 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
     begun.call.say('CONNECTING');
     await begun.lines.phase('CONNECTING');
     assert.equal(await world.state(), 'running');
-    assert.equal((await world.supervisor.call('POST', '/vtpms/web1/stop')).body.error.code, 'busy');
+    const { error: busy } = (await world.supervisor.call('POST', '/vtpms/web1/stop')).body;
+    assert.deepEqual(
+      [busy.code, busy.message],
+      ['busy', 'vTPM web1 is being migrated to other; wait for that, or: vtpmctl migrate cancel web1'],
+    );
     begun.call.say('FREEZING');
     begun.call.say('FROZEN');
     await begun.call.heard('reaped');
@@ -74,14 +78,20 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
     begun.call.end('COMMITTED', { downtimeUs: 9n, message: '' });
     const last = await begun.lines.phase('COMMITTED');
     assert.deepEqual([last.downtimeUs, last.phase], [9, 'COMMITTED']);
-    const { state: now, movedTo, migration } = await world.view();
-    assert.deepEqual([now, movedTo, migration], ['moved', 'other', null]);
+    const { state: now, movedTo, movedAt, migration, sockets } = await world.view();
+    assert.deepEqual([now, movedTo, migration, sockets.tpm], ['moved', 'other', null, null]);
     assert.equal(await begun.lines.ended, 200);
     await closed;
     assert.ok(!existsSync(vtpm.sockets.tpm));
-    const started = await world.supervisor.call('POST', '/vtpms/web1/start');
-    assert.deepEqual([started.status, started.body.error.code], [409, 'moved']);
-    assert.match(started.body.error.message, /lives on other/);
+    for (const [method, verb] of [
+      ['POST', 'start'],
+      ['POST', 'stop'],
+      ['DELETE', 'migrate'],
+    ] as const) {
+      const { status, body } = await world.supervisor.call(method, `/vtpms/web1/${verb}`);
+      assert.deepEqual([status, body.error.code], [409, 'moved']);
+      assert.ok(body.error.message.startsWith(`vTPM web1 lives on other since ${movedAt}: use it there`));
+    }
     await world.restart();
     assert.equal(await world.state(), 'moved');
     assert.equal((await world.supervisor.call('DELETE', '/vtpms/web1')).status, 200);
@@ -239,11 +249,9 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
       await begun.lines.phase('IN_DOUBT');
       const loads = world.manager.tickets.length;
       for (const verb of ['start', 'stop']) {
-        assert.equal(
-          (await world.supervisor.call('POST', `/vtpms/web1/${verb}`)).body.error.code,
-          'migrating',
-          verb,
-        );
+        const { error } = (await world.supervisor.call('POST', `/vtpms/web1/${verb}`)).body;
+        assert.equal(error.code, 'migrating', verb);
+        assert.match(error.message, /on its way to other .*does not answer.*vtpmctl migrate resolve web1/);
       }
       assert.equal((await world.supervisor.call('DELETE', '/vtpms/web1')).body.error.code, 'migrating');
       assert.equal(world.manager.tickets.length, loads);

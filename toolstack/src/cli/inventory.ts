@@ -17,6 +17,8 @@ export interface Entry {
   readonly state: SupervisorVtpm['state'] | 'retired' | 'unknown';
   /** Of one that has moved. */
   readonly movedTo: string | null;
+  /** ISO 8601. */
+  readonly movedAt: string | null;
   readonly reason: string | null;
   readonly kind: ManagerVtpm['kind'] | null;
   readonly generation: number | null;
@@ -110,6 +112,8 @@ export async function findEntry(
   return { entry: join(known, undefined, false), missing: [saved] };
 }
 
+const NO_SOCKETS: Entry['sockets'] = { tpm: null, tcti: null, control: null, mssim: null, ring: null };
+
 /** As the supervisor has it. Upper case is refused so that two names never differ by that alone. */
 const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
 
@@ -134,13 +138,15 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
   const wasRun = vtpm.state === 'running' || (vtpm.epoch ?? 0) > 0;
   const orphan: Orphan | null =
     record?.kind === 'retired' ? 'retired' : isManagerAsked && !record && wasRun ? 'no-state' : null;
+  // It hears of that from the manager, perhaps a moment later.
+  const state = record?.kind === 'moved' && vtpm.worker === null ? 'moved' : vtpm.state;
   return {
     id: vtpm.id,
     name: vtpm.name,
     vmUuid: vtpm.vmUuid,
-    // It hears of that from the manager, perhaps a moment later.
-    state: record?.kind === 'moved' && vtpm.worker === null ? 'moved' : vtpm.state,
-    movedTo: record?.movedTo ?? null,
+    state,
+    movedTo: record?.movedTo ?? vtpm.movedTo ?? null,
+    movedAt: state === 'moved' ? (vtpm.movedAt ?? record?.erasure?.retiredAt ?? null) : null,
     reason: vtpm.reason ?? null,
     kind: record?.kind ?? null,
     // Known to the manager as never saved is 0; not known because it could not be asked is null.
@@ -157,7 +163,7 @@ function join(vtpm: SupervisorVtpm, record: ManagerVtpm | undefined, isManagerAs
     socketMode: vtpm.socketMode ?? null,
     worker: vtpm.worker,
     vmm: vtpm.vmm ?? null,
-    sockets: vtpm.sockets,
+    sockets: state === 'moved' ? NO_SOCKETS : vtpm.sockets,
     savedBytes: record?.savedBytes ?? null,
     savedAt: record?.savedAt ?? null,
     createdAt: record?.createdAt ?? null,
@@ -176,6 +182,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     vmUuid: record.vmUuid,
     state: record.kind === 'live' ? 'unknown' : record.kind,
     movedTo: record.movedTo ?? null,
+    movedAt: record.kind === 'moved' ? (record.erasure?.retiredAt ?? null) : null,
     reason: null,
     kind: record.kind,
     generation: record.generation,
@@ -191,7 +198,7 @@ function nameless(record: ManagerVtpm, isSupervisorAsked: boolean): Entry {
     socketMode: null,
     worker: null,
     vmm: null,
-    sockets: { tpm: null, tcti: null, control: null, mssim: null, ring: null },
+    sockets: NO_SOCKETS,
     savedBytes: record.savedBytes,
     savedAt: record.savedAt,
     createdAt: record.createdAt,

@@ -68,6 +68,9 @@ export interface SupervisorVtpm extends VtpmSettings {
     | 'arriving'
     | 'moved';
   readonly reason?: string | null;
+  /** Of one that has moved, as this host knows the other one, and since when, ISO 8601. */
+  readonly movedTo?: string | null;
+  readonly movedAt?: string | null;
   readonly vmRunId: string | null;
   readonly epoch: number | null;
   readonly worker: {

@@ -3,13 +3,18 @@ import { ToolstackError } from '../error.js';
 /** What is done with one vTPM by request: one thing at a time. */
 export class Operations {
   readonly #vtpm: string;
+  readonly #sayBusy: (operation: string) => string;
   #current: { readonly name: string; readonly settled: Promise<void> } | undefined;
   #isRemoved = false;
   #holding = new AbortController();
 
-  /** @param vtpm its name */
-  constructor(vtpm: string) {
+  /**
+   * @param vtpm its name
+   * @param sayBusy what follows on "vTPM … is " while `operation`, a participle, is under way
+   */
+  constructor(vtpm: string, sayBusy: (operation: string) => string) {
     this.#vtpm = vtpm;
+    this.#sayBusy = sayBusy;
   }
 
   /** What is being done, undefined where nothing is. */
@@ -48,8 +53,7 @@ export class Operations {
   /** @param name a participle @throws ToolstackError `busy` | `unknown-vtpm`, and what `run` throws */
   async exclusively(name: string, run: () => Promise<void>): Promise<void> {
     if (this.#current) {
-      const { name: other } = this.#current;
-      throw new ToolstackError('busy', `vTPM ${this.#vtpm} is being ${other}; try again later`);
+      throw new ToolstackError('busy', `vTPM ${this.#vtpm} is ${this.#sayBusy(this.#current.name)}`);
     }
     if (this.#isRemoved) throw new ToolstackError('unknown-vtpm', `vTPM ${this.#vtpm} was removed`);
     if (this.isHeld) {

@@ -40,13 +40,15 @@ export interface VtpmView {
   } | null;
   /** Where it lives; null: here, as far as is known. */
   readonly movedTo: string | null;
+  /** Since when, ISO 8601. */
+  readonly movedAt: string | null;
   /** One that is not settled. */
   readonly migration: Pick<EntryMigration, 'id' | 'role' | 'peer'> | null;
   /** What another supervisor makes its entry from, JSON. Only where one vTPM is asked for. */
   readonly description?: string;
   /** Of a vTPM that its VMM powers and that runs. */
   readonly vmm: VmmStatus | null;
-  /** Null for doors that it does not have. `mssim`: its command port while it is open, the platform port is the next one. */
+  /** Null for doors that it does not have, and where it has moved. `mssim`: its command port while it is open, the platform port is the next one. */
   readonly sockets: Readonly<Record<'tpm' | 'tcti' | 'control' | 'ring', string | null>> & {
     readonly mssim: number | null;
   };
@@ -80,6 +82,7 @@ export function viewOf(
             startedAt: worker.startedAt.toISOString(),
           },
     movedTo: entry.moved?.to ?? null,
+    movedAt: entry.moved?.at ?? null,
     migration: entry.migration && {
       id: entry.migration.id,
       role: entry.migration.role,
@@ -88,7 +91,7 @@ export function viewOf(
     ...(looksAgain && { description: describe(entry) }),
     vmm: worker && vmm ? vmm : null,
     sockets: {
-      ...socketsOf(doors, doorsDirectory),
+      ...socketsOf(state.kind === 'moved' ? [] : doors, doorsDirectory),
       mssim: ('doors' in state ? state.doors.mssimPort : undefined) ?? null,
     },
   };

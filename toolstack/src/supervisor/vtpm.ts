@@ -10,6 +10,7 @@ import { type Arrived, breakOffArrival, settleArrival, takeIn } from './migratio
 import { Departure, settleDeparture } from './migration/departure.js';
 import type { Order } from './migration/order.js';
 import type { ProgressLine } from './migration/progress.js';
+import { elsewhere, isElsewhere, sayBusy } from './migration/whereabouts.js';
 import { Operations } from './operations.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
 import { type Attendant, VtpmStatus } from './vtpm-status.js';
@@ -18,13 +19,6 @@ import { VtpmWorkers } from './vtpm-workers.js';
 
 /** A worker reads its control channel at once; one that does not will not be asked twice. */
 const HEARD_LIMIT_MS = 5_000;
-
-type Elsewhere = 'migrating' | 'arriving' | 'moved';
-
-/** Whether it may not be run here, or only the manager knows. */
-function isElsewhere(kind: VtpmState['kind']): kind is Elsewhere {
-  return kind === 'migrating' || kind === 'arriving' || kind === 'moved';
-}
 
 /** One vTPM: its entry in the list, and what is done with it. */
 export class Vtpm {
@@ -37,7 +31,7 @@ export class Vtpm {
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
     this.#status = new VtpmStatus(context, entry);
-    this.#operations = new Operations(entry.name);
+    this.#operations = new Operations(entry.name, (operation) => sayBusy(this.entry, operation));
     this.#workers = new VtpmWorkers(context, this.#status, this.#operations);
   }
 
@@ -140,8 +134,8 @@ export class Vtpm {
         this.#status.state = { kind: 'stopped', reason };
       } else if (state.kind === 'lost' || state.kind === 'restarting') {
         await this.#workers.breakOff(state);
-      } else if (isElsewhere(state.kind)) {
-        throw this.#elsewhere(state.kind);
+      } else if (isElsewhere(state)) {
+        throw elsewhere(this.entry, state);
       } else {
         this.#status.state = { kind: 'stopped', reason: null };
       }
@@ -176,8 +170,9 @@ export class Vtpm {
    */
   migrate(order: Order, onProgress: (line: ProgressLine) => void): Promise<void> {
     return this.#operations.exclusively('migrated', async () => {
-      const { kind } = this.#status.state;
-      if (isElsewhere(kind)) throw this.#elsewhere(kind);
+      const { state } = this.#status;
+      const { kind } = state;
+      if (isElsewhere(state)) throw elsewhere(this.entry, state);
       if (order.mode === 'OFFLINE' ? kind !== 'stopped' : kind !== 'running') {
         throw new ToolstackError(
           order.mode === 'OFFLINE' ? 'not-stopped' : 'not-running',
@@ -211,9 +206,11 @@ export class Vtpm {
     );
   }
 
-  /** @returns false where its state is on its way already @throws ToolstackError `unknown-migration` */
+  /** @returns false where its state is on its way already @throws ToolstackError `unknown-migration` | `migrating` | `moved` */
   cancelMigration(): boolean {
+    const { state } = this.#status;
     if (this.#departure) return this.#departure.cancel();
+    if (isElsewhere(state)) throw elsewhere(this.entry, state);
     throw new ToolstackError('unknown-migration', `vTPM ${this.entry.name} is not being migrated`);
   }
 
@@ -252,15 +249,6 @@ export class Vtpm {
     return { context: this.#context, status: this.#status, workers: this.#workers };
   }
 
-  #elsewhere(kind: Elsewhere): ToolstackError {
-    const { state } = this.#status;
-    const why = 'reason' in state && state.reason ? `: ${state.reason}` : '';
-    return new ToolstackError(
-      kind === 'moved' ? 'moved' : 'migrating',
-      `vTPM ${this.entry.name} is ${kind}${why}`,
-    );
-  }
-
   /**
    * Runs `forget` while nothing else can happen to the vTPM.
    * @param hasNotCome its arrival came to nothing @throws ToolstackError `not-stopped` | `busy`
@@ -275,9 +263,9 @@ export class Vtpm {
   }
 
   #expectStopped(): void {
-    const { kind } = this.#status.state;
-    if (kind === 'stopped' || kind === 'crashed') return;
-    if (isElsewhere(kind)) throw this.#elsewhere(kind);
+    const { state } = this.#status;
+    if (state.kind === 'stopped' || state.kind === 'crashed') return;
+    if (isElsewhere(state)) throw elsewhere(this.entry, state);
     throw this.#notStopped();
   }
 
@@ -309,8 +297,7 @@ export class Vtpm {
         `vTPM ${this.entry.name} is started by swtpm with the token in ${place}, and by nobody else`,
       );
     }
-    const { kind } = this.#status.state;
-    if (isElsewhere(kind)) throw this.#elsewhere(kind);
+    if (isElsewhere(this.#status.state)) throw elsewhere(this.entry, this.#status.state);
     if (this.#status.state.kind === 'running' || this.#status.state.kind === 'restarting') {
       throw new ToolstackError('already-running', `vTPM ${this.#status.entry.name} is running already`);
     }

@@ -1,6 +1,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
+import { checkHere } from '../whereabouts.js';
 
 const FORWARDED = ['SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'] as const;
 /** A terminal sends these to the program as well, and programs treat the second one differently. */
@@ -23,6 +24,7 @@ export async function exec(
     );
   }
   const vtpm = await supervisor.vtpm(nameOrId);
+  checkHere(vtpm);
   if (vtpm.state !== 'running') {
     throw new ToolstackError(
       'not-running',

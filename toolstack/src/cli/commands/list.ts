@@ -58,6 +58,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['VM', entry.vmUuid],
       ['state', entry.state],
       ['note', note(entry)],
+      ['since', entry.movedAt && time(entry.movedAt)],
       ['VM run', entry.vmRunId],
       ['epoch', entry.epoch],
       ['generation', entry.generation === null ? null : sayGeneration(entry.generation)],
@@ -65,7 +66,7 @@ export async function show(nameOrId: string, { supervisor, manager, output }: Co
       ['created', entry.createdAt === null ? null : time(entry.createdAt)],
       ['libtpms', entry.libtpmsVersion],
       ...entry.marks.map((mark) => ['mark', MARKS[mark] ?? mark] as const),
-      ['erased', entry.erasure && sayErasure(entry.erasure)],
+      ['erased', entry.erasure && sayErasure(entry.erasure, entry.state === 'moved' ? 'moved' : 'retired')],
       ['isolation', entry.isolation],
       ['autostart', entry.autostart === null ? null : entry.autostart ? 'yes' : 'no'],
       ['startup', entry.startup],
@@ -120,8 +121,9 @@ function sayMissing(missing: readonly ToolstackError[], output: Context['output'
   return first ? exitStatus(first.code) : 0;
 }
 
-function sayErasure({ isDone, retiredAt, due }: Erasure): string {
-  const since = `retired ${time(retiredAt)}`;
+/** @param what became of it here */
+function sayErasure({ isDone, retiredAt, due }: Erasure, what: 'moved' | 'retired'): string {
+  const since = `${what} ${time(retiredAt)}`;
   if (isDone) return `yes, ${since}: no old disk opens its state any more`;
   const when =
     due === null

@@ -1,6 +1,7 @@
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import type { SupervisorVtpm } from '../supervisor-api.js';
+import { checkHere } from '../whereabouts.js';
 
 export interface VmmFlags {
   readonly model: string;
@@ -38,6 +39,8 @@ export async function libvirtXml(nameOrId: string, { model }: VmmFlags, context:
 async function controlSocket(nameOrId: string, { supervisor, output }: Context): Promise<string> {
   const vtpm = await supervisor.vtpm(nameOrId);
   const { name, dropin } = vtpm;
+  if (vtpm.state !== 'arriving') checkHere(vtpm);
+  else output.note(`${name} is arriving; a VM that moves with it is started with -incoming`);
   if (dropin) {
     throw new ToolstackError(
       'bad-request',

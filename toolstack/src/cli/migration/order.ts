@@ -5,6 +5,7 @@ import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import type { ManagerPeer } from '../peer-api.js';
 import type { SupervisorVtpm } from '../supervisor-api.js';
+import { sayElsewhere } from '../whereabouts.js';
 
 /** How long an order may be begun with, unless it says so itself. */
 const LIFETIME_MS = 60_000;
@@ -81,18 +82,13 @@ function modeOf(vtpm: SupervisorVtpm, wanted: OrderOptions['mode']): MigrateMode
   throw new ToolstackError('busy', `${name} cannot be moved: ${sayState(vtpm)}`);
 }
 
-function sayState({ name, state, reason }: SupervisorVtpm): string {
+function sayState(vtpm: SupervisorVtpm): string {
+  const { name, state, reason } = vtpm;
   switch (state) {
     case 'crashed':
     case 'lost':
       return `it has ${state === 'lost' ? 'lost its state' : 'crashed'} (${reason ?? 'no reason is known'}); stop it first: vtpmctl stop ${name}`;
-    case 'moved':
-      return `it has moved already; vtpmctl show ${name} says where it is`;
-    case 'migrating':
-      return `it is on its way already; vtpmctl migrate status ${name}`;
-    case 'arriving':
-      return `it is just arriving; vtpmctl migrate status ${name}`;
     default:
-      return `it is ${state}; try again in a moment`;
+      return sayElsewhere(vtpm) ?? `it is ${state}; try again in a moment`;
   }
 }
