@@ -1265,14 +1265,21 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'no host chooses how weakly another one runs its vTPM',
     file: 'toolstack/src/supervisor/migration/desk.ts',
-    guard: 'if (!known) checkProtection(description, settings);',
+    guard: 'checkProtection(asItRuns, settings, known?.entry);',
     without: '',
     test: { file: 'toolstack/migration-arrival', name: 'is not told by another host to protect a vTPM less' },
   },
   {
+    name: 'a vTPM comes back as it was run last',
+    file: 'toolstack/src/supervisor/vtpm.ts',
+    guard: 'this.#status.update({ migration, doors, startup });',
+    without: 'this.#status.update({ migration, ...(doors.length === 0 && { startup }) });',
+    test: { file: 'toolstack/migration-arrival', name: 'with the doors that it has by now' },
+  },
+  {
     name: 'a dry run finds what would be in the way of the first start there',
     file: 'toolstack/src/supervisor/migration/desk.ts',
-    guard: 'checkFirstStart(known?.entry ?? description, { paths, settings });',
+    guard: 'checkFirstStart(asItRuns, { paths, settings });',
     without: '',
     test: { file: 'toolstack/migration-arrival', name: 'refuses by name, before anything stops' },
   },

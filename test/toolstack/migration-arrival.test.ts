@@ -102,7 +102,7 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
     assert.equal((await world.supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
   });
 
-  it('takes back one that was here, under the name that it has here', async () => {
+  it('takes back one that was here, under the name that it has here, with the doors that it has by now', async () => {
     const vtpm = await world.running();
     const begun = await world.order(vtpm);
     await world.frozen(begun);
@@ -111,7 +111,13 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
     const gone = world.manager.records.get(vtpm.id)!;
     world.manager.records.set(vtpm.id, { ...gone, kind: 'moved' });
     for (const verdict of ['ABORT', 'COMMIT'] as const) {
-      const event = world.incoming({ id: vtpm.id, vmUuid: vtpm.vmUuid, mode: 'OFFLINE' });
+      const ids = { id: vtpm.id, vmUuid: vtpm.vmUuid, mode: 'OFFLINE' };
+      const weaker = world.incoming({ ...ids, ...world.described({ doors: ['mssim'] }) });
+      world.manager.emit(weaker);
+      await world.said('refuse', weaker);
+      assert.equal(world.answers.at(-1)!.code, 'migration-refused');
+      const now = { name: 'elsewhere', doors: ['tcti'], startup: 'none', isolation: 'none' };
+      const event = world.incoming({ ...ids, ...world.described(now) });
       world.manager.emit(event);
       await world.said('accept', event);
       assert.equal(await world.state(), 'arriving');
@@ -119,7 +125,13 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
       world.decided(event, verdict);
       await world.becomes(verdict === 'COMMIT' ? 'stopped' : 'moved');
     }
-    assert.equal((await world.supervisor.call('POST', '/vtpms/web1/start')).body.state, 'running');
+    const { body } = await world.supervisor.call('POST', '/vtpms/web1/start');
+    assert.deepEqual(
+      [body.state, body.doors, body.startup, body.isolation],
+      ['running', ['tcti'], 'none', 'sandbox'],
+    );
+    assert.ok(body.sockets.tcti.endsWith('/web1/tcti.sock') && existsSync(body.sockets.tcti));
+    assert.ok(!existsSync(vtpm.sockets.tpm));
   });
 
   it('refuses by name, before anything stops, what it does not take', async () => {

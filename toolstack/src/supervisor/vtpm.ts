@@ -8,6 +8,7 @@ import type { InheritedDescriptors, KeptDescriptors } from './handover/descripto
 import type { VtpmHandOver } from './handover/state.js';
 import { type Arrived, breakOffArrival, settleArrival, takeIn } from './migration/arrival.js';
 import { Departure, settleDeparture } from './migration/departure.js';
+import type { Description } from './migration/description.js';
 import type { Order } from './migration/order.js';
 import type { ProgressLine } from './migration/progress.js';
 import { elsewhere, isElsewhere, sayBusy } from './migration/whereabouts.js';
@@ -149,12 +150,13 @@ export class Vtpm {
   change(change: EntryChange): Promise<void> {
     return this.#operations.exclusively('changed', async () => {
       this.#expectStopped();
-      if (change.doors) this.#checkChangedDoors(change.doors);
+      if (change.doors) this.checkDoors(change.doors);
       this.#status.update(change);
     });
   }
 
-  #checkChangedDoors(doors: readonly DoorKind[]): void {
+  /** Whether it can have them. @throws ToolstackError `bad-request` */
+  checkDoors(doors: readonly DoorKind[]): void {
     const { name, isolation, dropin } = this.entry;
     checkDoors(doors, isolation);
     if (!dropin || doors.includes('control')) return;
@@ -214,11 +216,11 @@ export class Vtpm {
     throw new ToolstackError('unknown-migration', `vTPM ${this.entry.name} is not being migrated`);
   }
 
-  /** One that was here comes back. @throws ToolstackError `busy` | `bad-request` */
-  expectArrival(migration: EntryMigration): Promise<void> {
+  /** One that was here comes back, as it was run last. @throws ToolstackError `busy` | `bad-request` */
+  expectArrival(migration: EntryMigration, { doors, startup }: Description): Promise<void> {
     return this.#operations.exclusively('taken in', async () => {
       if (this.#status.state.kind !== 'moved') throw this.#notStopped();
-      this.#status.update({ migration });
+      this.#status.update({ migration, doors, startup });
       this.#status.rest();
     });
   }

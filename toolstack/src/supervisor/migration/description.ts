@@ -12,6 +12,11 @@ export type Description = Pick<
 
 const FIELDS = ['name', 'isolation', 'autostart', 'startup', 'doors', 'stateBlobs', 'socketMode'] as const;
 
+/** How one that was here before is run when it comes back: what can be changed may have been, the rest is this host's own. */
+export function asKnown(description: Description, { name, isolation, stateBlobs }: Entry): Description {
+  return { ...description, name, isolation, stateBlobs };
+}
+
 /** JSON, for a migrate order. */
 export function describe(entry: Entry): string {
   const fields = FIELDS.map((field) => [field, entry[field]]);

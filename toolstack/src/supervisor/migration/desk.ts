@@ -5,7 +5,7 @@ import { createArriving } from '../dropin/creation.js';
 import { Creations } from '../dropin/creations.js';
 import { checkFirstStart } from '../new-vtpm.js';
 import type { Vtpm } from '../vtpm.js';
-import { type Description, readDescription } from './description.js';
+import { asKnown, type Description, readDescription } from './description.js';
 import { checkProtection } from './protection.js';
 
 export interface DeskParts {
@@ -153,9 +153,10 @@ export class MigrationDesk {
         `another vTPM is called ${name} here; before it can come from ${from.name} one of the two needs another name`,
       );
     }
-    // One that comes back is run as its entry here says.
-    if (!known) checkProtection(description, settings);
-    checkFirstStart(known?.entry ?? description, { paths, settings });
+    known?.checkDoors(description.doors);
+    const asItRuns = known ? asKnown(description, known.entry) : description;
+    checkProtection(asItRuns, settings, known?.entry);
+    checkFirstStart(asItRuns, { paths, settings });
   }
 
   /** @throws ToolstackError what vtpmctl says */
@@ -164,7 +165,7 @@ export class MigrationDesk {
     const { migration: id, from } = incoming;
     const known = find();
     if (known) {
-      await known.expectArrival({ id, role: 'arriving', peer: from.name, isNew: false });
+      await known.expectArrival({ id, role: 'arriving', peer: from.name, isNew: false }, description);
       return known;
     }
     const done = await this.#creations.turn();

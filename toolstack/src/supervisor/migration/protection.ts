@@ -2,13 +2,14 @@ import type { Settings } from 'vtpm-common';
 import { ToolstackError } from '../../error.js';
 import type { Description } from './description.js';
 
+type Weighed = Pick<Description, 'isolation' | 'doors' | 'stateBlobs'>;
 type Deciding = Pick<Settings, 'isolation' | 'migrations-may'>;
 
 /** What a vTPM may bring only where this host says so: in the words of the setting `migrations-may`, and in those of an operator. */
 const WEAKER: readonly [
   string,
   string,
-  (description: Description, settings: Pick<Settings, 'isolation'>) => boolean,
+  (description: Weighed, settings: Pick<Settings, 'isolation'>) => boolean,
 ][] = [
   [
     'isolation-none',
@@ -29,12 +30,13 @@ const WEAKER: readonly [
 
 /**
  * How well a vTPM is protected on a host is for that host to say, and not for the one that sends it.
- * @throws ToolstackError `migration-refused`
+ * @param before how it was run here @throws ToolstackError `migration-refused`
  */
-export function checkProtection(description: Description, settings: Deciding): void {
+export function checkProtection(description: Description, settings: Deciding, before?: Weighed): void {
   const allowed = settings['migrations-may'].split(',').map((what) => what.trim());
   for (const [name, what, isSo] of WEAKER) {
-    if (!isSo(description, settings) || allowed.includes(name)) continue;
+    const isAllowed = allowed.includes(name) || (before !== undefined && isSo(before, settings));
+    if (isAllowed || !isSo(description, settings)) continue;
     throw new ToolstackError(
       'migration-refused',
       `vTPM ${description.name} ${what}; to take it in, put ${name} into migrations-may of this host's config.json and start ` +
