@@ -124,4 +124,22 @@ describe('pages of 50,000 vTPMs', () => {
     assert.deepEqual([registry.census.live, registry.census.retired], [VTPMS, 0]);
     events.destroy();
   });
+
+  it('leave the event stream to those types that are wanted', async () => {
+    const events = await open('/events?types=fenced,moved');
+    let text = '';
+    events.on('data', (chunk: string) => {
+      text += chunk;
+    });
+    for (const type of ['saved', 'fenced', 'loaded', 'moved'] as const) {
+      registry.events.emit({ type, id: randomUUID(), epoch: 1n, generation: 1n });
+    }
+    while (!text.includes('"moved"')) await once(events, 'data');
+    const types = text
+      .trim()
+      .split('\n')
+      .map((line) => (JSON.parse(line) as { type: string }).type);
+    assert.deepEqual(types, ['hello', 'fenced', 'moved']);
+    events.destroy();
+  });
 });

@@ -126,7 +126,7 @@ export class StubManager {
   async start(): Promise<void> {
     mkdirSync(dirname(this.#paths.manager.workerSocket), { recursive: true });
     const admin = createHttpServer((call, response) => {
-      if (call.url === '/events') {
+      if (call.url?.startsWith('/events?')) {
         response.writeHead(200);
         response.write(`${JSON.stringify({ type: 'hello', instance: 'x' })}\n`);
         this.#listeners.add(response);

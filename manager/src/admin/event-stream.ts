@@ -1,12 +1,20 @@
 import type { ServerResponse } from 'node:http';
-import type { VtpmEvents } from '../ownership/events.js';
+import type { VtpmEvent, VtpmEvents } from '../ownership/events.js';
 
 const HEARTBEAT_MS = 10_000;
 /** A reader that lags this far is cut off: it asks again and lists anew. */
 const MAX_BACKLOG_BYTES = 1024 * 1024;
 
-/** One JSON object a line until the caller hangs up, or the store is lost: who asks again then lists anew. */
-export function streamEvents(response: ServerResponse, events: VtpmEvents, instance: string): void {
+/**
+ * One JSON object a line until the caller hangs up, or the store is lost: who asks again then lists anew.
+ * @param wanted types of events; undefined: all of them
+ */
+export function streamEvents(
+  response: ServerResponse,
+  events: VtpmEvents,
+  instance: string,
+  wanted: ReadonlySet<string> | undefined,
+): void {
   response.writeHead(200, { 'content-type': 'application/x-ndjson' });
   const write = (value: object): void => {
     response.write(
@@ -15,7 +23,10 @@ export function streamEvents(response: ServerResponse, events: VtpmEvents, insta
     if (response.writableLength > MAX_BACKLOG_BYTES) response.destroy();
   };
   write({ type: 'hello', instance });
-  const unsubscribe = events.subscribe(write, () => response.end());
+  const writeWanted = (event: VtpmEvent): void => {
+    if (wanted?.has(event.type) !== false) write(event);
+  };
+  const unsubscribe = events.subscribe(writeWanted, () => response.end());
   const heartbeat = setInterval(() => write({ type: 'heartbeat' }), HEARTBEAT_MS);
   heartbeat.unref();
   response.once('close', () => {

@@ -7,7 +7,7 @@ import { imageRoutes } from './image-routes.js';
 import { migrationRoutes } from './migration-routes.js';
 import { peerRoutes } from './peer-routes.js';
 import { platformRoutes } from './platform-routes.js';
-import { ok, type Route } from './route.js';
+import { ok, onlyKnown, type Route } from './route.js';
 import { vtpmRoutes } from './vtpm-routes.js';
 
 /** Every call of the admin plane. docs/admin-api.yaml describes each, and a test holds one against the other. */
@@ -17,9 +17,12 @@ export const ROUTES: readonly Route[] = [
   {
     method: 'GET',
     path: '/events',
-    handle: (_, { service, health }) => {
+    handle: ({ query }, { service, health }) => {
+      onlyKnown(query, ['types']);
+      const types = query.get('types');
+      const wanted = types === null ? undefined : new Set(types.split(','));
       const { events } = service().registry;
-      return (response) => streamEvents(response, events, health().instance);
+      return (response) => streamEvents(response, events, health().instance, wanted);
     },
   },
   {

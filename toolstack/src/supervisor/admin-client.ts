@@ -120,9 +120,9 @@ export class AdminClient {
     return value.peers?.find((peer) => peer.hostId === hostId)?.name;
   }
 
-  /** Opens the event stream; the caller reads lines from it and closes it. */
-  events(signal: AbortSignal): Promise<IncomingMessage> {
-    return this.#open('GET', '/events', signal);
+  /** Opens the stream of the events of these types; the caller reads lines from it and closes it. */
+  events(types: readonly string[], signal: AbortSignal): Promise<IncomingMessage> {
+    return this.#open('GET', `/events?types=${types.join(',')}`, signal);
   }
 
   /** @returns undefined where the manager does not know what is asked for */
