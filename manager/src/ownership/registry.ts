@@ -137,7 +137,13 @@ export class VtpmRegistry {
         'this connection has its session already; one Load per connection',
       );
     }
-    const checked = checkTicket(request, this.#environment, admit);
+    let found: Promise<HeldRecord | undefined> | undefined;
+    const checked = checkTicket(request, this.#environment, (vtpmUuid) => {
+      admit();
+      // The store looks for it while the rest of the Load is checked.
+      found = this.#desk.records.read(vtpmUuid);
+      found.catch(() => undefined);
+    });
     connection.isLoading = true;
     try {
       const { vtpmUuid } = checked;
@@ -147,7 +153,7 @@ export class VtpmRegistry {
         return await place.wait({ checked, connection, call });
       }
       const slot = this.#desk.slot(vtpmUuid);
-      return await slot.exclusively('load', () => this.#loadInto(slot, checked, connection));
+      return await slot.exclusively('load', () => this.#loadInto(slot, checked, connection, found));
     } finally {
       checked.box.wipe();
       connection.isLoading = false;
@@ -320,12 +326,18 @@ export class VtpmRegistry {
     await this.#desk.close(error);
   }
 
-  async #loadInto(slot: Slot, checked: CheckedLoad, connection: WorkerConnection): Promise<LoadResponse> {
+  /** @param found the record as it was before the vTPM was this Load's alone */
+  async #loadInto(
+    slot: Slot,
+    checked: CheckedLoad,
+    connection: WorkerConnection,
+    found: Promise<HeldRecord | undefined> | undefined,
+  ): Promise<LoadResponse> {
     this.#desk.checkOpen();
     const { keys } = this.options;
     const { ticket, vtpmUuid } = checked;
     const actor = actorOf({ workerKey: ticket.workerPublicKey });
-    const held = await this.#desk.records.read(vtpmUuid);
+    const held = await this.#desk.records.newest(vtpmUuid, await found);
     const mode = await this.#checkLoad(checked, held?.record.header);
     if (mode === 'manufacture') this.options.checkRoom?.();
     const facts = loadFactsOf(checked);
@@ -376,11 +388,7 @@ export class VtpmRegistry {
   ): Promise<LiveSession> {
     this.#desk.checkOpen();
     const { keys } = this.options;
-    const loaded = connection.session?.loaded;
-    const held =
-      loaded && this.#desk.records.isNewest(slot.vtpmUuid, loaded)
-        ? loaded
-        : await this.#desk.records.read(slot.vtpmUuid);
+    const held = await this.#desk.records.newest(slot.vtpmUuid, connection.session?.loaded);
     const header = held?.record.header;
     if (!held || !header?.session || !bytesEqual(header.session.sessionId, first.sessionId)) {
       throw new ManagerError('fenced', 'this session is over');

@@ -44,14 +44,14 @@ export interface CheckedLoad {
 /**
  * Everything about a Load that does not need the vTPM's record, so that a ticket that is no good never holds the vTPM.
  * Who signed comes first: nothing of an unsigned ticket is believed, not even its time.
- * @param admit called when that is known; what it throws refuses the Load
+ * @param admit called when that is known, with the vTPM's uuid; what it throws refuses the Load
  * @throws ManagerError `bad-request`, `newer-format`, `ticket-forged`, `unknown-toolstack-key`, `wrong-manager`,
  * `ticket-expired`, `image-not-allowed`, `wrong-worker`
  */
 export function checkTicket(
   request: LoadRequest,
   environment: TicketEnvironment,
-  admit: () => void,
+  admit: (vtpmUuid: string) => void,
 ): CheckedLoad {
   const { ticket, delegation, vtpmUuid } = verifyChain(request);
   if (!environment.trust.isToolstackKeyTrusted(delegation.toolstackKey, ticket.vtpmUuid)) {
@@ -60,7 +60,7 @@ export function checkTicket(
       `the ticket for vTPM ${vtpmUuid} comes from a toolstack key this manager does not trust; use the toolstack that was named at init`,
     );
   }
-  admit();
+  admit(vtpmUuid);
   if (!bytesEqual(ticket.managerId, environment.identity.publicKey)) {
     throw new ManagerError('wrong-manager', `the ticket for vTPM ${vtpmUuid} is for another manager`);
   }

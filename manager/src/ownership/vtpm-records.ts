@@ -31,9 +31,10 @@ export class VtpmRecords {
     );
   }
 
-  /** Whether nothing was written since. */
-  isNewest(vtpmUuid: string, held: HeldRecord): boolean {
-    return this.parts.store.version(vtpmKey(vtpmUuid)) === held.version;
+  /** @param found as it was read or written before: read again only where something was written since @throws as `read` */
+  async newest(vtpmUuid: string, found: HeldRecord | undefined): Promise<HeldRecord | undefined> {
+    const isNewest = this.parts.store.version(vtpmKey(vtpmUuid)) === (found?.version ?? 0);
+    return isNewest ? found : await this.read(vtpmUuid);
   }
 
   /** @param held what it replaces */
