@@ -155,7 +155,6 @@ export class BlobWorker {
       log: () => undefined,
     });
     this.#tpm = tpm;
-    tpm.session.attach(link);
     if (chosen) await goOn(tpm, chosen, [], left, () => undefined);
     else if (hasArrived) await arrive(tpm);
     else await beginRun(tpm, identity);

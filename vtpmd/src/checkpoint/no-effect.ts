@@ -27,28 +27,30 @@ const READS: ReadonlySet<number> = new Set([
  * Tells commands after which no checkpoint is needed: the one before still says all there is, and what repeats such a
  * command gives an answer that is as good. Without sessions, because those have counters and nonces of their own, and only
  * where it succeeded: a failure may be counted. A command that is audited (part 1, section 32) changes the audit digest,
- * so the TPM must have been asked which ones are: `mustAsk`.
+ * so the TPM must have been asked which ones are: `takeQuestion`.
  */
 export class NoEffect {
   #isAudited: boolean | undefined;
-  #mustAsk = true;
+  /** How often the answer may have changed. */
+  #changes = 1;
+  #asked = 0;
 
-  /** True once for each time that the answer may have changed. */
-  takeMustAsk(): boolean {
-    const must = this.#mustAsk;
-    this.#mustAsk = false;
-    return must;
+  /** For `answered`, once for each time that the answer may have changed. */
+  takeQuestion(): number | undefined {
+    if (this.#asked === this.#changes) return undefined;
+    this.#asked = this.#changes;
+    return this.#asked;
   }
 
   /** Another TPM state is in place. */
   forget(): void {
     this.#isAudited = undefined;
-    this.#mustAsk = true;
+    this.#changes++;
   }
 
   /** @param response to TPM2_GetCapability of TPM_CAP_AUDIT_COMMANDS, of which it wants all */
-  answered(response: Buffer): void {
-    this.#isAudited = auditsRead(response);
+  answered(question: number, response: Buffer): void {
+    if (question === this.#changes) this.#isAudited = auditsRead(response);
   }
 
   /** Whether the command, which ran and stored nothing, left the TPM as it was. */

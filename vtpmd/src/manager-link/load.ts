@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto';
+import { setImmediate } from 'node:timers/promises';
 import {
   bytesEqual,
   decode,
@@ -83,6 +84,10 @@ export async function loadVtpm(
   };
   const box = keys.boxFor(identity.managerKey);
   const answered = link.load({ ticket: identity.ticket, ...box.seal('LoadClaim', claim) });
+  // Whoever awaits it below hears of it.
+  answered.catch(() => undefined);
+  // HTTP/2 writes at the end of a turn. What follows need not go before the request.
+  await setImmediate();
   link.prepareSave();
   let grant: LoadGrant;
   try {

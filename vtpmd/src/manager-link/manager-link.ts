@@ -125,17 +125,11 @@ function failureOf(end: CallEnd): VtpmdError | undefined {
 function load(session: ClientHttp2Session, request: LoadRequest): Promise<LoadResponse> {
   return new Promise((resolve, reject) => {
     const stream = startCall(session, LOAD_PATH);
-    let response: LoadResponse | undefined;
     receive(
       stream,
-      (message) => {
-        response = decode('LoadResponse', message);
-      },
-      (error) => {
-        if (error) reject(error);
-        else if (response) resolve(response);
-        else reject(new VtpmdError('protocol', 'the manager answered Load without a message'));
-      },
+      // Whether it is the manager's it says itself: the status that follows is not waited for.
+      (message) => resolve(decode('LoadResponse', message)),
+      (error) => reject(error ?? new VtpmdError('protocol', 'the manager answered Load without a message')),
     );
     stream.end(frameMessage(encode('LoadRequest', request)));
   });

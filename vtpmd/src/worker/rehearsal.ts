@@ -67,7 +67,6 @@ async function play<T>(
     const run = async (): Promise<T> => {
       const { tpm } = await loadTpm(link, keys, { identity, holdTimes: HOLD_MS, left }, events);
       try {
-        tpm.session.attach(link);
         const result = await live(tpm, identity);
         tpm.session.close();
         return result;

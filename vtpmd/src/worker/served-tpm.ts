@@ -1,4 +1,5 @@
 import { hash } from 'node:crypto';
+import { setImmediate } from 'node:timers/promises';
 import type { LoadGrant } from 'vtpm-proto';
 import { Doors } from '../channels/doors.js';
 import { HandleOwners } from '../channels/handle-owners.js';
@@ -75,8 +76,8 @@ export interface LoadedTpm {
 
 /**
  * Starts libtpms with the state that the manager gives out, and with the volatile state of a checkpoint where the TPM is to
- * go on, or with the one that it was frozen with. Where a VMM powers it, it stays off: but a new TPM is made. No command runs
- * before its session has a link. Wipes the keys, and those of the grant.
+ * go on, or with the one that it was frozen with. Where a VMM powers it, it stays off: but a new TPM is made. Its
+ * session has the link. Wipes the keys, and those of the grant.
  * @throws VtpmdError
  */
 export async function loadTpm(
@@ -114,6 +115,11 @@ export async function loadTpm(
   }
   const engine = createEngine();
   if (state.bufferSize > 0) engine.setBufferSize(state.bufferSize);
+  const checkpoint = left && { left, chosen, granted };
+  const tpm = compose(grant, parts, engine, state, checkpoint, frozen, events);
+  tpm.session.attach(link);
+  // The greeting goes out at the end of the turn: the manager has time for it while the TPM is powered on.
+  await setImmediate();
   if (!state.isOff) {
     engine.powerOn({
       permanent: grant.manufacture ? undefined : grant.permanent,
@@ -124,8 +130,6 @@ export async function loadTpm(
   if (chosen && engine.storedAtStart && !engine.storedAtStart.equals(grant.permanent)) {
     throw new VtpmdError('no-checkpoint', 'libtpms changed the permanent state that it was given back');
   }
-  const checkpoint = left && { left, chosen, granted };
-  const tpm = compose(grant, parts, engine, state, checkpoint, frozen, events);
   moving?.volatile.fill(0);
   if (state.isOff) tpm.power.setOff(grant.permanent);
   grant.permanent.fill(0);
@@ -228,7 +232,8 @@ function compose(
     ...(keeper && {
       keep: (source, response, stored) => {
         keeper.keep(source, response, stored);
-        if (keeper.noEffect.takeMustAsk()) askForAudits(queue, keeper, events);
+        const question = keeper.noEffect.takeQuestion();
+        if (question !== undefined) askForAudits(question, queue, keeper, events);
       },
     }),
     policy,
@@ -286,12 +291,17 @@ function compose(
   return { engine, queue, session, keeper, blobs, doors, power, freeze, state };
 }
 
-/** Which commands are audited, as soon as the one that runs is done. */
-function askForAudits(queue: CommandQueue, keeper: CheckpointKeeper, events: ServedTpmEvents): void {
-  queueMicrotask(() => {
-    runOwnCommand(queue, getCapability(CAP_AUDIT_COMMANDS, 0, 256)).then(
-      (response) => keeper.noEffect.answered(response),
-      (error: unknown) => events.failed(error),
-    );
-  });
+/** Which commands are audited: asked when the one that runs is done, and who waits for its answer has it. */
+function askForAudits(
+  question: number,
+  queue: CommandQueue,
+  keeper: CheckpointKeeper,
+  events: ServedTpmEvents,
+): void {
+  const ask = async (): Promise<void> => {
+    await queue.whenIdle();
+    await setImmediate();
+    keeper.noEffect.answered(question, await runOwnCommand(queue, getCapability(CAP_AUDIT_COMMANDS, 0, 256)));
+  };
+  ask().catch((error: unknown) => events.failed(error));
 }

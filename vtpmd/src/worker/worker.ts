@@ -253,7 +253,6 @@ class Worker {
       log: this.#log,
     });
     this.#tpm = tpm;
-    tpm.session.attach(link);
     const onClosed = this.#visits.closed;
     if (chosen && inherited && left) await goOn(tpm, chosen, await inherited, left, onClosed);
     else if (hasArrived) await arrive(tpm, await inherited, onClosed);
