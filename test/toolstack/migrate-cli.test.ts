@@ -118,6 +118,15 @@ describe('vtpmctl migrate', () => {
     }
   });
 
+  it('says of one that was never started that there is nothing to move', async () => {
+    await scene(desk, {}, { state: 'stopped' });
+    const manager = new ManagerApi(desk.paths.manager.adminSocket);
+    const vtpm = supervisorVtpm(ID(2), 'new', { state: 'stopped', description: DESCRIPTION }) as never;
+    const options = { isDryRun: true, mode: undefined, timeoutSeconds: undefined };
+    const order = makeOrder(signingKeyFromSeed(SEED), vtpm, { hostId: HOST }, options, { manager });
+    await assert.rejects(order, /new was never started.*vtpmctl start new/);
+  });
+
   it('prints a line for each phase, and the time, the downtime and the bytes last', async () => {
     await scene(
       desk,
@@ -329,12 +338,15 @@ describe('vtpmctl migrate status, resolve and cancel', () => {
       ...{ id: ID(3), role: 'destination', state: 'aborted', description: '{"name":"web3"}' },
       ...{ begunAt: '2026-11-22T02:20:40.123Z', since: '2026-11-22T02:20:41.000Z' },
     };
-    await desk.manager({ 'GET /migrations': { body: { migrations: [arrived, DOUBT, refused] } } });
+    const left = { ...arrived, migration: 'ba'.repeat(16), role: 'source', mode: 'LIVE' };
+    await desk.manager({ 'GET /migrations': { body: { migrations: [left, arrived, DOUBT, refused] } } });
     await desk.supervisor({ 'GET /vtpms': { body: { vtpms: [supervisorVtpm(ID(1), 'web1')] } } });
     const { code, stdout } = await desk.ctl(['migrate', 'status']);
     assert.equal(code, 1);
-    const [head, ...rows] = stdout.trimEnd().split('\n');
+    const [head, went, ...rows] = stdout.trimEnd().split('\n');
     assert.match(head!, /^NAME +HOST +MODE +STATE +BEGUN +SINCE$/);
+    // Where it was before says nothing of where it is.
+    assert.match(went!, /to hostb .*committed .*it went to hostb$/);
     assert.match(rows[0]!, new RegExp(`^${ID(2)} +from hostb +- +committed +- +- +it lives here$`));
     assert.match(rows[1]!, /^web1 +to hostb +live +in-doubt +\S+Z +\S+Z +nobody runs it until hostb says/);
     assert.match(

@@ -265,6 +265,9 @@ describe('vtpmctl peer', () => {
     assert.equal(nowhere.code, 2);
     assert.match(nowhere.stderr, /--address: "b.example" is no address; it is HOST:PORT/);
 
+    const blunt = await ctl(a, 'peer', 'add', 'c', authority, '--ek-fingerprint', 'aa');
+    assert.deepEqual([blunt.code, /--ek-fingerprint is 64 hex/.test(blunt.stderr)], [2, true], blunt.stderr);
+
     await refusedWith(/vtpmctl peer list/, a, 'peer', 'show', 'c');
   });
 

@@ -278,7 +278,7 @@ export class DestinationMigration {
     await this.#whileWanted(
       doorkeeper.ask(hello, this.#over.signal),
       LIMITS_MS.accepting,
-      'the toolstack here',
+      'the supervisor here (where it does not run: vtpmctl up)',
     );
     if (expected && hello.mode === 'LIVE') {
       const left = Math.max(1, LIMITS_MS.accepting - (performance.now() - began));

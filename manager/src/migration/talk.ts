@@ -160,7 +160,10 @@ export function readPayload<K extends keyof Messages>(name: K, payload: Uint8Arr
 function reasonOf({ payload }: PeerMessage, name: string): ManagerError {
   const { reason, message } = readPayload('Refused', payload);
   const code = REASONS.has(reason) ? (reason as ManagerErrorCode) : 'migration-refused';
-  return new ManagerError(code, `host ${name} refuses: ${printable(message)}`);
+  const said = printable(message);
+  // A command in it is for who is there.
+  const where = said.includes('vtpmctl') ? ` (to be typed on ${name})` : '';
+  return new ManagerError(code, `host ${name} refuses, in its own words: ${said}${where}`);
 }
 
 /** A sentence of another host, for logs and terminals of this one. */

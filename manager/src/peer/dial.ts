@@ -108,7 +108,7 @@ async function settled(socket: TLSSocket): Promise<ClientHttp2Session> {
   } catch (cause) {
     throw new ManagerError(
       'peer-closed',
-      'it closes the connection: it does not know this host (see there: vtpmctl peer list), or has too many connections',
+      'it closes the connection: it does not know this host (there: vtpmctl peer list, vtpmctl peer add), or has too many connections',
       { cause },
     );
   }

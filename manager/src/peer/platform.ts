@@ -137,7 +137,7 @@ function unapproved(
 ): ManagerError {
   return new ManagerError(
     'peer-platform',
-    `the platform of the host "${peer.name}" is not approved: ${why}. Its registers ${pcrSelection} have the digest ` +
-      `${pcrDigest.toString('hex')}. Where that is a state you trust: vtpmctl peer approve ${peer.name}`,
+    `the platform of the host "${peer.name}" is not approved: ${why}. Where the state that its registers are in is one you ` +
+      `trust: vtpmctl peer approve ${peer.name} --pcrs ${pcrSelection}=${pcrDigest.toString('hex')}`,
   );
 }

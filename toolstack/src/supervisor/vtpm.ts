@@ -213,7 +213,10 @@ export class Vtpm {
     const { state } = this.#status;
     if (this.#departure) return this.#departure.cancel();
     if (isElsewhere(state)) throw elsewhere(this.entry, state);
-    throw new ToolstackError('unknown-migration', `vTPM ${this.entry.name} is not being migrated`);
+    throw new ToolstackError(
+      'unknown-migration',
+      `vTPM ${this.entry.name} is not being migrated; vtpmctl migrate status shows what is`,
+    );
   }
 
   /** One that was here comes back, as it was run last. @throws ToolstackError `busy` | `bad-request` */

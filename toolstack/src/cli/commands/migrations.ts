@@ -6,8 +6,8 @@ import type { Migration } from '../manager-api.js';
 import { table, time } from '../output.js';
 import { because } from './migrate.js';
 
-/** Of a migration, what it means for who looks after the vTPM. */
-function meaning({ role, state, peer }: Migration, name: string): string {
+/** Of a migration, what it means for who looks after the vTPM. @param isOver it has been somewhere else since */
+function meaning({ role, state, peer }: Migration, name: string, isOver: boolean): string {
   switch (state) {
     case 'preparing':
       return role === 'source' ? 'it runs here; nothing was stopped yet' : 'it runs at the source';
@@ -18,6 +18,7 @@ function meaning({ role, state, peer }: Migration, name: string): string {
         ? `nobody runs it until ${peer} says what it decided; to ask: vtpmctl migrate resolve ${name}`
         : `${peer} has not said yet that it has given it up; it runs here`;
     case 'committed':
+      if (isOver) return role === 'source' ? `it went to ${peer}` : 'it came here';
       return role === 'source' ? `it lives on ${peer}` : 'it lives here';
     case 'aborted':
       return role === 'source' ? 'it stayed here' : `it stayed on ${peer}`;
@@ -26,6 +27,8 @@ function meaning({ role, state, peer }: Migration, name: string): string {
 
 interface Named extends Migration {
   readonly name: string | null;
+  /** A later one took it elsewhere. */
+  readonly isOver: boolean;
 }
 
 /** Those that are not settled, and those of the last time, the newest last. @returns the exit status: 0 where none is in doubt */
@@ -103,9 +106,13 @@ async function named({ manager, supervisor }: Context): Promise<Named[]> {
     supervisor.vtpms().catch(() => []),
   ]);
   const names = new Map(vtpms.map(({ id, name }) => [id, name]));
+  const latest = new Map(
+    migrations.filter(({ state }) => state === 'committed').map(({ id, migration }) => [id, migration]),
+  );
   return migrations.map(({ description, ...migration }) => ({
     ...migration,
     name: names.get(migration.id) ?? nameIn(description),
+    isOver: migration.state === 'committed' && latest.get(migration.id) !== migration.migration,
   }));
 }
 
@@ -130,7 +137,7 @@ function isOpen({ role, state }: Migration): boolean {
 }
 
 function sayMeaning(migration: Named): string {
-  const said = meaning(migration, migration.name ?? migration.id);
+  const said = meaning(migration, migration.name ?? migration.id, migration.isOver);
   const { reason, message } = migration;
   return reason ? `${said} (${because({ reason, message: message ?? '' })})` : said;
 }

@@ -70,6 +70,12 @@ export async function addPeer(
       `say by what the TPM of ${name} is known: --ek-ca FILE (certificates of its maker in PEM) or --ek-fingerprint HEX (read at the host itself: vtpmctl peer identity)`,
     );
   }
+  if (flags.ekFingerprint !== undefined && !/^[0-9a-f]{64}$/i.test(flags.ekFingerprint)) {
+    throw new ToolstackError(
+      'usage',
+      `--ek-fingerprint is 64 hex digits, as vtpmctl peer identity shows them at ${name} itself, not "${flags.ekFingerprint}"`,
+    );
+  }
   const peer = await manager.peer.add({
     name,
     identity: readGivenFile('FILE', file),

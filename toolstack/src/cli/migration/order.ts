@@ -3,6 +3,7 @@ import { bootId, monotonicMs } from 'vtpm-common';
 import { encode, type MigrateMode, type SigningKey, signMigrateOrder, uuidToBytes } from 'vtpm-proto';
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
+import type { ManagerVtpm } from '../manager-api.js';
 import type { ManagerPeer } from '../peer-api.js';
 import type { SupervisorVtpm } from '../supervisor-api.js';
 import { sayElsewhere } from '../whereabouts.js';
@@ -42,7 +43,7 @@ export async function makeOrder(
   if (vtpm.description === undefined) {
     throw new ToolstackError('internal', 'the supervisor did not describe the vTPM; see vtpmctl logs');
   }
-  const [{ managerId }, saved] = await Promise.all([manager.health(), manager.vtpm(vtpm.id)]);
+  const [{ managerId }, saved] = await Promise.all([manager.health(), savedOf(vtpm, manager)]);
   const lifetime = options.timeoutSeconds === undefined ? LIFETIME_MS : options.timeoutSeconds * 1000;
   const signed = signMigrateOrder(key, {
     format: 1,
@@ -61,6 +62,19 @@ export async function makeOrder(
     description: Buffer.from(vtpm.description),
   });
   return { bytes: encode('SignedMigrateOrder', signed), mode };
+}
+
+async function savedOf({ id, name }: SupervisorVtpm, manager: Context['manager']): Promise<ManagerVtpm> {
+  try {
+    return await manager.vtpm(id);
+  } catch (caught) {
+    if (ToolstackError.from(caught).code !== 'unknown-vtpm') throw caught;
+    throw new ToolstackError(
+      'unknown-vtpm',
+      `${name} was never started, so there is no TPM that could be moved; create it at the other host, or here: vtpmctl start ${name}`,
+      { cause: caught },
+    );
+  }
 }
 
 function modeOf(vtpm: SupervisorVtpm, wanted: OrderOptions['mode']): MigrateMode {
