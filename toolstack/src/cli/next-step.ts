@@ -5,8 +5,6 @@ const STEPS: Partial<Record<ToolstackErrorCode, string>> = {
   'unknown-vtpm': 'vtpmctl list shows what there is',
   'name-taken': 'vtpmctl list shows the names in use',
   'not-stopped': 'stop it first: vtpmctl stop NAME',
-  moved: 'it is used there, and vtpmctl migrate there brings it back',
-  migrating: 'vtpmctl migrate status NAME shows how far it is',
   'already-running': 'vtpmctl show NAME shows its sockets',
   busy: 'try again in a moment',
   'image-not-allowed': 'vtpmctl image allow allows the image that the supervisor runs',
