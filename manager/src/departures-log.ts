@@ -25,7 +25,8 @@ export function noteDeparture(left: Map<string, Leave>, entry: AuditEntry): void
   const leave = leaveOf(entry);
   if (leave) left.set(vtpm, leave);
   const isSame = hex(left.get(vtpm)?.departure.migrationId) === migration;
-  const hasStayed = action === 'migrate-abort' && isDone && to !== undefined && isSame;
+  const isTakenBack = action === 'migrate-resolve' && entry.facts?.fenced !== undefined;
+  const hasStayed = (action === 'migrate-abort' || isTakenBack) && isDone && to !== undefined && isSame;
   // The intention is in the log before anything stops, and may have come to nothing.
   const hasEnded = action === 'migrate-out' && verdict === 'failed' && isSame;
   const hasCome = action === 'migrate-commit' && isDone && from !== undefined;

@@ -3,12 +3,13 @@ import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
 import { STRANGE_INQUIRIES } from 'vtpm-manager/migration/limits';
 import { Talk } from 'vtpm-manager/migration/talk';
-import { signMigrateOrder } from 'vtpm-proto';
+import { tellRescues } from 'vtpm-manager/rescue/exchange';
+import { signFencing, signMigrateOrder } from 'vtpm-proto';
 import type { MemoryCounter } from '../support/memory-counter.js';
 import { type Fate, ModelHost, ModelNet } from '../support/model-net.js';
 import { until } from '../support/until.js';
 import type { TestVtpm } from '../support/worker-client.js';
-import { World } from './ownership-fixture.js';
+import { refused, World } from './ownership-fixture.js';
 
 /** Two hosts whose records are real, and lines between them that are not to be relied on. */
 class TwoHosts {
@@ -187,6 +188,53 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     await hosts.restart(a);
     assert.equal((await a.world.registry.departures.pending()).length, 1);
     await hosts.settle(a);
+    const lives = await hosts.livesAt(vtpm);
+    assert.deepEqual(
+      lives.map(({ host, permanent }) => [host.name, permanent]),
+      [['a', 'saved']],
+    );
+    await a.control.close();
+    await b.control.close();
+  });
+
+  it('I-3 leave it to the source where the destination is said to be gone, and is; it forgets nothing before it has heard that', async () => {
+    const hosts = await TwoHosts.create();
+    const { a, b, net } = hosts;
+    const vtpm = await hosts.stopped(a, 'saved');
+    // The eighth message is DECISION.
+    net.fates = [...Array<Fate>(7).fill('deliver'), ...Array<Fate>(400).fill('cut-before')];
+    const moving = hosts.move(a, b, vtpm);
+    await until('it is committed', () => b.world.registry.arrivals.unsettled().length === 1);
+    const [doubt] = await a.world.registry.departures.pending();
+    assert.ok(doubt);
+    const { migrationId } = doubt.departure;
+    const { key } = a.world.toolstack;
+    const fencing = signFencing(key, {
+      format: 1,
+      toolstackKey: key.publicKey,
+      vtpmUuid: vtpm.uuid,
+      host: b.world.keys.hostKey.publicKey,
+      lastGeneration: 2n,
+      method: 'its power was cut',
+      at: BigInt(Date.now()),
+    });
+    const resolve = () => a.control.resolve(Buffer.from(migrationId).toString('hex'), 'manager', fencing);
+    // It takes the line, whatever becomes of that.
+    await assert.rejects(resolve(), refused('not-fenced'));
+    net.isDown = true;
+    net.fates = [];
+    assert.deepEqual(await resolve(), { verdict: 'ABORT', takenBack: true });
+    assert.equal((await moving).at, 'aborted');
+
+    net.isDown = false;
+    const settle = async () => {
+      const talk = new Talk(net.dial(b, 'a'), 'destination');
+      await talk.send('UNSETTLED', { migrationId, vtpmUuid: vtpm.uuid });
+      await talk.receive('SETTLED', 5_000).finally(() => talk.channel.close());
+    };
+    await assert.rejects(settle(), refused('moved'));
+    assert.equal(await tellRescues(net.dial(b, 'a'), b.rescues), true);
+    await settle();
     const lives = await hosts.livesAt(vtpm);
     assert.deepEqual(
       lives.map(({ host, permanent }) => [host.name, permanent]),

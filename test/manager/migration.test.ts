@@ -1,6 +1,15 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { decode, type MigrateOrder, signMigrateOrder } from 'vtpm-proto';
+import {
+  decode,
+  type FencingStatement,
+  fencingText,
+  type MigrateOrder,
+  type SigningKey,
+  signFencing,
+  signingKeyFromSeed,
+  signMigrateOrder,
+} from 'vtpm-proto';
 import { type GivenOrder, type HostWorker, ManagerPair, type PairedHost } from '../support/manager-pair.js';
 import type { TestVtpm } from '../support/worker-client.js';
 import { crashingAt } from './platform-fixture.js';
@@ -263,6 +272,100 @@ describe('a migration between two managers', () => {
     };
     const asked = entries.filter(({ action }) => action === 'migrate-resolve').map((entry) => entry.verdict);
     assert.deepEqual(asked, ['failed', 'failed', 'done']);
+  });
+
+  describe('whose destination has committed it, and is gone before it could say so', () => {
+    let vtpm: TestVtpm;
+    let migration: string;
+
+    const fencing = (changes: Partial<FencingStatement> = {}, key = a.manager.toolstack.key): string =>
+      fencingText(
+        signFencing(key, {
+          format: 1,
+          toolstackKey: key.publicKey,
+          vtpmUuid: vtpm.uuid,
+          host: b.hostId,
+          lastGeneration: 9n,
+          method: 'its power was cut',
+          at: BigInt(Date.now()),
+          ...changes,
+        }),
+      );
+    const resolve = (text: string, status = 200) =>
+      a.call('POST', `/migrations/${migration}/resolve`, { fencing: text }, status);
+    const codeOf = ({ error }: Record<string, unknown>) => (error as { code: string }).code;
+    const audited = async () => {
+      const { entries } = (await a.call('GET', '/audit?tail=20')) as { entries: Record<string, unknown>[] };
+      return entries.filter(({ action, vtpm: id }) => action === 'migrate-resolve' && id === vtpm.id);
+    };
+
+    before(async () => {
+      await b.stop();
+      await b.start({ nodeArgs: crashingAt('migrate.destination.committed', 1) });
+      const worker = await a.manufactured('P-gone');
+      ({ vtpm } = worker);
+      const { given, migration: name, waiting } = await liveTo(worker);
+      migration = name;
+      await worker.suspends('V-gone');
+      await given.reaches('FROZEN');
+      given.say({ reaped: {} });
+      await assert.rejects(waiting);
+      await b.stop();
+      given.leave();
+      await a.stop('SIGKILL');
+      await a.start();
+    });
+
+    it('I-3 stays in doubt for every statement that is not about that host and this departure: not-fenced', async () => {
+      const stranger = signingKeyFromSeed(randomBytes(32));
+      const wrong: [Partial<FencingStatement>, SigningKey?][] = [
+        [{ host: randomBytes(32) }],
+        [{ host: a.hostId }],
+        [{ vtpmUuid: randomBytes(16) }],
+        [{}, stranger],
+        [{ at: BigInt(Date.now() - 60_000) }],
+        [{ lastGeneration: 1n }],
+        [{ method: '' }],
+      ];
+      for (const [changes, key] of wrong) {
+        assert.equal(codeOf(await resolve(fencing(changes, key), 409)), 'not-fenced');
+      }
+      assert.equal(codeOf(await resolve('vtpm-fencing-1-AAAA', 409)), 'not-fenced');
+      await assert.rejects(a.worker(vtpm), (error: { reason?: string }) => error.reason === 'migrating');
+      assert.deepEqual([...new Set((await audited()).map(({ verdict }) => verdict))], ['refused']);
+    });
+
+    it('I-3 goes on at the source where it was frozen, on the word that it is gone; when it is back it has it no more', async () => {
+      const stale = (await a.vtpm(vtpm.id)).epoch as number;
+      assert.deepEqual(await resolve(fencing()), { migration, verdict: 'ABORT', takenBack: true });
+      const view = await a.vtpm(vtpm.id);
+      assert.deepEqual([view.kind, view.marks, view.epoch], ['live', ['rescued'], 2 ** 32]);
+      assert.ok((view.generation as number) > 2 ** 32);
+      const said = (await audited()).slice(-2);
+      assert.deepEqual(
+        said.map(({ verdict, facts }) => [verdict, (facts as { method: string }).method]),
+        [
+          ['intended', 'its power was cut'],
+          ['done', 'its power was cut'],
+        ],
+      );
+      const again = await a.worker(vtpm, ['RESUME']);
+      assert.equal(saved(again.grant.permanent), 'P-suspended');
+      assert.equal(saved(again.grant.suspended!.volatile), 'V-gone');
+      await again.session.save({ permanent: Buffer.from('P-on') });
+
+      // It has committed, and asks before it lets anybody run it.
+      await b.start();
+      assert.equal((await b.vtpm(vtpm.id)).kind, 'moved');
+      for (const epoch of [BigInt(stale) + 1n, 2n ** 32n]) {
+        const late = b.worker(vtpm, ['COLD'], epoch);
+        await assert.rejects(late, (error: { reason?: string }) => error.reason === 'moved');
+      }
+      await again.session.save({ permanent: Buffer.from('P-and-on') });
+      await again.end();
+      await a.call('POST', `/migrations/${migration}/resolve`, { fencing: fencing() });
+      assert.equal(await livesAt(a, b, vtpm), 'P-and-on');
+    });
   });
 
   describe('is refused to who orders it', () => {

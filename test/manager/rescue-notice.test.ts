@@ -109,7 +109,7 @@ describe('a notice of a rescue', () => {
     });
 
   it('is taken from who rescued it, with the backup that this host made', () => {
-    assert.equal(take(notice()).notice.epoch, 1n << 32n);
+    assert.equal(take(notice()).epoch, 1n << 32n);
   });
 
   it('is refused from any other host, about any other host, with any other backup', async () => {

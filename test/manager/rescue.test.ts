@@ -13,12 +13,13 @@ import {
   encode,
   type FencingStatement,
   type RestoreRequest,
+  type SignedFencing,
   type SignedRescue,
   signFencing,
 } from 'vtpm-proto';
 import { testPeer } from '../support/test-peer.js';
 import { type TestVtpm, testVtpm } from '../support/worker-client.js';
-import { idOf, Journey } from './migration-fixture.js';
+import { copyOfDisk, idOf, Journey } from './migration-fixture.js';
 import { refused, type Worker, World } from './ownership-fixture.js';
 
 const EPOCHS = 1n << 32n;
@@ -98,9 +99,14 @@ class Rescuer {
     vtpm: TestVtpm,
     changes: Partial<FencingStatement> = {},
   ): Buffer {
-    const fencing = signFencing(this.world.toolstack.key, {
+    return encode('RescueRequest', { restore, fencing: this.fencing(dead, vtpm, changes) });
+  }
+
+  fencing(dead: Rescuer, vtpm: TestVtpm, changes: Partial<FencingStatement> = {}): SignedFencing {
+    const { key } = this.world.toolstack;
+    return signFencing(key, {
       format: 1,
-      toolstackKey: this.world.toolstack.key.publicKey,
+      toolstackKey: key.publicKey,
       vtpmUuid: vtpm.uuid,
       host: idOf(dead.world),
       lastGeneration: 9n,
@@ -108,7 +114,6 @@ class Rescuer {
       at: BigInt(Date.now()),
       ...changes,
     });
-    return encode('RescueRequest', { restore, fencing });
   }
 
   rescue(request: Uint8Array) {
@@ -421,5 +426,125 @@ describe('a rescue', () => {
       assert.equal((await dead.control.take(idOf(here.world), await held())).length, 2);
       assert.equal((await dead.header(stranger)).kind, 'RETIRED');
     });
+  });
+});
+
+describe('a vTPM that is taken back from a destination that is gone', () => {
+  let gone: Rescuer;
+  let here: Rescuer;
+  let worker: Worker;
+  let way: Journey;
+
+  beforeEach(async () => {
+    [gone, here] = [await Rescuer.create(), await Rescuer.create()];
+    await here.know(gone);
+    await gone.know(here);
+    worker = await here.world.manufactured();
+    way = new Journey(here.world, gone.world, worker, 'OFFLINE');
+  });
+
+  const pending = async () => {
+    const [first] = await here.world.registry.departures.pending();
+    assert.ok(first);
+    return first;
+  };
+  const takeBack = async (of = pending()) =>
+    await here.control.takeBack({ uid: 0 }, await of, here.fencing(gone, worker.vtpm));
+  const told = async () =>
+    await gone.control.take(idOf(here.world), await here.control.held(idOf(gone.world)));
+
+  it('is marked, at an epoch and a generation that nobody has had, and the TPM has counted it', async () => {
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    const before = await copyOfDisk(here.world);
+    await takeBack();
+    assert.equal(await before.isNewest(), false);
+    const header = await here.header(worker.vtpm);
+    assert.deepEqual([header.kind, header.marks, header.departure], ['LIVE', ['rescued'], undefined]);
+    assert.equal(header.epoch, EPOCHS);
+    assert.ok(header.generation > 9n && header.generation % EPOCHS === 1n);
+    assert.equal(here.told, 1);
+    await here.world.restart();
+    here = new Rescuer(here.world);
+    assert.equal((await told()).length, 1);
+    assert.equal((await gone.header(worker.vtpm)).kind, 'MOVED');
+    await assert.rejects(new Journey(gone.world, here.world, worker, 'OFFLINE').depart(), refused('moved'));
+  });
+
+  it('is ended there only where it came by that departure, and that is not settled', async () => {
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    await takeBack();
+    await gone.world.registry.arrivals.settled(way.migrationId, idOf(here.world));
+    assert.deepEqual(await told(), []);
+    assert.deepEqual(gone.verdicts, ['refused']);
+    assert.equal((await gone.header(worker.vtpm)).kind, 'LIVE');
+  });
+
+  it('does not come there any more where it is expected still', async () => {
+    await way.expect();
+    await way.depart();
+    await takeBack();
+    assert.equal((await told()).length, 1);
+    await assert.rejects(way.commit(), refused('migration-aborted'));
+    assert.equal(await gone.world.registry.record(worker.vtpm.id), undefined);
+  });
+
+  it('is not what that host sent on to a third one at another time', async () => {
+    const third = await Rescuer.create();
+    await way.expect();
+    await way.depart();
+    await here.world.registry.departures.commit(worker.vtpm.id, await way.commit());
+    const move = async (from: Rescuer, to: Rescuer) => {
+      const next = new Journey(from.world, to.world, worker, 'OFFLINE');
+      await next.expect();
+      await next.depart();
+      await from.world.registry.departures.commit(worker.vtpm.id, await next.commit());
+    };
+    await move(gone, third);
+    await move(third, here);
+    way = new Journey(here.world, gone.world, worker, 'OFFLINE');
+    await way.expect();
+    await way.depart();
+    await takeBack();
+    assert.equal((await told()).length, 1);
+    assert.deepEqual(gone.verdicts, []);
+  });
+
+  it('has not heard it where it went on to a third host from there: two may run it, and the log names both', async () => {
+    const third = await Rescuer.create();
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    const on = new Journey(gone.world, third.world, worker, 'OFFLINE');
+    await on.expect();
+    await on.depart();
+    await gone.world.registry.departures.commit(worker.vtpm.id, await on.commit());
+    await takeBack();
+    assert.deepEqual(await told(), []);
+    assert.deepEqual(gone.verdicts, ['refused']);
+  });
+
+  it('is on its way no more where its destination has said what it decided: unknown-migration', async () => {
+    await way.expect();
+    await way.depart();
+    const before = await pending();
+    await here.world.registry.departures.abort(worker.vtpm.id, await way.ask());
+    await assert.rejects(takeBack(Promise.resolve(before)), refused('unknown-migration'));
+    // Nor is a later attempt that one.
+    way = new Journey(here.world, gone.world, worker, 'OFFLINE');
+    await way.expect();
+    await way.depart();
+    await assert.rejects(takeBack(Promise.resolve(before)), refused('unknown-migration'));
+    assert.deepEqual((await here.header(worker.vtpm)).marks, []);
+  });
+
+  it('needs a peer that can be told when it is back: unknown-peer', async () => {
+    await way.expect();
+    await way.depart();
+    await here.world.trust.removePeer('host0');
+    await assert.rejects(takeBack(), refused('unknown-peer'));
   });
 });

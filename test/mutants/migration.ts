@@ -152,4 +152,77 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     without: '',
     test: { file: 'manager/migration-faults', name: 'on the disk, and the TPM has not counted it' },
   },
+  {
+    name: 'I-3 a statement takes back what went to the host that it is about',
+    file: 'manager/src/rescue/take-back.ts',
+    guard: 'if (!bytesEqual(statement.host, departure.destination)) {',
+    without: 'if (statement.host.length === 0) {',
+    test: {
+      file: 'manager/migration',
+      name: 'for every statement that is not about that host and this departure',
+    },
+  },
+  {
+    name: 'I-3 a statement from before a departure says nothing of it',
+    file: 'manager/src/rescue/take-back.ts',
+    guard: 'if (statement.at < departure.at) {',
+    without: 'if (statement.at < 0n) {',
+    test: {
+      file: 'manager/migration',
+      name: 'for every statement that is not about that host and this departure',
+    },
+  },
+  {
+    name: 'I-3 a statement takes back this departure and no later one',
+    file: 'manager/src/rescue/take-back.ts',
+    guard: 'if (!left || !bytesEqual(left.migrationId, migrationId)) return undefined;',
+    without: 'if (!left) return undefined;',
+    test: { file: 'manager/rescue', name: 'is on its way no more where its destination has said' },
+  },
+  {
+    name: 'I-3 a destination that takes the line is not gone',
+    file: 'manager/src/migration/control.ts',
+    guard: 'if (this.#resolver.isThere(pending)) throw',
+    without: 'if (!pending) throw',
+    test: {
+      file: 'manager/migration-faults',
+      name: 'leave it to the source where the destination is said to be gone',
+    },
+  },
+  {
+    name: 'I-3 nothing is settled of what was taken back before that is heard',
+    file: 'manager/src/migration/control.ts',
+    guard: 'if (notices.some((notice) => takesBack(notice, migrationId)))',
+    without: 'if (notices.length > 1)',
+    test: {
+      file: 'manager/migration-faults',
+      name: 'leave it to the source where the destination is said to be gone',
+    },
+  },
+  {
+    name: 'I-3 who took back what it had sent ends that alone',
+    file: 'manager/src/rescue/control.ts',
+    guard: 'if (!cameFrom(record.header, to)) {',
+    without: 'if (record.header.generation === 0n) {',
+    test: { file: 'manager/rescue', name: 'is ended there only where it came by that departure' },
+  },
+  {
+    name: 'I-3 what was taken back does not come any more',
+    file: 'manager/src/rescue/control.ts',
+    guard: 'if (departure) await registry.arrivals.giveUp({ ...departure, source: rescuer });',
+    without: '',
+    test: { file: 'manager/rescue', name: 'does not come there any more where it is expected still' },
+  },
+  {
+    name: 'I-5 what was taken back is counted before it is told',
+    file: 'manager/src/ownership/rescues.ts',
+    guard:
+      "barrier('migrate.take-back.audited');\n        await desk.records.write(vtpmUuid, held, record, 'now');",
+    without:
+      "barrier('migrate.take-back.audited');\n        await desk.records.write(vtpmUuid, held, record);",
+    test: {
+      file: 'manager/rescue',
+      name: 'at an epoch and a generation that nobody has had, and the TPM has counted it',
+    },
+  },
 ];

@@ -1693,8 +1693,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a rescue is above every epoch of the host that was dead',
     file: 'manager/src/rescue/record.ts',
-    guard: '(max(facts.epoch, held?.epoch) / EPOCHS + 1n) * EPOCHS',
-    without: 'max(facts.epoch, held?.epoch) + 1n',
+    guard: 'const epoch = epochAfter(max(facts.epoch, held?.epoch));',
+    without: 'const epoch = max(facts.epoch, held?.epoch) + 1n;',
     test: { file: 'manager/rescue', name: 'goes on from the backup' },
   },
   {
@@ -1742,8 +1742,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a rescue elsewhere is counted before it is told',
     file: 'manager/src/ownership/rescues.ts',
-    guard: "await desk.records.write(vtpmUuid, held, record, 'now');",
-    without: 'await desk.records.write(vtpmUuid, held, record);',
+    guard: "await desk.noteErasure(now);\n        await desk.records.write(vtpmUuid, held, record, 'now');",
+    without: 'await desk.noteErasure(now);\n        await desk.records.write(vtpmUuid, held, record);',
     test: { file: 'manager/rescue', name: 'ends the vTPM there, worker and all' },
   },
   {

@@ -1,10 +1,12 @@
 import { randomBytes } from 'node:crypto';
 import { createLogger } from 'vtpm-common';
 import { ManagerError } from 'vtpm-manager';
+import { EMPTY_HEAD } from 'vtpm-manager/audit/index';
 import { MigrationControl } from 'vtpm-manager/migration/control';
 import type { Attestor } from 'vtpm-manager/migration/ports';
 import { type Carrier, closedBy, type PeerChannel, StreamChannel } from 'vtpm-manager/peer/channel';
 import type { PlatformFacts } from 'vtpm-manager/peer/evidence';
+import { RescueControl } from 'vtpm-manager/rescue/control';
 import { boxKeyPair, bytesEqual, type Peer, x25519 } from 'vtpm-proto';
 import type { World } from '../manager/ownership-fixture.js';
 import { testPeer } from './test-peer.js';
@@ -81,6 +83,7 @@ export class ModelNet {
 /** A host of the model: its records are the registry's own, its chip is software. */
 export class ModelHost {
   control!: MigrationControl;
+  rescues!: RescueControl;
   isUp = true;
   readonly #peers = new Map<string, Peer>();
 
@@ -106,6 +109,17 @@ export class ModelHost {
   /** The protocol anew, as after a start of the manager. */
   async begin(): Promise<void> {
     const { keys, registry, trust } = this.world;
+    this.rescues = new RescueControl({
+      keys,
+      registry,
+      trust: {
+        isToolstackKeyTrusted: (key, vtpm) => trust.isToolstackKeyTrusted(key, vtpm),
+        peerById: (id) => [...this.#peers.values()].find(({ hostId }) => bytesEqual(hostId, id)),
+      },
+      audit: { append: async () => EMPTY_HEAD },
+      log,
+      onHeld: () => undefined,
+    });
     this.control = new MigrationControl({
       host: {
         hostId: keys.hostKey.publicKey,
@@ -120,7 +134,7 @@ export class ModelHost {
       },
       departures: registry.departures,
       arrivals: registry.arrivals,
-      rescues: { held: async () => [], heard: async () => undefined, take: async () => [] },
+      rescues: this.rescues,
       attestor: new ModelChip(),
       orders: {
         identity: keys.identity,

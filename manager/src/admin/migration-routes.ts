@@ -1,3 +1,4 @@
+import { ProtoError, parseFencingText, type SignedFencing } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { MigrationView } from '../migration/view.js';
 import { type AdminContext, type AdminRequest, type Answer, bodyOf, ok, type Route, time } from './route.js';
@@ -24,8 +25,9 @@ async function view(request: AdminRequest, { service }: AdminContext): Promise<A
 
 async function resolve(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
   const migration = migrationOf(request);
-  await bodyOf(request, []);
-  return ok({ migration, verdict: await service().migrations.resolve(migration, request.actor) });
+  const { fencing } = await bodyOf(request, ['fencing']);
+  const statement = fencing === undefined ? undefined : statementOf(fencing);
+  return ok({ migration, ...(await service().migrations.resolve(migration, request.actor, statement)) });
 }
 
 async function accept(request: AdminRequest, { service }: AdminContext): Promise<Answer> {
@@ -66,6 +68,16 @@ function migrationOf(request: AdminRequest): string {
   const id = request.param('migration');
   if (/^[0-9a-f]{32}$/.test(id)) return id;
   throw new ManagerError('bad-request', 'a migration is named by 32 hex digits, in lower case');
+}
+
+function statementOf(fencing: unknown): SignedFencing {
+  if (typeof fencing !== 'string') throw new ManagerError('bad-request', '"fencing" is a text');
+  try {
+    return parseFencingText(fencing);
+  } catch (cause) {
+    if (!(cause instanceof ProtoError)) throw cause;
+    throw new ManagerError('not-fenced', cause.message, { cause });
+  }
 }
 
 function text(name: string, value: unknown): string {

@@ -5,17 +5,21 @@ import {
   type MigrationHello,
   type PeerMessage,
   type SignedDecision,
+  type SignedFencing,
   type SignedMigrateOrder,
   uuidToText,
   type Verdict,
 } from 'vtpm-proto';
+import { statusOf } from '../admin/http.js';
 import type { AuditActor, AuditEvent } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { Bucket } from '../grpc/limits.js';
 import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
 import type { VtpmEvents } from '../ownership/events.js';
 import type { PeerChannel } from '../peer/channel.js';
-import { answerRescues, type RescueBook } from '../rescue/exchange.js';
+import { answerRescues, type RescueBook, type TakesBack } from '../rescue/exchange.js';
+import { notFenced } from '../rescue/fencing.js';
+import { takesBack } from '../rescue/notice.js';
 import { checkRight } from '../trust/peers.js';
 import { DestinationMigration } from './destination.js';
 import { EventDoorkeeper } from './doorkeeper.js';
@@ -45,7 +49,7 @@ export interface MigrationParts {
   readonly departures: Departures;
   readonly arrivals: Arrivals;
   /** What was rescued from other hosts, and from here. */
-  readonly rescues: RescueBook;
+  readonly rescues: RescueBook & TakesBack;
   readonly attestor: Attestor;
   readonly orders: OrderEnvironment;
   readonly events: VtpmEvents;
@@ -55,16 +59,25 @@ export interface MigrationParts {
   readonly pausesMs?: readonly number[] | undefined;
 }
 
+/** What came of a doubt. */
+export interface Resolved {
+  readonly verdict: Verdict;
+  /** Without the word of the destination: the operator's stands for it. */
+  readonly takenBack: boolean;
+}
+
+interface Leaving {
+  readonly session: SourceMigration;
+  readonly cancel: AbortController;
+}
+
 /** The migrations of this host, in both directions. */
 export class MigrationControl {
   readonly #orders: OrderCheck;
   readonly #resolver: Resolver;
   readonly #settler: Settler;
   readonly #doorkeeper: EventDoorkeeper;
-  readonly #leaving = new Map<
-    string,
-    { readonly session: SourceMigration; readonly cancel: AbortController }
-  >();
+  readonly #leaving = new Map<string, Leaving>();
   readonly #arriving = new Map<string, Arriving>();
   /** Those above, and those that are decided and not settled. */
   readonly #sessions = new Set<DestinationMigration>();
@@ -199,26 +212,53 @@ export class MigrationControl {
 
   /**
    * Asks the destination what it decided, now. A session that is open for it ends there.
-   * @throws ManagerError `in-doubt` where it does not say; `unknown-migration` where nothing is in doubt
+   * @param fencing that the destination is gone for good: where it cannot be reached the vTPM goes on here
+   * @throws ManagerError `in-doubt` where it does not say; `unknown-migration` where nothing is in doubt; `not-fenced` where
+   * the statement is not believed, or the destination is there; `unknown-peer`
    */
-  async resolve(migration: string, actor: AuditActor): Promise<Verdict> {
+  async resolve(migration: string, actor: AuditActor, fencing?: SignedFencing): Promise<Resolved> {
     const pending = await this.#pending(migration);
     const known = this.#resolver.verdictOf(Buffer.from(migration, 'hex'));
     if (!pending) {
-      if (known) return known;
+      if (known) return { verdict: known, takenBack: false };
       throw unknown(migration);
     }
     const about = { actor, action: 'migrate-resolve', vtpm: pending.vtpmUuid } as const;
     try {
-      const verdict = await this.#track(this.#resolver.askNow(pending));
-      await this.#audit({ ...about, verdict: 'done', facts: { migration, decision: verdict } });
-      return verdict;
+      if (fencing) this.parts.rescues.checkFenced(pending, fencing);
+      const verdict = await this.#track(this.#ask(pending, fencing !== undefined));
+      if (verdict) {
+        await this.#audit({ ...about, verdict: 'done', facts: { migration, decision: verdict } });
+        return { verdict, takenBack: false };
+      }
+      if (fencing) await this.#track(this.#takeBack(pending, actor, fencing));
+      return { verdict: 'ABORT', takenBack: true };
     } catch (error) {
       const reason = ManagerError.from(error);
-      await this.#audit({ ...about, verdict: 'failed', reason, facts: { migration } });
+      const verdict = fencing && statusOf(reason) < 500 ? 'refused' : 'failed';
+      await this.#audit({ ...about, verdict, reason, facts: { migration } });
       reason.isAudited = true;
       throw reason;
     }
+  }
+
+  /** @returns undefined where it cannot be reached and is said to be gone @throws ManagerError `in-doubt`, `not-fenced` */
+  async #ask(pending: PendingDeparture, isFenced: boolean): Promise<Verdict | undefined> {
+    try {
+      return await this.#resolver.askNow(pending);
+    } catch (error) {
+      if (!isFenced) throw error;
+      const { message } = ManagerError.from(error);
+      if (this.#resolver.isThere(pending)) throw notFenced(`the destination is there: ${message}`);
+      return undefined;
+    }
+  }
+
+  async #takeBack(pending: PendingDeparture, actor: AuditActor, fencing: SignedFencing): Promise<void> {
+    // Nothing more is sent there.
+    this.#leaving.get(hex(pending.departure.migrationId))?.cancel.abort();
+    await this.parts.rescues.takeBack(actor, pending, fencing);
+    this.#resolver.settle(pending, 'ABORT');
   }
 
   /** The toolstack takes what is to come. @throws ManagerError `unknown-migration` */
@@ -424,6 +464,9 @@ export class MigrationControl {
     }
     if (this.#leaving.has(hex(migrationId)))
       throw new ManagerError('migrating', 'the migration is under way');
+    const notices = await this.parts.rescues.held(talk.peer.hostId);
+    if (notices.some((notice) => takesBack(notice, migrationId)))
+      throw new ManagerError('moved', 'it was taken back here; the notice of that comes first');
     await talk.send('SETTLED', { migrationId, vtpmUuid });
     // Whoever asked ends it.
     await Promise.race([talk.channel.closed, delay(LIMITS_MS.settling, undefined, { ref: false })]);

@@ -5,7 +5,7 @@ import type { KeyHierarchy } from '../keys/index.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import { dialPeer } from '../peer/dial.js';
 import { hostIdentity } from '../peer/identity.js';
-import type { RescueBook } from '../rescue/exchange.js';
+import type { RescueBook, TakesBack } from '../rescue/exchange.js';
 import type { ServiceOptions } from '../service.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import { TpmAttestor } from './attestor.js';
@@ -30,7 +30,7 @@ export function openMigrations({
   readonly keys: KeyHierarchy;
   readonly trust: TrustStore;
   readonly registry: VtpmRegistry;
-  readonly rescues: RescueBook;
+  readonly rescues: RescueBook & TakesBack;
   readonly audit: AuditLog;
   checkRoom(): void;
   readonly options: Pick<ServiceOptions, 'chip' | 'log'>;

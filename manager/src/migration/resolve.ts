@@ -24,6 +24,8 @@ interface Doubt {
   /** Ends the pause before the next inquiry. */
   wake: AbortController;
   attempts: number;
+  /** In the last attempt there was a line to the destination. */
+  isThere: boolean;
   reason: ManagerError | undefined;
   /** Of the inquiry under way, or the next one. */
   next: Promise<Verdict>;
@@ -67,6 +69,19 @@ export class Resolver {
     return await doubt.next;
   }
 
+  /** Whether its destination took the line when it was last asked, whatever it said then. */
+  isThere({ departure }: PendingDeparture): boolean {
+    return this.#doubts.get(nameOf(departure.migrationId))?.isThere === true;
+  }
+
+  /** It is durable here what becomes of it: whoever waits for its destination waits no more. */
+  settle(pending: PendingDeparture, verdict: Verdict): void {
+    const { migrationId } = pending.departure;
+    this.#remember(migrationId, verdict);
+    this.parts.onDecided(pending, verdict);
+    this.#doubts.get(nameOf(migrationId))?.wake.abort();
+  }
+
   /** Why it is not known yet; undefined where nothing is in doubt. */
   reasonOf(
     migrationId: Uint8Array,
@@ -98,8 +113,7 @@ export class Resolver {
       await departures.abort(vtpmUuid, signed);
       barrier('migrate.source.aborted');
     }
-    this.#remember(departure.migrationId, decision.verdict);
-    this.parts.onDecided(pending, decision.verdict);
+    this.settle(pending, decision.verdict);
     return decision.verdict;
   }
 
@@ -125,7 +139,7 @@ export class Resolver {
     const name = nameOf(pending.departure.migrationId);
     const known = this.#doubts.get(name);
     if (known) return known;
-    const doubt = { pending, wake: new AbortController(), attempts: 0, reason: undefined } as Partial<Doubt> &
+    const doubt = { pending, wake: new AbortController(), attempts: 0, isThere: false } as Partial<Doubt> &
       Doubt;
     this.#doubts.set(name, doubt);
     const over = this.#untilKnown(doubt).finally(() => this.#doubts.delete(name));
@@ -136,7 +150,9 @@ export class Resolver {
 
   async #untilKnown(doubt: Doubt): Promise<Verdict> {
     for (;;) {
-      const attempt = this.#afterPause(doubt).then(() => this.#inquire(doubt.pending));
+      const attempt = this.#afterPause(doubt).then(
+        () => this.verdictOf(doubt.pending.departure.migrationId) ?? this.#inquire(doubt),
+      );
       doubt.next = attempt.catch((error: unknown) => {
         throw inDoubt(doubt.pending, ManagerError.from(error));
       });
@@ -144,7 +160,7 @@ export class Resolver {
       try {
         return await attempt;
       } catch (error) {
-        if (this.#ended.signal.aborted) throw error;
+        if (this.#ended.signal.aborted || !(await this.#isPending(doubt))) throw error;
         doubt.reason = ManagerError.from(error);
         doubt.attempts += 1;
         this.parts.log.warn(
@@ -163,11 +179,22 @@ export class Resolver {
     doubt.wake = new AbortController();
   }
 
-  async #inquire(pending: PendingDeparture): Promise<Verdict> {
+  /** Where the store does not say, it is. */
+  async #isPending({ pending: { departure } }: Doubt): Promise<boolean> {
+    const name = nameOf(departure.migrationId);
+    if (this.#decided.has(name)) return true;
+    const all = await this.parts.departures.pending().catch(() => undefined);
+    return all?.some((other) => nameOf(other.departure.migrationId) === name) ?? true;
+  }
+
+  async #inquire(doubt: Doubt): Promise<Verdict> {
+    const { pending } = doubt;
     const { host } = this.parts;
     const { vtpmUuid, epoch, generation, departure } = pending;
     const { migrationId } = departure;
+    doubt.isThere = false;
     const talk = new Talk(await host.dial(host.peer(departure.destination)), 'source');
+    doubt.isThere = true;
     const stop = (): void => talk.channel.close();
     this.#ended.signal.addEventListener('abort', stop, { once: true });
     try {
@@ -193,7 +220,7 @@ function inDoubt({ vtpmUuid, departure }: PendingDeparture, reason: ManagerError
   return new ManagerError(
     'in-doubt',
     `nobody runs vTPM ${vtpmUuid} until the destination says what it decided (${reason.code}: ${reason.message}); ` +
-      `bring it back, then: vtpmctl migrate resolve ${nameOf(departure.migrationId)}`,
+      `bring it back, then: vtpmctl migrate resolve ${nameOf(departure.migrationId)}; where it is gone for good, with --fenced`,
     { cause: reason },
   );
 }

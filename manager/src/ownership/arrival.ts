@@ -180,6 +180,22 @@ export class Arrivals {
     );
   }
 
+  /**
+   * Its source has taken it back: what is under way of it comes to nothing. The ABORT was promised when it was expected.
+   * @throws ManagerError `unknown-migration` where another host says so
+   */
+  async giveUp({ migrationId, source, vtpmUuid }: InquiryFacts): Promise<void> {
+    const id = uuidToText(vtpmUuid);
+    await this.desk.visit(id, (slot) =>
+      slot.inOrder(async () => {
+        const place = this.#places.get(id);
+        if (!place?.isOf(migrationId)) return;
+        asked(place, source);
+        place.release(new ManagerError('migration-aborted', 'its source has taken it back'));
+      }),
+    );
+  }
+
   /** The COMMIT of a migration that is not settled; undefined where there is none. */
   async decisionOf(migrationId: Uint8Array): Promise<SignedDecision | undefined> {
     const vtpmUuid = this.desk.census.committedBy(hex(migrationId));

@@ -1,11 +1,22 @@
 import { barrier } from 'vtpm-common';
-import { bytesEqual, type Departure, type RecordHeader, type SignedRescue, uuidToText } from 'vtpm-proto';
-import type { ManagerError } from '../error.js';
+import { bytesEqual, type RecordHeader, type SignedRescue, uuidToText } from 'vtpm-proto';
+import type { AuditActor } from '../audit/index.js';
+import { ManagerError } from '../error.js';
 import { isDeparting, type VtpmRecord } from '../records/index.js';
 import type { Desk } from './desk.js';
 
 /** `in-doubt`: a migration of it is; `elsewhere`: it went to a third host, which may run it as the rescuer does. */
 export type GivenUp = 'over' | 'in-doubt' | 'elsewhere';
+
+/** Who has a vTPM that lived here, and since when. */
+export interface GoneTo {
+  /** The host that rescued it. */
+  readonly destination: Uint8Array;
+  /** The last one that was not the rescuer's. */
+  readonly epoch: bigint;
+  /** By which that host had sent it here, and not heard what became of it: it says nothing of another stay. */
+  readonly sentBy?: Uint8Array | undefined;
+}
 
 /** What becomes of the records of vTPMs that were rescued: here, or from here. */
 export class Rescues {
@@ -33,7 +44,6 @@ export class Rescues {
 
   /**
    * Another host has it: the state goes, and whoever runs it here is fenced. Durable and counted.
-   * @param to the host that rescued it, and the last epoch that was not the rescuer's
    * @param change the tombstone in the place of the record; undefined where the record is of a later time than the rescue
    * @param facts for the audit log
    * @returns `over` where nobody runs what was rescued, as far as this host knows
@@ -41,7 +51,7 @@ export class Rescues {
    */
   async giveUp(
     vtpmUuid: string,
-    to: Pick<Departure, 'destination' | 'epoch'>,
+    to: GoneTo,
     facts: Readonly<Record<string, string>>,
     change: (record: VtpmRecord, now: bigint) => VtpmRecord | undefined,
   ): Promise<GivenUp> {
@@ -74,6 +84,38 @@ export class Rescues {
     );
   }
 
+  /**
+   * It goes on here, without the word of the destination that it went to. Durable and counted.
+   * @param change the record that goes on; undefined where it is on its way by another departure
+   * @param facts for the audit log
+   * @throws ManagerError `unknown-migration` where it is not on its way any more; `busy`
+   */
+  async takeBack(
+    vtpmUuid: string,
+    actor: AuditActor,
+    facts: Readonly<Record<string, string>>,
+    change: (record: VtpmRecord, count: bigint) => VtpmRecord | undefined,
+  ): Promise<void> {
+    const { desk } = this;
+    desk.checkOpen();
+    await desk.visit(vtpmUuid, (slot) =>
+      slot.exclusively('migrate-resolve', async () => {
+        const held = await desk.known(vtpmUuid);
+        const isGone = isDeparting(held.record.header);
+        const record = isGone ? change(held.record, desk.store.stated.counter + 1n) : undefined;
+        if (!record) {
+          throw new ManagerError('unknown-migration', `vTPM ${vtpmUuid} is not on its way any more`);
+        }
+        await desk.audit(actor, 'migrate-resolve', 'intended', record.header, facts);
+        barrier('migrate.take-back.audited');
+        await desk.records.write(vtpmUuid, held, record, 'now');
+        barrier('migrate.take-back.written');
+        await desk.audit(actor, 'migrate-resolve', 'done', record.header, facts);
+        desk.emit('stayed', record.header);
+      }),
+    );
+  }
+
   /** A notice, or one of many, is not taken. At a bounded rate; never rejects. */
   async noteRefusal(rescuer: string, { code, message }: ManagerError): Promise<void> {
     const event = { actor: 'manager', action: 'rescue', verdict: 'refused' } as const;
@@ -100,12 +142,18 @@ export class Rescues {
 }
 
 /** A later tombstone is of a time after the rescue: it came back before it went there. */
-function isElsewhere(
-  { kind, departure, epoch }: RecordHeader,
-  to: Pick<Departure, 'destination' | 'epoch'>,
-): boolean {
-  if (kind !== 'MOVED' || epoch > to.epoch) return false;
+function isElsewhere(header: RecordHeader, to: GoneTo): boolean {
+  const { kind, departure, epoch } = header;
+  if (kind !== 'MOVED' || epoch > to.epoch || !cameFrom(header, to)) return false;
   return !departure || !bytesEqual(departure.destination, to.destination);
+}
+
+/** Whether it is the stay that the host which has it now speaks of. */
+export function cameFrom({ unsettled }: RecordHeader, { destination, sentBy }: GoneTo): boolean {
+  if (!sentBy) return true;
+  return unsettled.some(
+    ({ migrationId, source }) => bytesEqual(migrationId, sentBy) && bytesEqual(source, destination),
+  );
 }
 
 function withoutNotice({ header: { rescue: _rescue, ...header }, parts }: VtpmRecord): VtpmRecord {

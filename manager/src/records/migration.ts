@@ -9,8 +9,16 @@ import {
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, newDataKey, sealPart, wipe, wrapDataKey } from '../keys/index.js';
 import { RECORD_FORMAT, type VtpmRecord } from './format.js';
-import { contextOf, dataKeyNames, openState, wipeState } from './parts.js';
-import { type LoadFacts, newCheckpointKey, PART_LIMITS, tombstone, withoutSession } from './transitions.js';
+import { contextOf, dataKeyNames, openDataKey, openState, wipeState } from './parts.js';
+import {
+  acceptedGeneration,
+  type LoadFacts,
+  newCheckpointKey,
+  PART_LIMITS,
+  tombstone,
+  withMark,
+  withoutSession,
+} from './transitions.js';
 import type { TravellingState } from './travelling.js';
 
 const EMPTY = new Uint8Array(0);
@@ -20,6 +28,8 @@ const REFERENCE_KEY_BYTES = 32;
 const DIGEST_BYTES = 32;
 /** Of a boot that never was: nobody has loaded it here. */
 const NONE = Buffer.alloc(UUID_BYTES);
+/** Of an audit log that nobody could ask. */
+export const NO_HEAD = Buffer.alloc(DIGEST_BYTES);
 
 /** Hosts that are remembered: the first one, where the vTPM was made, and the newest. The audit logs have them all. */
 export const MAX_STAYS = 32;
@@ -53,6 +63,53 @@ export function depart(
 export function thawed(record: VtpmRecord): VtpmRecord {
   const { departure: _departure, ...header } = record.header;
   return { header: { ...header, epoch: header.epoch + 1n }, parts: record.parts };
+}
+
+/** What is known of a destination that is gone for good. */
+export interface GoneDestination {
+  /** Host id. */
+  readonly host: Uint8Array;
+  /** The newest generation that it may have had. */
+  readonly lastGeneration: bigint;
+  /** That it has had none of, nor will. */
+  readonly epoch: bigint;
+}
+
+/**
+ * It lives here again from where it was frozen, without the word of its destination, which may have run it: marked, at an
+ * epoch and generation that nobody has had. What was left of the VM run but its frozen TPM is unreadable.
+ * @param count what the TPM's counter shows once this is accepted
+ */
+export function takenBack(
+  keys: KeyHierarchy,
+  record: VtpmRecord,
+  { host, lastGeneration, epoch }: GoneDestination,
+  count: bigint,
+): VtpmRecord {
+  const { departure, ...held } = record.header;
+  if (!departure) throw new ManagerError('internal', 'a vTPM that has not left is not taken back');
+  const newest = lastGeneration > held.generation ? lastGeneration : held.generation;
+  const stay: Stay = {
+    host,
+    lastEpoch: departure.epoch,
+    lastGeneration,
+    auditHead: NO_HEAD,
+    auditLength: 0n,
+    migrationId: departure.migrationId,
+  };
+  const header: RecordHeader = {
+    ...held,
+    epoch,
+    generation: acceptedGeneration(held.generation, newest, count),
+    marks: withMark(held.marks, 'rescued'),
+    lineage: withStay(held.lineage, stay),
+  };
+  const dataKey = openDataKey(keys, header);
+  try {
+    return { header: { ...header, checkpointKey: newCheckpointKey(dataKey, header) }, parts: record.parts };
+  } finally {
+    wipe(dataKey);
+  }
 }
 
 /**

@@ -182,7 +182,7 @@ function marksAfter(marks: readonly string[], action: StateAction | undefined): 
   return mark === undefined ? [...marks] : withMark(marks, mark);
 }
 
-function withMark(marks: readonly string[], mark: Mark): string[] {
+export function withMark(marks: readonly string[], mark: Mark): string[] {
   return marks.includes(mark) ? [...marks] : [...marks, mark];
 }
 
@@ -200,12 +200,22 @@ export function resume(record: VtpmRecord, mark: Mark, count: bigint): VtpmRecor
   const { header: withKey, parts } = withoutSuspension(withoutSession(record));
   // No worker goes on from a checkpoint of a state that was left behind, and no reference to one is good any more.
   const { checkpointKey: _key, ...header } = withKey;
-  const last = header.generation / ACCEPTANCE;
-  // On another TPM the count may be lower.
-  const accepted = count > last ? count : last + 1n;
-  const generation = accepted * ACCEPTANCE + (header.generation % ACCEPTANCE);
+  const generation = acceptedGeneration(header.generation, header.generation, count);
   const marks = withMark(header.marks, mark);
   return { header: { ...header, generation, epoch: header.epoch + 1n, marks }, parts };
+}
+
+/**
+ * The generation at which an old state goes on: nobody has had it.
+ * @param generation of that state
+ * @param newest that is known
+ * @param count what the TPM's counter shows once this is accepted
+ */
+export function acceptedGeneration(generation: bigint, newest: bigint, count: bigint): bigint {
+  const last = newest / ACCEPTANCE;
+  // On another TPM the count may be lower.
+  const accepted = count > last ? count : last + 1n;
+  return accepted * ACCEPTANCE + (generation % ACCEPTANCE);
 }
 
 /**

@@ -1,18 +1,28 @@
 import type { Logger } from 'vtpm-common';
-import { bytesEqual, type Peer, type RecordHeader, type SignedRescue, uuidToText } from 'vtpm-proto';
+import {
+  bytesEqual,
+  type Peer,
+  type RecordHeader,
+  type SignedFencing,
+  type SignedRescue,
+  uuidToText,
+} from 'vtpm-proto';
 import { statusOf } from '../admin/http.js';
 import type { AuditActor, AuditEvent, AuditLog } from '../audit/index.js';
 import { contentOf } from '../backup/format.js';
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
+import type { PendingDeparture } from '../ownership/departure.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
+import { cameFrom, type GoneTo } from '../ownership/rescues.js';
 import { movedAway, type VtpmRecord } from '../records/index.js';
 import { checkRight, unknownPeer } from '../trust/peers.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
-import type { RescueBook } from './exchange.js';
+import type { RescueBook, TakesBack } from './exchange.js';
 import { parseNotice, verifiedNotice } from './notice.js';
 import { checkPlace, NO_MIGRATION, rescuedRecord } from './record.js';
 import { type CheckedRescue, checkRescue } from './request.js';
+import { checkDestinationFenced, takeBack } from './take-back.js';
 
 export interface RescueParts {
   readonly keys: KeyHierarchy;
@@ -41,7 +51,7 @@ export interface RescuePlan {
 }
 
 /** Rescues vTPMs of hosts that are dead, and ends those here that were rescued while this host was. */
-export class RescueControl implements RescueBook {
+export class RescueControl implements RescueBook, TakesBack {
   constructor(private readonly parts: RescueParts) {}
 
   /** What a rescue would do; changes nothing. @throws ManagerError that says why it would be refused */
@@ -100,6 +110,14 @@ export class RescueControl implements RescueBook {
     }
   }
 
+  checkFenced(pending: PendingDeparture, fencing: SignedFencing): void {
+    checkDestinationFenced(fencing, pending, this.parts.trust);
+  }
+
+  async takeBack(actor: AuditActor, pending: PendingDeparture, fencing: SignedFencing): Promise<void> {
+    await takeBack(this.parts, actor, pending, checkDestinationFenced(fencing, pending, this.parts.trust));
+  }
+
   async held(hostId: Uint8Array): Promise<readonly SignedRescue[]> {
     const all = await this.parts.registry.rescues.held();
     return all.filter((rescue) => bytesEqual(parseNotice(rescue).source, hostId));
@@ -136,7 +154,8 @@ export class RescueControl implements RescueBook {
   async #takeOne(rescuer: Uint8Array, signed: SignedRescue): Promise<Uint8Array | undefined> {
     const { keys, registry, log, trust } = this.parts;
     const parties = { hostId: keys.hostKey.publicKey, backupKey: keys.backupKey.publicKey, rescuer };
-    const { notice } = verifiedNotice(signed, parties);
+    const notice = verifiedNotice(signed, parties);
+    const { departure } = notice;
     const id = uuidToText(notice.vtpmUuid);
     const peer = trust.peerById(rescuer);
     if (!peer) throw unknownPeer(hex(rescuer));
@@ -145,14 +164,21 @@ export class RescueControl implements RescueBook {
     // The last epoch that was not the rescuer's, as where a vTPM leaves by itself.
     const epoch = notice.epoch - 1n;
     let isEnded = false;
-    const to = { destination: rescuer, epoch };
+    const to: GoneTo = { destination: rescuer, epoch, sentBy: departure?.migrationId };
+    if (departure) await registry.arrivals.giveUp({ ...departure, source: rescuer });
     const end = await registry.rescues.giveUp(id, to, facts, (record, now) => {
       // It has come back since.
       if (record.header.epoch > epoch) return undefined;
+      if (!cameFrom(record.header, to)) {
+        throw new ManagerError(
+          'bad-request',
+          `host ${by} says that it took vTPM ${id} back, which is not here from there`,
+        );
+      }
       this.#checkMayEnd(id, peer);
       isEnded = true;
       const { generation } = notice;
-      const where = { ...to, migrationId: NO_MIGRATION, mode: 'OFFLINE' } as const;
+      const where = { destination: rescuer, epoch, migrationId: NO_MIGRATION, mode: 'OFFLINE' } as const;
       return movedAway(record, { ...where, at: now, generation }, now);
     });
     if (isEnded) {

@@ -1,5 +1,15 @@
-import { decode, encode, type PeerMessage, ProtoError, type Rescues, type SignedRescue } from 'vtpm-proto';
+import {
+  decode,
+  encode,
+  type PeerMessage,
+  ProtoError,
+  type Rescues,
+  type SignedFencing,
+  type SignedRescue,
+} from 'vtpm-proto';
+import type { AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
+import type { PendingDeparture } from '../ownership/departure.js';
 import type { PeerChannel } from '../peer/channel.js';
 
 /** What both ends of an exchange need of this host. */
@@ -13,6 +23,14 @@ export interface RescueBook {
    * @returns uuids of those that are ended for good now, or are not here
    */
   take(hostId: Uint8Array, rescues: readonly SignedRescue[]): Promise<Uint8Array[]>;
+}
+
+/** What has a departure go on here whose destination is gone for good. */
+export interface TakesBack {
+  /** @throws ManagerError `not-fenced`, `unknown-peer` */
+  checkFenced(pending: PendingDeparture, fencing: SignedFencing): void;
+  /** Durable, counted, and a notice for the destination. @throws ManagerError as `checkFenced`, `unknown-migration`, `busy` */
+  takeBack(actor: AuditActor, pending: PendingDeparture, fencing: SignedFencing): Promise<void>;
 }
 
 /** In one message; each is about half a KiB. */

@@ -54,25 +54,30 @@ export function checkFencing(
   return statement;
 }
 
-/** @throws ManagerError `not-fenced` where the statement speaks of another vTPM or knows less than the backup */
+/**
+ * @param state that is to go on, and what it is
+ * @throws ManagerError `not-fenced` where the statement speaks of another vTPM or knows less than the state
+ */
 export function checkStatementFits(
   statement: FencingStatement,
   facts: { readonly vtpmUuid: Uint8Array; readonly generation: bigint },
+  state: 'the backup' | 'the departure' = 'the backup',
 ): void {
   const { vtpmUuid, lastGeneration } = statement;
   if (!bytesEqual(vtpmUuid, facts.vtpmUuid)) {
     throw notFenced(
-      `the statement is about vTPM ${uuidToText(vtpmUuid)}, the backup is of vTPM ${uuidToText(facts.vtpmUuid)}`,
+      `the statement is about vTPM ${uuidToText(vtpmUuid)}, ${state} is of vTPM ${uuidToText(facts.vtpmUuid)}`,
     );
   }
   if (lastGeneration < facts.generation) {
     throw notFenced(
-      `the statement knows of generation ${lastGeneration}, the backup has ${facts.generation} already: it was made for another time; make a new one`,
+      `the statement knows of generation ${lastGeneration}, ${state} has ${facts.generation} already: it was made for another time; make a new one`,
     );
   }
 }
 
-function notFenced(why: string, cause?: unknown): ManagerError {
+/** @param why what is wrong with the statement, or with what it says */
+export function notFenced(why: string, cause?: unknown): ManagerError {
   return new ManagerError(
     'not-fenced',
     `${why} (vtpmctl migrate fence, when the host is off and stays so)`,

@@ -1,13 +1,12 @@
 import { bytesEqual, type Peer, type RecordHeader, type Stay } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
-import { isDeparting, restoredRecord, type VtpmRecord, withStay } from '../records/index.js';
-import { EPOCHS, signNotice } from './notice.js';
+import { isDeparting, NO_HEAD, restoredRecord, type VtpmRecord, withStay } from '../records/index.js';
+import { epochAfter, signNotice } from './notice.js';
 import type { CheckedRescue } from './request.js';
 
-/** Of no migration, and of an audit log that nobody could ask. */
+/** Of no migration. */
 export const NO_MIGRATION = Buffer.alloc(16);
-const NO_HEAD = Buffer.alloc(32);
 
 /**
  * The record of a vTPM that goes on from the backup of a host that is dead: marked, owned by nobody, to be powered on, at a
@@ -22,7 +21,7 @@ export function rescuedRecord(
   held: RecordHeader | undefined,
   count: bigint,
 ): VtpmRecord {
-  const epoch = (max(facts.epoch, held?.epoch) / EPOCHS + 1n) * EPOCHS;
+  const epoch = epochAfter(max(facts.epoch, held?.epoch));
   const before = {
     // One more is the first of the rescue.
     epoch: epoch - 1n,

@@ -74,6 +74,13 @@ export interface Migration {
   readonly message?: string | null;
 }
 
+/** What came of one in doubt. */
+export interface Resolved {
+  readonly verdict: 'COMMIT' | 'ABORT';
+  /** Without the word of the destination. */
+  readonly takenBack: boolean;
+}
+
 export interface AllowedImage {
   readonly digest: string;
   readonly note: string;
@@ -163,11 +170,15 @@ export class ManagerApi {
     return (await this.#client.call<{ migrations: Migration[] }>('GET', '/migrations')).migrations;
   }
 
-  /** Asks the destination now. @throws ToolstackError `in-doubt` where it does not say */
-  async resolve(migration: string): Promise<'COMMIT' | 'ABORT'> {
+  /**
+   * Asks the destination now.
+   * @param fencing that it is gone for good: without its answer the vTPM goes on here
+   * @throws ToolstackError `in-doubt` where it does not say, `not-fenced`
+   */
+  async resolve(migration: string, fencing?: string): Promise<Resolved> {
     const path = `/migrations/${migration}/resolve`;
-    const options = { body: {}, timeout: RESOLVE_TIMEOUT_MS };
-    return (await this.#client.call<{ verdict: 'COMMIT' | 'ABORT' }>('POST', path, options)).verdict;
+    const body = fencing === undefined ? {} : { fencing };
+    return await this.#client.call('POST', path, { body, timeout: RESOLVE_TIMEOUT_MS });
   }
 
   async images(): Promise<AllowedImage[]> {

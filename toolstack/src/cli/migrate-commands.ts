@@ -2,7 +2,7 @@ import type { Command } from 'commander';
 import type { Add, Run } from './command-line.js';
 import { type EvacuateFlags, evacuate } from './commands/evacuate.js';
 import { type MigrateFlags, migrate } from './commands/migrate.js';
-import { migrateCancel, migrateResolve, migrateStatus } from './commands/migrations.js';
+import { migrateCancel, migrateResolve, migrateStatus, type ResolveFlags } from './commands/migrations.js';
 import { type FenceFlags, fence, type RescueFlags, rescue } from './commands/rescue.js';
 
 /** `migrate` with its own commands, and `evacuate`. */
@@ -35,9 +35,19 @@ export function addMigrateCommands(program: Command, add: Add, run: Run): void {
     migrateCommand,
     'resolve',
     'asks the other host now what it decided; never makes a second one run',
-    ['vtpmctl migrate resolve web1'],
-  ).argument('<name>', 'name or id');
-  resolveCommand.action((name: string) => run(resolveCommand, (context) => migrateResolve(name, context)));
+    [
+      'vtpmctl migrate resolve web1',
+      'vtpmctl migrate resolve web1 --fenced web1.fencing      that host is gone for good',
+    ],
+  )
+    .argument('<name>', 'name or id')
+    .option(
+      '--fenced <file>',
+      'what vtpmctl migrate fence wrote about the destination: the vTPM goes on here',
+    );
+  resolveCommand.action((name: string, flags: ResolveFlags) =>
+    run(resolveCommand, (context) => migrateResolve(name, flags, context)),
+  );
 
   const cancelCommand = add(
     migrateCommand,

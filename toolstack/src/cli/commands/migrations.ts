@@ -1,6 +1,7 @@
 import { ToolstackError } from '../../error.js';
 import type { Context } from '../context.js';
 import { EXIT } from '../exit-status.js';
+import { readGivenFile } from '../given-files.js';
 import { isUuid, isVtpmName } from '../inventory.js';
 import type { Migration } from '../manager-api.js';
 import { table, time } from '../output.js';
@@ -53,9 +54,18 @@ export async function migrateStatus(nameOrId: string | undefined, context: Conte
   return shown.some(isOpen) ? EXIT.failed : EXIT.ok;
 }
 
-/** Asks the destination, which alone decides. @returns the exit status: 0 where it is known now what came of it */
-export async function migrateResolve(nameOrId: string, context: Context): Promise<number> {
+export interface ResolveFlags {
+  readonly fenced?: string;
+}
+
+/** Asks the destination, which alone decides, or takes the operator's word that it never will. @returns the exit status: 0 where it is known now what came of it */
+export async function migrateResolve(
+  nameOrId: string,
+  { fenced }: ResolveFlags,
+  context: Context,
+): Promise<number> {
   const { output } = context;
+  const fencing = fenced === undefined ? undefined : readGivenFile('--fenced', fenced).trim();
   const open = (await named(context)).filter(isOf(nameOrId)).find(isOpen);
   if (!open) {
     throw new ToolstackError(
@@ -63,28 +73,31 @@ export async function migrateResolve(nameOrId: string, context: Context): Promis
       `no migration of ${nameOrId} is in doubt; vtpmctl migrate status shows what there is`,
     );
   }
-  const { answer, reason } = await ask(open, context);
+  const { answer, takenBack, reason } = await ask(open, fencing, context);
   const asked: Named = { ...open, state: answer, ...reason };
-  const said = sayMeaning(isOpen(asked) ? { ...asked, reason: null } : asked);
+  const said = takenBack ? TAKEN_BACK : sayMeaning(isOpen(asked) ? { ...asked, reason: null } : asked);
   output.result(
-    { ...asked, meaning: said },
+    { ...asked, takenBack, meaning: said },
     `${asked.name ?? asked.id}: ${asked.state}; ${said}${isOpen(asked) ? `\nwhy: ${asked.message}` : ''}`,
   );
   return isOpen(asked) ? EXIT.failed : EXIT.ok;
 }
 
 /** A destination that is silent leaves it as it is; why it is silent is what the operator can do something about. */
-async function ask({ migration }: Migration, { manager }: Context) {
+async function ask({ migration }: Migration, fencing: string | undefined, { manager }: Context) {
   try {
-    const verdict = await manager.resolve(migration);
+    const { verdict, takenBack } = await manager.resolve(migration, fencing);
     const known = { reason: null, message: null };
-    return { answer: verdict === 'COMMIT' ? 'committed' : 'aborted', reason: known } as const;
+    return { answer: verdict === 'COMMIT' ? 'committed' : 'aborted', takenBack, reason: known } as const;
   } catch (caught) {
     const { code, message } = ToolstackError.from(caught);
     if (code !== 'in-doubt' && code !== 'manager-refused') throw caught;
-    return { answer: 'in-doubt', reason: { reason: code, message } } as const;
+    return { answer: 'in-doubt', takenBack: false, reason: { reason: code, message } } as const;
   }
 }
+
+const TAKEN_BACK =
+  'taken back without the word of the other host: it goes on here from where it was frozen, and bears the mark "rescued" for ever';
 
 /** @returns the exit status: 0 where it was cancelled */
 export async function migrateCancel(nameOrId: string, { supervisor, output }: Context): Promise<number> {
