@@ -257,7 +257,7 @@ describe('vtpmctl migrate', () => {
         return { body: { cancelled: true } };
       };
       const { child, said, text } = begin('migrate', 'web1', '--to', 'hostb');
-      await said(/makes a worker ready/);
+      await said(/makes itself ready/);
       child.kill('SIGINT');
       assert.equal(await ended(child), 1);
       assert.match(text(), /cancelling: web1 stays here/);

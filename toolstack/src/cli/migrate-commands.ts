@@ -23,10 +23,12 @@ export function addMigrateCommands(program: Command, add: Add, run: Run): void {
     run(migrateCommand, (context) => migrate(name, flags, context)),
   );
 
-  const statusCommand = add(migrateCommand, 'status', 'shows migrations that are under way or in doubt', [
-    'vtpmctl migrate status',
-    'vtpmctl migrate status web1 --json',
-  ]).argument('[name]', 'name or id');
+  const statusCommand = add(
+    migrateCommand,
+    'status',
+    'shows migrations that are under way, in doubt or over',
+    ['vtpmctl migrate status', 'vtpmctl migrate status web1 --json'],
+  ).argument('[name]', 'name or id');
   statusCommand.action((name: string | undefined) =>
     run(statusCommand, (context) => migrateStatus(name, context)),
   );

@@ -31,7 +31,7 @@ export interface MigrateProgress {
 const PHASES: Readonly<Record<MigratePhase, readonly [string, number]>> = {
   CONNECTING: ['connecting', 0.02],
   ATTESTING: ['both hosts show their platform', 0.1],
-  PREPARING: ['the destination makes a worker ready', 0.25],
+  PREPARING: ['the destination makes itself ready', 0.25],
   PREPARED: ['ready', 0.4],
   FREEZING: ['freezing between two commands', 0.45],
   FROZEN: ['frozen', 0.5],
