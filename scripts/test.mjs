@@ -37,7 +37,8 @@ run('node_modules/mocha/bin/mocha.js', [
   '--reporter',
   'scripts/mocha-reporter.cjs',
   ...(isLong ? ['--no-config', '--timeout', '3600000', ...longFiles, 'test/dist/long/**/*.test.js'] : []),
-  // Files side by side: each has installations, sockets and directories of its own, and most of its time it waits.
-  ...['--parallel', '--jobs', String(Math.min(Math.max(availableParallelism(), 2), 8))],
+  // Files side by side, one more than there are processors: each has installations, sockets and directories of its own, and
+  // a quarter of its time it waits.
+  ...['--parallel', '--jobs', String(Math.min(availableParallelism() + 1, 8))],
   ...args.filter((arg) => arg !== '--long'),
 ]);
