@@ -26,10 +26,7 @@ describe('a vTPM that moves with its VM', () => {
   });
 
   async function boot(name: string): Promise<void> {
-    const { installation } = hosts.a;
-    await installation.ctlJson(...['create', name, '--doors', 'control,tpm', '--startup', 'none']);
-    await installation.ctlJson('start', name);
-    vm = await MovingVm.boot(hosts.a, name);
+    vm = await MovingVm.create(hosts.a, name);
     guest = await ExactGuest.connect(vm);
     await guest.round();
   }

@@ -37,10 +37,7 @@ describe('a vTPM that moves with its VM, and something fails (test:long)', funct
     (await host.installation.supervisord('GET', `/vtpms/${vm.name}`)).body as { state?: string };
 
   async function boot(): Promise<void> {
-    const name = `vm${count++}`;
-    await hosts.a.installation.ctlJson(...['create', name, '--doors', 'control,tpm', '--startup', 'none']);
-    await hosts.a.installation.ctlJson('start', name);
-    vm = await MovingVm.boot(hosts.a, name);
+    vm = await MovingVm.create(hosts.a, `vm${count++}`);
     guest = await ExactGuest.connect(vm);
     await guest.round();
   }

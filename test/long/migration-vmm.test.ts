@@ -52,16 +52,6 @@ describe("QEMU's own migration with the vTPM's (test:long)", function () {
     machines.push(vm);
     return vm;
   }
-  const says = (vm: QemuVm, pattern: RegExp): Promise<RegExpExecArray> =>
-    until(
-      `the guest says ${pattern}`,
-      () => {
-        const found = pattern.exec(vm.output);
-        if (!found && vm.child.exitCode !== null) throw new Error(`QEMU ended: ${vm.output.slice(-4000)}`);
-        return found ?? undefined;
-      },
-      240_000,
-    );
   const completed = (vm: QemuVm): Promise<boolean> =>
     until('the VM is on its way', async () => {
       const status = await vm.monitor('info migrate');
@@ -97,16 +87,16 @@ describe("QEMU's own migration with the vTPM's (test:long)", function () {
     const args = linuxGuest(join(directory, 'linux'));
     let vm = boot(hosts.a, 'linux', args);
     // Before that the guest's tools need the TPM's few places for sessions.
-    await says(vm, /EXTENDED 1\b/);
+    await vm.says(/EXTENDED 1\b/);
     const door = new FollowingDoor([hosts.a, hosts.b].map(({ installation }) => installation.door('linux')));
     const beside = await ExactGuest.connect(door);
     const load = beside.run();
     load.catch(() => undefined);
-    await says(vm, /EXTENDED 20\b/);
+    await vm.says(/EXTENDED 20\b/);
     vm = await move(vm, hosts.a, 'linux', args);
-    await says(vm, /EXTENDED 60\b/);
+    await vm.says(/EXTENDED 60\b/);
     vm = await move(vm, hosts.b, 'linux', args);
-    await says(vm, /^END/m);
+    await vm.says(/^END/m);
     beside.stop();
     await load;
     for (const machine of machines) assert.doesNotMatch(machine.output, /FAILED/);
@@ -120,7 +110,7 @@ describe("QEMU's own migration with the vTPM's (test:long)", function () {
   it('the VM goes on at the source where the destination never had it', async () => {
     await create('stays');
     const vm = boot(hosts.a, 'stays', []);
-    await says(vm, /No bootable device/);
+    await vm.says(/No bootable device/);
     const guest = await ExactGuest.connect(hosts.a.installation.door('stays'));
     for (const ending of ['into a file', 'into another machine'] as const) {
       await guest.round();

@@ -1,22 +1,12 @@
 import { MIGRATION_BARRIERS } from 'vtpm-toolstack/supervisor/migration/barriers';
-import { MigrationWorld } from '../toolstack/migration-world.js';
-import { buildStubImage, removeDirectory, temporaryDirectory } from '../toolstack/supervisor-fixture.js';
+import { type MigrationWorld, withMigrationWorlds } from '../toolstack/migration-world.js';
 
 describe("I-3: a supervisor that is killed in a migration does what the manager's record says", function () {
   this.timeout(60_000);
-  let image: string;
-  let manifest: string;
   let world: MigrationWorld;
-
-  before(async () => {
-    image = temporaryDirectory();
-    manifest = await buildStubImage(image);
+  withMigrationWorlds((made) => {
+    world = made;
   });
-  after(() => removeDirectory(image));
-  beforeEach(async () => {
-    world = await MigrationWorld.create(manifest);
-  });
-  afterEach(() => world.destroy());
 
   for (const { side, name } of MIGRATION_BARRIERS) {
     for (const verdict of ['COMMIT', 'ABORT'] as const) {

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { type ClientHttp2Stream, connect as connectHttp2 } from 'node:http2';
+import { type ClientHttp2Session, type ClientHttp2Stream, connect as connectHttp2 } from 'node:http2';
 import { connect, createServer, type Socket } from 'node:net';
 import {
   type ConnectionOptions,
@@ -66,6 +66,15 @@ describe('the listener for other hosts', () => {
     });
     return socket;
   }
+
+  /** A connection of a known peer, for calls that its own code would not make. */
+  function caller(): ClientHttp2Session {
+    const http2 = connectHttp2('https://peer', { createConnection: () => tls() });
+    return http2.on('error', () => undefined);
+  }
+
+  const call = (http2: ClientHttp2Session, path = EXCHANGE_PATH): ClientHttp2Stream =>
+    http2.request({ ':method': 'POST', ':path': path, 'content-type': 'application/grpc', te: 'trailers' });
 
   /** What it is told at its end. */
   function statusOf(stream: ClientHttp2Stream): Promise<Record<string, string>> {
@@ -263,14 +272,8 @@ describe('the listener for other hosts', () => {
 
   it('ends a session in which a message is larger than any is, without keeping it', async () => {
     await meet();
-    const http2 = connectHttp2('https://peer', { createConnection: () => tls() });
-    http2.on('error', () => undefined);
-    const stream = http2.request({
-      ':method': 'POST',
-      ':path': EXCHANGE_PATH,
-      'content-type': 'application/grpc',
-      te: 'trailers',
-    });
+    const http2 = caller();
+    const stream = call(http2);
     const told = statusOf(stream);
     const head = Buffer.alloc(5);
     head.writeUInt32BE(8 * 1024 * 1024, 1);
@@ -281,14 +284,8 @@ describe('the listener for other hosts', () => {
 
   it('ends a session in which something else comes than a message', async () => {
     await meet();
-    const http2 = connectHttp2('https://peer', { createConnection: () => tls() });
-    http2.on('error', () => undefined);
-    const stream = http2.request({
-      ':method': 'POST',
-      ':path': EXCHANGE_PATH,
-      'content-type': 'application/grpc',
-      te: 'trailers',
-    });
+    const http2 = caller();
+    const stream = call(http2);
     const told = statusOf(stream);
     stream.write(frameMessage(Buffer.from('ffffffff', 'hex')));
     assert.equal((await told)['vtpm-reason'], 'bad-request');
@@ -297,28 +294,14 @@ describe('the listener for other hosts', () => {
 
   it('has one call and one session for each connection', async () => {
     await meet();
-    const http2 = connectHttp2('https://peer', { createConnection: () => tls() });
-    http2.on('error', () => undefined);
-    const call = async (path: string) => {
-      const stream = http2.request({
-        ':method': 'POST',
-        ':path': path,
-        'content-type': 'application/grpc',
-        te: 'trailers',
-      });
-      return (await statusOf(stream))['grpc-status'];
-    };
-    assert.equal(await call('/vtpm.v1.VtpmManager/Load'), '12');
-    assert.equal(await call('/vtpm.v1.VtpmMigration/Migrate'), '12');
+    const http2 = caller();
+    const status = async (path?: string) => (await statusOf(call(http2, path)))['grpc-status'];
+    assert.equal(await status('/vtpm.v1.VtpmManager/Load'), '12');
+    assert.equal(await status('/vtpm.v1.VtpmMigration/Migrate'), '12');
     const session = b.nextSession();
-    const first = http2.request({
-      ':method': 'POST',
-      ':path': EXCHANGE_PATH,
-      'content-type': 'application/grpc',
-      te: 'trailers',
-    });
+    const first = call(http2);
     await session;
-    assert.equal(await call(EXCHANGE_PATH), '14');
+    assert.equal(await status(), '14');
     assert.equal(b.sessions.length, 1);
     first.close();
     http2.destroy();

@@ -27,6 +27,14 @@ export class MovingVm implements Transport {
     public vmm: Vmm,
   ) {}
 
+  /** A new vTPM that only a VMM powers on, and a VM that boots with it. */
+  static async create(host: Host, name: string): Promise<MovingVm> {
+    const { installation } = host;
+    await installation.ctlJson(...['create', name, '--doors', 'control,tpm', '--startup', 'none']);
+    await installation.ctlJson('start', name);
+    return MovingVm.boot(host, name);
+  }
+
   /** Powers the TPM on, as firmware begins. */
   static async boot(host: Host, name: string): Promise<MovingVm> {
     const vm = new MovingVm(name, connect(host, name));

@@ -45,6 +45,20 @@ export class QemuVm {
     this.exited = once(this.child, 'exit').then(([code]) => code as number | null);
   }
 
+  /** Its guest, an operating system that takes its time. */
+  says(pattern: RegExp): Promise<RegExpExecArray> {
+    return until(
+      `the guest says ${pattern}`,
+      () => {
+        const found = pattern.exec(this.output);
+        if (!found && this.child.exitCode !== null)
+          throw new Error(`QEMU ended: ${this.output.slice(-4000)}`);
+        return found ?? undefined;
+      },
+      240_000,
+    );
+  }
+
   /** A command of the human monitor; resolves with what it says. */
   async monitor(command: string): Promise<string> {
     this.#monitor ??= await this.#connect();

@@ -1,9 +1,10 @@
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createConnection } from 'node:net';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { cleanEnvironment, type Installation, REPOSITORY } from './installation.js';
+import { cleanEnvironment, Installation, REPOSITORY } from './installation.js';
 import { TOOL_LINES } from './tool-lines.js';
 import { TpmClient } from './tpm-client.js';
 import { flushContext, getHandles, handlesOf } from './tpm-commands.js';
@@ -60,7 +61,7 @@ export const WAYS: readonly Way[] = [
 ];
 
 /** Unmodified tpm2-tools and TSS: the same lines by every way. @param work a directory for their files */
-export async function allToolsThrough(way: Way, installation: Installation, work: string): Promise<void> {
+async function allToolsThrough(way: Way, installation: Installation, work: string): Promise<void> {
   const vtpm = `way${WAYS.indexOf(way)}`;
   const directory = join(work, vtpm);
   mkdirSync(directory);
@@ -98,5 +99,25 @@ async function sweep(client: TpmClient): Promise<void> {
   for (const first of [TRANSIENT, LOADED_SESSIONS]) {
     const handles = handlesOf(await client.transmit(getHandles(first)));
     for (const handle of handles) await client.transmit(flushContext(handle));
+  }
+}
+
+/** A test for each of these ways in the suite that calls it, all of one installation. */
+export function itWorksThrough(ways: readonly Way[]): void {
+  let installation: Installation;
+  let work: string;
+
+  before(async () => {
+    work = mkdtempSync(join(tmpdir(), 'vtpm-ways-'));
+    installation = await Installation.create({ tpm: 'embedded' });
+    await installation.start();
+  });
+  after(async () => {
+    await installation?.destroy();
+    rmSync(work, { recursive: true, force: true });
+  });
+
+  for (const way of ways) {
+    it(`work through ${way.name}`, () => allToolsThrough(way, installation, work));
   }
 }

@@ -315,6 +315,17 @@ export class WorkerProcess {
     return client;
   }
 
+  /**
+   * A round trip over the control channel of the tcti door: what was sent before has been read, and what the worker does
+   * at once it has done.
+   */
+  async turn(): Promise<void> {
+    const control = this.connect('tcti-ctrl');
+    control.send('00000001');
+    await control.bytes(8);
+    control.close();
+  }
+
   /** Resolves when the worker has closed its end of that connection. */
   async closed(client: TpmClient): Promise<void> {
     const id = this.#ids.get(client);

@@ -240,22 +240,28 @@ describe('vtpmctl migrate', () => {
 
     const ended = async (child: ChildProcess) => ((await once(child, 'close')) as [number | null])[0];
 
-    it('cancels before the state is on its way', async () => {
-      let cancelled = (): void => undefined;
-      const until = new Promise<void>((resolve) => {
-        cancelled = resolve;
+    /** The supervisor says the first of these, and the second when it is asked to cancel. */
+    async function untilCancelled(first: object, second: object, cancelled: boolean): Promise<void> {
+      let ask = (): void => undefined;
+      const asked = new Promise<void>((resolve) => {
+        ask = resolve;
       });
       const supervisor = await scene(desk, {
         lines: async (write) => {
-          write(progress('PREPARING'));
-          await until;
-          write(progress('ABORTED', { reason: 'migration-aborted', message: 'it was cancelled' }));
+          write(first);
+          await asked;
+          write(second);
         },
       });
       supervisor.replies[`DELETE /vtpms/${ID(1)}/migrate`] = () => {
-        cancelled();
-        return { body: { cancelled: true } };
+        ask();
+        return { body: { cancelled } };
       };
+    }
+
+    it('cancels before the state is on its way', async () => {
+      const aborted = { reason: 'migration-aborted', message: 'it was cancelled' };
+      await untilCancelled(progress('PREPARING'), progress('ABORTED', aborted), true);
       const { child, said, text } = begin('migrate', 'web1', '--to', 'hostb');
       await said(/makes itself ready/);
       child.kill('SIGINT');
@@ -265,21 +271,7 @@ describe('vtpmctl migrate', () => {
     });
 
     it('says so where it is too late, and waits for the end', async () => {
-      let asked = (): void => undefined;
-      const until = new Promise<void>((resolve) => {
-        asked = resolve;
-      });
-      const supervisor = await scene(desk, {
-        lines: async (write) => {
-          write(progress('DECIDING'));
-          await until;
-          write(COMMITTED);
-        },
-      });
-      supervisor.replies[`DELETE /vtpms/${ID(1)}/migrate`] = () => {
-        asked();
-        return { body: { cancelled: false } };
-      };
+      await untilCancelled(progress('DECIDING'), COMMITTED, false);
       const { child, said, text } = begin('migrate', 'web1', '--to', 'hostb');
       await said(/the destination decides/);
       child.kill('SIGINT');

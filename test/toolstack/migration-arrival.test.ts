@@ -2,32 +2,15 @@ import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { decode } from 'vtpm-proto';
-import { MigrationWorld } from './migration-world.js';
-import {
-  buildStubImage,
-  connectDoor,
-  exchange,
-  removeDirectory,
-  temporaryDirectory,
-  until,
-  workersOf,
-} from './supervisor-fixture.js';
+import { type MigrationWorld, withMigrationWorlds } from './migration-world.js';
+import { connectDoor, exchange, until, workersOf } from './supervisor-fixture.js';
 
 describe('a vTPM that comes, as its supervisor sees it', function () {
   this.timeout(60_000);
-  let image: string;
-  let manifest: string;
   let world: MigrationWorld;
-
-  before(async () => {
-    image = temporaryDirectory();
-    manifest = await buildStubImage(image);
+  withMigrationWorlds((made) => {
+    world = made;
   });
-  after(() => removeDirectory(image));
-  beforeEach(async () => {
-    world = await MigrationWorld.create(manifest);
-  });
-  afterEach(() => world.destroy());
 
   it('makes an entry and a worker whose Load waits, and shows doors when it serves', async () => {
     const event = world.incoming();

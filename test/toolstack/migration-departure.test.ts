@@ -1,19 +1,11 @@
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { existsSync, rmSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import grpc from '@grpc/grpc-js';
 import { testOrder } from './migration-fixture.js';
-import { MigrationWorld } from './migration-world.js';
-import {
-  buildStubImage,
-  connectDoor,
-  exchange,
-  removeDirectory,
-  temporaryDirectory,
-  until,
-  workersOf,
-} from './supervisor-fixture.js';
+import { type MigrationWorld, withMigrationWorlds } from './migration-world.js';
+import { connectDoor, exchange, until, workersOf } from './supervisor-fixture.js';
 
 /**
  * Prelude of a supervisor: its descendants before the worker is ended, and which of them can still run behind that. While the file
@@ -36,19 +28,10 @@ globalThis[Symbol.for('vtpm.barrier')] = (name) => {
 
 describe('a vTPM that leaves, as its supervisor sees it', function () {
   this.timeout(60_000);
-  let image: string;
-  let manifest: string;
   let world: MigrationWorld;
-
-  before(async () => {
-    image = temporaryDirectory();
-    manifest = await buildStubImage(image);
+  withMigrationWorlds((made) => {
+    world = made;
   });
-  after(() => removeDirectory(image));
-  beforeEach(async () => {
-    world = await MigrationWorld.create(manifest);
-  });
-  afterEach(() => world.destroy());
 
   it('ends the worker when it is frozen and says so then, keeps its guests, and lets go when it has gone', async () => {
     const vtpm = await world.running();
@@ -98,7 +81,7 @@ describe('a vTPM that leaves, as its supervisor sees it', function () {
   });
 
   it('I-3: says that the worker has ended when none of its processes is left, and goes on no sooner', async () => {
-    const slow = join(image, 'slow');
+    const slow = join(dirname(world.manifest), 'slow');
     await world.restart([], tellsWhoIsLeft(slow));
     const vtpm = await world.running();
     const begun = await world.order(vtpm);

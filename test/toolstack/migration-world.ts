@@ -11,6 +11,7 @@ import {
   testOrder,
 } from './migration-fixture.js';
 import {
+  buildStubImage,
   removeDirectory,
   StubManager,
   SupervisorProcess,
@@ -38,6 +39,23 @@ const DESCRIPTION = {
   stateBlobs: 'reference',
   socketMode: '0600',
 };
+
+/** Gives each test of the suite that calls it a world of its own. */
+export function withMigrationWorlds(use: (world: MigrationWorld) => void): void {
+  let image: string;
+  let manifest: string;
+  let world: MigrationWorld;
+  before(async () => {
+    image = temporaryDirectory();
+    manifest = await buildStubImage(image);
+  });
+  after(() => removeDirectory(image));
+  beforeEach(async () => {
+    world = await MigrationWorld.create(manifest);
+    use(world);
+  });
+  afterEach(() => world.destroy());
+}
 
 /** A real supervisor with workers in its sandbox, and a manager that a test plays. */
 export class MigrationWorld {

@@ -124,34 +124,8 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
     assert.equal(counterOf(await client.transmit(nvReadCounter(INDEX))), count);
   }
 
-  /** Answered when the worker has read everything that was sent before. */
-  async function turn(worker: WorkerProcess): Promise<void> {
-    const control = worker.connect('tcti-ctrl');
-    control.send('00000001');
-    await control.bytes(8);
-    control.close();
-  }
-
-  it('ends what runs with its own answer, saves permanent and volatile state, and answers nothing after', async () => {
-    const worker = await spawn().begin(run);
-    const { client } = worker.connectKept(run);
-    await measured(client);
-    const count = manager.saves.length;
-    // Slow, and stores nothing.
-    client.send(createPrimaryRsa());
-    await turn(worker);
-    const late = worker.connect('tpm');
-    late.send(nvIncrement(INDEX));
-    await turn(worker);
-    await freeze();
-    assert.equal(responseCode(await client.response()), 0, 'it was not cancelled');
-    client.send(pcrRead(PCR));
-    await turn(worker);
-    assert.deepEqual([client.received.length, late.received.length], [0, 0]);
-    assert.deepEqual(uses().slice(count), ['SUSPEND']);
-  });
-
-  it('thaws with a save of its own, and what waited runs', async () => {
+  /** A worker that was frozen and has been told to thaw: its manager holds the save that is to say so. */
+  async function thawing(): Promise<{ worker: WorkerProcess; client: TpmClient }> {
     const worker = await spawn().begin(run);
     const { client } = worker.connectKept(run);
     await measured(client);
@@ -161,7 +135,31 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
     const saved = manager.next('SAVE');
     manager.send('THAW');
     await saved;
-    await turn(worker);
+    return { worker, client };
+  }
+
+  it('ends what runs with its own answer, saves permanent and volatile state, and answers nothing after', async () => {
+    const worker = await spawn().begin(run);
+    const { client } = worker.connectKept(run);
+    await measured(client);
+    const count = manager.saves.length;
+    // Slow, and stores nothing.
+    client.send(createPrimaryRsa());
+    await worker.turn();
+    const late = worker.connect('tpm');
+    late.send(nvIncrement(INDEX));
+    await worker.turn();
+    await freeze();
+    assert.equal(responseCode(await client.response()), 0, 'it was not cancelled');
+    client.send(pcrRead(PCR));
+    await worker.turn();
+    assert.deepEqual([client.received.length, late.received.length], [0, 0]);
+    assert.deepEqual(uses().slice(count), ['SUSPEND']);
+  });
+
+  it('thaws with a save of its own, and what waited runs', async () => {
+    const { worker, client } = await thawing();
+    await worker.turn();
     assert.equal(client.received.length, 0, 'that nobody goes on elsewhere is not durable yet');
     manager.release();
     assert.equal(responseCode(await client.response()), 0);
@@ -179,7 +177,7 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
     await measured(guest.client);
     await freeze();
     guest.client.send(nvIncrement(INDEX));
-    await turn(first);
+    await first.turn();
     await first.kill();
     const second = spawn();
     assert.equal((await second.goOn(run, [guest])).type, 'serving');
@@ -358,7 +356,7 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
     client.send(nvIncrement(INDEX));
     manager.cut();
     await worker.heard('link-lost');
-    await turn(worker);
+    await worker.turn();
     assert.equal(client.received.length, 0);
     worker.relink();
     assert.equal(responseCode(await client.response()), 0);
@@ -388,15 +386,7 @@ describe('a worker that its manager freezes so that the TPM goes on elsewhere', 
   });
 
   it('I-3: does not go on where another one has the TPM by then', async () => {
-    const worker = await spawn().begin(run);
-    const { client } = worker.connectKept(run);
-    await measured(client);
-    await freeze();
-    client.send(nvIncrement(INDEX));
-    manager.holdSaves = true;
-    const saved = manager.next('SAVE');
-    manager.send('THAW');
-    await saved;
+    const { worker, client } = await thawing();
     manager.fence('migrating');
     assert.equal((await worker.heard('failed')).reason, 'migrating');
     await worker.exited;

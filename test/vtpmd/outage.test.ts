@@ -71,17 +71,10 @@ for (const isKept of [false, true])
 
     const code = async (command: Buffer): Promise<number> => responseCode(await client.transmit(command));
 
-    /** A round trip over the control channel of the tcti door: what the worker does at once, it has done by now. */
-    async function turn(): Promise<void> {
-      const control = worker.connect('tcti-ctrl');
-      control.send('00000001');
-      await control.bytes(8);
-      control.close();
-    }
-
     /** For everything that is tried after its hold to have been tried. It is never tried where it must not be. */
     async function longEnough(): Promise<void> {
-      for (const end = performance.now() + 5 * QUICK.holdMs.tpm; performance.now() < end; ) await turn();
+      for (const end = performance.now() + 5 * QUICK.holdMs.tpm; performance.now() < end; )
+        await worker.turn();
     }
 
     it('answers what stores nothing, and RETRY to what stores', async () => {
@@ -178,7 +171,7 @@ for (const isKept of [false, true])
       client.send(getRandom());
       const other = worker.connect('tcti');
       other.send(nvIncrement(INDEX));
-      await turn();
+      await worker.turn();
       assert.equal(client.received.length + other.received.length, 0);
       await findManager();
       assert.equal(responseCode(await client.response()), 0);
@@ -283,7 +276,7 @@ for (const isKept of [false, true])
       assert.equal(client.received.length + others[0].received.length, 0);
       gone.close();
       client.close();
-      await turn();
+      await worker.turn();
       await findManager();
       await others[0].response();
       assert.equal(
@@ -308,7 +301,7 @@ for (const isKept of [false, true])
       await loseManager();
       worker.send({ type: 'stop' });
       client.send(getRandom());
-      await turn();
+      await worker.turn();
       await findManager();
       await worker.heard('stopped');
       assert.deepEqual(await worker.exited, { code: 0, signal: null });

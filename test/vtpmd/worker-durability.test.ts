@@ -48,9 +48,7 @@ describe('worker: durable before visible', () => {
     await saved;
     other.send(getRandom());
     // The clock of the worker's event loop is not ours: what it does while it waits, it has done by now.
-    const control = worker.connect('tcti-ctrl');
-    control.send('00000001');
-    await control.bytes(8);
+    await worker.turn();
     assert.equal(raw.received.length, 0);
     assert.equal(other.received.length, 0);
 
@@ -98,9 +96,7 @@ describe('worker: durable before visible', () => {
     await lost;
     client.send(getRandom());
     client.send(nvDefineCounter(INDEX));
-    const control = worker.connect('tcti-ctrl');
-    control.send('00000001');
-    await control.bytes(8);
+    await worker.turn();
     assert.equal(client.received.length, 0);
     const up = worker.next('link-up');
     worker.relink();
@@ -151,9 +147,7 @@ describe('worker: durable before visible', () => {
     await saved;
     manager.send('FREEZE');
     const frozen = manager.next('FROZEN');
-    const control = worker.connect('tcti-ctrl');
-    control.send('00000001');
-    await control.bytes(8);
+    await worker.turn();
     assert.ok(!manager.received.includes('FROZEN'));
     manager.release();
     await frozen;
@@ -161,8 +155,7 @@ describe('worker: durable before visible', () => {
 
     const count = manager.saves.length;
     client.send(nvIncrement(INDEX));
-    control.send('00000001');
-    await control.bytes(8);
+    await worker.turn();
     assert.equal(client.received.length, 0);
     assert.equal(manager.saves.length, count);
     manager.send('THAW');
