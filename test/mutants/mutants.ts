@@ -778,8 +778,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-5 a backup does not bring a retired vTPM back',
     file: 'manager/src/backup/control.ts',
-    guard: "if (held?.kind === 'RETIRED') {",
-    without: "if (held?.kind === 'RETIRED' && facts.kind === 'RETIRED') {",
+    guard: 'if (held) checkHere(id, held);',
+    without: '',
     test: { file: 'manager/backup', name: 'a retired vTPM stays dead' },
   },
   {
@@ -904,8 +904,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'a session does not begin with a record that was replaced',
     file: 'manager/src/ownership/vtpm-records.ts',
-    guard: 'return this.parts.store.version(vtpmKey(vtpmUuid)) === held.version;',
-    without: 'return this.parts.store.version(vtpmKey(vtpmUuid)) > 0 || held.version > 0;',
+    guard: 'const isNewest = this.parts.store.version(vtpmKey(vtpmUuid)) === (found?.version ?? 0);',
+    without: 'const isNewest = found !== undefined || !this.parts.store.version(vtpmKey(vtpmUuid));',
     test: { file: 'manager/ownership', name: 'goes between a Load and the stream of its session' },
   },
   {

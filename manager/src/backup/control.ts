@@ -166,13 +166,7 @@ export class BackupControl {
   ): VtpmRecord | undefined {
     const { keys } = this.parts;
     const id = uuidToText(facts.vtpmUuid);
-    if (held?.kind === 'RETIRED') {
-      if (facts.kind === 'RETIRED') return undefined;
-      throw new ManagerError(
-        'retired',
-        `vTPM ${id} was retired for good and does not come back; create a new one`,
-      );
-    }
+    if (held?.kind === 'RETIRED' && facts.kind === 'RETIRED') return undefined;
     // Where it lives, or is to live, only its migrations say.
     if (held && facts.kind === 'MOVED') return undefined;
     if (held) checkHere(id, held);
