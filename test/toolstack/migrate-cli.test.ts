@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import fc from 'fast-check';
 import { decode, signingKeyFromSeed, verifyMigrateOrder } from 'vtpm-proto';
 import { globPattern } from 'vtpm-toolstack/cli/commands/evacuate';
@@ -368,10 +369,20 @@ describe('vtpmctl migrate status, resolve and cancel', () => {
     const silent = await desk.ctl(['migrate', 'resolve', 'web1']);
     assert.equal(silent.code, 1);
     assert.match(silent.stdout, /in-doubt; nobody runs it until hostb says.*\nwhy: hostb does not answer\n/);
-    manager.replies[`POST /migrations/${MIGRATION}/resolve`] = { body: { verdict: 'COMMIT' } };
+    manager.replies[`POST /migrations/${MIGRATION}/resolve`] = {
+      body: { verdict: 'COMMIT', takenBack: false },
+    };
     const known = await desk.ctl(['migrate', 'resolve', 'web1']);
     assert.equal(known.code, 0);
     assert.equal(known.stdout, 'web1: committed; it lives on hostb\n');
+    manager.replies[`POST /migrations/${MIGRATION}/resolve`] = {
+      body: { verdict: 'ABORT', takenBack: true },
+    };
+    const statement = join(desk.directory, 'web1.fencing');
+    writeFileSync(statement, 'vtpm-fencing-1-AAAA\n');
+    const taken = await desk.ctl(['migrate', 'resolve', 'web1', '--fenced', statement]);
+    assert.match(taken.stdout, /^web1: aborted; taken back without the word of the other host/);
+    assert.deepEqual(manager.calls.at(-1)?.body, { fencing: 'vtpm-fencing-1-AAAA' });
     const nothing = await desk.ctl(['migrate', 'resolve', 'web2']);
     assert.match(nothing.stderr, /no migration of web2 is in doubt/);
   });
