@@ -153,6 +153,7 @@ export async function openService(keys: KeyHierarchy, options: ServiceOptions): 
       ...options.chip,
       addresses: options.peerAddresses,
       exchange: (channel) => migrations.exchange(channel),
+      checkNotNeeded: (peer) => migrations.checkNotNeeded(peer),
     });
     return {
       registry,

@@ -67,6 +67,10 @@ describe('a vTPM that leaves', () => {
       [{ vtpmUuid: randomBytes(16) }, 'unknown-vtpm'],
     ];
     for (const [changes, code] of cases) await assert.rejects(check(changes), refused(code));
+    await assert.rejects(
+      check({ vtpmUuid: randomBytes(16) }),
+      /it never ran: start it once, or create it on/,
+    );
     const empty = a.worker();
     await empty.load();
     await assert.rejects(

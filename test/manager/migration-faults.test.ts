@@ -219,6 +219,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       at: BigInt(Date.now()),
     });
     const resolve = () => a.control.resolve(Buffer.from(migrationId).toString('hex'), 'manager', fencing);
+    await assert.rejects(a.control.checkNotNeeded(a.peer('b')), refused('in-doubt'));
     // It takes the line, whatever becomes of that.
     await assert.rejects(resolve(), refused('not-fenced'));
     net.isDown = true;
@@ -232,7 +233,9 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       await talk.send('UNSETTLED', { migrationId, vtpmUuid: vtpm.uuid });
       await talk.receive('SETTLED', 5_000).finally(() => talk.channel.close());
     };
+    await a.control.checkNotNeeded(a.peer('b'));
     await assert.rejects(settle(), refused('moved'));
+    await assert.rejects(b.control.checkNotNeeded(b.peer('a')), refused('in-doubt'));
     assert.equal(await tellRescues(net.dial(b, 'a'), b.rescues), true);
     await settle();
     const lives = await hosts.livesAt(vtpm);

@@ -331,6 +331,8 @@ describe('a migration between two managers', () => {
         assert.equal(codeOf(await resolve(fencing(changes, key), 409)), 'not-fenced');
       }
       assert.equal(codeOf(await resolve('vtpm-fencing-1-AAAA', 409)), 'not-fenced');
+      // Nor is it forgotten whom to ask.
+      assert.equal(codeOf(await a.call('DELETE', '/peers/b', undefined, 409)), 'in-doubt');
       await assert.rejects(a.worker(vtpm), (error: { reason?: string }) => error.reason === 'migrating');
       assert.deepEqual([...new Set((await audited()).map(({ verdict }) => verdict))], ['refused']);
     });

@@ -225,4 +225,14 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
       name: 'at an epoch and a generation that nobody has had, and the TPM has counted it',
     },
   },
+  {
+    name: 'a peer is not forgotten while it has to say what it decided',
+    file: 'manager/src/peer/control.ts',
+    guard: 'await this.parts.checkNotNeeded(known);',
+    without: '',
+    test: {
+      file: 'manager/migration',
+      name: 'for every statement that is not about that host and this departure',
+    },
+  },
 ];

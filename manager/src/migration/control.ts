@@ -3,6 +3,7 @@ import { barrier, type Logger } from 'vtpm-common';
 import {
   bytesEqual,
   type MigrationHello,
+  type Peer,
   type PeerMessage,
   type SignedDecision,
   type SignedFencing,
@@ -285,6 +286,30 @@ export class MigrationControl {
     if (!arriving) throw unknown(migration);
     arriving.session.end(new ManagerError('migration-aborted', 'the destination has given it up'));
     return true;
+  }
+
+  /**
+   * Whether nothing that is open needs that host: without it as a peer it could neither be asked nor answer.
+   * @throws ManagerError `in-doubt`
+   */
+  async checkNotNeeded({ hostId, name }: Pick<Peer, 'hostId' | 'name'>): Promise<void> {
+    const { departures, arrivals } = this.parts;
+    const pending = await departures.pending();
+    const left = pending.find(({ departure }) => bytesEqual(departure.destination, hostId));
+    if (left) {
+      throw new ManagerError(
+        'in-doubt',
+        `vTPM ${left.vtpmUuid} is on its way to host ${name}, which alone can say what came of it; first: vtpmctl migrate ` +
+          `resolve ${left.vtpmUuid}, where that host is gone for good with --fenced`,
+      );
+    }
+    const came = arrivals.unsettled().find(({ source }) => bytesEqual(source, hostId));
+    if (!came) return;
+    throw new ManagerError(
+      'in-doubt',
+      `vTPM ${came.vtpmUuid} came from host ${name}, which has not said yet that it has given it up, and would ask in vain; bring ` +
+        `the two hosts into contact first. One that is gone for good may stay a peer: vtpmctl peer change ${name} --no-send --no-receive`,
+    );
   }
 
   async close(): Promise<void> {

@@ -290,7 +290,10 @@ export class Departures {
   #checkMayGo(vtpmUuid: string, header: RecordHeader, destination: Uint8Array): void {
     checkHere(vtpmUuid, header);
     if (header.generation === 0n) {
-      throw new ManagerError('migration-refused', `vTPM ${vtpmUuid} has no state yet; start it once first`);
+      throw new ManagerError(
+        'migration-refused',
+        `vTPM ${vtpmUuid} has no state yet; start it once first, or create it on the host where it is to run`,
+      );
     }
     if (header.unsettled.length >= MAX_UNSETTLED) {
       throw new ManagerError(

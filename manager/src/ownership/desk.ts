@@ -187,6 +187,11 @@ export class Desk {
   }
 }
 
+/** What the toolstack has in its list, and never ran, is not known either. */
 export function unknownVtpm(vtpmUuid: string): ManagerError {
-  return new ManagerError('unknown-vtpm', `there is no vTPM ${vtpmUuid} here`);
+  return new ManagerError(
+    'unknown-vtpm',
+    `there is no state of a vTPM ${vtpmUuid} here; where vtpmctl list shows it, it never ran: start it once, or create it on ` +
+      'the host where it is to run',
+  );
 }

@@ -31,6 +31,8 @@ export interface PeerControlParts {
   /** Of the setting peer-listen. */
   readonly addresses: readonly PeerAddress[];
   exchange(channel: PeerChannel): Promise<void>;
+  /** Called before a peer is removed. @throws ManagerError that says what it is needed for */
+  checkNotNeeded(peer: Peer): Promise<void>;
 }
 
 /** What this host says of itself. */
@@ -194,11 +196,12 @@ export class PeerControl {
     return changed;
   }
 
-  /** Its connections are cut before this resolves. @throws ManagerError `unknown-peer` */
+  /** Its connections are cut before this resolves. @throws ManagerError `unknown-peer`; `in-doubt` where it is needed still */
   async remove(actor: AuditActor, name: string): Promise<void> {
     const { trust, audit } = this.parts;
     const known = trust.peerNamed(name);
     if (!known) throw unknownPeer(name);
+    await this.parts.checkNotNeeded(known);
     const event = { actor, action: 'peer-remove', facts: whoIs(known) } as const;
     await audit.append({ ...event, verdict: 'intended' });
     await trust.removePeer(name);
