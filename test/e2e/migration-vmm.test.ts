@@ -119,25 +119,21 @@ describe('a vTPM that moves with its VM', () => {
     assert.equal((await migration.ended).result, 'migrated');
   });
 
-  it('stays, and at once, where the supervisor that was to serve its VMM there is killed or stopped', async () => {
+  it('stays, and at once, where the supervisor that was to serve its VMM there is killed', async () => {
     await boot('orphan');
-    for (const signal of ['SIGKILL', 'SIGTERM'] as const) {
-      const migration = new Ordered(hosts.a, hosts.b, 'orphan');
-      await migration.reached('PREPARED');
-      await hosts.b.installation.killSupervisor(signal);
-      // One that is stopped says it itself.
-      if (signal === 'SIGTERM') await migration.ended;
-      await hosts.b.startSupervisor();
-      const { result, message } = await migration.ended;
-      assert.equal(result, 'not-migrated', message);
-      assert.match(message, /has given it up/);
-      await guest.round();
-      await until(
-        'nothing is left at the destination',
-        async () => (await show(hosts.b, 'orphan')).id === undefined,
-      );
-    }
+    const migration = new Ordered(hosts.a, hosts.b, 'orphan');
+    await migration.reached('PREPARED');
+    await hosts.b.installation.killSupervisor();
+    await hosts.b.startSupervisor();
+    const { result, message } = await migration.ended;
+    assert.equal(result, 'not-migrated', message);
+    assert.match(message, /has given it up/);
+    await guest.round();
     assert.equal((await show(hosts.a, 'orphan')).state, 'running');
+    await until(
+      'nothing is left at the destination',
+      async () => (await show(hosts.b, 'orphan')).id === undefined,
+    );
   });
 
   it('does not go where its VMM would carry the state itself', async () => {

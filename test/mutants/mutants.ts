@@ -1277,6 +1277,20 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'toolstack/migration-arrival', name: 'with the doors that it has by now' },
   },
   {
+    name: 'what came of a migration is asked for where no event told it',
+    file: 'toolstack/src/supervisor/migration/desk.ts',
+    guard: "if (vtpm.operation === undefined) void this.#settle(vtpm, 'debug');",
+    without: "if (vtpm.operation === '') void this.#settle(vtpm, 'debug');",
+    test: { file: 'toolstack/settle-arrival', name: 'is asked for again and again' },
+  },
+  {
+    name: 'a vTPM that its VM has brought is noted when the list can be written again',
+    file: 'toolstack/src/supervisor/migration/vmm-travel.ts',
+    guard: 'status.tryUpdate({',
+    without: 'status.update({',
+    test: { file: 'toolstack/migration-arrival', name: 'is here when its VM has brought it' },
+  },
+  {
     name: 'a dry run finds what would be in the way of the first start there',
     file: 'toolstack/src/supervisor/migration/desk.ts',
     guard: 'checkFirstStart(asItRuns, { paths, settings });',
@@ -1815,6 +1829,13 @@ export const MUTANTS: readonly Mutant[] = [
     guard: 'if (outcome.awaitsVmm && !isServed) await giveUp(',
     without: 'if (outcome.awaitsVmm && isServed) await giveUp(',
     test: { file: 'e2e/migration-vmm', name: 'stays, and at once, where the supervisor' },
+  },
+  {
+    name: 'a supervisor that stops says that nobody waits for the VM there any more',
+    file: 'toolstack/src/supervisor/migration/arrival.ts',
+    guard: 'if (isAwaited && migration) await giveUp(',
+    without: 'if (!isAwaited && migration) await giveUp(',
+    test: { file: 'toolstack/migration-arrival', name: 'is refused where its supervisor ends' },
   },
   {
     name: 'a source hears that its destination gives up what waits for its VM',

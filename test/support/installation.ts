@@ -157,8 +157,8 @@ export class Installation {
     await end(this.manager, 'SIGKILL');
   }
 
-  async killSupervisor(signal: 'SIGKILL' | 'SIGTERM' = 'SIGKILL'): Promise<void> {
-    await end(this.supervisor, signal);
+  async killSupervisor(): Promise<void> {
+    await end(this.supervisor, 'SIGKILL');
   }
 
   /** Everything the daemons logged so far. */

@@ -1,9 +1,16 @@
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
-import { existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { decode } from 'vtpm-proto';
 import { type MigrationWorld, withMigrationWorlds } from './migration-world.js';
 import { connectDoor, exchange, until, workersOf } from './supervisor-fixture.js';
+
+/** Prelude of a supervisor whose disk is full while that file is there. */
+const writesNothingWhile = (full: string): string => `import { existsSync } from 'node:fs';
+globalThis[Symbol.for('vtpm.barrier')] = (name) => {
+  if (name === 'journal.written' && existsSync(${JSON.stringify(full)})) throw new Error('ENOSPC: no space left on device');
+};`;
 
 describe('a vTPM that comes, as its supervisor sees it', function () {
   this.timeout(60_000);
@@ -201,6 +208,50 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
     world.supervisor = await world.start();
     await world.said('accept', event);
     assert.equal(await world.state(), 'arriving');
+  });
+
+  it('is here when its VM has brought it, though the list cannot be written then', async () => {
+    const full = join(image, 'full');
+    await world.restart([], writesNothingWhile(full));
+    const event = world.incoming({ ...world.described({ doors: ['control'] }), mode: 'VMM' });
+    world.manager.emit(event);
+    await world.said('accept', event);
+    const { state, sockets, worker } = await world.view();
+    assert.equal(state, 'arriving');
+    const vmm = await connectDoor(sockets.control);
+    const load = world.holdLoads(event);
+    assert.equal(await exchange(vmm, 'init'), 'init');
+    await load.begun;
+    writeFileSync(full, '');
+    load.commit();
+    await world.becomes('running');
+    const now = await world.view();
+    assert.deepEqual([now.worker.pid, now.migration?.id], [worker.pid, event.migration]);
+    assert.equal(await exchange(vmm, 'here'), 'here');
+    rmSync(full);
+    world.decided(event, 'COMMIT');
+    await until(async () => (await world.view()).migration === null);
+    const { state: still, vmRunId, epoch } = await world.view();
+    assert.deepEqual([still, vmRunId, epoch], ['running', event.vmRunId, 8]);
+    assert.equal(await exchange(vmm, 'still'), 'still');
+  });
+
+  it('is refused where its supervisor ends while it waits for its VM: by it, by the next where the manager is away', async () => {
+    for (const isAway of [false, true]) {
+      const event = world.incoming({ ...world.described({ doors: ['control'] }), mode: 'VMM' });
+      world.manager.emit(event);
+      await world.said('accept', event);
+      world.manager.migrations.set(event.migration, { state: 'preparing', mode: 'VMM' });
+      if (isAway) await world.manager.stop();
+      assert.equal(await world.supervisor.end('SIGTERM'), 0);
+      assert.equal(world.answers.at(-1)!.verb, isAway ? 'accept' : 'refuse');
+      if (isAway) await world.manager.start();
+      world.supervisor = await world.start();
+      await world.said('refuse', event);
+      assert.match(world.answers.at(-1)!.message!, /the supervisor that was to serve its VMM has ended/);
+      world.decided(event, 'ABORT');
+      await world.isGone();
+    }
   });
 
   it('a worker that is lost before the decision ends the migration', async () => {

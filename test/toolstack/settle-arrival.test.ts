@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import type { Entry, EntryMigration } from 'vtpm-toolstack/supervisor/entry';
 import { type ArrivalParts, settleArrival } from 'vtpm-toolstack/supervisor/migration/arrival';
+import { type DeskParts, MigrationDesk } from 'vtpm-toolstack/supervisor/migration/desk';
 
 const MIGRATION: EntryMigration = { id: '00'.repeat(16), role: 'arriving', peer: 'a', isNew: true };
 
@@ -43,6 +44,42 @@ describe('what came of an arrival', () => {
     const { done, parts: given } = parts(() => undefined, { kind: 'running' });
     assert.equal(await settleArrival(given), 'here');
     assert.deepEqual(done, ['update']);
+  });
+
+  it('is asked for again and again where nobody was there for the event, but of one that is in hand', async () => {
+    let tick = (): void => {};
+    const { setInterval } = globalThis;
+    globalThis.setInterval = ((run: () => void) => {
+      tick = run;
+      return { unref: () => undefined };
+    }) as unknown as typeof setInterval;
+    const asked: string[] = [];
+    const vtpm = (name: string, operation?: string) => ({
+      entry: { name, migration: MIGRATION },
+      operation,
+      settled: Promise.resolve(),
+      settleMigration: async () => asked.push(name),
+    });
+    const vtpms = [
+      vtpm('left'),
+      vtpm('in hand', 'taken in'),
+      { ...vtpm('at home'), entry: { migration: null } },
+    ];
+    const desk = new MigrationDesk({ all: () => vtpms } as unknown as DeskParts);
+    try {
+      for (const times of [1, 2]) {
+        tick();
+        await new Promise(setImmediate);
+        assert.deepEqual(asked, Array(times).fill('left'));
+      }
+      desk.close();
+      tick();
+      await new Promise(setImmediate);
+      assert.equal(asked.length, 2);
+    } finally {
+      desk.close();
+      globalThis.setInterval = setInterval;
+    }
   });
 
   it('is settled where nobody did that', async () => {

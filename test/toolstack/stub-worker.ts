@@ -69,6 +69,9 @@ function serve(id: number, fd: number): void {
     if (text === 'half') control.write('{"type":"link');
     if (text === 'rest') control.write('-up"}\n');
     if (text === 'hang') isHanging = true;
+    // What its VMM waits for is done by a TPM.
+    if (text === 'init')
+      say({ type: 'vmm-calls', request: 'INIT', referenceDigest: null, bufferSize: 0, locality: 0 });
     if (text === 'who') {
       guest.write(`${id}`);
       return;
@@ -80,6 +83,7 @@ function serve(id: number, fd: number): void {
 lines(control, (message) => {
   if (message.checkpoint) takeCheckpoint(message.checkpoint as unknown as { control?: boolean });
   if (message.type === 'lost') say({ type: 'lost' });
+  if (message.type === 'stand-in') say({ type: 'standing-in' });
   if (message.type === 'identity') link.write(`${JSON.stringify({ ...message, memory: memory?.inode })}\n`);
   if (message.type === 'rehearse') say({ type: 'rehearsed' });
   if (message.type === 'link') useLink(receiveDescriptor(5) ?? -1, false);

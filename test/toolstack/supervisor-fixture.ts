@@ -106,7 +106,7 @@ export class StubManager {
   /** A Load is answered when this resolves. */
   beforeLoad: ((ticket: Ticket) => Promise<void>) | undefined;
   /** Of migrations, what it tells. */
-  readonly migrations = new Map<string, { state: string; incoming?: object }>();
+  readonly migrations = new Map<string, { state: string; mode?: string; incoming?: object }>();
   /** It tells of its peers when this resolves. */
   beforePeers: (() => Promise<void>) | undefined;
   /** How often it was asked for one. */
