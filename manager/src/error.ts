@@ -67,6 +67,7 @@ export type ManagerErrorCode =
   | 'wrong-reference'
   | 'migration-refused'
   | 'migration-aborted'
+  | 'no-toolstack'
   | 'in-doubt'
   | 'decision-forged'
   | 'unknown-migration'

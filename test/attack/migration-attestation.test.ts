@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
-import { generateKeyPairSync, randomBytes } from 'node:crypto';
+import crypto, { generateKeyPairSync, randomBytes } from 'node:crypto';
+import { syncBuiltinESMExports } from 'node:module';
 import {
   attestationKeyTemplate,
   ObjectAttribute,
@@ -8,6 +9,7 @@ import {
   signApproval,
 } from 'tpm2-ts-bindings';
 import { ManagerError, type ManagerErrorCode } from 'vtpm-manager/error';
+import { OWN_RECORD_FORMAT } from 'vtpm-manager/migration/compatibility';
 import type { Attestor } from 'vtpm-manager/migration/ports';
 import type { SourceEnd } from 'vtpm-manager/migration/source';
 import type { PeerChannel } from 'vtpm-manager/peer/channel';
@@ -77,6 +79,26 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
     assert.equal(source.done[0], 'departures.suspend', why);
     for (const list of [source.done, destination.done, destination.ends]) list.length = 0;
   };
+  const hello = (): Messages['MigrationHello'] => ({
+    leastVersion: 1,
+    mostVersion: 1,
+    migrationId: randomBytes(16),
+    nonce: randomBytes(32),
+    sessionKey: boxKeyPair().publicKey,
+    source: source.identity.hostKey.publicKey,
+    destination: destination.identity.hostKey.publicKey,
+    vtpmUuid: randomBytes(16),
+    vmUuid: randomBytes(16),
+    vmRunId: randomBytes(16),
+    epoch: 1n,
+    generation: 1n,
+    mode: 'LIVE',
+    recordFormat: OWN_RECORD_FORMAT,
+    libtpmsVersion: '0.9.2',
+    stateBytes: 1000n,
+    description: Buffer.from('{}'),
+    dryRun: false,
+  });
   const changed = (host: AttestingHost, change: (peer: Peer) => Partial<Peer>): void => {
     host.peers.list = host.peers.list.map((peer) => ({ ...peer, ...change(peer) }));
   };
@@ -93,6 +115,18 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
     const end = await source.migrateTo(destination.identity.hostKey.publicKey, true);
     assert.equal(end.at, 'checked');
     assert.deepEqual([...source.done, ...destination.done], []);
+  });
+
+  it('is told that the other end failed, and not how', async () => {
+    const makeImportKey = () => Promise.reject(new Error('/dev/chip7 burns'));
+    destination.attestor = { ...bound(honest), makeImportKey };
+    await refused(
+      'migration-refused',
+      /host destination refuses: it failed \(internal\), and its log says why$/,
+      'internal',
+    );
+    const [end] = destination.ends;
+    assert.match(end && 'reason' in end ? end.reason.message : '', /chip7 burns/);
   });
 
   describe('to a host that is not what it was enrolled as', () => {
@@ -246,6 +280,43 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
       source.attestor = { ...bound(sourceAttestor), ...liar.attestor, answer: async () => randomBytes(32) };
       changed(destination, () => ({ attestationKey: liar.tpm.attestationKey.bytes }));
       await refused('peer-ak', /did not answer the challenge/);
+    });
+
+    it('that breaks off: nothing of the session stays in memory', async () => {
+      const made: { readonly bytes: Uint8Array; readonly was: Buffer }[] = [];
+      const { randomFillSync } = crypto;
+      const answers: Buffer[] = [];
+      const challenge = (peer: Peer) => {
+        const challenged = honest.challenge(peer);
+        if (challenged) answers.push(challenged.answer);
+        return challenged;
+      };
+      destination.attestor = { ...bound(honest), challenge };
+      const channel = await source.dial(source.peers.list[0]!);
+      let offered: Uint8Array;
+      crypto.randomFillSync = ((bytes: Uint8Array) => {
+        randomFillSync(bytes);
+        made.push({ bytes, was: Buffer.from(bytes) });
+        return bytes;
+      }) as typeof randomFillSync;
+      syncBuiltinESMExports();
+      try {
+        await channel.send({ type: 'HELLO', payload: encode('MigrationHello', hello()) });
+        const { type, payload } = await channel.receive(60_000);
+        assert.equal(type, 'OFFER');
+        offered = decode('MigrationOffer', payload).sessionKey;
+      } finally {
+        crypto.randomFillSync = randomFillSync;
+        syncBuiltinESMExports();
+        channel.close();
+      }
+      await destination.settled();
+      assert.equal(destination.ends[0]?.at, 'ended');
+      const key = made.find(
+        ({ was }) => was.length === 32 && Buffer.compare(boxKeyPair(was).publicKey, offered) === 0,
+      );
+      assert.deepEqual([key?.bytes, answers.length], [new Uint8Array(32), 1]);
+      assert.deepEqual(answers[0], Buffer.alloc(32));
     });
 
     it('with the quote of another session: peer-unattested', async () => {

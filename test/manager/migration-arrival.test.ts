@@ -168,6 +168,18 @@ describe('a vTPM that comes', () => {
       assert.equal(decisionIn(await way.ask()).verdict, 'ABORT');
     });
 
+    it('and gets the vTPM that is being written for it, whoever comes meanwhile', async () => {
+      const load = await ready();
+      let late: ReturnType<Journey['load']> | undefined;
+      b.disk.beforeCommit = () => {
+        late ??= way.load();
+      };
+      await way.commit();
+      assert.equal(text((await load.grant).suspended?.volatile), 'V2');
+      await assert.rejects(late!.grant, refused('migrating'));
+      await load.worker.connect();
+    });
+
     it('in mode VMM the one that brings the reference; others decide nothing', async () => {
       way = new Journey(a, b, worker, 'VMM');
       await way.expect();

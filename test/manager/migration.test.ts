@@ -10,7 +10,13 @@ import {
   signingKeyFromSeed,
   signMigrateOrder,
 } from 'vtpm-proto';
-import { type GivenOrder, type HostWorker, ManagerPair, type PairedHost } from '../support/manager-pair.js';
+import {
+  EventTail,
+  type GivenOrder,
+  type HostWorker,
+  ManagerPair,
+  type PairedHost,
+} from '../support/manager-pair.js';
 import type { TestVtpm } from '../support/worker-client.js';
 import { crashingAt } from './platform-fixture.js';
 
@@ -141,6 +147,19 @@ describe('a migration between two managers', () => {
     await worker.end();
     assert.equal((await b.manager.admin('GET', `/vtpms/${worker.vtpm.id}`)).status, 404);
     assert.equal(await livesAt(a, b, worker.vtpm), 'P-on');
+  });
+
+  it('is refused at once where no toolstack listens at the destination, a dry run too: no-toolstack', async () => {
+    const worker = await a.manufactured('P-nobody');
+    b.events.close();
+    for (const dryRun of [true, false]) {
+      const given = a.give(await a.order(worker.vtpm, b, { mode: 'LIVE', dryRun }));
+      await ended(given, 'ABORTED', 'no-toolstack');
+      assert.match(given.last?.message ?? '', /host b refuses: no supervisor is connected/);
+    }
+    b.events = await EventTail.of(b.manager.paths.adminSocket);
+    assert.equal((await worker.session.save({ permanent: Buffer.from('P-on') })).generation, 2n);
+    await worker.end();
   });
 
   it('goes by the toolstack of the destination: what it refuses runs on at the source', async () => {

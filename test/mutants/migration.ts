@@ -3,6 +3,27 @@ import type { Mutant } from './mutants.js';
 /** What the protocol between two managers must not do without. */
 export const MIGRATION_MUTANTS: readonly Mutant[] = [
   {
+    name: 'I-3 the Load that a vTPM is written for is not taken away from it',
+    file: 'manager/src/ownership/place.ts',
+    guard: 'this.#load = undefined;\n    this.#chosen = load;',
+    without: 'this.#chosen = load;',
+    test: { file: 'manager/migration-arrival', name: 'whoever comes meanwhile' },
+  },
+  {
+    name: 'I-7 the session key of a migration that ends early is wiped',
+    file: 'manager/src/migration/destination.ts',
+    guard: 'wipe(this.#session.secretKey, this.#challenge?.answer);',
+    without: 'wipe(this.#challenge?.answer);',
+    test: { file: 'attack/migration-attestation', name: 'nothing of the session stays in memory' },
+  },
+  {
+    name: 'I-7 what fails here is not told to other hosts',
+    file: 'manager/src/migration/talk.ts',
+    guard: 'SAID.has(reason) ?',
+    without: 'SAID.size > 0 ?',
+    test: { file: 'attack/migration-attestation', name: 'is told that the other end failed, and not how' },
+  },
+  {
     name: 'the state key needs the session keys',
     file: 'manager/src/migration/state-key.ts',
     guard: 'const input = Buffer.concat([unwrapped, shared]);',

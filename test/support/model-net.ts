@@ -147,7 +147,7 @@ export class ModelHost {
       log,
       pausesMs: [0, 5, 20],
     });
-    registry.events.subscribe((event) => {
+    registry.events.follow((event) => {
       if (event.type === 'incoming') setImmediate(() => this.#accept(event.migration));
     });
     await this.control.start();

@@ -26,7 +26,9 @@ export function streamEvents(
   const writeWanted = (event: VtpmEvent): void => {
     if (wanted?.has(event.type) !== false) write(event);
   };
-  const unsubscribe = events.subscribe(writeWanted, () => response.end());
+  // Who does not want to hear of what comes takes nothing in.
+  const begin = wanted?.has('incoming') === false ? 'subscribe' : 'follow';
+  const unsubscribe = events[begin](writeWanted, () => response.end());
   const heartbeat = setInterval(() => write({ type: 'heartbeat' }), HEARTBEAT_MS);
   heartbeat.unref();
   response.once('close', () => {

@@ -62,8 +62,11 @@ export class TpmAttestor implements Attestor {
   }
 
   async prove(peer: Peer, made: MadeChallenge, answer: Uint8Array): Promise<void> {
-    checkAnswer(made, answer);
-    wipe(made.answer);
+    try {
+      checkAnswer(made, answer);
+    } finally {
+      wipe(made.answer);
+    }
     await this.parts.trust.changePeer(peer.name, (now) =>
       // Enrolled anew meanwhile: this was another key's proof.
       bytesEqual(now.attestationKey, peer.attestationKey) &&

@@ -108,9 +108,10 @@ export class MigrationControl {
       pausesMs: parts.pausesMs,
       isLive: (migrationId) => this.#arriving.has(hex(migrationId)),
     });
-    this.#doorkeeper = new EventDoorkeeper((hello) =>
-      parts.events.emit({ type: 'incoming', ...incomingOf(hello, this.#nameOf) }),
-    );
+    this.#doorkeeper = new EventDoorkeeper({
+      isThere: () => parts.events.isFollowed,
+      announce: (hello) => parts.events.emit({ type: 'incoming', ...incomingOf(hello, this.#nameOf) }),
+    });
   }
 
   /** Goes on with what the last run of the manager left. */
@@ -348,7 +349,7 @@ export class MigrationControl {
     } catch (error) {
       const reason = ManagerError.from(error);
       this.parts.log.warn({ reason: reason.code }, `a session of another host is refused: ${reason.message}`);
-      await talk.refuse(shown(reason));
+      await talk.refuse(reason);
     } finally {
       this.#asking.delete(channel);
       channel.close();
@@ -561,13 +562,6 @@ export class MigrationControl {
   #checkOpen(): void {
     if (this.#isClosing) throw new ManagerError('shutting-down', 'the manager is shutting down; try again');
   }
-}
-
-/** What this host keeps to itself is not for others. */
-function shown(error: ManagerError): ManagerError {
-  return error.code === 'internal'
-    ? new ManagerError('migration-refused', 'this host failed; its log says why')
-    : error;
 }
 
 function unknown(migration: string): ManagerError {

@@ -2,7 +2,6 @@ import { randomBytes } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
 import {
-  type BoxKeyPair,
   boxKeyPair,
   bytesEqual,
   type MigrateMode,
@@ -29,6 +28,8 @@ import { within } from './within.js';
 
 /** Asks the toolstack of this host. */
 export interface Doorkeeper {
+  /** Before anything costs anything. @throws ManagerError `no-toolstack` where nobody would be asked */
+  check(): void;
   /**
    * Resolves when it takes the vTPM. @param signal the migration has ended: nobody waits for an answer
    * @throws ManagerError `migration-refused`, `peer-late`
@@ -51,7 +52,6 @@ export interface DestinationParts {
 
 interface Offered {
   readonly hello: MigrationHello;
-  readonly session: BoxKeyPair;
   readonly identifier: Buffer;
   readonly key: ImportKey;
   readonly challenge: MadeChallenge | undefined;
@@ -104,6 +104,8 @@ export class DestinationMigration {
   #hello: MigrationHello | undefined;
   /** Looked for once: it takes longer than a guest should wait. */
   #libtpms = '';
+  readonly #session = boxKeyPair();
+  #challenge: MadeChallenge | undefined;
   #importKey: ImportKey | undefined;
   #keys: StateKeys | undefined;
   #expected: Expected | undefined;
@@ -151,6 +153,7 @@ export class DestinationMigration {
   async #close(state: DestinationEnd): Promise<void> {
     this.#over.abort();
     this.#keys?.wipe();
+    wipe(this.#session.secretKey, this.#challenge?.answer);
     await this.#importKey?.drop();
     if (state.at === 'ended') {
       this.#expected?.release(notComing(state.reason));
@@ -186,7 +189,7 @@ export class DestinationMigration {
   }
 
   async #greet(): Promise<DestinationState> {
-    const { talk, host, arrivals, admit } = this.parts;
+    const { talk, host, arrivals, doorkeeper, admit } = this.parts;
     const { value: hello, accept } = await talk.receive('HELLO', LIMITS_MS.hello);
     commonVersion({ least: hello.leastVersion, most: hello.mostVersion });
     checkHello(hello);
@@ -202,6 +205,7 @@ export class DestinationMigration {
     this.#libtpms = host.libtpmsVersion();
     checkLibtpms(hello.libtpmsVersion, this.#libtpms);
     host.checkRoom();
+    doorkeeper.check();
     admit(hello);
     this.#hello = hello;
     await arrivals.check(hello, peer);
@@ -211,9 +215,9 @@ export class DestinationMigration {
 
   async #offer(hello: MigrationHello): Promise<DestinationState> {
     const { talk, attestor } = this.parts;
-    const session = boxKeyPair();
     const identifier = randomBytes(32);
     const challenge = attestor.challenge(talk.peer);
+    this.#challenge = challenge;
     const answer = hello.challenge ? await attestor.answer(hello.challenge) : new Uint8Array(0);
     barrier('migrate.destination.import-key');
     const key = await attestor.makeImportKey(talk.transcript.digest);
@@ -222,7 +226,7 @@ export class DestinationMigration {
     await talk.send('OFFER', {
       version: commonVersion({ least: hello.leastVersion, most: hello.mostVersion }),
       nonce: randomBytes(32),
-      sessionKey: session.publicKey,
+      sessionKey: this.#session.publicKey,
       identifier,
       importKey: { publicArea, certifyInfo, certifySignature, pcrSelection },
       libtpmsVersion: this.#libtpms,
@@ -232,7 +236,7 @@ export class DestinationMigration {
     });
     const evidence = await attestor.evidence(talk.transcript.digest);
     await talk.send('EVIDENCE', { ...evidence, challengeAnswer: new Uint8Array(0) });
-    return { at: 'attesting', hello, session, identifier, key, challenge };
+    return { at: 'attesting', hello, identifier, key, challenge };
   }
 
   async #attest(offered: Offered): Promise<DestinationState> {
@@ -248,13 +252,7 @@ export class DestinationMigration {
     return { ...offered, expected: this.#expected, at: 'unwrapping' };
   }
 
-  async #unwrap({
-    hello,
-    session,
-    identifier,
-    key,
-    expected,
-  }: Extract<DestinationState, { at: 'unwrapping' }>) {
+  async #unwrap({ hello, identifier, key, expected }: Extract<DestinationState, { at: 'unwrapping' }>) {
     const { talk } = this.parts;
     const { value, accept } = await talk.receive('SECRET', LIMITS_MS.attesting);
     accept();
@@ -262,11 +260,11 @@ export class DestinationMigration {
     let shared: Buffer | undefined;
     try {
       barrier('migrate.destination.unwrapped');
-      shared = sharedSecret(session, hello.sessionKey);
+      shared = sharedSecret(this.#session, hello.sessionKey);
       this.#keys = new StateKeys(secret, shared, talk.transcript.digest);
       return { at: 'accepting' as const, hello, identifier, keys: this.#keys, expected };
     } finally {
-      wipe(secret, shared, session.secretKey);
+      wipe(secret, shared, this.#session.secretKey);
     }
   }
 
@@ -278,11 +276,15 @@ export class DestinationMigration {
     await this.#whileWanted(
       doorkeeper.ask(hello, this.#over.signal),
       LIMITS_MS.accepting,
-      'the supervisor here (where it does not run: vtpmctl up)',
+      'the supervisor of the destination',
     );
     if (expected && hello.mode === 'LIVE') {
       const left = Math.max(1, LIMITS_MS.accepting - (performance.now() - began));
-      const { libtpmsVersion } = await this.#whileWanted(expected.loadWaiting, left, 'the worker here');
+      const { libtpmsVersion } = await this.#whileWanted(
+        expected.loadWaiting,
+        left,
+        'the worker at the destination',
+      );
       checkLibtpms(hello.libtpmsVersion, libtpmsVersion);
     }
     barrier('migrate.destination.accepted');

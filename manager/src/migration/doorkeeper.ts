@@ -9,12 +9,25 @@ interface Question {
   readonly refuse: (error: ManagerError) => void;
 }
 
+/** Of this host. */
+interface Toolstack {
+  isThere(): boolean;
+  announce(hello: MigrationHello): void;
+}
+
 /** Hands incoming vTPMs to the toolstack, which hears of them on the event stream and answers on the admin socket. */
 export class EventDoorkeeper implements Doorkeeper {
   readonly #questions = new Map<string, Question>();
 
-  /** @param announce tells the toolstack */
-  constructor(private readonly announce: (hello: MigrationHello) => void) {}
+  constructor(private readonly toolstack: Toolstack) {}
+
+  check(): void {
+    if (this.toolstack.isThere()) return;
+    throw new ManagerError(
+      'no-toolstack',
+      'no supervisor is connected to the manager of the destination: nobody there could run the vTPM. Start it there (vtpmctl up), then again',
+    );
+  }
 
   async ask(hello: MigrationHello, signal: AbortSignal): Promise<void> {
     const id = Buffer.from(hello.migrationId).toString('hex');
@@ -22,7 +35,7 @@ export class EventDoorkeeper implements Doorkeeper {
       this.#questions.set(id, { accept, refuse });
     });
     try {
-      this.announce(hello);
+      this.toolstack.announce(hello);
       await Promise.race([answered, gone(signal)]);
     } finally {
       this.#questions.delete(id);

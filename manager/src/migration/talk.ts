@@ -39,7 +39,7 @@ const MESSAGE = {
 
 type Spoken = keyof Payloads;
 
-/** Reasons that another host may give. Whatever else it says is one word here: its codes are not ours to trust. */
+/** Reasons that hosts give each other. Whatever else one says is one word at the other end: its codes are not ours to trust. */
 const REASONS: ReadonlySet<string> = new Set<ManagerErrorCode>([
   'unknown-peer',
   'peer-forbidden',
@@ -61,6 +61,8 @@ const REASONS: ReadonlySet<string> = new Set<ManagerErrorCode>([
   'wrong-vm',
   'migration-refused',
   'migration-aborted',
+  'no-toolstack',
+  'in-doubt',
   'unknown-migration',
   'stale-epoch',
   'rollback-detected',
@@ -73,6 +75,8 @@ const REASONS: ReadonlySet<string> = new Set<ManagerErrorCode>([
   'newer-format',
   'shutting-down',
 ]);
+/** Those whose words are for the other host too. */
+const SAID: ReadonlySet<string> = new Set<string>([...REASONS, 'platform-policy']);
 const MAX_SENTENCE = 500;
 
 /** A channel with what was said on it. Each end has one, and both have the same transcript. */
@@ -133,9 +137,14 @@ export class Talk {
     return message.payload;
   }
 
-  /** It ends here; the other end is told why. Never rejects. */
+  /**
+   * It ends here; the other end is told why. What is about this host alone, its chip or disk for instance, is not in words for
+   * others. Never rejects.
+   */
   async refuse(error: ManagerError): Promise<void> {
-    const payload = encode('Refused', { reason: error.code, message: error.message });
+    const { code: reason } = error;
+    const message = SAID.has(reason) ? error.message : `it failed (${reason}), and its log says why`;
+    const payload = encode('Refused', { reason, message });
     await this.channel.send({ type: 'REFUSED', payload }).catch(() => undefined);
     this.channel.close(error);
   }

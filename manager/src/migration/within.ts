@@ -10,7 +10,9 @@ export async function within<T>(work: Promise<T>, limitMs: number, whose: string
       work,
       new Promise<never>((_, reject) => {
         timer = setTimeout(() => {
-          reject(new ManagerError('peer-late', `${whose} did not answer within ${limitMs} ms`));
+          reject(
+            new ManagerError('peer-late', `${whose} did not answer within ${Math.ceil(limitMs / 1000)} s`),
+          );
         }, limitMs);
       }),
     ]);

@@ -55,11 +55,26 @@ export type VtpmEvent = VtpmChange | IncomingEvent | MigrationEvent;
 export class VtpmEvents {
   /** Each with what it wants to be told at the end. */
   readonly #listeners = new Map<(event: VtpmEvent) => void, () => void>();
+  #followers = 0;
 
   /** @param onEnd called where no event can come any more @returns the function that ends the subscription */
   subscribe(listener: (event: VtpmEvent) => void, onEnd: () => void = () => undefined): () => void {
     this.#listeners.set(listener, onEnd);
     return () => this.#listeners.delete(listener);
+  }
+
+  /** `subscribe` for somebody outside of the manager. */
+  follow(listener: (event: VtpmEvent) => void, onEnd?: () => void): () => void {
+    const unsubscribe = this.subscribe(listener, onEnd);
+    this.#followers += 1;
+    return () => {
+      unsubscribe();
+      this.#followers -= 1;
+    };
+  }
+
+  get isFollowed(): boolean {
+    return this.#followers > 0;
   }
 
   emit(event: VtpmEvent): void {

@@ -49,6 +49,8 @@ export class Place {
   #tellWaiting!: (fact: { readonly libtpmsVersion: string }) => void;
   #tellReleased!: (error: ManagerError) => void;
   #load: Queued | undefined;
+  /** The one that it is being given to. */
+  #chosen: Queued | undefined;
   #chooser: Chooser | undefined;
   #released: ManagerError | undefined;
   readonly #timer: NodeJS.Timeout;
@@ -101,13 +103,14 @@ export class Place {
     this.#tellReleased(error);
     this.#load?.reject(error);
     this.#load = undefined;
+    this.#chosen?.reject(error);
     this.#chooser?.reject(this.#gone());
     this.#chooser = undefined;
   }
 
   /**
    * A Load whose ticket is in order. A newer one takes the place of the one before: that worker has ended, or its ticket
-   * would not be.
+   * would not be. Not that of the chosen one, whose session is being written: it hears what came of that.
    * @throws ManagerError `migrating` where none is expected, `verb-missing`, `wrong-vm`, or why the vTPM did not come
    */
   wait(load: WaitingLoad): Promise<LoadResponse> {
@@ -175,6 +178,8 @@ export class Place {
       return;
     }
     this.#chooser = undefined;
+    this.#load = undefined;
+    this.#chosen = load;
     chooser.resolve(load);
   }
 
