@@ -202,7 +202,7 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-3 a destination that takes the line is not gone',
-    file: 'manager/src/migration/control.ts',
+    file: 'manager/src/migration/outgoing.ts',
     guard: 'if (this.#resolver.isThere(pending)) throw',
     without: 'if (!pending) throw',
     test: {
@@ -212,7 +212,7 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-3 nothing is settled of what was taken back before that is heard',
-    file: 'manager/src/migration/control.ts',
+    file: 'manager/src/migration/incoming.ts',
     guard: 'if (notices.some((notice) => takesBack(notice, migrationId)))',
     without: 'if (notices.length > 1)',
     test: {

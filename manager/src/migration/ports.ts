@@ -1,10 +1,15 @@
+import type { Logger } from 'vtpm-common';
 import type { Challenge, Evidence, ImportKeyOffer, Peer } from 'vtpm-proto';
+import type { AuditEvent } from '../audit/index.js';
 import type { Arrivals as AllArrivals } from '../ownership/arrival.js';
 import type { Departures as AllDepartures } from '../ownership/departure.js';
+import type { VtpmEvents } from '../ownership/events.js';
 import type { MadeChallenge } from '../peer/attestation-key.js';
 import type { PeerChannel } from '../peer/channel.js';
 import type { PlatformFacts } from '../peer/evidence.js';
+import type { RescueBook, TakesBack } from '../rescue/exchange.js';
 import type { ImportKey } from '../root-tpm/import-key.js';
+import type { OrderEnvironment } from './order-check.js';
 
 /** The records of vTPMs that leave. */
 export type Departures = Pick<
@@ -67,4 +72,20 @@ export interface Host {
   checkRoom(): void;
   /** The newest lines of the audit log about a vTPM. */
   auditTail(vtpmUuid: string): Promise<string[]>;
+}
+
+/** What migrations are made of. */
+export interface MigrationParts {
+  readonly host: Host;
+  readonly departures: Departures;
+  readonly arrivals: Arrivals;
+  /** What was rescued from other hosts, and from here. */
+  readonly rescues: RescueBook & TakesBack;
+  readonly attestor: Attestor;
+  readonly orders: OrderEnvironment;
+  readonly events: VtpmEvents;
+  audit(event: AuditEvent): Promise<unknown>;
+  readonly log: Logger;
+  /** For tests: other pauses between two questions to another host. */
+  readonly pausesMs?: readonly number[] | undefined;
 }

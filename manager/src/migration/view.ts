@@ -1,5 +1,5 @@
 import { type MigrateMode, type MigrationHello, uuidToText } from 'vtpm-proto';
-import type { ManagerError } from '../error.js';
+import { ManagerError } from '../error.js';
 import type { PendingDeparture } from '../ownership/departure.js';
 import type { IncomingEvent } from '../ownership/events.js';
 import type { DestinationMigration } from './destination.js';
@@ -161,4 +161,12 @@ export function because(reason: ManagerError | undefined): Pick<MigrationView, '
 
 export function hex(bytes: Uint8Array): string {
   return Buffer.from(bytes).toString('hex');
+}
+
+/** @param migration in hex */
+export function unknownMigration(migration: string): ManagerError {
+  return new ManagerError(
+    'unknown-migration',
+    `nothing is known here of a migration ${migration.slice(0, 32)}`,
+  );
 }
