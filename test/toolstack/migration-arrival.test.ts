@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { decode } from 'vtpm-proto';
 import { type MigrationWorld, withMigrationWorlds } from './migration-world.js';
 import { connectDoor, exchange, until, workersOf } from './supervisor-fixture.js';
@@ -211,7 +211,7 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
   });
 
   it('is here when its VM has brought it, though the list cannot be written then', async () => {
-    const full = join(image, 'full');
+    const full = join(dirname(world.manifest), 'full');
     await world.restart([], writesNothingWhile(full));
     const event = world.incoming({ ...world.described({ doors: ['control'] }), mode: 'VMM' });
     world.manager.emit(event);
