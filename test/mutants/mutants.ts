@@ -931,7 +931,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-3 a start that the manager refuses is not tried again with another worker',
-    file: 'toolstack/src/supervisor/vtpm-workers.ts',
+    file: 'toolstack/src/supervisor/power-on.ts',
     guard: '(hasEnded ? wasLost(end) : isOutdated(error))',
     without: '(hasEnded || wasLost(end) || isOutdated(error))',
     test: {
@@ -1237,8 +1237,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 no worker follows one that ends while it is frozen',
     file: 'toolstack/src/supervisor/vtpm-workers.ts',
-    guard: 'if (this.#isLeaving) {',
-    without: 'if (this.#isLeaving && this.#isShuttingDown) {',
+    guard: 'if (this.travel.isLeaving) {',
+    without: 'if (this.travel.isLeaving && this.#restarts.isClosed) {',
     test: { file: 'toolstack/migration-departure', name: 'is followed by none until it is known' },
   },
   {

@@ -9,17 +9,16 @@ import type { VtpmState } from './vtpm-state.js';
 import type { VtpmStatus } from './vtpm-status.js';
 import type { ClaimedWorker } from './worker-pool.js';
 import type { WorkerProcess } from './worker-process.js';
-import { giveIdentity, type StartParts } from './worker-start.js';
+import { giveIdentity } from './worker-start.js';
+import type { WorkerSupply } from './worker-supply.js';
 
 /** What a reset needs of the workers of a vTPM. */
 export interface ResetParts {
   readonly status: VtpmStatus;
   readonly run: VmRun;
-  /** A worker that waits for an identity. */
+  readonly supply: WorkerSupply;
+  /** A worker that waits for an identity. @throws ToolstackError, also where the run is over */
   claim(): Promise<ClaimedWorker>;
-  /** Another run takes the place of `run`. */
-  nextRun(): VmRun;
-  startParts(run: VmRun): StartParts;
   watch(worker: WorkerProcess): void;
   goOn(run: VmRun, doors: Doors, reason: string): Promise<void>;
 }
@@ -57,10 +56,11 @@ export async function resetLost(
     await killAndWait(status.lingering);
     status.lingering = [];
     if (run.isOver) throw new ToolstackError('busy', 'the vTPM is being stopped');
-    next = parts.nextRun();
+    next = parts.supply.nextRun();
+    run.end();
     const vmRunId = randomUUID();
     const { epoch, generation } = await giveIdentity(claimed, {
-      ...parts.startParts(next),
+      ...parts.supply.startParts(next),
       entry: { ...status.entry, vmRunId },
       vmm,
       onIssued: (issued) => status.update({ vmRunId, epoch: issued.epoch }),

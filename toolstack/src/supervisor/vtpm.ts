@@ -251,7 +251,7 @@ export class Vtpm {
   }
 
   #migrationParts() {
-    return { context: this.#context, status: this.#status, workers: this.#workers };
+    return { context: this.#context, status: this.#status, workers: this.#workers.travel };
   }
 
   /**
@@ -287,7 +287,7 @@ export class Vtpm {
     if (state.kind === 'running') await this.stop();
     await breakOffArrival(this.#migrationParts());
     // The next supervisor asks what came of it.
-    if (state.kind === 'migrating') this.#workers.gone();
+    if (state.kind === 'migrating') this.#workers.travel.gone();
     if (state.kind !== 'lost' && state.kind !== 'restarting') return;
     await this.#workers.breakOff(state);
     // Its VM may still run, and must not be given a TPM with fresh PCRs by the next supervisor.

@@ -3,14 +3,14 @@ import { ToolstackError } from '../../error.js';
 import type { Incoming } from '../admin-client.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
-import type { VtpmWorkers } from '../vtpm-workers.js';
 import { whenItGoesOn } from './going-on.js';
 import { outcomeOf, SUPERVISOR_ENDED } from './outcome.js';
+import type { TravellingWorkers } from './travelling-workers.js';
 
 export interface ArrivalParts {
   readonly context: Pick<VtpmContext, 'admin'>;
   readonly status: VtpmStatus;
-  readonly workers: VtpmWorkers;
+  readonly workers: TravellingWorkers;
 }
 
 /** Its VMM has lost who was to give it its TPM here, or never had it. */

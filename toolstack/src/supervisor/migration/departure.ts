@@ -3,17 +3,17 @@ import type { MigrateProgress } from 'vtpm-proto';
 import { ToolstackError } from '../../error.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
-import type { VtpmWorkers } from '../vtpm-workers.js';
 import { whenItGoesOn } from './going-on.js';
 import { type MigrateCall, openMigrateCall } from './migrate-call.js';
 import type { Order } from './order.js';
 import { outcomeOf, SUPERVISOR_ENDED } from './outcome.js';
 import { inDoubt, lineOf, type ProgressLine } from './progress.js';
+import type { TravellingWorkers } from './travelling-workers.js';
 
 export interface DepartureParts {
   readonly context: Pick<VtpmContext, 'admin' | 'paths'>;
   readonly status: VtpmStatus;
-  readonly workers: VtpmWorkers;
+  readonly workers: TravellingWorkers;
   readonly order: Order;
   onProgress(line: ProgressLine): void;
 }

@@ -1,12 +1,12 @@
 import { barrier, bootId } from 'vtpm-common';
-import { doorEvents } from '../door-events.js';
-import { type DoorPlan, Doors } from '../doors.js';
+import type { Doors } from '../doors.js';
 import type { VmRun } from '../vm-run.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
 import type { ClaimedWorker } from '../worker-pool.js';
 import type { WorkerProcess } from '../worker-process.js';
-import { giveIdentity, type StartParts } from '../worker-start.js';
+import { giveIdentity } from '../worker-start.js';
+import type { WorkerSupply } from '../worker-supply.js';
 
 /** A vTPM that comes, frozen, from another host. */
 export interface Coming {
@@ -20,10 +20,9 @@ export interface Coming {
 export interface LiveArrivalParts {
   readonly context: Pick<VtpmContext, 'office'>;
   readonly status: VtpmStatus;
+  readonly supply: WorkerSupply;
   readonly claimed: ClaimedWorker;
   readonly run: VmRun;
-  readonly startParts: StartParts;
-  readonly doorPlan: DoorPlan;
   watch(worker: WorkerProcess): void;
   /** The Load is on its way. */
   onWaiting(): Promise<void>;
@@ -41,28 +40,27 @@ export async function arriveLive(
   parts: LiveArrivalParts,
   { from, epoch: there, vmRunId }: Coming,
 ): Promise<void> {
-  const { context, status, claimed, run, doorPlan } = parts;
+  const { context, status, supply, claimed, run } = parts;
   const { worker } = claimed;
   const reason = `it comes from ${from}`;
   status.state = { kind: 'arriving', reason, worker };
   status.vmm = undefined;
   const entry = { ...status.entry, vmRunId };
-  const openDoors = (): Promise<Doors> => Doors.open(doorPlan, doorEvents(status, run));
   let making: Promise<Doors> | undefined;
   try {
     const { epoch, generation } = await giveIdentity(claimed, {
-      ...{ ...parts.startParts, entry, limitMs: LIMIT_MS },
+      ...{ ...supply.startParts(run), entry, limitMs: LIMIT_MS },
       issue: (key, digest) => context.office.expect(entry, key, digest, there),
       onIssued: (issued) => {
         // All that is written before the TPM stops is not written while its guest waits.
         status.update({ vmRunId, runningInBoot: bootId().toString('hex'), epoch: issued.epoch });
-        making = openDoors();
+        making = supply.openDoors(run);
         making.catch(() => undefined);
         parts.onWaiting().catch(() => worker.kill());
       },
     });
     barrier('migrate.destination.serving');
-    const doors = await (making ?? openDoors());
+    const doors = await (making ?? supply.openDoors(run));
     status.state = { kind: 'running', worker, doors };
     doors.show();
     barrier('migrate.destination.shown');

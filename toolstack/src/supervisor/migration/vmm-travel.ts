@@ -1,12 +1,10 @@
 import { bootId } from 'vtpm-common';
-import { doorEvents, passVisit } from '../door-events.js';
-import { type DoorPlan, Doors } from '../doors.js';
+import { passVisit } from '../door-events.js';
 import type { VmRun } from '../vm-run.js';
 import type { VtpmContext } from '../vtpm-state.js';
 import type { VtpmStatus } from '../vtpm-status.js';
-import type { ClaimedWorker } from '../worker-pool.js';
 import type { WorkerProcess } from '../worker-process.js';
-import type { StartParts } from '../worker-start.js';
+import type { WorkerSupply } from '../worker-supply.js';
 import type { Coming } from './live-arrival.js';
 import { StandIn } from './stand-in.js';
 import { VmmArrival } from './vmm-arrival.js';
@@ -14,10 +12,7 @@ import { VmmArrival } from './vmm-arrival.js';
 export interface VmmTravelParts {
   readonly context: Pick<VtpmContext, 'admin' | 'office'>;
   readonly status: VtpmStatus;
-  claim(broken: AbortSignal): Promise<ClaimedWorker>;
-  newRun(): VmRun;
-  doorPlan(): DoorPlan;
-  startParts(run: VmRun): StartParts;
+  readonly supply: WorkerSupply;
   /** The worker serves: its end is looked after. */
   watch(worker: WorkerProcess): void;
 }
@@ -34,10 +29,11 @@ export class VmmTravel {
 
   /** The VMM will take the TPM out soon, and then there must be somebody at once. @param called as StandInParts.called */
   prepareToLeave(run: VmRun, called: () => Promise<void>): void {
-    const { status, claim } = this.#parts;
+    const { status, supply } = this.#parts;
     const { state, log, vmm } = status;
     if (!('doors' in state)) return;
     const bufferSize = vmm?.bufferSize ?? 0;
+    const claim = (broken: AbortSignal) => supply.claim(broken);
     this.#leaving = new StandIn({ kind: 'away', run, doors: state.doors, bufferSize, log, claim, called });
     this.#leaving.prepare();
   }
@@ -62,16 +58,17 @@ export class VmmTravel {
   }
 
   /** Resolves when its VMM can connect. @throws ToolstackError; nothing is left then */
-  async arrive({ from, epoch, vmRunId }: Coming): Promise<VmRun> {
-    const { status, context, claim, watch } = this.#parts;
-    const run = this.#parts.newRun();
-    const doors = await Doors.open(this.#parts.doorPlan(), doorEvents(status, run));
+  async arrive({ from, epoch, vmRunId }: Coming): Promise<void> {
+    const { status, context, supply, watch } = this.#parts;
+    const run = supply.nextRun();
+    const doors = await supply.openDoors(run);
     const entry = { ...status.entry, vmRunId };
     status.state = { kind: 'arriving', reason: `it comes from ${from}, with its VM`, doors };
     status.vmm = undefined;
     const arrival = new VmmArrival({
-      ...{ run, doors, claim, log: status.log },
-      start: { ...this.#parts.startParts(run), entry },
+      ...{ run, doors, log: status.log },
+      claim: (broken) => supply.claim(broken),
+      start: { ...supply.startParts(run), entry },
       issue: (key, digest) => context.office.expect(entry, key, digest, epoch),
       hasArrived: async () => (await context.admin.vtpm(entry.id))?.kind === 'live',
       serves: (worker, serving, visits) => {
@@ -93,7 +90,6 @@ export class VmmTravel {
     try {
       await arrival.standIn.begin();
       doors.show();
-      return run;
     } catch (error) {
       await this.comesNot();
       throw error;
