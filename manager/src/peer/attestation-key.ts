@@ -10,6 +10,9 @@ import {
 import { type Challenge, publicRandom } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { readPublicKey } from './public-area.js';
+import { refusing } from './refusing.js';
+
+const { refused, asRefusal } = refusing('peer-ak', 'attestation key');
 
 /** Bytes of the secret in a challenge. */
 const ANSWER_BYTES = 32;
@@ -73,23 +76,4 @@ export function checkAnswer({ answer }: MadeChallenge, received: Uint8Array): vo
     'was not shown to be in the TPM whose endorsement key was enrolled: it did not answer the challenge. ' +
       AGAIN,
   );
-}
-
-function asRefusal<T>(body: () => T): T {
-  try {
-    return body();
-  } catch (error) {
-    if (!(error instanceof TpmError)) throw error;
-    throw new ManagerError(
-      'peer-ak',
-      `the attestation key of the other host is not acceptable: ${error.message}`,
-      {
-        cause: error,
-      },
-    );
-  }
-}
-
-function refused(why: string): ManagerError {
-  return new ManagerError('peer-ak', `the attestation key of the other host ${why}`);
 }

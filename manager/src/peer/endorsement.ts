@@ -10,6 +10,9 @@ import {
 } from 'tpm2-ts-bindings';
 import { ManagerError } from '../error.js';
 import { readPublicKey } from './public-area.js';
+import { refusing } from './refusing.js';
+
+const { refused, asRefusal } = refusing('peer-ek', 'endorsement key');
 
 /** How an operator knows another host's TPM. */
 export type EndorsementTrust =
@@ -101,23 +104,4 @@ function readCertificates(certificates: readonly Uint8Array[]): X509Certificate[
   return certificates.map((bytes) =>
     asRefusal(() => certificateOf(bytes, 'certificate of the endorsement key')),
   );
-}
-
-function asRefusal<T>(body: () => T): T {
-  try {
-    return body();
-  } catch (error) {
-    if (!(error instanceof TpmError)) throw error;
-    throw new ManagerError(
-      'peer-ek',
-      `the endorsement key of the other host is not acceptable: ${error.message}`,
-      {
-        cause: error,
-      },
-    );
-  }
-}
-
-function refused(why: string): ManagerError {
-  return new ManagerError('peer-ek', `the endorsement key of the other host ${why}`);
 }
