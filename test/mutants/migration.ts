@@ -151,7 +151,7 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'a source is the host that its TLS key is enrolled for',
-    file: 'manager/src/migration/destination.ts',
+    file: 'manager/src/migration/hello.ts',
     guard: 'if (!bytesEqual(hello.source, peer.hostId)) {',
     without: 'if (hello.source.length === 0) {',
     test: { file: 'attack/migration-source', name: 'another host’s id: unknown-peer' },

@@ -594,7 +594,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-6 a source is the host whose TLS key it has',
-    file: 'manager/src/migration/destination.ts',
+    file: 'manager/src/migration/hello.ts',
     guard: 'if (!bytesEqual(hello.source, peer.hostId)) {',
     without: 'if (hello.source.length !== 32) {',
     test: {

@@ -1,28 +1,21 @@
 import { randomBytes } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import { barrier, type Logger } from 'vtpm-common';
-import {
-  boxKeyPair,
-  bytesEqual,
-  type MigrateMode,
-  type MigrationHello,
-  type SignedDecision,
-  uuidToText,
-} from 'vtpm-proto';
+import { boxKeyPair, bytesEqual, type MigrationHello, type SignedDecision } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { wipe } from '../keys/index.js';
 import type { Expected } from '../ownership/arrival.js';
 import type { MadeChallenge } from '../peer/attestation-key.js';
 import type { TravellingState } from '../records/index.js';
 import type { ImportKey } from '../root-tpm/import-key.js';
-import { checkRight } from '../trust/peers.js';
-import { type ExpectedState, MAX_STATE_BYTES, openBundle } from './bundle.js';
-import { checkFormats, checkLibtpms, commonVersion, OWN_RECORD_FORMAT } from './compatibility.js';
-import { checkLengths } from './lengths.js';
-import { LIMITS_MS, MAX_DESCRIPTION_BYTES, SETTLE_DELAY_MS } from './limits.js';
+import { openBundle } from './bundle.js';
+import { checkLibtpms, commonVersion, OWN_RECORD_FORMAT } from './compatibility.js';
+import { checkSuspension, expectedState } from './expected-state.js';
+import { checkHello } from './hello.js';
+import { LIMITS_MS, SETTLE_DELAY_MS } from './limits.js';
 import { DESTINATION, type DestinationAt } from './machine.js';
 import type { Arrivals, Attestor, Host } from './ports.js';
-import { StateKeys, sharedSecret, type TravellingPart } from './state-key.js';
+import { StateKeys, sharedSecret } from './state-key.js';
 import type { Talk } from './talk.js';
 import { within } from './within.js';
 
@@ -81,16 +74,6 @@ type DestinationState =
 export type DestinationEnd =
   | { readonly at: 'checked' | 'committed' }
   | { readonly at: 'ended'; readonly reason: ManagerError };
-
-/** Which parts a state has: without its volatile part a running TPM would be powered off on the way. */
-const PARTS: Readonly<Record<MigrateMode, Pick<ExpectedState, 'required' | 'allowed'>>> = {
-  OFFLINE: { required: ['PERMANENT'], allowed: ['PERMANENT', 'VOLATILE', 'REFERENCE_KEY'] },
-  LIVE: { required: ['PERMANENT'], allowed: ['PERMANENT', 'VOLATILE', 'REFERENCE_KEY'] },
-  VMM: {
-    required: ['PERMANENT', 'VOLATILE', 'REFERENCE_KEY'],
-    allowed: ['PERMANENT', 'VOLATILE', 'REFERENCE_KEY'],
-  },
-};
 
 /**
  * The destination of one migration. docs/migration.md has the states; the table in machine.ts says for each what it leads
@@ -191,24 +174,12 @@ export class DestinationMigration {
   async #greet(): Promise<DestinationState> {
     const { talk, host, arrivals, doorkeeper, admit } = this.parts;
     const { value: hello, accept } = await talk.receive('HELLO', LIMITS_MS.hello);
-    commonVersion({ least: hello.leastVersion, most: hello.mostVersion });
-    checkHello(hello);
-    const { peer } = talk;
-    if (!bytesEqual(hello.source, peer.hostId)) {
-      throw new ManagerError('unknown-peer', `host ${peer.name} gives itself out as another host`);
-    }
-    if (!bytesEqual(hello.destination, host.hostId)) {
-      throw new ManagerError('unknown-peer', `host ${peer.name} means another host than this one`);
-    }
-    checkRight(peer, 'send');
-    checkFormats(hello.recordFormat, OWN_RECORD_FORMAT);
-    this.#libtpms = host.libtpmsVersion();
-    checkLibtpms(hello.libtpmsVersion, this.#libtpms);
+    this.#libtpms = checkHello(hello, talk.peer, host);
     host.checkRoom();
     doorkeeper.check();
     admit(hello);
     this.#hello = hello;
-    await arrivals.check(hello, peer);
+    await arrivals.check(hello, talk.peer);
     accept();
     return { at: 'offering', hello };
   }
@@ -364,55 +335,7 @@ function isEnd(state: DestinationState): state is DestinationEnd {
   return DESTINATION[state.at].next.length === 0;
 }
 
-function expectedState(hello: MigrationHello, identifier: Buffer): ExpectedState {
-  return {
-    identifier,
-    migrationId: hello.migrationId,
-    vtpmUuid: hello.vtpmUuid,
-    vmUuid: hello.vmUuid,
-    epoch: hello.epoch,
-    leastGeneration: hello.generation,
-    ...PARTS[hello.mode],
-  };
-}
-
-/** A suspended TPM has its volatile state with it; one with a reference to it, what the reference is held against. */
-function checkSuspension(
-  mode: MigrateMode,
-  isSuspended: boolean,
-  parts: Readonly<Partial<Record<TravellingPart, Uint8Array>>>,
-): void {
-  if (isSuspended !== (parts.VOLATILE !== undefined) || (isSuspended && parts.REFERENCE_KEY === undefined)) {
-    throw new ManagerError(
-      'incomplete',
-      `the state is not whole: a part of a ${isSuspended ? 'suspended' : 'stopped'} TPM is missing or too much (${mode})`,
-    );
-  }
-}
-
 /** For the worker that waits: whatever it was, there is nothing to wait for. */
 function notComing({ code, message }: ManagerError): ManagerError {
   return new ManagerError('migration-aborted', `the vTPM does not come here (${code}): ${message}`);
-}
-
-function checkHello(hello: MigrationHello): void {
-  checkLengths('HELLO', [
-    ['migration id', hello.migrationId, 16],
-    ['nonce', hello.nonce, 32],
-    ['session key', hello.sessionKey, 32],
-    ['source', hello.source, 32],
-    ['destination', hello.destination, 32],
-    ['vTPM uuid', hello.vtpmUuid, 16],
-    ['VM uuid', hello.vmUuid, 16],
-    ['VM run id', hello.vmRunId, 16],
-  ]);
-  if (hello.stateBytes > BigInt(MAX_STATE_BYTES)) {
-    throw new ManagerError(
-      'too-large',
-      `a state of ${hello.stateBytes} bytes is announced for vTPM ${uuidToText(hello.vtpmUuid)}, at most ${MAX_STATE_BYTES} are taken`,
-    );
-  }
-  if (hello.description.length > MAX_DESCRIPTION_BYTES || hello.libtpmsVersion.length > 64) {
-    throw new ManagerError('too-large', `the description of the vTPM is over ${MAX_DESCRIPTION_BYTES} bytes`);
-  }
 }
