@@ -1271,9 +1271,9 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'a vTPM comes back as it was run last',
-    file: 'toolstack/src/supervisor/vtpm.ts',
-    guard: 'this.#status.update({ migration, doors, startup });',
-    without: 'this.#status.update({ migration, ...(doors.length === 0 && { startup }) });',
+    file: 'toolstack/src/supervisor/migration/travels.ts',
+    guard: 'status.update({ migration, doors, startup });',
+    without: 'status.update({ migration, ...(doors.length === 0 && { startup }) });',
     test: { file: 'toolstack/migration-arrival', name: 'with the doors that it has by now' },
   },
   {
@@ -1846,7 +1846,7 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-3 a vTPM whose VMM carries its state does not move with it',
-    file: 'toolstack/src/supervisor/vtpm.ts',
+    file: 'toolstack/src/supervisor/migration/travels.ts',
     guard: "if (order.mode === 'VMM') this.#checkMovesWithVmm();",
     without: '',
     test: { file: 'e2e/migration-vmm', name: 'does not go where its VMM would carry the state itself' },

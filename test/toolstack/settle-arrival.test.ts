@@ -58,7 +58,7 @@ describe('what came of an arrival', () => {
       entry: { name, migration: MIGRATION },
       operation,
       settled: Promise.resolve(),
-      settleMigration: async () => asked.push(name),
+      travels: { settle: async () => asked.push(name) },
     });
     const vtpms = [
       vtpm('left'),

@@ -123,7 +123,7 @@ async function migrate(
   if (order.vtpm !== vtpm.entry.id) {
     throw new ToolstackError('bad-request', `the order is for vTPM ${order.vtpm}, not for ${vtpm.entry.id}`);
   }
-  await vtpm.migrate(order, (line) => {
+  await vtpm.travels.leave(order, (line) => {
     if (!response.headersSent) response.writeHead(200, { 'content-type': 'application/x-ndjson' });
     response.write(`${JSON.stringify(line)}\n`);
   });
@@ -178,7 +178,7 @@ async function dispatch(
       return { status: 200, body: vtpm.view() };
     }
     case 'DELETE /vtpms/:vtpm/migrate':
-      return { status: 200, body: { cancelled: supervisor.find(decoded(name)).cancelMigration() } };
+      return { status: 200, body: { cancelled: supervisor.find(decoded(name)).travels.cancel() } };
     default:
       throw unknownCall(request);
   }

@@ -1,16 +1,12 @@
 import { closeSync } from 'node:fs';
 import { ToolstackError } from '../error.js';
-import type { Incoming } from './admin-client.js';
 import type { DoorName } from './control-protocol.js';
 import { checkDoors, type DoorKind } from './door-kinds.js';
-import type { Entry, EntryChange, EntryMigration } from './entry.js';
+import type { Entry, EntryChange } from './entry.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
+import { handOverVtpm } from './handover/hand-over-vtpm.js';
 import type { VtpmHandOver } from './handover/state.js';
-import { type Arrived, breakOffArrival, settleArrival, takeIn } from './migration/arrival.js';
-import { Departure, settleDeparture } from './migration/departure.js';
-import type { Description } from './migration/description.js';
-import type { Order } from './migration/order.js';
-import type { ProgressLine } from './migration/progress.js';
+import { Travels } from './migration/travels.js';
 import { elsewhere, isElsewhere, sayBusy } from './migration/whereabouts.js';
 import { Operations } from './operations.js';
 import type { VtpmContext, VtpmState } from './vtpm-state.js';
@@ -23,17 +19,20 @@ const HEARD_LIMIT_MS = 5_000;
 
 /** One vTPM: its entry in the list, and what is done with it. */
 export class Vtpm {
+  /** To another host, and from one. */
+  readonly travels: Travels;
   readonly #context: VtpmContext;
   readonly #status: VtpmStatus;
   readonly #operations: Operations;
   readonly #workers: VtpmWorkers;
-  #departure: Departure | undefined;
 
   constructor(context: VtpmContext, entry: Entry) {
     this.#context = context;
     this.#status = new VtpmStatus(context, entry);
     this.#operations = new Operations(entry.name, (operation) => sayBusy(this.entry, operation));
     this.#workers = new VtpmWorkers(context, this.#status, this.#operations);
+    const workers = this.#workers.travel;
+    this.travels = new Travels({ context, status: this.#status, operations: this.#operations, workers });
   }
 
   /** One that the program before this one looked after. */
@@ -167,94 +166,6 @@ export class Vtpm {
   }
 
   /**
-   * It leaves for another host, or is tried to. Resolves when the last progress was told.
-   * @throws ToolstackError where nothing has begun
-   */
-  migrate(order: Order, onProgress: (line: ProgressLine) => void): Promise<void> {
-    return this.#operations.exclusively('migrated', async () => {
-      const { state } = this.#status;
-      const { kind } = state;
-      if (isElsewhere(state)) throw elsewhere(this.entry, state);
-      if (order.mode === 'OFFLINE' ? kind !== 'stopped' : kind !== 'running') {
-        throw new ToolstackError(
-          order.mode === 'OFFLINE' ? 'not-stopped' : 'not-running',
-          `vTPM ${this.entry.name} is ${kind}, and the order is for one that is ${order.mode === 'OFFLINE' ? 'stopped' : 'running'}`,
-        );
-      }
-      if (order.mode === 'VMM') this.#checkMovesWithVmm();
-      this.#departure = new Departure({ ...this.#migrationParts(), order, onProgress });
-      try {
-        await this.#departure.run();
-      } finally {
-        this.#departure = undefined;
-      }
-    });
-  }
-
-  #checkMovesWithVmm(): void {
-    const { name, doors, stateBlobs } = this.entry;
-    if (this.#context.settings.checkpoint === 'off') {
-      throw new ToolstackError(
-        'bad-request',
-        `vTPM ${name} cannot move with its VM while nothing is check-pointed: where its VM goes on here after all, its TPM would ` +
-          'be lost. Set checkpoint to always, start the supervisor again, and restart the VM',
-      );
-    }
-    if (doors.includes('control') && stateBlobs === 'reference') return;
-    throw new ToolstackError(
-      'bad-request',
-      `vTPM ${name} cannot move with its VM: that takes the door "control", and state blobs that are references. ` +
-        'With --state-blobs plain its VMM carries the state itself, and no manager is asked; stopped it moves without its VM',
-    );
-  }
-
-  /** @returns false where its state is on its way already @throws ToolstackError `unknown-migration` | `migrating` | `moved` */
-  cancelMigration(): boolean {
-    const { state } = this.#status;
-    if (this.#departure) return this.#departure.cancel();
-    if (isElsewhere(state)) throw elsewhere(this.entry, state);
-    throw new ToolstackError(
-      'unknown-migration',
-      `vTPM ${this.entry.name} is not being migrated; vtpmctl migrate status shows what is`,
-    );
-  }
-
-  /** One that was here comes back, as it was run last. @throws ToolstackError `busy` | `bad-request` */
-  expectArrival(migration: EntryMigration, { doors, startup }: Description): Promise<void> {
-    return this.#operations.exclusively('taken in', async () => {
-      if (this.#status.state.kind !== 'moved') throw this.#notStopped();
-      this.#status.update({ migration, doors, startup });
-      this.#status.rest();
-    });
-  }
-
-  /** @throws ToolstackError where it is not known what came of it */
-  async takeIn(incoming: Incoming): Promise<Arrived> {
-    let arrived: Arrived = 'pending';
-    await this.#operations.exclusively('taken in', async () => {
-      arrived = await takeIn(this.#migrationParts(), incoming);
-    });
-    return arrived;
-  }
-
-  /** Asks the manager what came of its migration. @throws ToolstackError */
-  async settleMigration(): Promise<Arrived> {
-    let settled: Arrived = 'pending';
-    await this.#operations.exclusively('settled', async () => {
-      // It goes on, which may take longer: what came of it is known.
-      if (this.state === 'restarting') return;
-      const parts = this.#migrationParts();
-      const isArriving = this.entry.migration?.role === 'arriving';
-      settled = isArriving ? await settleArrival(parts) : (await settleDeparture(parts)) ? 'here' : 'pending';
-    });
-    return settled;
-  }
-
-  #migrationParts() {
-    return { context: this.#context, status: this.#status, workers: this.#workers.travel };
-  }
-
-  /**
    * Runs `forget` while nothing else can happen to the vTPM.
    * @param hasNotCome its arrival came to nothing @throws ToolstackError `not-stopped` | `busy`
    */
@@ -271,23 +182,17 @@ export class Vtpm {
     const { state } = this.#status;
     if (state.kind === 'stopped' || state.kind === 'crashed') return;
     if (isElsewhere(state)) throw elsewhere(this.entry, state);
-    throw this.#notStopped();
-  }
-
-  #notStopped(): ToolstackError {
-    return new ToolstackError('not-stopped', `vTPM ${this.entry.name} is ${this.state}; stop it first`);
+    throw new ToolstackError('not-stopped', `vTPM ${this.entry.name} is ${this.state}; stop it first`);
   }
 
   /** For the end of the supervisor: a start under way is broken off, a worker that serves is stopped. */
   async shutDown(): Promise<void> {
-    this.#departure?.cancel();
+    this.travels.cancelDeparture();
     await this.#workers.breakOffStart();
     await this.#operations.settled;
     const state = this.#status.state;
     if (state.kind === 'running') await this.stop();
-    await breakOffArrival(this.#migrationParts());
-    // The next supervisor asks what came of it.
-    if (state.kind === 'migrating') this.#workers.travel.gone();
+    await this.travels.breakOff();
     if (state.kind !== 'lost' && state.kind !== 'restarting') return;
     await this.#workers.breakOff(state);
     // Its VM may still run, and must not be given a TPM with fresh PCRs by the next supervisor.
@@ -349,30 +254,6 @@ export class Vtpm {
 
   /** What the next program needs to know of it. Only while held. @throws ToolstackError `busy` */
   handOver(kept: KeptDescriptors): VtpmHandOver {
-    const { state, entry } = this.#status;
-    const { run } = this.#workers;
-    const lingering = this.#status.lingering.map(({ pid, startTime }) => ({ pid, startTime }));
-    const common = { id: entry.id, lingering, vmm: this.#status.vmm ?? null };
-    switch (state.kind) {
-      case 'stopped':
-      case 'crashed':
-        return { ...common, state: state.kind, reason: state.reason, served: null };
-      case 'running':
-      case 'restarting':
-      case 'lost': {
-        if (!run) break;
-        const reason = state.kind === 'running' ? null : state.reason;
-        const worker = state.worker?.handOver(kept) ?? null;
-        const served = { run: run.handOver(kept), doors: state.doors.handOver(kept), worker };
-        return { ...common, state: state.kind, reason, served };
-      }
-      case 'moved':
-      case 'migrating':
-      case 'arriving':
-        if ('doors' in state || ('worker' in state && state.worker)) break;
-        // Its entry says the rest.
-        return { ...common, state: 'stopped', reason: null, served: null };
-    }
-    throw new ToolstackError('busy', `vTPM ${entry.name} is ${state.kind}; try again later`);
+    return handOverVtpm(this.#status, this.#workers.run, kept);
   }
 }

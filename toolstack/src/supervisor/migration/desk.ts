@@ -85,7 +85,7 @@ export class MigrationDesk {
       // Whoever is at it knows better, and may leave it as it is.
       await vtpm.settled;
       if (this.#isClosed || !vtpm.entry.migration) return;
-      if ((await vtpm.settleMigration()) === 'nothing') await this.#parts.forget(vtpm);
+      if ((await vtpm.travels.settle()) === 'nothing') await this.#parts.forget(vtpm);
     } catch (error) {
       // It is asked again, and when the manager comes or says more.
       const { code, message } = ToolstackError.from(error);
@@ -110,7 +110,7 @@ export class MigrationDesk {
         return;
       }
       const vtpm = await this.#entryOf(incoming, description);
-      if ((await vtpm.takeIn(incoming)) === 'nothing') await this.#parts.forget(vtpm);
+      if ((await vtpm.travels.takeIn(incoming)) === 'nothing') await this.#parts.forget(vtpm);
     } catch (error) {
       const reason = ToolstackError.from(error, 'the vTPM cannot be taken in');
       log.warn({ vtpm: id, from: from.name, code: reason.code, reason: reason.message }, 'a vTPM is refused');
@@ -165,7 +165,7 @@ export class MigrationDesk {
     const { migration: id, from } = incoming;
     const known = find();
     if (known) {
-      await known.expectArrival({ id, role: 'arriving', peer: from.name, isNew: false }, description);
+      await known.travels.expect({ id, role: 'arriving', peer: from.name, isNew: false }, description);
       return known;
     }
     const done = await this.#creations.turn();
