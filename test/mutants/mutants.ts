@@ -941,9 +941,9 @@ export const MUTANTS: readonly Mutant[] = [
   },
   {
     name: 'I-8 the pool leaves the host its memory',
-    file: 'toolstack/src/supervisor/worker-pool.ts',
-    guard: 'Math.min(wanted, this.#waiting.size + room)',
-    without: 'Math.min(wanted, this.#waiting.size + Math.abs(room))',
+    file: 'toolstack/src/supervisor/pool-size.ts',
+    guard: 'Math.min(wanted, waiting + room)',
+    without: 'Math.min(wanted, waiting + Math.abs(room))',
     test: { file: 'toolstack/pool', name: 'leaves the host the memory' },
   },
   {
@@ -1097,7 +1097,7 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-2 the uid of a worker that was taken over is free when it has ended, and not before',
     file: 'toolstack/src/supervisor/confinement.ts',
-    guard: 'if (uid !== null) this.#uids?.adopt(uid);',
+    guard: 'if (uid !== null) this.#means.uids?.adopt(uid);',
     without: '',
     test: { file: 'toolstack/handover', name: 'remembers the uid and the groups' },
   },

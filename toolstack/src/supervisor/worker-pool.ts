@@ -1,18 +1,19 @@
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
-import type { Logger, Paths, Settings } from 'vtpm-common';
+import type { Logger, Paths } from 'vtpm-common';
 import { CheckpointStore } from './checkpoint-store.js';
 import type { WorkerMessage } from './control-protocol.js';
 import type { Entry } from './entry.js';
 import { Lanes } from './lanes.js';
 import { connectWorkerLink, connectWorkerLinkAgain } from './manager-link.js';
+import { type PoolSettings, PoolSize } from './pool-size.js';
 import type { WorkerLauncher } from './worker-launcher.js';
 import type { WorkerOwner, WorkerProcess } from './worker-process.js';
 
 export interface WorkerPoolOptions {
   readonly launcher: WorkerLauncher;
   readonly paths: Paths;
-  readonly settings: Pick<Settings, 'pool-min' | 'pool-max' | 'pool-memory-reserve'>;
+  readonly settings: PoolSettings;
   readonly log: Logger;
   /** Of the manager that tickets are for, hex; undefined where it cannot be asked. */
   managerKey(): Promise<string | undefined>;
@@ -50,8 +51,6 @@ const READY_LIMIT_MS = 30_000;
 const VM_READY_LIMIT_MS = 180_000;
 /** Making a worker costs processor time: more side by side would only share it, until none is ready in time. */
 const PARALLEL_LAUNCHES = 4;
-/** Starts of this time are expected to come again. */
-const RECENT_MS = 60_000;
 /** Starts come in groups, and making a worker keeps the supervisor from its guests for some milliseconds: it waits. */
 const QUIET_MS = 100;
 /** Between two looks at what is too much by now. */
@@ -60,11 +59,6 @@ const FIRST_BACKOFF_MS = 250;
 const LONGEST_BACKOFF_MS = 60_000;
 /** A worker that was well for so long did not die of what the one before it died of. */
 const WELL_MS = 10_000;
-/** To find out what is available several files of the kernel are read; a worker takes longer to come up. */
-const MEMORY_MS = 100;
-/** What a worker that waits costs at most. */
-const WORKER_MIB = 16;
-const MIB = 2 ** 20;
 
 /**
  * Sandboxed workers that are started ahead: everything is loaded, rehearsed and connected, and only who they are is not
@@ -76,10 +70,9 @@ export class WorkerPool {
   readonly #options: WorkerPoolOptions;
   readonly #lanes = new Lanes(PARALLEL_LAUNCHES);
   #closing = new AbortController();
+  readonly #size: PoolSize;
   readonly #waiting = new Set<Waiting>();
   #tick: NodeJS.Timeout | undefined;
-  #recent: number[] = [];
-  #memory = { mib: 0, at: Number.NEGATIVE_INFINITY };
   #underWay = 0;
   #quietAt = 0;
   #failures = 0;
@@ -90,6 +83,7 @@ export class WorkerPool {
 
   constructor(options: WorkerPoolOptions) {
     this.#options = options;
+    this.#size = new PoolSize(options.settings);
     this.open();
   }
 
@@ -103,13 +97,13 @@ export class WorkerPool {
 
   view(): PoolView {
     const idle = [...this.#waiting].filter(isIdle).length;
-    return { idle, starting: this.#waiting.size - idle, target: this.#target() };
+    return { idle, starting: this.#waiting.size - idle, target: this.#size.target(this.#waiting.size) };
   }
 
   /** Runs a start; the pool is filled up after it. */
   async duringStart<T>(run: () => Promise<T>): Promise<T> {
     this.#underWay++;
-    this.#recent.push(performance.now());
+    this.#size.noteStart();
     try {
       return await run();
     } finally {
@@ -193,33 +187,19 @@ export class WorkerPool {
     return worker.image === this.#options.launcher.image;
   }
 
-  #target(): number {
-    const { 'pool-min': least, 'pool-max': most, 'pool-memory-reserve': reserve } = this.#options.settings;
-    const since = performance.now() - RECENT_MS;
-    this.#recent = this.#recent.filter((at) => at >= since);
-    const wanted = Math.min(most, Math.max(least, this.#recent.length));
-    const room = Math.floor((this.#availableMib() - reserve) / WORKER_MIB);
-    return Math.max(0, Math.min(wanted, this.#waiting.size + room));
-  }
-
-  #availableMib(): number {
-    const now = performance.now();
-    if (now - this.#memory.at >= MEMORY_MS) this.#memory = { mib: process.availableMemory() / MIB, at: now };
-    return this.#memory.mib;
-  }
-
   #adjust(): void {
     if (this.#closing.signal.aborted) return;
     void this.#endWorkers([...this.#waiting].filter(({ worker }) => !this.#isCurrent(worker)));
-    const surplus = this.#waiting.size - this.#target();
+    const surplus = this.#waiting.size - this.#size.target(this.#waiting.size);
     if (surplus > 0) void this.#endWorkers([...this.#waiting].slice(0, surplus));
     if (this.#isWanting() && !this.#isFilling) this.#filled = this.#fill();
   }
 
   #isWanting(): boolean {
-    if (this.#closing.signal.aborted || this.#waiting.size >= this.#target()) return false;
+    const { size } = this.#waiting;
+    if (this.#closing.signal.aborted || size >= this.#size.target(size)) return false;
     // With none left the next start is served sooner by the one that is made now.
-    return this.#waiting.size === 0 || (this.#underWay === 0 && performance.now() >= this.#quietAt);
+    return size === 0 || (this.#underWay === 0 && performance.now() >= this.#quietAt);
   }
 
   async #fill(): Promise<void> {
