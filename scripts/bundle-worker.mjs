@@ -45,7 +45,7 @@ mkdirSync(`${bundle}/node_modules`, { recursive: true });
 copyFileSync(addon, `${bundle}/node_modules/koffi.node`);
 
 const { version } = JSON.parse(readFileSync(`${root}package.json`, 'utf8'));
-function writeManifest(name, program, libraries) {
+function writeManifest(name, program, libraries, ...nodeArguments) {
   const manifest = {
     format: 1,
     // A supervisor goes on with the worker of its own version when another one is installed under it.
@@ -58,12 +58,14 @@ function writeManifest(name, program, libraries) {
     // Loaded by these names while the program starts, beside what the interpreter is linked with.
     libraries,
     // The interpreter's arguments before the path of the program.
-    nodeArguments: ['--max-semi-space-size=1', '--max-old-space-size=64', '--no-warnings'],
+    nodeArguments: ['--max-semi-space-size=1', '--max-old-space-size=64', '--no-warnings', ...nodeArguments],
     main: program,
     environment: { MALLOC_ARENA_MAX: '1' },
   };
   writeFileSync(`${bundle}/${name}`, `${JSON.stringify(manifest, null, 2)}\n`);
 }
-writeManifest('image.json', 'vtpmd.cjs', ['libc.so.6', 'libtpms.so.0']);
-writeManifest('vm-guest.json', 'vm-guest.cjs', ['libc.so.6', 'libtpms.so.0']);
+// See vtpmd/src/worker/optimiser.ts.
+const worker = [['libc.so.6', 'libtpms.so.0'], '--max-optimized-bytecode-size=0'];
+writeManifest('image.json', 'vtpmd.cjs', ...worker);
+writeManifest('vm-guest.json', 'vm-guest.cjs', ...worker);
 writeManifest('vm-relay.json', 'vm-relay.cjs', ['libc.so.6']);

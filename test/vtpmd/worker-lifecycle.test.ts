@@ -27,7 +27,7 @@ describe('worker: start and stop', () => {
     manager.stop();
   });
 
-  function spawnWorker(options: { nodeArguments?: string[] } = {}): WorkerProcess {
+  function spawnWorker(options: { nodeArguments?: string[]; wrapper?: string[] } = {}): WorkerProcess {
     const worker = new WorkerProcess(manager, options);
     workers.push(worker);
     return worker;
@@ -168,6 +168,18 @@ describe('worker: start and stop', () => {
     twice.send({ type: 'rehearse' });
     twice.send({ type: 'rehearse' });
     assert.equal((await twice.heard('failed')).reason, 'protocol');
+  });
+
+  it('has its code compiled anew for what a guest does, and for nothing before there is one', async () => {
+    const toStandardError = ['sh', '-c', 'exec "$0" "$@" >&2'];
+    const worker = spawnWorker({ wrapper: toStandardError, nodeArguments: ['--trace-opt'] });
+    await worker.heard('ready');
+    worker.send({ type: 'rehearse' });
+    await worker.heard('rehearsed');
+    assert.doesNotMatch(worker.log, /completed optimizing/);
+    await worker.serve();
+    const client = worker.connect('tpm');
+    while (!worker.log.includes('completed optimizing')) await client.transmit(getRandom());
   });
 
   it('takes an identity in the middle of its rehearsal', async () => {

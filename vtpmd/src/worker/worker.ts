@@ -19,6 +19,7 @@ import { IdleLink } from './idle-link.js';
 import { lockDown } from './lock-down.js';
 import type { Log } from './log.js';
 import { LostTpm } from './lost-tpm.js';
+import { optimise } from './optimiser.js';
 import { readHoldTimes } from './outage-policy.js';
 import { arrive, arriveWithVmm, beginRun, endRun, goOn } from './power.js';
 import { type RehearsalStage, rehearse } from './rehearsal.js';
@@ -263,6 +264,7 @@ class Worker {
     const { generation } = tpm.session;
     this.#control.send({ type: 'serving', epoch: Number(epoch), generation: Number(generation) });
     this.#log('info', 'serving', { epoch: Number(epoch), generation: Number(generation) });
+    optimise();
   }
 
   async #stop(): Promise<void> {
