@@ -64,8 +64,8 @@ function writeManifest(name, program, libraries, ...nodeArguments) {
   };
   writeFileSync(`${bundle}/${name}`, `${JSON.stringify(manifest, null, 2)}\n`);
 }
-// See vtpmd/src/worker/optimiser.ts.
-const worker = [['libc.so.6', 'libtpms.so.0'], '--max-optimized-bytecode-size=0'];
+// See vtpmd/src/worker/optimiser.ts, and rehearsal.ts beside it.
+const worker = [['libc.so.6', 'libtpms.so.0'], '--max-optimized-bytecode-size=0', '--expose-gc'];
 writeManifest('image.json', 'vtpmd.cjs', ...worker);
 writeManifest('vm-guest.json', 'vm-guest.cjs', ...worker);
 writeManifest('vm-relay.json', 'vm-relay.cjs', ['libc.so.6']);

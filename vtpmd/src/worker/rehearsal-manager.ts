@@ -16,16 +16,16 @@ import {
 } from 'vtpm-proto';
 
 /**
- * The manager's half of a rehearsal: it lets a new TPM be made for whoever asks, or has one arrive, and acknowledges what it
- * gets without keeping it. It believes everything, and nobody but this process can reach it.
+ * The manager's half of a rehearsal: it lets a new TPM be made for whoever asks, or has one, and acknowledges what it gets
+ * without keeping it. It believes everything, and nobody but this process can reach it.
  */
 export function playManager(
   stream: Duplex,
   keys: BoxKeyPair,
   workerKey: Uint8Array,
-  arriving: ArrivingTpm | undefined,
+  kept: KeptTpm | undefined,
 ): void {
-  const part = new RehearsalManager(keys, workerKey, arriving);
+  const part = new RehearsalManager(keys, workerKey, kept);
   performServerHandshake(stream).on('stream', (call, headers) => {
     const reader = new MessageReader();
     const isLoad = headers[':path'] === LOAD_PATH;
@@ -41,11 +41,11 @@ export function playManager(
   });
 }
 
-/** A TPM that comes from another host. */
-export interface ArrivingTpm {
+/** A TPM that was made before. */
+export interface KeptTpm {
   readonly permanent: Buffer;
-  /** A serialised SuspendedState. */
-  readonly suspended: Buffer;
+  /** A serialised SuspendedState, of one that comes from another host. */
+  readonly suspended?: Buffer;
 }
 
 const EPOCH = 1n;
@@ -59,27 +59,28 @@ class RehearsalManager {
   constructor(
     private readonly keys: BoxKeyPair,
     private readonly workerKey: Uint8Array,
-    private readonly arriving: ArrivingTpm | undefined,
+    private readonly kept: KeptTpm | undefined,
   ) {
-    if (arriving) this.#generation = 1n;
+    if (kept) this.#generation = 1n;
     this.#cipher = sessionCipher(this.#sessionKey, this.#sessionId, EPOCH);
   }
 
   load(call: ServerHttp2Stream, message: Buffer): void {
     const { loadId } = openBox('LoadClaim', decode('LoadRequest', message), this.workerKey, this.keys);
+    const { permanent = new Uint8Array(0), suspended } = this.kept ?? {};
     const grant = {
       loadId,
       sessionId: this.#sessionId,
       sessionKey: this.#sessionKey,
       epoch: EPOCH,
       generation: this.#generation,
-      permanent: this.arriving?.permanent ?? new Uint8Array(0),
-      manufacture: !this.arriving,
+      permanent,
+      manufacture: !this.kept,
       checkpointKey: new Uint8Array(0),
-      arrived: this.arriving !== undefined,
-      ...(this.arriving && {
+      arrived: suspended !== undefined,
+      ...(suspended && {
         suspended: {
-          volatile: this.arriving.suspended,
+          volatile: suspended,
           referenceDigest: new Uint8Array(32),
           generation: this.#generation,
         },

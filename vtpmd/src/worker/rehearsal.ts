@@ -13,16 +13,16 @@ import { encodeSuspended } from '../state-blob/suspended.js';
 import type { CheckpointDescriptors } from './control-channel.js';
 import { HOLD_MS } from './outage-policy.js';
 import { arrive, beginRun } from './power.js';
-import { type ArrivingTpm, playManager } from './rehearsal-manager.js';
+import { type KeptTpm, playManager } from './rehearsal-manager.js';
 import { loadTpm, type ServedTpm } from './served-tpm.js';
 
 /** Two connected sockets, for a guest and for its door. They can be made before a worker is locked down only. */
 export type RehearsalStage = readonly [number, number];
 
 /**
- * Does everything once that a start does, and then what the arrival of a TPM from another host does, with managers made up in
- * this process and a TPM that is thrown away: what is compiled, bound and paged in now, nobody waits for later. Nothing of it
- * is left but that, and the descriptors are closed.
+ * Does everything that the start of a new TPM does, then that of one which was made before, and then what the arrival of one
+ * from another host does, with managers made up in this process and a TPM that is thrown away: what is compiled, bound and
+ * paged in now, nobody waits for later. Nothing of it is left but that, and the descriptors are closed.
  * @param checkpoint of a VM run that there is not
  */
 export async function rehearse(
@@ -30,28 +30,32 @@ export async function rehearse(
   checkpoint: CheckpointDescriptors | undefined,
 ): Promise<void> {
   const left = openLeft(checkpoint);
-  const arriving = await play(left, ['MANUFACTURE', 'COLD'], undefined, async (tpm, identity) => {
+  const made = await play(left, ['MANUFACTURE', 'COLD'], undefined, async (tpm, identity) => {
     await beginRun(tpm, identity);
     await useDoor(tpm.doors, stage);
     const volatile = tpm.engine.volatileState();
     const suspended = { reference: randomBytes(32), volatile, isMoving: true, owners: Buffer.alloc(0) };
     return { suspended: encodeSuspended(suspended), permanent: tpm.engine.powerOff() };
   });
-  await play(left, ['RESUME'], arriving, (tpm) => arrive(tpm));
+  const { permanent } = made;
+  await play(left, ['COLD'], { permanent }, beginRun);
+  await play(left, ['RESUME'], made, (tpm) => arrive(tpm));
   if (checkpoint) for (const fd of Object.values(checkpoint.pipe)) closeSync(fd);
+  // What a start allocates finds room then.
+  globalThis.gc?.({ type: 'minor' });
 }
 
 /** One life of a TPM. */
 async function play<T>(
   left: Left | undefined,
   verbs: Verb[],
-  arriving: ArrivingTpm | undefined,
+  kept: KeptTpm | undefined,
   live: (tpm: ServedTpm, identity: Identity) => Promise<T>,
 ): Promise<T> {
   const [here, there] = duplexPair();
   const managerKeys = boxKeyPair();
   const keys = new LoadKeys();
-  playManager(there, managerKeys, keys.publicKey, arriving);
+  playManager(there, managerKeys, keys.publicKey, kept);
   const identity = readIdentity({
     ticket: ticketText(verbs),
     managerKey: Buffer.from(managerKeys.publicKey).toString('hex'),
