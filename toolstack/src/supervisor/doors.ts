@@ -1,16 +1,14 @@
-import { chmodSync, closeSync, renameSync, rmSync } from 'node:fs';
-import { createServer, type Server, Socket } from 'node:net';
-import { basename, dirname, join } from 'node:path';
-import { checkSocketPath, passingDirectory, socketFd } from 'vtpm-common';
+import { closeSync, rmSync } from 'node:fs';
+import { Socket } from 'node:net';
+import { socketFd } from 'vtpm-common';
 import { closeUnknown, isUnixStream } from 'vtpm-common/passed-descriptors';
 import { ToolstackError } from '../error.js';
 import type { DoorName } from './control-protocol.js';
-import { applyAccess, type DoorAccess, directoryMode } from './door-access.js';
 import { DoorClients } from './door-clients.js';
-import { type DoorKind, doorFile, doorFiles, entrancesOf } from './door-kinds.js';
+import { doorFile } from './door-kinds.js';
+import { type DoorPlan, Entrances } from './entrances.js';
 import type { InheritedDescriptors, KeptDescriptors } from './handover/descriptors.js';
 import type { DoorsHandOver } from './handover/state.js';
-import { listenOnPair } from './loopback.js';
 import { peerUid } from './peer-uid.js';
 
 /** More at one door are closed as they come: a client that leaks connections must not exhaust the host. */
@@ -35,25 +33,17 @@ export interface DoorEvents {
   peerGone(peer: number): void;
 }
 
-/** Where the doors of a vTPM are, which ones, and for whom. */
-export interface DoorPlan {
-  readonly directory: string;
-  readonly access: DoorAccess;
-  readonly kinds: readonly DoorKind[];
-}
-
 /**
  * The sockets that a guest's side connects to. A connection is accepted here, its descriptor goes to the worker, and
  * the duplicate that stays here keeps it open should the worker end. Nothing is ever read from it here.
  */
 export class Doors {
-  readonly #servers = new Map<DoorName, Server>();
+  readonly #entrances: Entrances;
   readonly #connections = new Map<number, Visit>();
   readonly #clients: DoorClients;
   readonly #plan: DoorPlan;
   readonly #events: DoorEvents;
   #nextId: number;
-  #isShown = false;
 
   private constructor(
     plan: DoorPlan,
@@ -64,6 +54,7 @@ export class Doors {
     this.#nextId = before?.nextId ?? 1;
     this.#plan = plan;
     this.#events = events;
+    this.#entrances = new Entrances(plan, (door, socket) => void this.#bringIn(door, socket));
   }
 
   /**
@@ -72,40 +63,23 @@ export class Doors {
    */
   static async open(plan: DoorPlan, events: DoorEvents): Promise<Doors> {
     const doors = new Doors(plan, events);
-    const { directory, access, kinds } = plan;
     try {
-      chmodSync(passingDirectory(directory), directoryMode(access));
-      const files = entrancesOf(kinds).filter((door) => doorFile(directory, door) !== undefined);
-      await Promise.all(files.map((door) => doors.#listen(door)));
-      if (kinds.includes('mssim')) {
-        await listenOnPair(doors.#entrance('mssim'), doors.#entrance('mssim-platform'));
-        for (const door of entrancesOf(['mssim'])) doors.#servers.get(door)?.on('error', () => undefined);
-      }
+      await doors.#entrances.open();
       return doors;
     } catch (error) {
       doors.close();
-      throw ToolstackError.from(error, `the sockets in ${directory} cannot be made`);
+      throw ToolstackError.from(error, `the sockets in ${plan.directory} cannot be made`);
     }
   }
 
   /** The port of the command door of `mssim`; its platform door is at the next one. Undefined where it has none. */
   get mssimPort(): number | undefined {
-    const address = this.#servers.get('mssim')?.address();
-    return typeof address === 'object' ? address?.port : undefined;
+    return this.#entrances.mssimPort;
   }
 
   /** From now on somebody may come in. @throws ToolstackError `internal` */
   show(): void {
-    const { directory, kinds } = this.#plan;
-    try {
-      for (const door of entrancesOf(kinds)) {
-        const path = doorFile(directory, door);
-        if (path !== undefined) renameSync(hidden(path), path);
-      }
-      this.#isShown = true;
-    } catch (error) {
-      throw ToolstackError.from(error, `the sockets in ${directory} cannot be made`);
-    }
+    this.#entrances.show();
   }
 
   /** Those that are open, in the order in which they came. */
@@ -121,17 +95,12 @@ export class Doors {
     inherited: InheritedDescriptors,
   ): Doors {
     const doors = new Doors(plan, events, before);
-    doors.#isShown = true;
     try {
       // The connections first: whoever comes in next gets another id.
       for (const { id, door, peer, fd } of before.connections) {
         doors.#keep({ id, door, peer: peer ?? undefined, socket: holdOpen(inherited.takeSocket(fd)) });
       }
-      for (const door of entrancesOf(plan.kinds)) {
-        const fd = before.servers[door];
-        if (fd === undefined) throw new ToolstackError('corrupt', `the hand-over has no door "${door}"`);
-        doors.#listenOn(door, inherited.takeSocket(fd));
-      }
+      doors.#entrances.adopt(before.servers, inherited);
       return doors;
     } catch (error) {
       doors.close();
@@ -141,10 +110,9 @@ export class Doors {
 
   /** What the next program needs to know of them. */
   handOver(kept: KeptDescriptors): DoorsHandOver {
-    const entrances = [...this.#servers].map(([door, server]) => [door, kept.keep(socketFd(server))]);
     return {
       nextId: this.#nextId,
-      servers: Object.fromEntries(entrances) as DoorsHandOver['servers'],
+      servers: this.#entrances.handOver(kept),
       connections: this.visits()
         .filter(({ socket }) => !socket.destroyed)
         .map(({ id, door, peer, socket }) => ({
@@ -203,10 +171,7 @@ export class Doors {
 
   /** No new connections; those that are there stay. */
   closeEntrances(): void {
-    for (const server of this.#servers.values()) server.close();
-    this.#servers.clear();
-    // A closed server removes the socket that it made itself, and no other.
-    for (const path of doorFiles(this.#plan.directory)) rmSync(path, { force: true });
+    this.#entrances.close();
   }
 
   close(): void {
@@ -220,61 +185,11 @@ export class Doors {
     for (const peer of this.#clients.takeGone()) this.#events.peerGone(peer);
   }
 
-  #listen(door: DoorName): Promise<void> {
-    const path = hidden(checkSocketPath(this.#file(door)));
-    // This supervisor holds the lock, so what is there was left by one that is gone.
-    rmSync(path, { force: true });
-    const server = this.#entrance(door);
-    return new Promise((resolve, reject) => {
-      server.once('error', reject);
-      server.listen(path, () => {
-        server.removeListener('error', reject);
-        server.on('error', () => undefined);
-        try {
-          applyAccess(path, this.#plan.access);
-          resolve();
-        } catch (error) {
-          reject(error);
-        }
-      });
-    });
-  }
-
-  /** At once: nobody comes in before the caller has everything in place. */
-  #listenOn(door: DoorName, fd: number): void {
-    const server = this.#entrance(door).on('error', () => undefined);
-    server.listen({ fd });
-    if (!server.listening) {
-      throw new ToolstackError(
-        'corrupt',
-        `descriptor ${fd} of the hand-over does not listen at the door "${door}"`,
-      );
-    }
-  }
-
-  #file(door: DoorName): string {
-    const path = doorFile(this.#plan.directory, door);
-    if (path === undefined) throw new ToolstackError('internal', `the door "${door}" is no unix socket`);
-    return path;
-  }
-
-  #entrance(door: DoorName): Server {
-    const server = createServer({ pauseOnConnect: true, allowHalfOpen: true }, (socket) =>
-      this.#accept(door, socket),
-    );
-    this.#servers.set(door, server);
-    return server;
-  }
-
-  #accept(door: DoorName, socket: Socket): void {
-    this.#bringIn(door, socket);
-  }
-
   /** @returns undefined where it was turned away */
   #bringIn(door: DoorName, socket: Socket): number | undefined {
     // Counted here: a server counts only what it accepted itself, and some came to the program before this one.
     const isFull = this.visits().filter((visit) => visit.door === door).length >= MAX_CONNECTIONS;
-    if (!this.#isShown || isFull || !this.#mayEnter(door, socket)) {
+    if (!this.#entrances.isShown || isFull || !this.#mayEnter(door, socket)) {
       socket.destroy();
       return undefined;
     }
@@ -313,9 +228,4 @@ function holdOpen(fd: number): Socket {
     closeSync(fd);
     throw error;
   }
-}
-
-/** Not longer than the path itself, which may be as long as a socket's can be. */
-function hidden(path: string): string {
-  return join(dirname(path), `.${basename(path).slice(1)}`);
 }
