@@ -72,6 +72,9 @@ export class MigrationCrashRig {
     const source = this.vtpm.host;
     const destination = this.hosts.other(source);
     this.vtpm.load();
+    // What one that failed has left.
+    for (const host of [source, destination])
+      for (const daemon of [host.manager, host.supervisor]) daemon.release();
     const stages = fault.before ? [fault.before, fault] : [fault];
     for (const stage of stages) switchOf(stage, source, destination).stopAt(stage.barrier, 'wait');
     let end: string | undefined;
@@ -133,7 +136,7 @@ export class MigrationCrashRig {
 
   async #strike(victim: Victim, source: Host, destination: Host): Promise<void> {
     const { network } = this.hosts;
-    if (victim === 'network') return network.canCut ? network.cut() : undefined;
+    if (victim === 'network') return network.cut();
     const { installation } = victim.startsWith('source') ? source : destination;
     if (victim.endsWith('manager')) return installation.killManager();
     if (victim.endsWith('supervisor')) return installation.killSupervisor();
@@ -147,7 +150,7 @@ export class MigrationCrashRig {
     victims: readonly Victim[],
     migration: Promise<void>,
   ): Promise<void> {
-    if (victims.includes('network') && this.hosts.network.canCut) {
+    if (victims.includes('network')) {
       // Long enough that somebody gives up, or the moment before.
       await Promise.race([migration, delay(Math.random() < 0.5 ? 100 : 8_000, undefined, { ref: false })]);
       this.hosts.network.heal();

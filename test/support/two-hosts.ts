@@ -39,15 +39,19 @@ export class Host {
     return this.#identity;
   }
 
-  /** `HOST:PORT`, as an operator gives it. */
+  /** `HOST:PORT`, as the operator of another host gives it. */
   address(family: 'v4' | 'v6' = 'v4'): string {
-    const { v4, v6, port } = this.place;
+    return this.#at(family, this.place.reachedAt);
+  }
+
+  #at(family: 'v4' | 'v6', port: number): string {
+    const { v4, v6 } = this.place;
     return family === 'v4' ? `${v4}:${port}` : `[${v6}]:${port}`;
   }
 
   startManager(): Promise<Answer> {
-    const { v6 } = this.place;
-    const listen = [this.address(), ...(v6 ? [this.address('v6')] : [])].join(',');
+    const { v6, port } = this.place;
+    const listen = [this.#at('v4', port), ...(v6 ? [this.#at('v6', port)] : [])].join(',');
     return this.installation.startManager({
       nodeArgs: [...this.manager.nodeArgs, ...(this.options.nodeArgs ?? [])],
       env: { VTPM_PEER_LISTEN: listen },

@@ -1,6 +1,7 @@
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { createServer } from 'node:net';
+import { Line } from './line.js';
 import { reapAtExit } from './reap.js';
 
 const LINK = 'vt0';
@@ -10,7 +11,10 @@ export interface Place {
   readonly v4: string;
   /** Undefined where this machine has no IPv6. */
   readonly v6: string | undefined;
+  /** Where its manager listens. */
   readonly port: number;
+  /** Where others reach that. */
+  readonly reachedAt: number;
   /** A program with its arguments that runs another one there. */
   readonly under: readonly string[];
 }
@@ -18,12 +22,13 @@ export interface Place {
 /**
  * Two places with addresses of their own that reach each other: a network namespace each, joined by one link. Nothing of them
  * is in the namespace of the test, and they end with it however it ends. Where namespaces are not permitted, they are
- * two loopback addresses, and the link cannot be cut.
+ * two loopback addresses with a line of this process to each.
  */
 export class TwoNetworks {
   private constructor(
     readonly places: readonly [Place, Place],
     private readonly holders: readonly ChildProcess[],
+    private readonly lines: readonly Line[],
   ) {}
 
   static async create(): Promise<TwoNetworks> {
@@ -36,8 +41,15 @@ export class TwoNetworks {
   }
 
   static async local(): Promise<TwoNetworks> {
-    const places = await Promise.all([loopbackPlace('127.0.0.2'), loopbackPlace('127.0.0.3')]);
-    return new TwoNetworks(places, []);
+    const lines: Line[] = [];
+    const placed = async (v4: string): Promise<Place> => {
+      const place = await loopbackPlace(v4);
+      const line = await Line.to([v4, ...(place.v6 ? [place.v6] : [])], place.port);
+      lines.push(line);
+      return { ...place, reachedAt: line.port };
+    };
+    const places = [await placed('127.0.0.2'), await placed('127.0.0.3')] as const;
+    return new TwoNetworks(places, [], lines);
   }
 
   static #joined(holders: readonly [ChildProcess, ChildProcess]): TwoNetworks {
@@ -49,22 +61,20 @@ export class TwoNetworks {
       const [v4, v6] = [`192.0.2.${index + 1}`, `2001:db8::${index + 1}`];
       for (const device of ['lo', LINK]) runIn(under, 'ip', 'link', 'set', device, 'up');
       runIn(under, 'ip', 'address', 'add', `${v4}/24`, 'dev', LINK);
-      return { v4, v6: addV6(under, v6) ? v6 : undefined, port: 7799, under };
+      return { v4, v6: addV6(under, v6) ? v6 : undefined, port: 7799, reachedAt: 7799, under };
     });
-    return new TwoNetworks(places as [Place, Place], holders);
-  }
-
-  get canCut(): boolean {
-    return this.holders.length > 0;
+    return new TwoNetworks(places as [Place, Place], holders, []);
   }
 
   /** No packet comes through any more, and nobody is told. */
   cut(): void {
-    if (!this.canCut) throw new Error('this link cannot be cut: run the test as root');
-    runIn(this.places[0].under, 'ip', 'link', 'set', LINK, 'down');
+    for (const line of this.lines) line.cut();
+    if (this.holders.length > 0) runIn(this.places[0].under, 'ip', 'link', 'set', LINK, 'down');
   }
 
   heal(): void {
+    for (const line of this.lines) line.heal();
+    if (this.holders.length === 0) return;
     const { under, v6 } = this.places[0];
     runIn(under, 'ip', 'link', 'set', LINK, 'up');
     // The kernel takes it from a link that goes down.
@@ -72,6 +82,7 @@ export class TwoNetworks {
   }
 
   async destroy(): Promise<void> {
+    for (const line of this.lines) line.close();
     for (const holder of this.holders) {
       const gone = once(holder, 'exit');
       holder.kill('SIGKILL');
@@ -113,5 +124,5 @@ export async function loopbackPlace(v4: string): Promise<Place> {
   await once(server, 'listening');
   const { port } = server.address() as { port: number };
   server.close();
-  return { v4, v6: '::1', port, under: [] };
+  return { v4, v6: '::1', port, reachedAt: port, under: [] };
 }
