@@ -78,11 +78,15 @@ export class MigrationCrashRig {
     const stages = fault.before ? [fault.before, fault] : [fault];
     for (const stage of stages) switchOf(stage, source, destination).stopAt(stage.barrier, 'wait');
     let end: string | undefined;
+    let why = '';
     let endedAt = Number.POSITIVE_INFINITY;
     const back: Promise<void>[] = [];
     const migration = migrate(source, destination, NAME)
       .then((lines) => lines.at(-1)?.phase ?? 'nothing')
-      .catch((error: { code?: string }) => error.code ?? 'broken off')
+      .catch(({ code = 'broken off', message }: Error & { code?: string }) => {
+        why = message;
+        return code;
+      })
       .then((said) => {
         end = said;
         endedAt = Date.now();
@@ -93,7 +97,7 @@ export class MigrationCrashRig {
       await until(`${stage.barrier} or the end`, isOver, COMES_THERE_MS);
       // What comes after another failure may end before.
       if (!fault.before)
-        assert.ok(stopped.isReached(stage.barrier), `${sayFault(fault)}: it ended before (${end})`);
+        assert.ok(stopped.isReached(stage.barrier), `${sayFault(fault)}: it ended before (${end}: ${why})`);
       if (stopped.isReached(stage.barrier)) {
         this.reached.set(stage.barrier, (this.reached.get(stage.barrier) ?? 0) + 1);
         for (const victim of stage.victims) await this.#strike(victim, source, destination);
