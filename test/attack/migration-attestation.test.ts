@@ -99,6 +99,26 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
     description: Buffer.from('{}'),
     dryRun: false,
   });
+  /** @param run gives the public key @returns where in memory the secret key is that was made for it meanwhile */
+  const secretKeyOf = async (run: () => Promise<Uint8Array>): Promise<Uint8Array | undefined> => {
+    const made: { readonly bytes: Uint8Array; readonly was: Buffer }[] = [];
+    const { randomFillSync } = crypto;
+    crypto.randomFillSync = ((bytes: Uint8Array) => {
+      randomFillSync(bytes);
+      made.push({ bytes, was: Buffer.from(bytes) });
+      return bytes;
+    }) as typeof randomFillSync;
+    syncBuiltinESMExports();
+    try {
+      const publicKey = await run();
+      return made.find(
+        ({ was }) => was.length === 32 && Buffer.compare(boxKeyPair(was).publicKey, publicKey) === 0,
+      )?.bytes;
+    } finally {
+      crypto.randomFillSync = randomFillSync;
+      syncBuiltinESMExports();
+    }
+  };
   const changed = (host: AttestingHost, change: (peer: Peer) => Partial<Peer>): void => {
     host.peers.list = host.peers.list.map((peer) => ({ ...peer, ...change(peer) }));
   };
@@ -115,6 +135,22 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
     const end = await source.migrateTo(destination.identity.hostKey.publicKey, true);
     assert.equal(end.at, 'checked');
     assert.deepEqual([...source.done, ...destination.done], []);
+  });
+
+  it('that the destination breaks off leaves nothing of the session in memory', async () => {
+    const { exchange } = destination;
+    const key = await secretKeyOf(async () => {
+      let greeting: PeerMessage | undefined;
+      destination.exchange = async (channel) => {
+        greeting = await channel.receive(60_000);
+        channel.close();
+      };
+      const end = await migrate();
+      destination.exchange = exchange;
+      assert.equal(end.at, 'aborted');
+      return decode('MigrationHello', greeting!.payload).sessionKey;
+    });
+    assert.deepEqual(key, new Uint8Array(32));
   });
 
   it('is told that the other end failed, and not how', async () => {
@@ -279,8 +315,6 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
     });
 
     it('that breaks off: nothing of the session stays in memory', async () => {
-      const made: { readonly bytes: Uint8Array; readonly was: Buffer }[] = [];
-      const { randomFillSync } = crypto;
       const answers: Buffer[] = [];
       const challenge = (peer: Peer) => {
         const challenged = honest.challenge(peer);
@@ -289,29 +323,16 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
       };
       destination.attestor = { ...bound(honest), challenge };
       const channel = await source.dial(source.peers.list[0]!);
-      let offered: Uint8Array;
-      crypto.randomFillSync = ((bytes: Uint8Array) => {
-        randomFillSync(bytes);
-        made.push({ bytes, was: Buffer.from(bytes) });
-        return bytes;
-      }) as typeof randomFillSync;
-      syncBuiltinESMExports();
-      try {
+      const key = await secretKeyOf(async () => {
         await channel.send({ type: 'HELLO', payload: encode('MigrationHello', hello()) });
         const { type, payload } = await channel.receive(60_000);
         assert.equal(type, 'OFFER');
-        offered = decode('MigrationOffer', payload).sessionKey;
-      } finally {
-        crypto.randomFillSync = randomFillSync;
-        syncBuiltinESMExports();
-        channel.close();
-      }
+        return decode('MigrationOffer', payload).sessionKey;
+      });
+      channel.close();
       await destination.settled();
       assert.equal(destination.ends[0]?.at, 'ended');
-      const key = made.find(
-        ({ was }) => was.length === 32 && Buffer.compare(boxKeyPair(was).publicKey, offered) === 0,
-      );
-      assert.deepEqual([key?.bytes, answers.length], [new Uint8Array(32), 1]);
+      assert.deepEqual([key, answers.length], [new Uint8Array(32), 1]);
       assert.deepEqual(answers[0], Buffer.alloc(32));
     });
 

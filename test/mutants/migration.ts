@@ -10,6 +10,13 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/migration-arrival', name: 'whoever comes meanwhile' },
   },
   {
+    name: 'I-7 the session key of an order that ends early is wiped',
+    file: 'manager/src/migration/source.ts',
+    guard: 'wipe(this.#session.secretKey, this.#challenge?.answer);',
+    without: 'wipe(this.#challenge?.answer);',
+    test: { file: 'attack/migration-attestation', name: 'leaves nothing of the session in memory' },
+  },
+  {
     name: 'I-7 the session key of a migration that ends early is wiped',
     file: 'manager/src/migration/destination.ts',
     guard: 'wipe(this.#session.secretKey, this.#challenge?.answer);',
@@ -238,9 +245,9 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     name: 'I-5 what was taken back is counted before it is told',
     file: 'manager/src/ownership/rescues.ts',
     guard:
-      "barrier('migrate.take-back.audited');\n        await desk.records.write(vtpmUuid, held, record, 'now');",
+      "barrier('rescue.take-back.audited');\n        await desk.records.write(vtpmUuid, held, record, 'now');",
     without:
-      "barrier('migrate.take-back.audited');\n        await desk.records.write(vtpmUuid, held, record);",
+      "barrier('rescue.take-back.audited');\n        await desk.records.write(vtpmUuid, held, record);",
     test: {
       file: 'manager/rescue',
       name: 'at an epoch and a generation that nobody has had, and the TPM has counted it',

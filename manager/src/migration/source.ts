@@ -1,7 +1,6 @@
 import { randomBytes } from 'node:crypto';
 import { barrier, type Logger } from 'vtpm-common';
 import {
-  type BoxKeyPair,
   boxKeyPair,
   bytesEqual,
   type MigrateCheck,
@@ -69,8 +68,6 @@ export interface SourceParts {
 
 interface Greeted {
   readonly talk: Talk;
-  readonly session: BoxKeyPair;
-  readonly challenge: MadeChallenge | undefined;
   /** Over HELLO. */
   readonly greeted: Buffer;
   readonly offer: MigrationOffer;
@@ -140,6 +137,8 @@ export class SourceMigration {
   readonly begunAt = Date.now();
   since = this.begunAt;
   #state: SourceState = { at: 'connecting' };
+  readonly #session = boxKeyPair();
+  #challenge: MadeChallenge | undefined;
   readonly #began = performance.now();
   #frozenAt: number | undefined;
   #downtimeUs = 0n;
@@ -214,6 +213,7 @@ export class SourceMigration {
 
   async #close(state: SourceEnd): Promise<void> {
     this.#keys?.wipe();
+    wipe(this.#session.secretKey, this.#challenge?.answer);
     this.parts.departures.renounce(uuidToText(this.order.vtpmUuid));
     if (!this.#talk) return;
     if (state.at === 'aborted') await this.#talk.refuse(state.reason);
@@ -263,9 +263,9 @@ export class SourceMigration {
 
   async #greet(talk: Talk): Promise<SourceState> {
     const { attestor } = this.parts;
-    const session = boxKeyPair();
     const challenge = attestor.challenge(talk.peer);
-    await talk.send('HELLO', this.#hello(session, challenge));
+    this.#challenge = challenge;
+    await talk.send('HELLO', this.#hello(challenge));
     const greeted = talk.transcript.digest;
     const { value: offer, accept } = await this.#receive(talk, 'OFFER', LIMITS_MS.attesting);
     checkOffer(offer);
@@ -273,17 +273,17 @@ export class SourceMigration {
     checkLibtpms(this.facts.libtpmsVersion, offer.libtpmsVersion);
     accept();
     this.#check('libtpms', `${this.facts.libtpmsVersion} here, ${offer.libtpmsVersion} there`);
-    return { at: 'attesting', talk, session, challenge, greeted, offer };
+    return { at: 'attesting', talk, greeted, offer };
   }
 
-  #hello(session: BoxKeyPair, challenge: MadeChallenge | undefined): MigrationHello {
+  #hello(challenge: MadeChallenge | undefined): MigrationHello {
     const { order, host } = this.parts;
     return {
       leastVersion: LEAST_VERSION,
       mostVersion: MOST_VERSION,
       migrationId: order.migrationId,
       nonce: randomBytes(32),
-      sessionKey: session.publicKey,
+      sessionKey: this.#session.publicKey,
       source: host.hostId,
       destination: order.destination,
       vtpmUuid: order.vtpmUuid,
@@ -301,12 +301,12 @@ export class SourceMigration {
     };
   }
 
-  async #attest({ talk, session, challenge, greeted, offer }: Greeted): Promise<SourceState> {
+  async #attest({ talk, greeted, offer }: Greeted): Promise<SourceState> {
     const { attestor } = this.parts;
     const { peer } = talk;
     const offered = talk.transcript.digest;
     const { value: evidence, accept } = await this.#receive(talk, 'EVIDENCE', LIMITS_MS.attesting);
-    if (challenge) await attestor.prove(peer, challenge, offer.challengeAnswer);
+    if (this.#challenge) await attestor.prove(peer, this.#challenge, offer.challengeAnswer);
     const facts = attestor.verify(peer, evidence, offered);
     if (!offer.importKey) throw new ManagerError('bad-request', `host ${peer.name} offers no import key`);
     const { point, secret } = attestor.wrap(peer, offer.importKey, greeted, facts);
@@ -322,11 +322,11 @@ export class SourceMigration {
       );
       await talk.send('EVIDENCE', { ...own, challengeAnswer: answer });
       await talk.send('SECRET', { point });
-      shared = sharedSecret(session, offer.sessionKey);
+      shared = sharedSecret(this.#session, offer.sessionKey);
       this.#keys = new StateKeys(secret, shared, talk.transcript.digest);
       return { at: 'preparing', talk, keys: this.#keys, identifier: offer.identifier };
     } finally {
-      wipe(secret, shared, session.secretKey);
+      wipe(secret, shared, this.#session.secretKey);
     }
   }
 

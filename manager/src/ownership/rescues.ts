@@ -107,9 +107,9 @@ export class Rescues {
           throw new ManagerError('unknown-migration', `vTPM ${vtpmUuid} is not on its way any more`);
         }
         await desk.audit(actor, 'migrate-resolve', 'intended', record.header, facts);
-        barrier('migrate.take-back.audited');
+        barrier('rescue.take-back.audited');
         await desk.records.write(vtpmUuid, held, record, 'now');
-        barrier('migrate.take-back.written');
+        barrier('rescue.take-back.written');
         await desk.audit(actor, 'migrate-resolve', 'done', record.header, facts);
         desk.emit('stayed', record.header);
       }),
