@@ -166,7 +166,7 @@ class Model {
     const ack = await host.run(steps, () => worker.save(text));
     if (ack) this.acknowledged = text;
     // What was not acknowledged may be there, or not.
-    else await this.#learn(text);
+    else await this.#learn(host, text);
   }
 
   async expect(from: Host, to: Host, mode: (typeof MODES)[number], steps: number | undefined): Promise<void> {
@@ -187,7 +187,7 @@ class Model {
     const text = 'P-suspended';
     if (from.worker !== journey.worker || !journey.worker.stream) return;
     await from.run(steps, () => journey.suspend());
-    await this.#learn(text);
+    await this.#learn(from, text);
   }
 
   async depart({ from, journey }: Attempt, steps: number | undefined): Promise<void> {
@@ -265,11 +265,11 @@ class Model {
     }
   }
 
-  async #learn(text: string): Promise<void> {
-    for (const host of this.hosts) {
-      const header = await host.header(this.vtpm.id);
-      if (header?.kind === 'LIVE' && (await this.#stateAt(host)) === text) this.acknowledged = text;
-    }
+  /** Where it is on its way its old state is not what counts: the destination may have gone on. */
+  async #learn(host: Host, text: string): Promise<void> {
+    const header = await host.header(this.vtpm.id);
+    if (header?.kind !== 'LIVE' || header.departure) return;
+    if ((await this.#stateAt(host)) === text) this.acknowledged = text;
   }
 
   async #stateAt({ world }: Host): Promise<string | undefined> {

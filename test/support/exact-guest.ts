@@ -54,6 +54,8 @@ export class ExactGuest {
   readonly #counterIndex: NvEntity;
   #counter: bigint;
   #pcr: Buffer;
+  /** The last one that it extended, or was about to. */
+  #digest = Buffer.alloc(32);
   #policyDigest: Buffer;
   #clock = 0n;
   #resets: number | undefined;
@@ -104,7 +106,10 @@ export class ExactGuest {
   async afterPowerCycle(wasInOrder = true): Promise<void> {
     const { key, hmac, policy, pcr } = await makeVolatile(this.#tpm);
     assert.ok(key.publicArea.bytes.equals(this.#key.publicArea.bytes), 'the primary key is another one');
-    assert.equal(pcr.toString('hex'), '00'.repeat(32), 'the PCR after a reset');
+    const fresh = Buffer.alloc(32);
+    // What it was about to extend may have met the new run.
+    if (wasInOrder || !pcr.equals(extended(fresh, this.#digest)))
+      assert.equal(pcr.toString('hex'), fresh.toString('hex'), 'the PCR after a reset');
     this.#key = key;
     this.#hmac = hmac;
     this.#policy = policy;
@@ -161,9 +166,10 @@ export class ExactGuest {
 
   async #extend(): Promise<void> {
     const digest = randomBytes(32);
+    this.#digest = digest;
     const digests = [{ hashAlg: Alg.SHA256, digest }];
     await this.#tpm.run(PCR_Extend, { pcrHandle: withPassword(permanent(PCR)) }, { digests });
-    this.#pcr = createHash('sha256').update(this.#pcr).update(digest).digest();
+    this.#pcr = extended(this.#pcr, digest);
     const [value] = await readPcrs(this.#tpm, parsePcrSelection(`sha256:${PCR}`));
     assert.equal(value?.toString('hex'), this.#pcr.toString('hex'), 'the PCR');
   }
@@ -202,7 +208,7 @@ export class ExactGuest {
   async #policyStep(): Promise<void> {
     const code = Buffer.from('0000016c0000015d', 'hex');
     await this.#tpm.run(PolicyCommandCode, { policySession: this.#policy }, { code: 0x15d });
-    this.#policyDigest = createHash('sha256').update(this.#policyDigest).update(code).digest();
+    this.#policyDigest = extended(this.#policyDigest, code);
     const { policyDigest } = await this.#tpm.run(PolicyGetDigest, { policySession: this.#policy }, {});
     assert.equal(policyDigest.toString('hex'), this.#policyDigest.toString('hex'), 'the policy digest');
   }
@@ -224,6 +230,10 @@ export class ExactGuest {
     );
     return data.readBigUInt64BE();
   }
+}
+
+function extended(value: Uint8Array, bytes: Uint8Array): Buffer {
+  return createHash('sha256').update(value).update(bytes).digest();
 }
 
 interface Volatile {

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { BarrierSwitch } from './barrier-switch.js';
-import { migrate } from './migrate.js';
+import { migrate, type ToldProgress } from './migrate.js';
 import { MovingVtpm } from './moving-vtpm.js';
 import { workersBelow } from './process-tree.js';
 import { type Host, TwoHosts } from './two-hosts.js';
@@ -81,7 +81,7 @@ export class MigrationCrashRig {
     let why = '';
     let endedAt = Number.POSITIVE_INFINITY;
     const back: Promise<void>[] = [];
-    const migration = migrate(source, destination, NAME)
+    const migration = ordered(source, destination)
       .then((lines) => lines.at(-1)?.phase ?? 'nothing')
       .catch(({ code = 'broken off', message }: Error & { code?: string }) => {
         why = message;
@@ -217,6 +217,17 @@ export class MigrationCrashRig {
       error.message = `${what}: ${error.message}`;
       throw error;
     });
+  }
+}
+
+/** As an operator would: whoever is told that something is still being done with it orders again. */
+async function ordered(source: Host, destination: Host): Promise<ToldProgress[]> {
+  for (const limit = Date.now() + COMES_THERE_MS; ; await delay(50)) {
+    try {
+      return await migrate(source, destination, NAME);
+    } catch (error) {
+      if ((error as { code?: string }).code !== 'busy' || Date.now() > limit) throw error;
+    }
   }
 }
 
