@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { closeSync, openSync } from 'node:fs';
+import { closeSync, openSync, readdirSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
 import { isAlive, killAndWait, type ProcessId, processId } from 'vtpm-toolstack/supervisor/processes';
 import {
@@ -25,7 +25,9 @@ async function withoutDescriptors(body: () => void | Promise<void>): Promise<voi
     .split(/\s+/);
   const [hard = '', soft = ''] = [limits.at(-2), limits.at(-3)];
   const held: number[] = [];
-  execFileSync('prlimit', ['--pid', String(process.pid), `--nofile=256:${hard}`]);
+  // Whatever the files before this one have left open in this process.
+  const limit = Math.max(...readdirSync('/proc/self/fd').map(Number)) + 64;
+  execFileSync('prlimit', ['--pid', String(process.pid), `--nofile=${limit}:${hard}`]);
   try {
     for (;;) held.push(openSync('/dev/null', 'r'));
   } catch (error) {
