@@ -290,7 +290,7 @@ class Manager implements Daemon {
     });
     // Not everything that opens it needs the store.
     if (lost.signal.aborted) {
-      await service.close();
+      await service.close().catch(() => undefined);
       throw lost.signal.reason;
     }
     this.#open = service;

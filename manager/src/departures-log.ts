@@ -1,7 +1,6 @@
 import { type Departure, type MigrateMode, uuidToText } from 'vtpm-proto';
 import type { AuditEntry } from './audit/index.js';
-import { movedAway, type VtpmRecord } from './records/index.js';
-import { NO_MIGRATION } from './rescue/record.js';
+import { movedAway, NO_MIGRATION, type VtpmRecord } from './records/index.js';
 
 const MODES: readonly MigrateMode[] = ['OFFLINE', 'LIVE', 'VMM'];
 
@@ -25,8 +24,9 @@ export function noteDeparture(left: Map<string, Leave>, entry: AuditEntry): void
   const leave = leaveOf(entry);
   if (leave) left.set(vtpm, leave);
   const isSame = hex(left.get(vtpm)?.departure.migrationId) === migration;
-  const isTakenBack = action === 'migrate-resolve' && entry.facts?.fenced !== undefined;
-  const hasStayed = (action === 'migrate-abort' || isTakenBack) && isDone && to !== undefined && isSame;
+  // One that was taken back without the word of its destination has not stayed: the notice for that host is lost with the store,
+  // and its word, or another statement, is needed again.
+  const hasStayed = action === 'migrate-abort' && isDone && to !== undefined && isSame;
   // The intention is in the log before anything stops, and may have come to nothing.
   const hasEnded = action === 'migrate-out' && verdict === 'failed' && isSame;
   const hasCome = action === 'migrate-commit' && isDone && from !== undefined;

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createLogger } from 'vtpm-common';
 import { type AuditLog, createAuditLog } from 'vtpm-manager/audit/index';
-import { movedAway } from 'vtpm-manager/records/index';
+import { movedAway, takenBack } from 'vtpm-manager/records/index';
 import { spoilAnchor } from 'vtpm-manager/store/index';
 import { acceptStore } from 'vtpm-manager/store-acceptance';
 import { MemoryStore } from '../support/memory-store.js';
@@ -51,6 +51,20 @@ describe('an old store that is accepted', () => {
   const header = async () => (await a.registry.view(way.id)).header;
   const load = async () =>
     await a.worker(worker.vtpm).load({ expectedEpoch: (await header()).epoch, verbs: ['COLD'] });
+
+  it('I-3 brings nothing to life that was taken back since: the notice for its destination is lost with the store', async () => {
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    const { departure } = await header();
+    const facts = { migration: way.migrationId.toString('hex'), to: 'b', fenced: new Date(0).toISOString() };
+    await a.registry.rescues.takeBack(way.id, { uid: 0 }, facts, (held, count) => {
+      const gone = { host: departure!.destination, lastGeneration: 9n, epoch: 1n << 32n };
+      return takenBack(a.keys, held, gone, count);
+    });
+    await rollBack();
+    await assert.rejects(load(), refused('migrating'));
+  });
 
   it('I-3 brings nothing to life that has moved since, as the audit log says', async () => {
     await way.expect();

@@ -7,6 +7,7 @@ import { createLogger } from 'vtpm-common';
 import { EMPTY_HEAD } from 'vtpm-manager/audit/index';
 import { openEntry, readBackup } from 'vtpm-manager/backup/read';
 import { writeBackup } from 'vtpm-manager/backup/write';
+import { ACCEPTANCE_KEY, acceptanceRecord } from 'vtpm-manager/ownership/acceptance';
 import { RescueControl } from 'vtpm-manager/rescue/control';
 import {
   boxKeyPair,
@@ -314,9 +315,9 @@ describe('a rescue', () => {
       assert.equal((await held()).length, 1);
       await here.control.heard(idOf(dead.world), vtpm.uuid);
       assert.deepEqual(await held(), []);
-      assert.equal((await here.header(vtpm)).rescue, undefined);
+      assert.deepEqual((await here.header(vtpm)).rescues, []);
       await next.save('P4');
-      assert.equal((await here.header(vtpm)).rescue, undefined);
+      assert.deepEqual((await here.header(vtpm)).rescues, []);
     });
 
     it('stays known over saves and a migration until it was heard', async () => {
@@ -330,6 +331,12 @@ describe('a rescue', () => {
       await journey.expect();
       await journey.depart();
       await here.world.registry.departures.commit(vtpm.id, await journey.commit());
+      assert.equal((await held()).length, 1);
+      const back = new Journey(third.world, here.world, next, 'OFFLINE');
+      await back.expect();
+      await back.depart();
+      await third.world.registry.departures.commit(vtpm.id, await back.commit());
+      assert.equal((await here.header(vtpm)).kind, 'LIVE');
       assert.equal((await held()).length, 1);
     });
 
@@ -525,6 +532,53 @@ describe('a vTPM that is taken back from a destination that is gone', () => {
     await takeBack();
     assert.deepEqual(await told(), []);
     assert.deepEqual(gone.verdicts, ['refused']);
+  });
+
+  it('is told to each host that it was taken back from', async () => {
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    await takeBack();
+    const third = await Rescuer.create();
+    await here.world.trust.addPeer(testPeer({ name: 'third', hostId: idOf(third.world) }));
+    await third.know(here);
+    const on = new Journey(here.world, third.world, worker, 'OFFLINE');
+    await on.expect();
+    await on.depart();
+    await on.commit();
+    const away = await pending();
+    const statement = here.fencing(third, worker.vtpm, { lastGeneration: away.generation });
+    await here.control.takeBack({ uid: 0 }, away, statement);
+    assert.equal((await told()).length, 1);
+    assert.equal((await gone.header(worker.vtpm)).kind, 'MOVED');
+    const notices = await here.control.held(idOf(third.world));
+    assert.equal((await third.control.take(idOf(here.world), notices)).length, 1);
+    assert.equal((await third.header(worker.vtpm)).kind, 'MOVED');
+    await here.control.heard(idOf(gone.world), worker.vtpm.uuid);
+    assert.deepEqual(await here.control.held(idOf(gone.world)), []);
+    assert.equal((await here.control.held(idOf(third.world))).length, 1);
+  });
+
+  it('is not said to have gone there to a source with an old disk', async () => {
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    const old = await pending();
+    await takeBack();
+    assert.equal((await told()).length, 1);
+    const { vtpm } = worker;
+    const inquiry = { ...old.departure, vtpmUuid: vtpm.uuid, source: idOf(here.world) };
+    await assert.rejects(gone.world.registry.arrivals.abort(inquiry), refused('in-doubt'));
+    assert.equal(await gone.world.registry.arrivals.decisionOf(way.migrationId), undefined);
+  });
+
+  it('is not heard by a host that may have it in a newer store than the one that was accepted there', async () => {
+    await way.expect();
+    await way.depart();
+    await gone.world.store.write(ACCEPTANCE_KEY, 0, acceptanceRecord(Date.now()));
+    await takeBack();
+    assert.deepEqual(await told(), []);
+    assert.equal((await here.control.held(idOf(gone.world))).length, 1);
   });
 
   it('is on its way no more where its destination has said what it decided: unknown-migration', async () => {

@@ -1791,8 +1791,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a rescue is remembered over restarts',
     file: 'manager/src/ownership/census.ts',
-    guard: 'if (after.rescue) this.#rescued.add(id);',
-    without: 'if (after.rescue && before) this.#rescued.add(id);',
+    guard: 'if (after.rescues.length > 0) this.#rescued.add(id);',
+    without: 'if (after.rescues.length > 0 && before) this.#rescued.add(id);',
     test: { file: 'manager/rescue', name: 'is said also after a crash' },
   },
   {

@@ -14,6 +14,7 @@ import {
   type ArrivalNames,
   arrive,
   checkTravelling,
+  NO_MIGRATION,
   settled,
   type TravellingState,
   type VtpmRecord,
@@ -314,12 +315,14 @@ export class Arrivals {
   #commitIn({ header }: VtpmRecord, migrationId: Uint8Array): InquiryFacts | undefined {
     const { vtpmUuid, unsettled, lineage } = header;
     const arrival = unsettled.find((other) => bytesEqual(other.migrationId, migrationId));
-    if (arrival) return { ...arrival, vtpmUuid };
+    // A host that took it back and asks about the way here has an old disk: to hear COMMIT would end what it has.
+    if (arrival) return isGivenUpTo(header, arrival.source) ? undefined : { ...arrival, vtpmUuid };
     const at = lineage.findIndex((stay) => bytesEqual(stay.migrationId, migrationId));
     const stay = lineage[at];
     // Where it went from there: only that host has decided.
     const next = lineage[at + 1]?.host ?? this.desk.keys.hostKey.publicKey;
     if (!stay || !bytesEqual(next, this.desk.keys.hostKey.publicKey)) return undefined;
+    if (isGivenUpTo(header, stay.host)) return undefined;
     return {
       migrationId,
       source: stay.host,
@@ -389,6 +392,16 @@ function checkIsExpected({ vtpmUuid, header: announced, hello }: Place, { header
 }
 
 /** An ABORT for what was committed and forgotten would bring a second copy to life. */
+/** It was ended here because that host has it, without a migration to there. */
+function isGivenUpTo({ kind, departure }: RecordHeader, host: Uint8Array): boolean {
+  return (
+    kind === 'MOVED' &&
+    departure !== undefined &&
+    bytesEqual(departure.migrationId, NO_MIGRATION) &&
+    bytesEqual(departure.destination, host)
+  );
+}
+
 function checkNotSince(vtpmUuid: string, held: RecordHeader | undefined, { epoch }: InquiryFacts): void {
   if (!held || held.epoch <= epoch) return;
   throw new ManagerError(

@@ -75,7 +75,7 @@ export class Census {
     }
     if (isDeparting(after)) this.#departing.add(id);
     else this.#departing.delete(id);
-    if (after.rescue) this.#rescued.add(id);
+    if (after.rescues.length > 0) this.#rescued.add(id);
     else this.#rescued.delete(id);
   }
 }

@@ -3,10 +3,14 @@ import { bytesEqual, type RecordHeader, type SignedRescue, uuidToText } from 'vt
 import type { AuditActor } from '../audit/index.js';
 import { ManagerError } from '../error.js';
 import { isDeparting, type VtpmRecord } from '../records/index.js';
+import { acceptedAt } from './acceptance.js';
 import type { Desk } from './desk.js';
 
-/** `in-doubt`: a migration of it is; `elsewhere`: it went to a third host, which may run it as the rescuer does. */
-export type GivenUp = 'over' | 'in-doubt' | 'elsewhere';
+/**
+ * `in-doubt`: a migration of it is; `elsewhere`: it went to a third host, which may run it as the rescuer does; `unknown`: an old
+ * store was accepted here, and it may be in the newest.
+ */
+export type GivenUp = 'over' | 'in-doubt' | 'elsewhere' | 'unknown';
 
 /** Who has a vTPM that lived here, and since when. */
 export interface GoneTo {
@@ -25,17 +29,21 @@ export class Rescues {
   /** Notices that other hosts have not heard yet. */
   async held(): Promise<SignedRescue[]> {
     const records = await Promise.all(this.desk.census.rescued.map((id) => this.desk.known(id)));
-    return records.flatMap(({ record }) => (record.header.rescue ? [record.header.rescue] : []));
+    return records.flatMap(({ record }) => record.header.rescues);
   }
 
-  /** The host that was dead has heard it. Durable. */
-  async heard(vtpmUuid: string): Promise<void> {
+  /** A host that was dead has heard it. Durable. @param isOf whether a notice is for that host */
+  async heard(vtpmUuid: string, isOf: (notice: SignedRescue) => boolean): Promise<void> {
     this.desk.checkOpen();
+    const withoutNotice = ({ header, parts }: VtpmRecord): VtpmRecord => ({
+      header: { ...header, rescues: header.rescues.filter((notice) => !isOf(notice)) },
+      parts,
+    });
     await this.desk.visit(vtpmUuid, (slot) =>
       slot.inOrder(async () => {
         if (slot.live?.isOver === false) return await slot.live.rewrite(withoutNotice);
         const held = await this.desk.records.read(vtpmUuid);
-        if (held?.record.header.rescue) {
+        if (held?.record.header.rescues.some(isOf)) {
           await this.desk.records.write(vtpmUuid, held, withoutNotice(held.record));
         }
       }),
@@ -64,6 +72,7 @@ export class Rescues {
           await this.#noteElsewhere(held.record.header, facts);
           return 'elsewhere';
         }
+        if (!held && (await acceptedAt(desk.store))) return 'unknown';
         if (held?.record.header.kind !== 'LIVE') return 'over';
         if (isDeparting(held.record.header)) return 'in-doubt';
         const now = Date.now();
@@ -154,8 +163,4 @@ export function cameFrom({ unsettled }: RecordHeader, { destination, sentBy }: G
   return unsettled.some(
     ({ migrationId, source }) => bytesEqual(migrationId, sentBy) && bytesEqual(source, destination),
   );
-}
-
-function withoutNotice({ header: { rescue: _rescue, ...header }, parts }: VtpmRecord): VtpmRecord {
-  return { header, parts };
 }

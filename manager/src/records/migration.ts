@@ -28,6 +28,8 @@ const REFERENCE_KEY_BYTES = 32;
 const DIGEST_BYTES = 32;
 /** Of a boot that never was: nobody has loaded it here. */
 const NONE = Buffer.alloc(UUID_BYTES);
+/** Of no migration: a host had it that did not send it. */
+export const NO_MIGRATION = Buffer.alloc(UUID_BYTES);
 /** Of an audit log that nobody could ask. */
 export const NO_HEAD = Buffer.alloc(DIGEST_BYTES);
 
@@ -89,20 +91,20 @@ export function takenBack(
   const { departure, ...held } = record.header;
   if (!departure) throw new ManagerError('internal', 'a vTPM that has not left is not taken back');
   const newest = lastGeneration > held.generation ? lastGeneration : held.generation;
-  const stay: Stay = {
-    host,
-    lastEpoch: departure.epoch,
-    lastGeneration,
-    auditHead: NO_HEAD,
-    auditLength: 0n,
+  const unread = { auditHead: NO_HEAD, auditLength: 0n, lastEpoch: departure.epoch };
+  const here: Stay = {
+    ...unread,
+    host: keys.hostKey.publicKey,
+    lastGeneration: departure.generation,
     migrationId: departure.migrationId,
   };
+  const there: Stay = { ...unread, host, lastGeneration, migrationId: NO_MIGRATION };
   const header: RecordHeader = {
     ...held,
     epoch,
     generation: acceptedGeneration(held.generation, newest, count),
     marks: withMark(held.marks, 'rescued'),
-    lineage: withStay(held.lineage, stay),
+    lineage: withStay(withStay(held.lineage, here), there),
   };
   const dataKey = openDataKey(keys, header);
   try {
@@ -226,6 +228,8 @@ export function arrive(
       // A source that sends it has it: what it once asked of an earlier time is answered.
       unsettled: [...(held?.unsettled ?? []).filter((other) => !bytesEqual(other.source, source)), arrival],
       lineage: came.lineage,
+      // Hosts that were dead when it was here may be so still.
+      rescues: held?.rescues ?? [],
     };
     const seal = (kind: 'PERMANENT' | 'VOLATILE' | 'REFERENCE_KEY', plain: Uint8Array): SealedPart =>
       sealPart(dataKey, contextOf(header, kind), plain);

@@ -20,7 +20,7 @@ export type CopyFacts = Pick<
   Partial<Pick<RecordHeader, 'departure' | 'unsettled' | 'lineage'>>;
 
 /** What there was in its place, and what others are to hear of it still. */
-type Held = Pick<RecordHeader, 'generation' | 'epoch' | 'marks' | 'unsettled' | 'lineage' | 'rescue'>;
+type Held = Pick<RecordHeader, 'generation' | 'epoch' | 'marks' | 'unsettled' | 'lineage' | 'rescues'>;
 
 const EMPTY = new Uint8Array(0);
 /** Of a VM run and a boot that never were: a restored vTPM is powered on. */
@@ -84,7 +84,7 @@ function headerOf(keys: KeyHierarchy, copy: CopyFacts, held: Held | undefined): 
     ...(departure && !held && { departure }),
     unsettled: held?.unsettled ?? unsettled,
     lineage: held?.lineage ?? lineage,
-    ...(held?.rescue && { rescue: held.rescue }),
+    rescues: held?.rescues ?? [],
   };
 }
 

@@ -61,6 +61,7 @@ export function newRecord(
     createdAt: now,
     unsettled: [],
     lineage: [],
+    rescues: [],
   };
   const checkpointKey = newCheckpointKey(dataKey, header);
   wipe(dataKey);

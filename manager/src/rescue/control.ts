@@ -15,12 +15,12 @@ import type { KeyHierarchy } from '../keys/index.js';
 import type { PendingDeparture } from '../ownership/departure.js';
 import type { VtpmRegistry } from '../ownership/registry.js';
 import { cameFrom, type GoneTo } from '../ownership/rescues.js';
-import { movedAway, type VtpmRecord } from '../records/index.js';
+import { movedAway, NO_MIGRATION, type VtpmRecord } from '../records/index.js';
 import { checkRight, unknownPeer } from '../trust/peers.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import type { RescueBook, TakesBack } from './exchange.js';
 import { parseNotice, verifiedNotice } from './notice.js';
-import { checkPlace, NO_MIGRATION, rescuedRecord } from './record.js';
+import { checkPlace, rescuedRecord } from './record.js';
 import { type CheckedRescue, checkRescue } from './request.js';
 import { checkDestinationFenced, takeBack } from './take-back.js';
 
@@ -124,10 +124,11 @@ export class RescueControl implements RescueBook, TakesBack {
   }
 
   async heard(hostId: Uint8Array, vtpmUuid: Uint8Array): Promise<void> {
+    const isOf = (rescue: SignedRescue): boolean => bytesEqual(parseNotice(rescue).source, hostId);
     const isTheirs = (await this.held(hostId)).some((rescue) =>
       bytesEqual(parseNotice(rescue).vtpmUuid, vtpmUuid),
     );
-    if (isTheirs) await this.parts.registry.rescues.heard(uuidToText(vtpmUuid));
+    if (isTheirs) await this.parts.registry.rescues.heard(uuidToText(vtpmUuid), isOf);
   }
 
   async take(hostId: Uint8Array, rescues: readonly SignedRescue[]): Promise<Uint8Array[]> {
@@ -191,6 +192,13 @@ export class RescueControl implements RescueBook, TakesBack {
       log.warn(
         { vtpm: id, by },
         'this vTPM was rescued by another host, and is on its way to a third one; settle that first: vtpmctl migrate resolve',
+      );
+    }
+    if (end === 'unknown') {
+      log.warn(
+        { vtpm: id, by },
+        'this vTPM was rescued by another host; it is not in the store here, but that is an old one which was accepted: should the ' +
+          'newest come back, that host says so again',
       );
     }
     if (end === 'elsewhere') {

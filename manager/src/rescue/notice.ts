@@ -74,6 +74,12 @@ export function takesBack(signed: SignedRescue, migrationId: Uint8Array): boolea
   return departure !== undefined && bytesEqual(departure.migrationId, migrationId);
 }
 
+/** Of one host there is one: it had the vTPM anew since, which ended what was before. */
+export function withNotice(known: readonly SignedRescue[], added: SignedRescue): SignedRescue[] {
+  const { source } = parseNotice(added);
+  return [...known.filter((other) => !bytesEqual(parseNotice(other).source, source)), added];
+}
+
 function backupOf(notice: RescueNotice, backupKey: Uint8Array): BackupFacts {
   try {
     const { facts, factsSignature: signature } = notice;

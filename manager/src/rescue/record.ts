@@ -1,12 +1,16 @@
 import { bytesEqual, type Peer, type RecordHeader, type Stay } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { KeyHierarchy } from '../keys/index.js';
-import { isDeparting, NO_HEAD, restoredRecord, type VtpmRecord, withStay } from '../records/index.js';
-import { epochAfter, signNotice } from './notice.js';
+import {
+  isDeparting,
+  NO_HEAD,
+  NO_MIGRATION,
+  restoredRecord,
+  type VtpmRecord,
+  withStay,
+} from '../records/index.js';
+import { epochAfter, signNotice, withNotice } from './notice.js';
 import type { CheckedRescue } from './request.js';
-
-/** Of no migration. */
-export const NO_MIGRATION = Buffer.alloc(16);
 
 /**
  * The record of a vTPM that goes on from the backup of a host that is dead: marked, owned by nobody, to be powered on, at a
@@ -29,6 +33,7 @@ export function rescuedRecord(
     marks: held?.marks ?? [],
     unsettled: held?.unsettled ?? [],
     lineage: [],
+    rescues: [],
   };
   const { header, parts } = restoredRecord(keys, facts, permanent, before, count, 'rescued');
   const stay: Stay = {
@@ -50,7 +55,8 @@ export function rescuedRecord(
     facts: restore.facts,
     factsSignature: restore.signature,
   });
-  return { header: { ...header, lineage: withStay(held?.lineage ?? facts.lineage, stay), rescue }, parts };
+  const lineage = withStay(held?.lineage ?? facts.lineage, stay);
+  return { header: { ...header, lineage, rescues: withNotice(held?.rescues ?? [], rescue) }, parts };
 }
 
 /**

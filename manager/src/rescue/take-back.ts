@@ -15,7 +15,7 @@ import type { VtpmRegistry } from '../ownership/registry.js';
 import { takenBack, type VtpmRecord } from '../records/index.js';
 import type { TrustStore } from '../trust/trust-configuration.js';
 import { checkFencing, checkStatementFits, notFenced } from './fencing.js';
-import { epochAfter, signNotice } from './notice.js';
+import { epochAfter, signNotice, withNotice } from './notice.js';
 
 export interface TakeBackParts {
   readonly keys: KeyHierarchy;
@@ -99,7 +99,7 @@ export async function takeBack(
       factsSignature: NOTHING,
       departure: { migrationId, vtpmUuid, epoch, generation },
     });
-    return { header: { ...header, rescue }, parts };
+    return { header: { ...header, rescues: withNotice(header.rescues, rescue) }, parts };
   });
   log.warn(
     { vtpm: id, to: peer.name, method: statement.method },
