@@ -1,5 +1,6 @@
-// Makes one file of each program and all that it imports, in the dist/program of its package: most of what a short command
-// took was to find and read hundreds of modules.
+// Makes one file of each program that is started often and all that it imports, in the dist/program of its package: most of
+// what a short command took was to find and read hundreds of modules. The others (the swtpm drop-in, vtpm-frontend, the
+// manager's store process) run from the modules, so a package needs both.
 import { readFileSync } from 'node:fs';
 import { relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -28,9 +29,11 @@ const places = {
   setup({ onLoad }) {
     onLoad({ filter: /\/dist\/.*\.js$/ }, ({ path }) => {
       const [, folder, module] = /^([^/]+)\/dist\/(.*)\.js$/.exec(relative(root, path)) ?? [];
-      if (!(folder in NAMES)) return undefined;
+      if (folder === undefined) return undefined;
       const contents = readFileSync(path, 'utf8');
-      if (!contents.includes('import.meta.url')) return undefined;
+      if (!contents.includes('import.meta.')) return undefined;
+      if (!(folder in NAMES) || /import\.meta\.(dirname|filename)/.test(contents))
+        throw new Error(`${path} asks where it is in a way that a bundle does not answer`);
       const own = `import.meta.resolve('${NAMES[folder]}/${module}')`;
       return { contents: contents.replaceAll('import.meta.url', own), resolveDir: resolve(path, '..') };
     });

@@ -148,9 +148,12 @@ export class Installation {
     return join(this.paths.supervisor.doors, name, `${kind}.sock`);
   }
 
+  /** Of the one that is there, or of the next where one follows the other just now. */
   async workerPid(name: string): Promise<number> {
-    const { body } = await this.supervisord('GET', `/vtpms/${name}`);
-    return (body.worker as { pid: number }).pid;
+    return await until(`a worker of ${name}`, async () => {
+      const { body } = await this.supervisord('GET', `/vtpms/${name}`);
+      return (body.worker as { pid: number } | null | undefined)?.pid;
+    });
   }
 
   async killManager(): Promise<void> {

@@ -51,11 +51,9 @@ export class EventDoorkeeper implements Doorkeeper {
     this.#question(id).accept();
   }
 
-  /** @param why of the toolstack, for the source @throws ManagerError `unknown-migration` */
-  refuse(id: string, why: string): void {
-    this.#question(id).refuse(
-      new ManagerError('migration-refused', `the toolstack of the destination does not take it: ${why}`),
-    );
+  /** @param reason for the source @throws ManagerError `unknown-migration` */
+  refuse(id: string, reason: ManagerError): void {
+    this.#question(id).refuse(reason);
   }
 
   #question(id: string): Question {

@@ -68,9 +68,18 @@ export class Incoming {
     this.#doorkeeper.accept(migration);
   }
 
-  /** @throws ManagerError `unknown-migration` */
+  /**
+   * The toolstack does not take it, or not any more.
+   * @param why for the source @throws ManagerError `unknown-migration`
+   */
   refuse(migration: string, why: string): void {
-    this.#doorkeeper.refuse(migration, why);
+    const reason = new ManagerError(
+      'migration-refused',
+      `the toolstack of the destination does not take it: ${why}`,
+    );
+    const arriving = this.#arriving.get(migration);
+    if (!arriving || this.#doorkeeper.isAsked(migration)) this.#doorkeeper.refuse(migration, reason);
+    else arriving.session.end(reason);
   }
 
   /** @returns false where no such vTPM is to come */

@@ -104,11 +104,6 @@ export class AdminClient {
     await this.#call('POST', `/migrations/${id}/refuse`, { code, message: message.slice(0, MAX_MESSAGE) });
   }
 
-  /** @throws as `acceptMigration` */
-  async cancelMigration(id: string): Promise<void> {
-    await this.#call('POST', `/migrations/${id}/cancel`, {});
-  }
-
   /** Asks the destination what it decided, now. @throws as `acceptMigration` */
   async resolveMigration(id: string): Promise<void> {
     await this.#call('POST', `/migrations/${id}/resolve`, {});

@@ -116,11 +116,11 @@ const DEFAULTS: Partial<Entry> = {
 };
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$/;
-/** A file name in any directory, never `.` or `..`, and never taken for an option. */
 export function isUuid(text: string): boolean {
   return UUID.test(text);
 }
 
+/** A file name in any directory, never `.` or `..`, and never taken for an option. */
 const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
 const BASE64 = /^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/;
 const BOOT = /^[0-9a-f]{32}$/;

@@ -19,8 +19,15 @@ export function checkedNewEntry(
   const given = parseNewEntry(body);
   office.checkDelegation(given);
   checkAccess(given, paths);
+  checkNewName(given.name);
   checkFirstStart(given, { paths, settings });
   return newEntry(given);
+}
+
+/** @throws ToolstackError `bad-request` */
+export function checkNewName(name: string): void {
+  if (isUuid(name))
+    throw new ToolstackError('bad-request', `${name} is an id and no name; give the vTPM a name`);
 }
 
 /**
@@ -31,9 +38,6 @@ export function checkFirstStart(
   given: Pick<NewEntry, 'name' | 'doors' | 'isolation'>,
   { paths, settings }: Pick<VtpmContext, 'paths' | 'settings'>,
 ): void {
-  if (isUuid(given.name)) {
-    throw new ToolstackError('bad-request', `${given.name} is an id and no name; give the vTPM a name`);
-  }
   try {
     for (const path of doorFiles(join(paths.supervisor.doors, given.name))) checkSocketPath(path);
   } catch (error) {

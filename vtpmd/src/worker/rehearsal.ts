@@ -75,6 +75,8 @@ async function play<T>(
         tpm.session.close();
         return result;
       } finally {
+        // What it would still ask of its TPM is nothing to the next part of the rehearsal.
+        tpm.queue.kill();
         tpm.engine.terminate();
       }
     };

@@ -55,16 +55,13 @@ export async function takeIn(parts: ArrivalParts, incoming: Incoming): Promise<A
   }
 }
 
-/** Whichever of the two the manager still listens to. Where it does not, it has decided. */
+/** Where the manager does not listen any more, it has decided. */
 async function giveUp(
-  admin: Pick<VtpmContext['admin'], 'refuseMigration' | 'cancelMigration'>,
+  admin: Pick<VtpmContext['admin'], 'refuseMigration'>,
   migration: string,
   reason: ToolstackError,
 ): Promise<void> {
-  await admin
-    .refuseMigration(migration, reason)
-    .catch(() => admin.cancelMigration(migration))
-    .catch(() => undefined);
+  await admin.refuseMigration(migration, reason).catch(() => undefined);
 }
 
 /**

@@ -3,7 +3,7 @@ import { ToolstackError } from '../../error.js';
 import type { AdminClient, Incoming } from '../admin-client.js';
 import { createArriving } from '../dropin/creation.js';
 import { Creations } from '../dropin/creations.js';
-import { checkFirstStart } from '../new-vtpm.js';
+import { checkFirstStart, checkNewName } from '../new-vtpm.js';
 import type { Vtpm } from '../vtpm.js';
 import { asKnown, type Description, readDescription } from './description.js';
 import { checkProtection } from './protection.js';
@@ -153,6 +153,7 @@ export class MigrationDesk {
         `another vTPM is called ${name} here; before it can come from ${from.name} one of the two needs another name`,
       );
     }
+    if (!known) checkNewName(name);
     known?.checkDoors(description.doors);
     const asItRuns = known ? asKnown(description, known.entry) : description;
     checkProtection(asItRuns, settings, known?.entry);
