@@ -22,10 +22,14 @@ const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' }
  */
 export class ModelNet {
   readonly #hosts = new Map<string, ModelHost>();
-  /** Of the messages to come, the next one first; then everything is delivered. */
+  /** Of the messages to come, the next one first. */
   fates: Fate[] = [];
+  /** Of those that come after these. */
+  further: Fate = 'deliver';
   /** No line comes about. */
   isDown = false;
+  /** Hosts that have dialled, and no line came about. */
+  readonly inVain = new Set<string>();
   sent = 0;
 
   join(host: ModelHost): void {
@@ -34,7 +38,10 @@ export class ModelNet {
 
   dial(from: ModelHost, to: string): PeerChannel {
     const other = this.#hosts.get(to);
-    if (this.isDown || !other?.isUp) throw new ManagerError('peer-unreachable', `${to} does not answer`);
+    if (this.isDown || !other?.isUp) {
+      this.inVain.add(from.name);
+      throw new ManagerError('peer-unreachable', `${to} does not answer`);
+    }
     const binding = randomBytes(32);
     const ends: [StreamChannel | undefined, StreamChannel | undefined] = [undefined, undefined];
     const cut = (): void => {
@@ -48,7 +55,7 @@ export class ModelNet {
       return {
         write: (bytes, done) => {
           this.sent += 1;
-          const fate = this.fates.shift() ?? 'deliver';
+          const fate = this.fates.shift() ?? this.further;
           done();
           if (fate === 'cut-before' || fate === 'lose') return void setImmediate(cut);
           if (fate === 'swap' && !kept) {
