@@ -59,6 +59,34 @@ class TwoHosts {
     return await from.control.migrate(order, orderer, new AbortController());
   }
 
+  /** `b` has committed it, and none of its messages gets through. */
+  async doubtful() {
+    const { a, b, net } = this;
+    const vtpm = await this.stopped(a, 'saved');
+    // The eighth message is DECISION.
+    net.fates = Array<Fate>(7).fill('deliver');
+    net.further = 'cut-before';
+    const moving = this.move(a, b, vtpm);
+    await until('it is committed', () => b.world.registry.arrivals.unsettled().length === 1);
+    const [doubt] = await a.world.registry.departures.pending();
+    assert.ok(doubt);
+    const { migrationId } = doubt.departure;
+    const { key } = a.world.toolstack;
+    const fencing = signFencing(key, {
+      format: 1,
+      toolstackKey: key.publicKey,
+      vtpmUuid: vtpm.uuid,
+      host: b.world.keys.hostKey.publicKey,
+      lastGeneration: 2n,
+      method: 'its power was cut',
+      at: BigInt(Date.now()),
+    });
+    const migration = Buffer.from(migrationId).toString('hex');
+    /** On the word that `b` is gone for good. */
+    const resolve = () => a.control.resolve(migration, 'manager', fencing);
+    return { vtpm, migrationId, moving, resolve };
+  }
+
   /** The manager of a host ends without a word and starts again from its disk. */
   async restart(host: ModelHost): Promise<void> {
     host.isUp = false;
@@ -200,27 +228,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
   it('I-3 leave it to the source where the destination is said to be gone, and is; it forgets nothing before it has heard that', async () => {
     const hosts = await TwoHosts.create();
     const { a, b, net } = hosts;
-    const vtpm = await hosts.stopped(a, 'saved');
-    // The eighth message is DECISION.
-    net.fates = Array<Fate>(7).fill('deliver');
-    net.further = 'cut-before';
-    const moving = hosts.move(a, b, vtpm);
-    await until('it is committed', () => b.world.registry.arrivals.unsettled().length === 1);
-    const [doubt] = await a.world.registry.departures.pending();
-    assert.ok(doubt);
-    const { migrationId } = doubt.departure;
-    const migration = Buffer.from(migrationId).toString('hex');
-    const { key } = a.world.toolstack;
-    const fencing = signFencing(key, {
-      format: 1,
-      toolstackKey: key.publicKey,
-      vtpmUuid: vtpm.uuid,
-      host: b.world.keys.hostKey.publicKey,
-      lastGeneration: 2n,
-      method: 'its power was cut',
-      at: BigInt(Date.now()),
-    });
-    const resolve = () => a.control.resolve(migration, 'manager', fencing);
+    const { vtpm, migrationId, moving, resolve } = await hosts.doubtful();
     await assert.rejects(a.control.checkNotNeeded(a.peer('b')), refused('in-doubt'));
     // It takes the line, whatever becomes of that.
     await assert.rejects(resolve(), refused('not-fenced'));
@@ -250,6 +258,41 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     await a.control.close();
     await b.control.close();
   });
+
+  /** Its own next inquiry may come before the one that is ordered: what is said of it differs, and never that it is gone. */
+  const stops: [string, (hosts: TwoHosts, stop: () => Promise<void>) => Promise<void>][] = [
+    ['has asked nobody', (_, stop) => stop()],
+    [
+      'finds no line',
+      async ({ net }, stop) => {
+        net.isDown = true;
+        await until('the next inquiry has no line', () => net.inVain.has('a'));
+        net.onDial = (from) => void (from === 'a' && stop());
+      },
+    ],
+    [
+      'waits for the answer',
+      async ({ net }, stop) => {
+        net.further = 'deliver';
+        net.onMessage = (from) => void (from === 'a' && stop());
+      },
+    ],
+  ];
+  for (const [when, prepare] of stops) {
+    it(`I-3 do not leave it to a source that is stopped when it ${when}, whatever is said of the destination`, async () => {
+      const hosts = await TwoHosts.create();
+      const { a, b } = hosts;
+      const { moving, resolve } = await hosts.doubtful();
+      await prepare(hosts, () => a.control.close());
+      await assert.rejects(resolve(), (error: { code: string }) =>
+        ['in-doubt', 'shutting-down', 'not-fenced'].includes(error.code),
+      );
+      assert.equal((await moving).at, 'in-doubt');
+      assert.equal((await a.world.registry.departures.pending()).length, 1);
+      await a.control.close();
+      await b.control.close();
+    });
+  }
 
   it('forget a migration when both have acted on it, also where nobody heard of the tombstone', async () => {
     const hosts = await TwoHosts.create();

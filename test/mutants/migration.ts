@@ -210,8 +210,8 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a destination that takes the line is not gone',
     file: 'manager/src/migration/outgoing.ts',
-    guard: 'if (this.#resolver.isThere(pending)) throw',
-    without: 'if (!pending) throw',
+    guard: "if (code === 'peer-unreachable') return undefined;",
+    without: 'if (code !== undefined) return undefined;',
     test: {
       file: 'manager/migration-faults',
       name: 'leave it to the source where the destination is said to be gone',
@@ -251,6 +251,13 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     guard: "action === 'migrate-abort' && isDone && to !== undefined && isSame",
     without: "(action === 'migrate-abort' || action === 'migrate-resolve') && isDone && isSame",
     test: { file: 'manager/departures-log', name: 'I-3 brings nothing to life that was taken back since' },
+  },
+  {
+    name: 'I-3 a manager that ends takes nothing back',
+    file: 'manager/src/migration/outgoing.ts',
+    guard: 'this.work.checkOpen();\n      if (fencing) await',
+    without: 'if (fencing) await',
+    test: { file: 'manager/migration-faults', name: 'do not leave it to a source that is stopped when it' },
   },
   {
     name: 'I-3 nothing is settled of what was taken back before that is heard',

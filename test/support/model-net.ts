@@ -31,6 +31,10 @@ export class ModelNet {
   /** Hosts that have dialled, and no line came about. */
   readonly inVain = new Set<string>();
   sent = 0;
+  /** Called before a line comes about or does not, with who dials. */
+  onDial: (from: string) => void = () => undefined;
+  /** Called when a message is on its way, with who sends it. */
+  onMessage: (from: string) => void = () => undefined;
 
   join(host: ModelHost): void {
     this.#hosts.set(host.name, host);
@@ -38,6 +42,7 @@ export class ModelNet {
 
   dial(from: ModelHost, to: string): PeerChannel {
     const other = this.#hosts.get(to);
+    this.onDial(from.name);
     if (this.isDown || !other?.isUp) {
       this.inVain.add(from.name);
       throw new ManagerError('peer-unreachable', `${to} does not answer`);
@@ -47,16 +52,17 @@ export class ModelNet {
     const cut = (): void => {
       for (const end of ends) end?.over(closedBy('the line was cut'));
     };
-    const carrier = (to: 0 | 1): Carrier => {
+    const carrier = (toEnd: 0 | 1): Carrier => {
       let kept: Buffer | undefined;
       const deliver = (bytes: Buffer): void => {
-        setImmediate(() => ends[to]?.take(bytes));
+        setImmediate(() => ends[toEnd]?.take(bytes));
       };
       return {
         write: (bytes, done) => {
           this.sent += 1;
           const fate = this.fates.shift() ?? this.further;
           done();
+          this.onMessage(toEnd === 1 ? from.name : other.name);
           if (fate === 'cut-before' || fate === 'lose') return void setImmediate(cut);
           if (fate === 'swap' && !kept) {
             // The next one overtakes it; where there is none it is late.
@@ -75,7 +81,7 @@ export class ModelNet {
         },
         hold: () => undefined,
         end: () => {
-          setImmediate(() => ends[to]?.over(closedBy('the other host has ended it')));
+          setImmediate(() => ends[toEnd]?.over(closedBy('the other host has ended it')));
         },
       };
     };

@@ -1,7 +1,7 @@
 import { type SignedFencing, type SignedMigrateOrder, uuidToText, type Verdict } from 'vtpm-proto';
 import { statusOf } from '../admin/http.js';
 import type { AuditActor } from '../audit/index.js';
-import { ManagerError } from '../error.js';
+import { ManagerError, type ManagerErrorCode } from '../error.js';
 import type { DepartureFacts, PendingDeparture } from '../ownership/departure.js';
 import { notFenced } from '../rescue/fencing.js';
 import type { History } from './history.js';
@@ -31,6 +31,9 @@ interface Leaving {
   readonly session: SourceMigration;
   readonly cancel: AbortController;
 }
+
+/** Why a destination was not asked, which says nothing of it. */
+const NOT_ASKED: ReadonlySet<ManagerErrorCode> = new Set(['shutting-down', 'unknown-peer', 'internal']);
 
 /** The migrations of which this host is the source: orders, and what is in doubt. */
 export class Outgoing {
@@ -129,6 +132,7 @@ export class Outgoing {
         await this.history.audit({ ...about, verdict: 'done', facts: { migration, decision: verdict } });
         return { verdict, takenBack: false };
       }
+      this.work.checkOpen();
       if (fencing) await this.work.of(this.#takeBack(pending, actor, fencing));
       return { verdict: 'ABORT', takenBack: true };
     } catch (error) {
@@ -188,9 +192,12 @@ export class Outgoing {
       return await this.#resolver.askNow(pending);
     } catch (error) {
       if (!isFenced) throw error;
-      const { message } = ManagerError.from(error);
-      if (this.#resolver.isThere(pending)) throw notFenced(`the destination is there: ${message}`);
-      return undefined;
+      const { message, cause } = ManagerError.from(error);
+      const code = cause instanceof ManagerError ? cause.code : undefined;
+      // Only what dials says so, of this very attempt: whatever else went wrong is no sign that nobody is there.
+      if (code === 'peer-unreachable') return undefined;
+      if (code === undefined || NOT_ASKED.has(code)) throw error;
+      throw notFenced(`the destination is there: ${message}`);
     }
   }
 

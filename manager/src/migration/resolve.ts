@@ -24,8 +24,6 @@ interface Doubt {
   /** Ends the pause before the next inquiry. */
   wake: AbortController;
   attempts: number;
-  /** In the last attempt there was a line to the destination. */
-  isThere: boolean;
   reason: ManagerError | undefined;
   /** Of the inquiry under way, or the next one. */
   next: Promise<Verdict>;
@@ -61,17 +59,12 @@ export class Resolver {
 
   /**
    * Asks now, once.
-   * @throws ManagerError `in-doubt` where the destination does not say
+   * @throws ManagerError `in-doubt` where the destination does not say; its cause is why
    */
   async askNow(pending: PendingDeparture): Promise<Verdict> {
     const doubt = this.#doubt(pending);
     doubt.wake.abort();
     return await doubt.next;
-  }
-
-  /** Whether its destination took the line when it was last asked, whatever it said then. */
-  isThere({ departure }: PendingDeparture): boolean {
-    return this.#doubts.get(nameOf(departure.migrationId))?.isThere === true;
   }
 
   /** It is durable here what becomes of it: whoever waits for its destination waits no more. */
@@ -139,8 +132,7 @@ export class Resolver {
     const name = nameOf(pending.departure.migrationId);
     const known = this.#doubts.get(name);
     if (known) return known;
-    const doubt = { pending, wake: new AbortController(), attempts: 0, isThere: false } as Partial<Doubt> &
-      Doubt;
+    const doubt = { pending, wake: new AbortController(), attempts: 0 } as Partial<Doubt> & Doubt;
     this.#doubts.set(name, doubt);
     const over = this.#untilKnown(doubt).finally(() => this.#doubts.delete(name));
     // Who does not wait for it is not to end the process.
@@ -192,9 +184,7 @@ export class Resolver {
     const { host } = this.parts;
     const { vtpmUuid, epoch, generation, departure } = pending;
     const { migrationId } = departure;
-    doubt.isThere = false;
     const talk = new Talk(await host.dial(host.peer(departure.destination)), 'source');
-    doubt.isThere = true;
     const stop = (): void => talk.channel.close();
     this.#ended.signal.addEventListener('abort', stop, { once: true });
     try {
