@@ -168,9 +168,9 @@ describe('I-3 I-6 a migration between hosts that attest', () => {
       assert.deepEqual(destination.ends, []);
     });
 
-    it('that does not know the source: peer-unreachable', async () => {
+    it('that does not know the source: peer-closed', async () => {
       changed(destination, () => ({ tlsKey: randomBytes(32) }));
-      await refused('peer-unreachable', /closes the connection/);
+      await refused('peer-closed', /closes the connection/);
       assert.deepEqual(destination.ends, []);
     });
 

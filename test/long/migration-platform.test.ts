@@ -61,9 +61,9 @@ describe('I-3 I-6 a destination that the source does not trust as it is', () => 
     await a.know(b);
   });
 
-  it('that has forgotten the source: peer-unreachable', async () => {
+  it('that has forgotten the source: peer-closed', async () => {
     await hosts.b.installation.ctlJson('peer', 'remove', 'a');
-    assert.equal(await refusal(), 'peer-unreachable');
+    assert.equal(await refusal(), 'peer-closed');
     await hosts.b.know(hosts.a);
   });
 

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import fc from 'fast-check';
+import { ManagerError } from 'vtpm-manager';
 import { STRANGE_INQUIRIES } from 'vtpm-manager/migration/limits';
 import { Talk } from 'vtpm-manager/migration/talk';
 import { tellRescues } from 'vtpm-manager/rescue/exchange';
@@ -232,6 +233,12 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     await assert.rejects(a.control.checkNotNeeded(a.peer('b')), refused('in-doubt'));
     // It takes the line, whatever becomes of that.
     await assert.rejects(resolve(), refused('not-fenced'));
+    // Nor is one gone that lets nobody in.
+    net.onDial = () => {
+      throw new ManagerError('peer-closed', 'it closes the line');
+    };
+    await assert.rejects(resolve(), refused('not-fenced'));
+    net.onDial = () => undefined;
     net.isDown = true;
     // An inquiry that is under way may have a line still, and nothing is to get through on it.
     await until('the next inquiry has none', () => net.inVain.has('a'));

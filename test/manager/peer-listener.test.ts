@@ -222,7 +222,7 @@ describe('the listener for other hosts', () => {
     await admitted();
     await assert.rejects(a.dial(a.trust.peerNamed('b')), (error) => {
       assert.match((error as Error).message, /too many connections/);
-      return refused('peer-unreachable')(error);
+      return refused('peer-closed')(error);
     });
     (await c.dial(await c.add(b))).close();
     assert.deepEqual(refusals(), ['peer-connect refused rate-limited']);
@@ -386,6 +386,27 @@ describe('who dials another host', () => {
     );
   });
 
+  it('tells one that is there, and lets nobody in, from one that cannot be reached', async () => {
+    const stranger = await PeerHost.create('c');
+    const [address] = b.addresses;
+    assert.ok(address);
+    for (const addresses of [[address], [address, '127.0.0.1:1']]) {
+      await assert.rejects(stranger.dial(stranger.peerOf(b, { addresses })), refused('peer-closed'));
+    }
+    const sockets: Socket[] = [];
+    const silent = createTlsServer(
+      { ...tlsOptions(b.identity.tls), requestCert: true, rejectUnauthorized: false },
+      (socket) => sockets.push(socket),
+    );
+    silent.listen(0, '127.0.0.1');
+    await once(silent, 'listening');
+    const { port } = silent.address() as { port: number };
+    const peer = a.peerOf(b, { addresses: [`127.0.0.1:${port}`] });
+    await assert.rejects(a.dial(peer, { addressMs: 3_000 }), refused('peer-closed'));
+    for (const socket of sockets) socket.destroy();
+    silent.close();
+  });
+
   it('sends nothing to a host that has another key than the one that is enrolled, and shows which', async () => {
     const mallory = tlsIdentity(randomBytes(32));
     let received = 0;
@@ -469,7 +490,7 @@ describe('who dials another host', () => {
           const channel = await a.dial(peer);
           await assert.rejects(channel.receive(10_000), refused('peer-closed'));
         } catch (error) {
-          refused('peer-unreachable')(error);
+          refused('peer-closed')(error);
         }
       }),
       { numRuns: 20 },
@@ -480,7 +501,10 @@ describe('who dials another host', () => {
 
   it('is told where the other host does not know this one', async () => {
     await b.trust.removePeer('a');
-    await assert.rejects(a.dial(a.peerOf(b)), (error) => /does not know this host/.test(why(error)));
+    await assert.rejects(a.dial(a.peerOf(b)), (error) => {
+      assert.match((error as Error).message, /does not know this host/);
+      return refused('peer-closed')(error);
+    });
   });
 
   it('finds out that the other host is gone without a word', async () => {

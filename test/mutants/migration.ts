@@ -253,6 +253,13 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/departures-log', name: 'I-3 brings nothing to life that was taken back since' },
   },
   {
+    name: 'I-3 a destination that proves its key and closes is there',
+    file: 'manager/src/peer/dial.ts',
+    guard: "isThere ? 'peer-closed' : 'peer-unreachable',",
+    without: "'peer-unreachable',",
+    test: { file: 'manager/peer-listener', name: 'tells one that is there, and lets nobody in' },
+  },
+  {
     name: 'I-3 a manager that ends takes nothing back',
     file: 'manager/src/migration/outgoing.ts',
     guard: 'this.work.checkOpen();\n      if (fencing) await',

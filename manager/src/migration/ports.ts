@@ -66,7 +66,7 @@ export interface Host {
   libtpmsVersion(): string;
   /** @throws ManagerError `unknown-peer` */
   peer(hostId: Uint8Array): Peer;
-  /** @throws ManagerError `peer-unreachable`, `peer-late` */
+  /** @throws ManagerError `peer-unreachable` where nobody proved to be it, and nothing else does; `peer-closed` */
   dial(peer: Peer): Promise<PeerChannel>;
   /** @throws ManagerError `store-full` */
   checkRoom(): void;

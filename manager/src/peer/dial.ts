@@ -35,15 +35,20 @@ const LIMITS: DialLimits = { addressMs: 5_000, pingMs: 10_000, sendTimeoutMs: 30
 
 /**
  * A channel to a peer: its addresses are tried in their order, and the first on which its TLS key is proven is taken.
- * @throws ManagerError `peer-unreachable`, which says what became of each address
+ * @throws ManagerError `peer-unreachable`, which says what became of each address; `peer-closed` where one of them is the
+ * peer's, its key proven there, and nothing came of it
  */
 export async function dialPeer(peer: Peer, options: DialOptions): Promise<PeerChannel> {
   const limits = { ...LIMITS, ...options.limits };
   const failures: string[] = [];
+  let isThere = false;
+  const onProven = (): void => {
+    isThere = true;
+  };
   for (const text of peer.addresses) {
     const address = parseAddress(text);
     try {
-      return await dial(peer, address, options, limits);
+      return await dial(peer, address, options, limits, onProven);
     } catch (error) {
       const why = error instanceof ManagerError ? error.message : reasonOf(error as NodeJS.ErrnoException);
       failures.push(`${addressText(address)}: ${why}`);
@@ -51,7 +56,7 @@ export async function dialPeer(peer: Peer, options: DialOptions): Promise<PeerCh
   }
   const tried = failures.length === 0 ? 'it has no address' : failures.join('; ');
   throw new ManagerError(
-    'peer-unreachable',
+    isThere ? 'peer-closed' : 'peer-unreachable',
     `${peer.name} cannot be reached: ${tried}; to change its addresses: vtpmctl peer change ${peer.name} --address HOST:PORT`,
   );
 }
@@ -61,6 +66,7 @@ async function dial(
   address: PeerAddress,
   options: DialOptions,
   limits: DialLimits,
+  onProven: () => void,
 ): Promise<PeerChannel> {
   const tcp = connectTcp({ ...address, noDelay: true });
   tcp.on('error', () => undefined);
@@ -72,6 +78,7 @@ async function dial(
   try {
     await event(tcp, 'connect');
     const socket = await verified(tcp, peer, options.identity);
+    onProven();
     const session = await settled(socket);
     return channelOver(session, peer, options, limits);
   } catch (error) {
