@@ -558,8 +558,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-6 a destination proves its attestation key',
     file: 'manager/src/migration/source.ts',
-    guard: 'if (challenge) await attestor.prove(',
-    without: 'if (!challenge) await attestor.prove(',
+    guard: 'if (this.#challenge) await attestor.prove(',
+    without: 'if (!this.#challenge) await attestor.prove(',
     test: {
       file: 'attack/migration-attestation',
       name: 'with an attestation key that is in no TPM: peer-ak, and only the challenge shows it',
