@@ -113,6 +113,8 @@ export class World {
   readonly disk = new MemoryStore();
   readonly events: VtpmEvent[] = [];
   readonly audited: AuditEvent[] = [];
+  /** May throw: the log does not take it. */
+  beforeAudit: (event: AuditEvent) => void = () => undefined;
   now = monotonicMs();
   boot = bootId();
   census = new Census();
@@ -147,6 +149,7 @@ export class World {
       ...unwatched,
       audit: {
         append: async (event) => {
+          this.beforeAudit(event);
           this.audited.push(event);
           return EMPTY_HEAD;
         },

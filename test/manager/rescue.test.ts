@@ -4,6 +4,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createLogger } from 'vtpm-common';
+import { ManagerError } from 'vtpm-manager';
 import { EMPTY_HEAD } from 'vtpm-manager/audit/index';
 import { openEntry, readBackup } from 'vtpm-manager/backup/read';
 import { writeBackup } from 'vtpm-manager/backup/write';
@@ -534,6 +535,7 @@ describe('a vTPM that is taken back from a destination that is gone', () => {
     assert.deepEqual(gone.verdicts, ['refused']);
   });
 
+<<<<<<< HEAD
   it('is told to each host that it was taken back from', async () => {
     await way.expect();
     await way.depart();
@@ -579,6 +581,23 @@ describe('a vTPM that is taken back from a destination that is gone', () => {
     await takeBack();
     assert.deepEqual(await told(), []);
     assert.equal((await here.control.held(idOf(gone.world))).length, 1);
+=======
+  it('goes on, and is ended there, though the log is full before it says that it is done', async () => {
+    await way.expect();
+    await way.depart();
+    await way.commit();
+    for (const { world } of [here, gone]) {
+      world.beforeAudit = ({ verdict }) => {
+        if (verdict === 'done') throw new ManagerError('store-full', 'the log is full');
+      };
+    }
+    await takeBack();
+    assert.equal(here.told, 1);
+    assert.ok(here.world.events.some(({ type }) => type === 'stayed'));
+    assert.equal((await told()).length, 1);
+    assert.ok(gone.world.events.some(({ type }) => type === 'moved'));
+    assert.equal((await gone.header(worker.vtpm)).kind, 'MOVED');
+>>>>>>> 0f0824c (manager: what was taken back goes on though the log is full)
   });
 
   it('is on its way no more where its destination has said what it decided: unknown-migration', async () => {

@@ -303,6 +303,20 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     },
   },
   {
+    name: 'what was taken back goes on though the log is full',
+    file: 'manager/src/ownership/rescues.ts',
+    guard: "desk.noteDone(actor, 'migrate-resolve', record.header, facts);",
+    without: "await desk.audit(actor, 'migrate-resolve', 'done', record.header, facts);",
+    test: { file: 'manager/rescue', name: 'though the log is full before it says that it is done' },
+  },
+  {
+    name: 'what was rescued is told to be gone though the log is full',
+    file: 'manager/src/ownership/rescues.ts',
+    guard: "desk.noteDone('manager', 'rescue', record.header, facts);",
+    without: "await desk.audit('manager', 'rescue', 'done', record.header, facts);",
+    test: { file: 'manager/rescue', name: 'though the log is full before it says that it is done' },
+  },
+  {
     name: 'a peer is not forgotten while it has to say what it decided',
     file: 'manager/src/peer/control.ts',
     guard: 'await this.parts.checkNotNeeded(known);',

@@ -86,7 +86,7 @@ export class Rescues {
         const { live } = slot;
         slot.live = undefined;
         live?.fence(`vTPM ${uuidToText(record.header.vtpmUuid)} was rescued by another host; it lives there`);
-        await desk.audit('manager', 'rescue', 'done', record.header, facts);
+        desk.noteDone('manager', 'rescue', record.header, facts);
         desk.emit('moved', record.header);
         return 'over';
       }),
@@ -119,7 +119,7 @@ export class Rescues {
         barrier('rescue.take-back.audited');
         await desk.records.write(vtpmUuid, held, record, 'now');
         barrier('rescue.take-back.written');
-        await desk.audit(actor, 'migrate-resolve', 'done', record.header, facts);
+        desk.noteDone(actor, 'migrate-resolve', record.header, facts);
         desk.emit('stayed', record.header);
       }),
     );
