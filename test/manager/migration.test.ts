@@ -17,6 +17,7 @@ import {
   ManagerPair,
   type PairedHost,
 } from '../support/manager-pair.js';
+import { until as eventually } from '../support/until.js';
 import type { TestVtpm } from '../support/worker-client.js';
 import { crashingAt } from './platform-fixture.js';
 
@@ -362,7 +363,10 @@ describe('a migration between two managers', () => {
       const view = await a.vtpm(vtpm.id);
       assert.deepEqual([view.kind, view.marks, view.epoch], ['live', ['rescued'], 2 ** 32]);
       assert.ok((view.generation as number) > 2 ** 32);
-      const said = (await audited()).slice(-2);
+      const said = await eventually('the log says that it is done', async () => {
+        const last = (await audited()).slice(-2);
+        return last.at(-1)?.verdict === 'done' && last;
+      });
       assert.deepEqual(
         said.map(({ verdict, facts }) => [verdict, (facts as { method: string }).method]),
         [

@@ -535,7 +535,6 @@ describe('a vTPM that is taken back from a destination that is gone', () => {
     assert.deepEqual(gone.verdicts, ['refused']);
   });
 
-<<<<<<< HEAD
   it('is told to each host that it was taken back from', async () => {
     await way.expect();
     await way.depart();
@@ -581,7 +580,8 @@ describe('a vTPM that is taken back from a destination that is gone', () => {
     await takeBack();
     assert.deepEqual(await told(), []);
     assert.equal((await here.control.held(idOf(gone.world))).length, 1);
-=======
+  });
+
   it('goes on, and is ended there, though the log is full before it says that it is done', async () => {
     await way.expect();
     await way.depart();
@@ -597,7 +597,6 @@ describe('a vTPM that is taken back from a destination that is gone', () => {
     assert.equal((await told()).length, 1);
     assert.ok(gone.world.events.some(({ type }) => type === 'moved'));
     assert.equal((await gone.header(worker.vtpm)).kind, 'MOVED');
->>>>>>> 0f0824c (manager: what was taken back goes on though the log is full)
   });
 
   it('is on its way no more where its destination has said what it decided: unknown-migration', async () => {
