@@ -71,7 +71,12 @@ class TwoHosts {
     await until('it is committed', () => b.world.registry.arrivals.unsettled().length === 1);
     const [doubt] = await a.world.registry.departures.pending();
     assert.ok(doubt);
-    const { migrationId } = doubt.departure;
+    return { vtpm, moving, ...this.fenced(vtpm, doubt.departure.migrationId) };
+  }
+
+  /** What the operator says of `b`. */
+  fenced(vtpm: TestVtpm, migrationId: Uint8Array) {
+    const { a, b } = this;
     const { key } = a.world.toolstack;
     const fencing = signFencing(key, {
       format: 1,
@@ -85,7 +90,7 @@ class TwoHosts {
     const migration = Buffer.from(migrationId).toString('hex');
     /** On the word that `b` is gone for good. */
     const resolve = () => a.control.resolve(migration, 'manager', fencing);
-    return { vtpm, migrationId, moving, resolve };
+    return { migrationId, resolve };
   }
 
   /** The manager of a host ends without a word and starts again from its disk. */
@@ -300,6 +305,32 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       await b.control.close();
     });
   }
+
+  it('I-3 leave nothing of it on the way to a destination that is said to be gone, when it goes on at the source', async () => {
+    const hosts = await TwoHosts.create();
+    const { a, b, net } = hosts;
+    const vtpm = await hosts.stopped(a, 'saved');
+    // The seventh message is STATE.
+    net.fates = [...Array<Fate>(6).fill('deliver'), 'hold'];
+    const moving = hosts.move(a, b, vtpm);
+    await until('the state is on its way', () => net.letGo !== undefined);
+    net.isDown = true;
+    const [doubt] = await a.world.registry.departures.pending();
+    assert.ok(doubt);
+    a.world.beforeAudit = ({ action }) => {
+      if (action === 'migrate-resolve') net.letGo?.();
+    };
+    const { resolve } = hosts.fenced(vtpm, doubt.departure.migrationId);
+    assert.deepEqual(await resolve(), { verdict: 'ABORT', takenBack: true });
+    assert.equal((await moving).at, 'aborted');
+    const ended = await until('it has ended there too', async () =>
+      (await b.control.list()).find(({ state }) => ['committed', 'aborted'].includes(state)),
+    );
+    assert.equal(ended.state, 'aborted');
+    assert.equal(await b.world.registry.record(vtpm.id), undefined);
+    await a.control.close();
+    await b.control.close();
+  });
 
   it('forget a migration when both have acted on it, also where nobody heard of the tombstone', async () => {
     const hosts = await TwoHosts.create();

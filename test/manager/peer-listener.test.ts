@@ -270,6 +270,26 @@ describe('the listener for other hosts', () => {
     await channel.closed;
   });
 
+  it('hears nothing more of who has closed a line before its message had gone', async () => {
+    const peer = await meet();
+    const session = b.nextSession();
+    const channel = await a.dial(peer);
+    const server = await session;
+    const message = { type: 'STATE', payload: Buffer.alloc(500_000) } as const;
+    // Nobody reads there: after some of them there is no room.
+    const sent = Array.from({ length: 6 }, () => channel.send(message).catch(() => undefined));
+    await until('it reads no further', () => server.receivedBytes >= 1_000_000);
+    channel.close();
+    await Promise.all(sent);
+    const received = async (): Promise<number> => {
+      for (let count = 0; ; count++) {
+        const next = await server.receive(10_000).catch(() => undefined);
+        if (!next) return count;
+      }
+    };
+    assert.ok((await received()) < 6);
+  });
+
   it('ends a session in which a message is larger than any is, without keeping it', async () => {
     await meet();
     const http2 = caller();

@@ -260,6 +260,23 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/peer-listener', name: 'tells one that is there, and lets nobody in' },
   },
   {
+    name: 'I-3 nothing is being sent to a destination when its vTPM is taken back',
+    file: 'manager/src/migration/outgoing.ts',
+    guard: 'await leaving?.session.hangUp();',
+    without: '',
+    test: { file: 'manager/migration-faults', name: 'leave nothing of it on the way to a destination' },
+  },
+  {
+    name: 'I-3 what was not sent when a line is closed does not leave later',
+    file: 'manager/src/peer/dial.ts',
+    guard: 'stream.writableLength > 0 ? stream.close(constants.NGHTTP2_CANCEL) : stream.end()',
+    without: 'stream.end()',
+    test: {
+      file: 'manager/peer-listener',
+      name: 'hears nothing more of who has closed a line before its message had gone',
+    },
+  },
+  {
     name: 'I-3 a manager that ends takes nothing back',
     file: 'manager/src/migration/outgoing.ts',
     guard: 'this.work.checkOpen();\n      if (fencing) await',

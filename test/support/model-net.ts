@@ -11,8 +11,11 @@ import { boxKeyPair, bytesEqual, type Peer, x25519 } from 'vtpm-proto';
 import type { World } from '../manager/ownership-fixture.js';
 import { testPeer } from './test-peer.js';
 
-/** What becomes of one message on its way. After `lose` the line is cut, as a time limit would. */
-export type Fate = 'deliver' | 'lose' | 'double' | 'swap' | 'cut-before' | 'cut-after';
+/**
+ * What becomes of one message on its way. After `lose` the line is cut, as a time limit would; what is on `hold` goes when it
+ * is let go, where its sender has not closed the line.
+ */
+export type Fate = 'deliver' | 'hold' | 'lose' | 'double' | 'swap' | 'cut-before' | 'cut-after';
 
 const log = createLogger('test', { 'log-level': 'silent', 'log-format': 'json' });
 
@@ -31,6 +34,8 @@ export class ModelNet {
   /** Hosts that have dialled, and no line came about. */
   readonly inVain = new Set<string>();
   sent = 0;
+  /** Lets go of the message that is on hold, where there is one. */
+  letGo: (() => void) | undefined;
   /** Called before a line comes about or does not, with who dials. */
   onDial: (from: string) => void = () => undefined;
   /** Called when a message is on its way, with who sends it. */
@@ -54,6 +59,7 @@ export class ModelNet {
     };
     const carrier = (toEnd: 0 | 1): Carrier => {
       let kept: Buffer | undefined;
+      let isEnded = false;
       const deliver = (bytes: Buffer): void => {
         setImmediate(() => ends[toEnd]?.take(bytes));
       };
@@ -61,6 +67,13 @@ export class ModelNet {
         write: (bytes, done) => {
           this.sent += 1;
           const fate = this.fates.shift() ?? this.further;
+          if (fate === 'hold') {
+            this.letGo = () => {
+              if (!isEnded) deliver(bytes);
+              done();
+            };
+            return;
+          }
           done();
           this.onMessage(toEnd === 1 ? from.name : other.name);
           if (fate === 'cut-before' || fate === 'lose') return void setImmediate(cut);
@@ -81,6 +94,7 @@ export class ModelNet {
         },
         hold: () => undefined,
         end: () => {
+          isEnded = true;
           setImmediate(() => ends[toEnd]?.over(closedBy('the other host has ended it')));
         },
       };

@@ -203,7 +203,9 @@ export class Outgoing {
 
   async #takeBack(pending: PendingDeparture, actor: AuditActor, fencing: SignedFencing): Promise<void> {
     // Nothing more is sent there.
-    this.#leaving.get(hex(pending.departure.migrationId))?.cancel.abort();
+    const leaving = this.#leaving.get(hex(pending.departure.migrationId));
+    leaving?.cancel.abort();
+    await leaving?.session.hangUp();
     await this.parts.rescues.takeBack(actor, pending, fencing);
     this.#resolver.settle(pending, 'ABORT');
   }

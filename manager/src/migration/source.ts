@@ -146,6 +146,8 @@ export class SourceMigration {
   readonly #checks: MigrateCheck[] = [];
   #talk: Talk | undefined;
   #keys: StateKeys | undefined;
+  /** Settled when the state is sent, or is not sent any more. */
+  #sending: Promise<unknown> | undefined;
 
   constructor(
     private readonly parts: SourceParts,
@@ -174,6 +176,12 @@ export class SourceMigration {
         await this.#step(state).catch((error: unknown) => this.#failed(state, ManagerError.from(error))),
       );
     }
+  }
+
+  /** Closes its line. Nothing is being sent on it when this resolves. */
+  async hangUp(): Promise<void> {
+    this.#talk?.channel.close();
+    await this.#sending;
   }
 
   #enter(next: SourceState): void {
@@ -426,7 +434,9 @@ export class SourceMigration {
 
   async #send({ talk, pending, state }: Extract<SourceState, { at: 'sending' }>): Promise<SourceState> {
     this.#throwIfCancelled();
-    await within(talk.sendBytes('STATE', state), LIMITS_MS.deciding.LIVE, `host ${talk.peer.name}`);
+    const sent = talk.sendBytes('STATE', state);
+    this.#sending = sent.catch(() => undefined);
+    await within(sent, LIMITS_MS.deciding.LIVE, `host ${talk.peer.name}`);
     this.#bytes = { sent: BigInt(state.length), total: BigInt(state.length) };
     return { at: 'deciding', talk, pending };
   }

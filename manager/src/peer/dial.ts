@@ -2,6 +2,7 @@ import {
   type ClientHttp2Session,
   type ClientHttp2Stream,
   connect,
+  constants,
   type IncomingHttpHeaders,
 } from 'node:http2';
 import { connect as connectTcp, type Socket } from 'node:net';
@@ -145,7 +146,8 @@ function channelOver(
     {
       write: (message, done) => stream.write(frameMessage(message), done),
       hold: (isHeld) => (isHeld ? stream.pause() : stream.resume()),
-      end: () => stream.end(),
+      // Who closes it before a message has gone does not want it to go.
+      end: () => (stream.writableLength > 0 ? stream.close(constants.NGHTTP2_CANCEL) : stream.end()),
     },
   );
   const watched = watchPeer(peer, trust, (error) => channel.close(error));
