@@ -332,6 +332,26 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     await b.control.close();
   });
 
+  it('need each other as peers from the order to the end', async () => {
+    const hosts = await TwoHosts.create();
+    const { a, b, net } = hosts;
+    const vtpm = await hosts.stopped(a, 'saved');
+    // The sixth message is READY: nothing is written of the departure.
+    net.fates = [...Array<Fate>(5).fill('deliver'), 'hold'];
+    const moving = hosts.move(a, b, vtpm);
+    await until('it is to come', () => net.letGo);
+    assert.deepEqual(await a.world.registry.departures.pending(), []);
+    await assert.rejects(a.control.checkNotNeeded(a.peer('b')), refused('busy'));
+    await assert.rejects(b.control.checkNotNeeded(b.peer('a')), refused('busy'));
+    net.letGo?.();
+    assert.equal((await moving).at, 'committed');
+    await a.control.checkNotNeeded(a.peer('b'));
+    await until('it is settled', () => b.world.registry.arrivals.unsettled().length === 0);
+    await b.control.checkNotNeeded(b.peer('a'));
+    await a.control.close();
+    await b.control.close();
+  });
+
   it('forget a migration when both have acted on it, also where nobody heard of the tombstone', async () => {
     const hosts = await TwoHosts.create();
     const vtpm = await hosts.stopped(hosts.a, 'saved');

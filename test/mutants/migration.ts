@@ -334,6 +334,20 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/rescue', name: 'though the log is full before it says that it is done' },
   },
   {
+    name: 'a peer is not forgotten while an order to it is under way',
+    file: 'manager/src/migration/control.ts',
+    guard: 'this.#outgoing.goingTo(hostId) ?? this.#incoming.comingFrom(hostId)',
+    without: 'this.#incoming.comingFrom(hostId)',
+    test: { file: 'manager/migration-faults', name: 'need each other as peers from the order to the end' },
+  },
+  {
+    name: 'a peer is not forgotten while something is to come from it',
+    file: 'manager/src/migration/control.ts',
+    guard: 'this.#outgoing.goingTo(hostId) ?? this.#incoming.comingFrom(hostId)',
+    without: 'this.#outgoing.goingTo(hostId)',
+    test: { file: 'manager/migration-faults', name: 'need each other as peers from the order to the end' },
+  },
+  {
     name: 'a peer is not forgotten while it has to say what it decided',
     file: 'manager/src/peer/control.ts',
     guard: 'await this.parts.checkNotNeeded(known);',

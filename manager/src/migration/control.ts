@@ -105,7 +105,7 @@ export class MigrationControl {
 
   /**
    * Whether nothing that is open needs that host: without it as a peer it could neither be asked nor answer.
-   * @throws ManagerError `in-doubt`
+   * @throws ManagerError `in-doubt`; `busy` where a migration with it is under way
    */
   async checkNotNeeded({ hostId, name }: Pick<Peer, 'hostId' | 'name'>): Promise<void> {
     const { departures, arrivals } = this.parts;
@@ -119,11 +119,18 @@ export class MigrationControl {
       );
     }
     const came = arrivals.unsettled().find(({ source }) => bytesEqual(source, hostId));
-    if (!came) return;
+    if (came) {
+      throw new ManagerError(
+        'in-doubt',
+        `vTPM ${came.vtpmUuid} came from host ${name}, which has not said yet that it has given it up, and would ask in vain; bring ` +
+          `the two hosts into contact first. One that is gone for good may stay a peer: vtpmctl peer change ${name} --no-send --no-receive`,
+      );
+    }
+    const moving = this.#outgoing.goingTo(hostId) ?? this.#incoming.comingFrom(hostId);
+    if (moving === undefined) return;
     throw new ManagerError(
-      'in-doubt',
-      `vTPM ${came.vtpmUuid} came from host ${name}, which has not said yet that it has given it up, and would ask in vain; bring ` +
-        `the two hosts into contact first. One that is gone for good may stay a peer: vtpmctl peer change ${name} --no-send --no-receive`,
+      'busy',
+      `a migration of vTPM ${moving} with host ${name} is under way; wait for its end, or cancel it: vtpmctl migrate cancel`,
     );
   }
 

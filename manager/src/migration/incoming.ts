@@ -89,6 +89,14 @@ export class Incoming {
     return arriving !== undefined;
   }
 
+  /** What is to come from that host, and is not decided. @returns the id of a vTPM */
+  comingFrom(hostId: Uint8Array): string | undefined {
+    for (const { hello } of this.#arriving.values()) {
+      if (bytesEqual(hello.source, hostId)) return uuidToText(hello.vtpmUuid);
+    }
+    return undefined;
+  }
+
   views(): MigrationView[] {
     return [...this.#arriving.values()].map((arriving) => this.#viewOf(arriving));
   }

@@ -1,4 +1,10 @@
-import { type SignedFencing, type SignedMigrateOrder, uuidToText, type Verdict } from 'vtpm-proto';
+import {
+  bytesEqual,
+  type SignedFencing,
+  type SignedMigrateOrder,
+  uuidToText,
+  type Verdict,
+} from 'vtpm-proto';
 import { statusOf } from '../admin/http.js';
 import type { AuditActor } from '../audit/index.js';
 import { ManagerError, type ManagerErrorCode } from '../error.js';
@@ -154,6 +160,15 @@ export class Outgoing {
   /** It is under way. @param migration its id in hex */
   has(migration: string): boolean {
     return this.#leaving.has(migration);
+  }
+
+  /** An order to that host is under way. @returns the id of its vTPM */
+  goingTo(hostId: Uint8Array): string | undefined {
+    for (const { session } of this.#leaving.values()) {
+      const { destination, vtpmUuid } = session.order;
+      if (bytesEqual(destination, hostId)) return uuidToText(vtpmUuid);
+    }
+    return undefined;
   }
 
   /** Its destination is there to be asked. Nobody waits for what it says. */

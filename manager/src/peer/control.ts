@@ -196,7 +196,7 @@ export class PeerControl {
     return changed;
   }
 
-  /** Its connections are cut before this resolves. @throws ManagerError `unknown-peer`; `in-doubt` where it is needed still */
+  /** Its connections are cut before this resolves. @throws ManagerError `unknown-peer`; `in-doubt`, `busy` where it is needed still */
   async remove(actor: AuditActor, name: string): Promise<void> {
     const { trust, audit } = this.parts;
     const known = trust.peerNamed(name);
