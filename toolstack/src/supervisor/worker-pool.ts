@@ -286,7 +286,11 @@ function isIdle({ worker, isRehearsed }: Waiting): boolean {
 }
 
 function readiness(worker: WorkerProcess, limitMs = READY_LIMIT_MS): Promise<Ready> {
-  const ready = worker.waitFor('ready', limitMs);
+  const ready = worker.waitFor('ready', limitMs).catch((error: unknown) => {
+    // One that reads what is not its code ends by itself: the cause is not the worker.
+    worker.checkFiles();
+    throw error;
+  });
   // Who waits for it hears of the failure; it may be that nobody does any more.
   ready.catch(() => undefined);
   return ready;

@@ -128,6 +128,12 @@ export class WorkerProcess {
     checkUntouched(image, isolation === 'none' ? undefined : `/proc/${this.pid}/root`);
   }
 
+  /** That what it is executed from is as it was measured, whether it runs or not. @throws ToolstackError `image-changed` */
+  checkFiles(): void {
+    const { image } = this.#options;
+    if ('stamps' in image) checkUntouched(image, undefined);
+  }
+
   get hasEnded(): boolean {
     return this.#hasEnded;
   }
