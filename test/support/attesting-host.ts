@@ -234,7 +234,7 @@ export class AttestingHost {
           return { migrationId: randomBytes(16), vtpmUuid: 'v', loadWaiting, release: () => undefined };
         },
       }),
-      doorkeeper: { check: () => undefined, ask: async () => undefined },
+      doorkeeper: { check: async () => undefined, ask: async () => undefined },
       admit: () => undefined,
       onCommitted: () => undefined,
       log,

@@ -22,7 +22,7 @@ import { within } from './within.js';
 /** Asks the toolstack of this host. */
 export interface Doorkeeper {
   /** Before anything costs anything. @throws ManagerError `no-toolstack` where nobody would be asked */
-  check(): void;
+  check(): Promise<void>;
   /**
    * Resolves when it takes the vTPM. @param signal the migration has ended: nobody waits for an answer
    * @throws ManagerError `migration-refused`, `peer-late`
@@ -176,7 +176,7 @@ export class DestinationMigration {
     const { value: hello, accept } = await talk.receive('HELLO', LIMITS_MS.hello);
     this.#libtpms = checkHello(hello, talk.peer, host);
     host.checkRoom();
-    doorkeeper.check();
+    await doorkeeper.check();
     admit(hello);
     this.#hello = hello;
     await arrivals.check(hello, talk.peer);

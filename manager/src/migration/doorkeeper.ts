@@ -1,7 +1,12 @@
 import { once } from 'node:events';
+import { setTimeout as delay } from 'node:timers/promises';
 import type { MigrationHello } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { Doorkeeper } from './destination.js';
+
+/** Milliseconds that a supervisor may take to come back to a manager that was away, and between two looks. */
+const RETURN_MS = 3_000;
+const STEP_MS = 50;
 
 /** A question to the toolstack of this host, until it is answered. */
 interface Question {
@@ -21,8 +26,12 @@ export class EventDoorkeeper implements Doorkeeper {
 
   constructor(private readonly toolstack: Toolstack) {}
 
-  check(): void {
-    if (this.toolstack.isThere()) return;
+  async check(): Promise<void> {
+    // After a restart of the manager its supervisor is back in a moment.
+    for (let waited = 0; waited < RETURN_MS; waited += STEP_MS) {
+      if (this.toolstack.isThere()) return;
+      await delay(STEP_MS, undefined, { ref: false });
+    }
     throw new ManagerError(
       'no-toolstack',
       'no supervisor is connected to the manager of the destination: nobody there could run the vTPM. Start it there (vtpmctl up), then again',
