@@ -234,8 +234,8 @@ export const MIGRATION_MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 a host that gave a vTPM up to its source does not send it there again',
     file: 'manager/src/ownership/arrival.ts',
-    guard: 'isGivenUpTo(header, arrival.source) ? undefined : { ...arrival, vtpmUuid }',
-    without: '{ ...arrival, vtpmUuid }',
+    guard: 'facts && !isGivenUpTo(header, facts.source) ? facts : undefined',
+    without: 'facts',
     test: { file: 'manager/rescue', name: 'is not said to have gone there to a source with an old disk' },
   },
   {

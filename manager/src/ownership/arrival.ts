@@ -14,19 +14,19 @@ import {
   type ArrivalNames,
   arrive,
   checkTravelling,
-  NO_MIGRATION,
   settled,
   type TravellingState,
   type VtpmRecord,
 } from '../records/index.js';
 import { AbortPromises } from './abort-promises.js';
 import { acceptedAt } from './acceptance.js';
+import { asked, checkIsExpected, checkNotSince, checkWelcome, isGivenUpTo } from './arrival-check.js';
 import type { UnsettledArrival } from './census.js';
 import { signDecision } from './decisions.js';
 import type { Desk } from './desk.js';
 import { sealGrant } from './load-grant.js';
 import { Place, type WaitingLoad } from './place.js';
-import { checkHere, loadFactsOf } from './ticket-check.js';
+import { loadFactsOf } from './ticket-check.js';
 
 /** vTPMs that are expected at the same time: each may hold a Load, and the state once it is here. */
 const MAX_PLACES = 64;
@@ -170,7 +170,7 @@ export class Arrivals {
           asked(place, source);
           place.release(new ManagerError('migration-aborted', 'its source has asked for an ABORT'));
         }
-        checkNotSince(vtpmUuid, held?.record.header, facts);
+        checkNotSince(vtpmUuid, held?.record.header, facts.epoch);
         await this.#checkKnown(facts);
         await this.#promise(source, migrationId);
         barrier('migrate.abort.written');
@@ -313,23 +313,22 @@ export class Arrivals {
 
   /** What a record says of a migration that made it, for as long as its history knows of it. */
   #commitIn({ header }: VtpmRecord, migrationId: Uint8Array): InquiryFacts | undefined {
+    const facts = this.#madeBy(header, migrationId);
+    // A host that took it back and asks about the way here has an old disk: to hear COMMIT would end what it has.
+    return facts && !isGivenUpTo(header, facts.source) ? facts : undefined;
+  }
+
+  #madeBy(header: RecordHeader, migrationId: Uint8Array): InquiryFacts | undefined {
     const { vtpmUuid, unsettled, lineage } = header;
     const arrival = unsettled.find((other) => bytesEqual(other.migrationId, migrationId));
-    // A host that took it back and asks about the way here has an old disk: to hear COMMIT would end what it has.
-    if (arrival) return isGivenUpTo(header, arrival.source) ? undefined : { ...arrival, vtpmUuid };
+    if (arrival) return { ...arrival, vtpmUuid };
     const at = lineage.findIndex((stay) => bytesEqual(stay.migrationId, migrationId));
     const stay = lineage[at];
     // Where it went from there: only that host has decided.
     const next = lineage[at + 1]?.host ?? this.desk.keys.hostKey.publicKey;
     if (!stay || !bytesEqual(next, this.desk.keys.hostKey.publicKey)) return undefined;
-    if (isGivenUpTo(header, stay.host)) return undefined;
-    return {
-      migrationId,
-      source: stay.host,
-      vtpmUuid,
-      epoch: stay.lastEpoch,
-      generation: stay.lastGeneration,
-    };
+    const { host, lastEpoch, lastGeneration } = stay;
+    return { migrationId, source: host, vtpmUuid, epoch: lastEpoch, generation: lastGeneration };
   }
 
   #sign(
@@ -340,75 +339,6 @@ export class Arrivals {
     const destination = hostKey.publicKey;
     return signDecision(hostKey, { migrationId, verdict, source, destination, vtpmUuid, epoch, generation });
   }
-}
-
-/** @throws ManagerError `unknown-migration` where it is not that host's: others need not know that there is one */
-function asked<T extends { readonly source: Uint8Array }>(migration: T, by: Uint8Array): T {
-  if (bytesEqual(migration.source, by)) return migration;
-  throw new ManagerError('unknown-migration', 'this host knows of no such migration from there');
-}
-
-/** Whether what is here lets it come. */
-function checkWelcome(
-  vtpmUuid: string,
-  held: RecordHeader | undefined,
-  { vmUuid, epoch, generation }: Pick<MigrationHello, 'vmUuid' | 'epoch' | 'generation'>,
-): void {
-  if (!held) return;
-  if (held.kind !== 'MOVED') checkHere(vtpmUuid, held);
-  if (held.kind === 'LIVE') {
-    throw new ManagerError(
-      'migration-refused',
-      `vTPM ${vtpmUuid} lives on this host, at epoch ${held.epoch}: there is one copy of a vTPM`,
-    );
-  }
-  if (!bytesEqual(held.vmUuid, vmUuid)) {
-    throw new ManagerError('wrong-vm', `vTPM ${vtpmUuid} belonged to another VM when it left this host`);
-  }
-  if (epoch <= held.epoch || generation < held.generation) {
-    throw new ManagerError(
-      'rollback-detected',
-      `vTPM ${vtpmUuid} left this host at epoch ${held.epoch} and generation ${held.generation}; what its source has, epoch ` +
-        `${epoch} and generation ${generation}, is older`,
-    );
-  }
-}
-
-/** Whether what came is what its source announced, saves since then included. */
-function checkIsExpected({ vtpmUuid, header: announced, hello }: Place, { header }: TravellingState): void {
-  if (!bytesEqual(header.vmUuid, announced.vmUuid) || !bytesEqual(header.vmRunId, hello.vmRunId)) {
-    throw new ManagerError(
-      'wrong-vm',
-      `the state that came for vTPM ${vtpmUuid} belongs to another VM, or run of it`,
-    );
-  }
-  if (header.epoch !== announced.epoch || header.generation < announced.generation) {
-    throw new ManagerError(
-      'rollback-detected',
-      `the state that came for vTPM ${vtpmUuid} is of epoch ${header.epoch} and generation ${header.generation}, its source ` +
-        `announced ${announced.epoch} and ${announced.generation}`,
-    );
-  }
-}
-
-/** An ABORT for what was committed and forgotten would bring a second copy to life. */
-/** It was ended here because that host has it, without a migration to there. */
-function isGivenUpTo({ kind, departure }: RecordHeader, host: Uint8Array): boolean {
-  return (
-    kind === 'MOVED' &&
-    departure !== undefined &&
-    bytesEqual(departure.migrationId, NO_MIGRATION) &&
-    bytesEqual(departure.destination, host)
-  );
-}
-
-function checkNotSince(vtpmUuid: string, held: RecordHeader | undefined, { epoch }: InquiryFacts): void {
-  if (!held || held.epoch <= epoch) return;
-  throw new ManagerError(
-    'in-doubt',
-    `vTPM ${vtpmUuid} has been at epoch ${held.epoch} on this host, the source asks about epoch ${epoch}: its disk is an old ` +
-      'one. Nobody says that it may go on there; see docs/migration.md, "An old disk"',
-  );
 }
 
 function factsOf({ migrationId, source, mode }: Place): Record<string, string> {
