@@ -1,3 +1,4 @@
 export * from './engine/command.js';
 export * from './engine/engine.js';
+export * from './engine/start.js';
 export * from './error.js';

@@ -1,6 +1,4 @@
-import { VtpmdError } from '../error.js';
 import type { BufferSizes } from './libtpms.js';
-import { createLibtpmsEngine } from './libtpms-engine.js';
 
 /** What a TPM is started from. */
 export interface EngineState {
@@ -82,30 +80,4 @@ export interface TpmEngine {
   restore(snapshot: Snapshot): void;
   /** Powers the TPM off; the engine cannot be used again. */
   terminate(): void;
-}
-
-/** A TPM that is off. @throws VtpmdError `libtpms-missing`, `engine` */
-export function createEngine(): TpmEngine {
-  return createLibtpmsEngine();
-}
-
-/**
- * Powers a TPM on (the equivalent of _TPM_Init; TPM2_Startup is still to be sent).
- * @throws VtpmdError `libtpms-missing`, `state-missing`, `engine`
- */
-export function startEngine(state: EngineState): TpmEngine {
-  if (!state.permanent && !state.manufacture) {
-    throw new VtpmdError('state-missing', 'there is no permanent state, and no permission to make a new TPM');
-  }
-  if (state.permanent && state.manufacture) {
-    throw new VtpmdError('state-exists', 'there is permanent state: a new TPM would replace it');
-  }
-  const engine = createEngine();
-  try {
-    engine.powerOn(state);
-    return engine;
-  } catch (error) {
-    engine.terminate();
-    throw error;
-  }
 }

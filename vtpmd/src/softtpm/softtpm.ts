@@ -6,7 +6,7 @@ import { forbidCoreDumps, lockFile } from 'vtpm-common/libc';
 import { checkSocketPath } from 'vtpm-common/paths';
 import { TpmConnection } from '../channels/tpm-connection.js';
 import { responseCode, shutdownClear, startupClear, TPM_RC_SUCCESS } from '../engine/command.js';
-import { startEngine } from '../engine/engine.js';
+import { startEngine } from '../engine/start.js';
 import { VtpmdError } from '../error.js';
 import { CommandQueue } from '../worker/command-queue.js';
 import type { Log } from '../worker/log.js';

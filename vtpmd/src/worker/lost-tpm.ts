@@ -11,7 +11,7 @@ import { controlNumbers } from '../control/control-numbers.js';
 import { lostActions } from '../control/lost-actions.js';
 import { VmmDoors, type VmmStatus } from '../control/vmm-doors.js';
 import { errorResponse, TPM_RC_FAILURE } from '../engine/command.js';
-import { createEngine } from '../engine/engine.js';
+import { createLibtpmsEngine } from '../engine/libtpms-engine.js';
 import { VtpmdError } from '../error.js';
 import { RingConnection } from '../ring/ring-connection.js';
 import type { CommandSource } from './command-source.js';
@@ -112,7 +112,7 @@ export class LostTpm {
   }
 
   #vmmDoors(memory: CheckpointMemory, pipe: AnswerPipe, events: LostTpmEvents): VmmDoors {
-    const engine = createEngine();
+    const engine = createLibtpmsEngine();
     const reset = (): Promise<void> => {
       const { locality } = memory;
       const ask = (): void => events.vmReset({ bufferSize: engine.bufferSizes.size, locality });

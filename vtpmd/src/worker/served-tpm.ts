@@ -11,8 +11,9 @@ import { controlNumbers } from '../control/control-numbers.js';
 import { servedActions } from '../control/served-actions.js';
 import { VmmDoors, type VmmStatus } from '../control/vmm-doors.js';
 import { CAP_AUDIT_COMMANDS, getCapability } from '../engine/command.js';
-import { createEngine, type TpmEngine } from '../engine/engine.js';
+import type { TpmEngine } from '../engine/engine.js';
 import { loadLibtpms } from '../engine/libtpms.js';
+import { createLibtpmsEngine } from '../engine/libtpms-engine.js';
 import { VtpmdError } from '../error.js';
 import { type Identity, loadVtpm } from '../manager-link/load.js';
 import type { LoadKeys } from '../manager-link/load-keys.js';
@@ -113,7 +114,7 @@ export async function loadTpm(
     state.bufferSize = identity.vmm.bufferSize;
     if (left) left.memory.locality = identity.vmm.locality;
   }
-  const engine = createEngine();
+  const engine = createLibtpmsEngine();
   if (state.bufferSize > 0) engine.setBufferSize(state.bufferSize);
   const checkpoint = left && { left, chosen, granted };
   const tpm = compose(grant, parts, engine, state, checkpoint, frozen, events);

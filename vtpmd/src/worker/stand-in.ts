@@ -7,7 +7,7 @@ import type { DataChannel } from '../control/data-channel.js';
 import { awayActions, incomingActions } from '../control/stand-in-actions.js';
 import { StandInData } from '../control/stand-in-data.js';
 import { VmmDoors, type VmmStatus } from '../control/vmm-doors.js';
-import { createEngine } from '../engine/engine.js';
+import { createLibtpmsEngine } from '../engine/libtpms-engine.js';
 import { VtpmdError } from '../error.js';
 import type { Log } from './log.js';
 
@@ -58,7 +58,7 @@ export class StandIn {
   readonly #left: Left;
   readonly #parts: StandInParts;
   readonly #events: StandInEvents;
-  readonly #engine = createEngine();
+  readonly #engine = createLibtpmsEngine();
   readonly #vmm: VmmDoors;
   #data: StandInData | undefined;
   #calling: NodeJS.Timeout | undefined;
