@@ -568,8 +568,8 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-6 a source proves its attestation key',
     file: 'manager/src/migration/destination.ts',
-    guard: 'if (offered.challenge) await attestor.prove(',
-    without: 'if (!offered.challenge) await attestor.prove(',
+    guard: 'if (this.#challenge) await attestor.prove(talk.peer, this.#challenge, evidence.',
+    without: 'if (!this.#challenge) await attestor.prove(talk.peer, this.#challenge, evidence.',
     test: { file: 'attack/migration-attestation', name: 'with an attestation key in software: peer-ak' },
   },
   {

@@ -47,7 +47,6 @@ interface Offered {
   readonly hello: MigrationHello;
   readonly identifier: Buffer;
   readonly key: ImportKey;
-  readonly challenge: MadeChallenge | undefined;
 }
 
 interface Awaited {
@@ -207,14 +206,14 @@ export class DestinationMigration {
     });
     const evidence = await attestor.evidence(talk.transcript.digest);
     await talk.send('EVIDENCE', { ...evidence, challengeAnswer: new Uint8Array(0) });
-    return { at: 'attesting', hello, identifier, key, challenge };
+    return { at: 'attesting', hello, identifier, key };
   }
 
   async #attest(offered: Offered): Promise<DestinationState> {
     const { talk, attestor, arrivals } = this.parts;
     const shown = talk.transcript.digest;
     const { value: evidence, accept } = await talk.receive('EVIDENCE', LIMITS_MS.attesting);
-    if (offered.challenge) await attestor.prove(talk.peer, offered.challenge, evidence.challengeAnswer);
+    if (this.#challenge) await attestor.prove(talk.peer, this.#challenge, evidence.challengeAnswer);
     attestor.verify(talk.peer, evidence, shown);
     accept();
     const { hello } = offered;

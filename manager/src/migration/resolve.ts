@@ -143,7 +143,7 @@ export class Resolver {
   async #untilKnown(doubt: Doubt): Promise<Verdict> {
     for (;;) {
       const attempt = this.#afterPause(doubt).then(
-        () => this.verdictOf(doubt.pending.departure.migrationId) ?? this.#inquire(doubt),
+        () => this.verdictOf(doubt.pending.departure.migrationId) ?? this.#inquire(doubt.pending),
       );
       doubt.next = attempt.catch((error: unknown) => {
         throw inDoubt(doubt.pending, ManagerError.from(error));
@@ -179,8 +179,7 @@ export class Resolver {
     return all?.some((other) => nameOf(other.departure.migrationId) === name) ?? true;
   }
 
-  async #inquire(doubt: Doubt): Promise<Verdict> {
-    const { pending } = doubt;
+  async #inquire(pending: PendingDeparture): Promise<Verdict> {
     const { host } = this.parts;
     const { vtpmUuid, epoch, generation, departure } = pending;
     const { migrationId } = departure;

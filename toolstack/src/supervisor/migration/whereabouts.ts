@@ -3,7 +3,7 @@ import type { Entry } from '../entry.js';
 import type { VtpmState } from '../vtpm-state.js';
 
 /** It may not be run here, or only the manager knows whether it may. */
-export type Elsewhere = VtpmState & { readonly kind: 'migrating' | 'arriving' | 'moved' };
+type Elsewhere = VtpmState & { readonly kind: 'migrating' | 'arriving' | 'moved' };
 
 export function isElsewhere(state: VtpmState): state is Elsewhere {
   return state.kind === 'migrating' || state.kind === 'arriving' || state.kind === 'moved';
