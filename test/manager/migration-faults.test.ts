@@ -36,6 +36,17 @@ class TwoHosts {
     return worker.vtpm;
   }
 
+  /** From a to b; `net.letGo` delivers that message of it, counted from 1, and what comes after. */
+  async moveHeldAt(message: number, vtpm: TestVtpm) {
+    this.net.fates = [...Array<Fate>(message - 1).fill('deliver'), 'hold'];
+    return await this.move(this.a, this.b, vtpm);
+  }
+
+  async close(): Promise<void> {
+    await this.a.control.close();
+    await this.b.control.close();
+  }
+
   async move(from: ModelHost, to: ModelHost, vtpm: TestVtpm) {
     const { world } = from;
     const { header } = await world.registry.view(vtpm.id);
@@ -150,8 +161,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
         assert.ok(lives[0].generation >= 2n);
         if (end.at === 'committed') assert.equal(lives[0].host.name, 'b');
         if (end.at === 'aborted') assert.equal(lives[0].host.name, 'a');
-        await hosts.a.control.close();
-        await hosts.b.control.close();
+        await hosts.close();
       }),
       { numRuns: 40 },
     );
@@ -169,8 +179,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
         const lives = await hosts.livesAt(vtpm);
         assert.equal(lives.length, 1, `${bad} ${at}: ${end.at}`);
         assert.equal(lives[0]?.permanent, 'saved');
-        await hosts.a.control.close();
-        await hosts.b.control.close();
+        await hosts.close();
       }
     }
   });
@@ -197,8 +206,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
           const lives = await hosts.livesAt(vtpm);
           assert.equal(lives.length, 1);
           assert.equal(lives[0]?.permanent, 'saved');
-          await hosts.a.control.close();
-          await hosts.b.control.close();
+          await hosts.close();
         },
       ),
       { numRuns: 20 },
@@ -227,8 +235,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       lives.map(({ host, permanent }) => [host.name, permanent]),
       [['a', 'saved']],
     );
-    await a.control.close();
-    await b.control.close();
+    await hosts.close();
   });
 
   it('I-3 leave it to the source where the destination is said to be gone, and is; it forgets nothing before it has heard that', async () => {
@@ -267,8 +274,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       lives.map(({ host, permanent }) => [host.name, permanent]),
       [['a', 'saved']],
     );
-    await a.control.close();
-    await b.control.close();
+    await hosts.close();
   });
 
   /** Its own next inquiry may come before the one that is ordered: what is said of it differs, and never that it is gone. */
@@ -293,7 +299,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
   for (const [when, prepare] of stops) {
     it(`I-3 do not leave it to a source that is stopped when it ${when}, whatever is said of the destination`, async () => {
       const hosts = await TwoHosts.create();
-      const { a, b } = hosts;
+      const { a } = hosts;
       const { moving, resolve } = await hosts.doubtful();
       await prepare(hosts, () => a.control.close());
       await assert.rejects(resolve(), (error: { code: string }) =>
@@ -301,8 +307,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       );
       assert.equal((await moving).at, 'in-doubt');
       assert.equal((await a.world.registry.departures.pending()).length, 1);
-      await a.control.close();
-      await b.control.close();
+      await hosts.close();
     });
   }
 
@@ -311,8 +316,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     const { a, b, net } = hosts;
     const vtpm = await hosts.stopped(a, 'saved');
     // The seventh message is STATE.
-    net.fates = [...Array<Fate>(6).fill('deliver'), 'hold'];
-    const moving = hosts.move(a, b, vtpm);
+    const moving = hosts.moveHeldAt(7, vtpm);
     await until('the state is on its way', () => net.letGo !== undefined);
     net.isDown = true;
     const [doubt] = await a.world.registry.departures.pending();
@@ -328,8 +332,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     );
     assert.equal(ended.state, 'aborted');
     assert.equal(await b.world.registry.record(vtpm.id), undefined);
-    await a.control.close();
-    await b.control.close();
+    await hosts.close();
   });
 
   it('need each other as peers from the order to the end', async () => {
@@ -337,8 +340,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     const { a, b, net } = hosts;
     const vtpm = await hosts.stopped(a, 'saved');
     // The sixth message is READY: nothing is written of the departure.
-    net.fates = [...Array<Fate>(5).fill('deliver'), 'hold'];
-    const moving = hosts.move(a, b, vtpm);
+    const moving = hosts.moveHeldAt(6, vtpm);
     await until('it is to come', () => net.letGo);
     assert.deepEqual(await a.world.registry.departures.pending(), []);
     await assert.rejects(a.control.checkNotNeeded(a.peer('b')), refused('busy'));
@@ -348,8 +350,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     await a.control.checkNotNeeded(a.peer('b'));
     await until('it is settled', () => b.world.registry.arrivals.unsettled().length === 0);
     await b.control.checkNotNeeded(b.peer('a'));
-    await a.control.close();
-    await b.control.close();
+    await hosts.close();
   });
 
   it('forget a migration when both have acted on it, also where nobody heard of the tombstone', async () => {
@@ -361,8 +362,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     const { arrivals } = hosts.b.world.registry;
     await until('the source is heard', () => arrivals.unsettled().length === 0);
     assert.deepEqual((await hosts.b.world.registry.view(vtpm.id)).header.unsettled, []);
-    await hosts.a.control.close();
-    await hosts.b.control.close();
+    await hosts.close();
   });
 
   it('I-5 go there and back again with epochs and generations that rise', async () => {
@@ -379,8 +379,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       [from, to] = [to, from];
     }
     assert.equal((await hosts.livesAt(vtpm)).length, 1);
-    await hosts.a.control.close();
-    await hosts.b.control.close();
+    await hosts.close();
   });
 
   it('I-10 let a manager end though another host keeps the line on which it asked', async () => {
@@ -389,8 +388,7 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
     const talk = new Talk(hosts.net.dial(hosts.a, 'b'), 'source');
     await talk.send('UNSETTLED', { migrationId: randomBytes(16), vtpmUuid: vtpm.uuid });
     await talk.receive('SETTLED', 5_000);
-    await hosts.b.control.close();
-    await hosts.a.control.close();
+    await hosts.close();
   });
 
   it('I-10 answer only so many questions about migrations that nobody knows', async () => {
@@ -413,7 +411,6 @@ describe('the two ends of a migration, over lines that lose, double, reorder and
       told.push(await ask());
     assert.equal(told.at(-1), 'rate-limited');
     assert.ok(told.length > STRANGE_INQUIRIES.burst);
-    await hosts.a.control.close();
-    await hosts.b.control.close();
+    await hosts.close();
   });
 });
