@@ -123,8 +123,8 @@ export class WorkerProcess {
   log = '';
 
   /**
-   * @param options `program`: what inherits a worker's descriptors in its place; `wrapper`: a program that executes the rest of
-   * its arguments
+   * @param options `program`: another worker; `relay`: what inherits a worker's descriptors in its place, and gets no filter;
+   * `wrapper`: a program that executes the rest of its arguments
    */
   constructor(
     manager: MiniManager,
@@ -132,6 +132,7 @@ export class WorkerProcess {
       nodeArguments?: string[];
       workerArguments?: string[];
       program?: string;
+      relay?: string;
       wrapper?: string[];
     } = {},
   ) {
@@ -142,10 +143,9 @@ export class WorkerProcess {
     manager.accept(new Socket({ fd: linkHere }));
     this.#control = new Socket({ fd: controlHere });
     this.#descriptors = descriptorsHere;
-    const path = options.program ?? fileURLToPath(new URL(image.main, bundle));
+    const path = options.relay ?? options.program ?? fileURLToPath(new URL(image.main, bundle));
     const worker = [...image.nodeArguments, ...(options.nodeArguments ?? []), path];
-    // A relay and its VM have no filter.
-    const needsFilter = hasMore && options.program === undefined;
+    const needsFilter = hasMore && options.relay === undefined;
     const [command = process.execPath, ...rest] = [...(options.wrapper ?? []), process.execPath];
     this.child = spawn(
       command,

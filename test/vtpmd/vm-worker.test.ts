@@ -17,7 +17,7 @@ import { WorkerProcess } from '../support/worker-process.js';
 
 const INDEX = 0x01500001;
 const TRANSIENT = 0x80000000;
-const program = fileURLToPath(new URL('../support/vm-stand-in.js', import.meta.url));
+const relay = fileURLToPath(new URL('../support/vm-stand-in.js', import.meta.url));
 
 describe('worker in a VM, over its relay', () => {
   let manager: MiniManager;
@@ -34,7 +34,7 @@ describe('worker in a VM, over its relay', () => {
   });
 
   function spawnWorker(): WorkerProcess {
-    const worker = new WorkerProcess(manager, { program });
+    const worker = new WorkerProcess(manager, { relay });
     workers.push(worker);
     return worker;
   }
