@@ -3,7 +3,7 @@ import type { Logger } from 'vtpm-common';
 import { encode, type MigrateCommand } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import type { MigrationControl } from '../migration/control.js';
-import type { SourceProgress } from '../migration/source.js';
+import type { SourceProgress } from '../migration/order-progress.js';
 import { readMessage } from './messages.js';
 import { refusal, statusOf } from './status.js';
 

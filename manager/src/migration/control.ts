@@ -4,9 +4,10 @@ import { ManagerError } from '../error.js';
 import type { PeerChannel } from '../peer/channel.js';
 import { History } from './history.js';
 import { Incoming } from './incoming.js';
+import type { Orderer } from './order-progress.js';
 import { Outgoing, type Resolved } from './outgoing.js';
 import type { MigrationParts } from './ports.js';
-import type { Orderer, SourceEnd } from './source.js';
+import type { SourceEnd } from './source.js';
 import { hex, inOrder, type MigrationView, unknownMigration } from './view.js';
 import { Work } from './work.js';
 

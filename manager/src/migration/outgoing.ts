@@ -13,9 +13,10 @@ import { notFenced } from '../rescue/fencing.js';
 import type { History } from './history.js';
 import { MAX_SESSIONS } from './limits.js';
 import { OrderCheck } from './order-check.js';
+import type { Orderer } from './order-progress.js';
 import type { MigrationParts } from './ports.js';
 import { Resolver } from './resolve.js';
-import { type Orderer, type SourceEnd, SourceMigration } from './source.js';
+import { type SourceEnd, SourceMigration } from './source.js';
 import {
   hex,
   isCancellable,

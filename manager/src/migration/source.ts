@@ -3,9 +3,7 @@ import { barrier, type Logger } from 'vtpm-common';
 import {
   boxKeyPair,
   bytesEqual,
-  type MigrateCheck,
   type MigrateOrder,
-  type MigratePhase,
   type MigrationHello,
   type MigrationOffer,
   type Peer,
@@ -19,42 +17,17 @@ import type { DepartureFacts, Destination, PendingDeparture } from '../ownership
 import type { MadeChallenge } from '../peer/attestation-key.js';
 import { checkRight } from '../trust/peers.js';
 import { BUNDLE_FORMAT, MAX_STATE_BYTES, sealBundle } from './bundle.js';
-import {
-  checkFormats,
-  checkLibtpms,
-  LEAST_VERSION,
-  MOST_VERSION,
-  OWN_RECORD_FORMAT,
-} from './compatibility.js';
-import { checkLengths } from './lengths.js';
+import { throwIfCancelled, unlessCancelled } from './cancellation.js';
+import { LEAST_VERSION, MOST_VERSION, OWN_RECORD_FORMAT } from './compatibility.js';
 import { LIMITS_MS } from './limits.js';
 import { SOURCE, type SourceAt } from './machine.js';
+import { checkOffer } from './offer.js';
+import { type Orderer, OrderProgress } from './order-progress.js';
 import type { Attestor, Departures, Host } from './ports.js';
 import type { Resolver } from './resolve.js';
 import { StateKeys, sharedSecret } from './state-key.js';
 import { Talk } from './talk.js';
 import { within } from './within.js';
-
-/** What is told of a migration while it goes on. */
-export interface SourceProgress {
-  readonly phase: MigratePhase;
-  readonly bytesSent: bigint;
-  readonly bytesTotal: bigint;
-  readonly downtimeUs: bigint;
-  readonly elapsedUs: bigint;
-  readonly reason: string;
-  readonly message: string;
-  readonly checks: MigrateCheck[];
-}
-
-/** The toolstack that gave the order. */
-export interface Orderer {
-  progress(progress: SourceProgress): void;
-  /** Resolves when it has said that nothing of the worker can run any more. Rejects when it is gone. */
-  readonly reaped: Promise<void>;
-  /** It takes the order back. Once the departure is written the destination is asked for an end, and has the last word. */
-  readonly cancelled: AbortSignal;
-}
 
 export interface SourceParts {
   readonly order: MigrateOrder;
@@ -112,22 +85,6 @@ export type SourceEnd =
   | { readonly at: 'checked' | 'committed' }
   | { readonly at: 'aborted' | 'in-doubt'; readonly reason: ManagerError };
 
-/** What the toolstack is told on entering a state. */
-const PHASE: Readonly<Partial<Record<SourceAt, MigratePhase>>> = {
-  connecting: 'CONNECTING',
-  greeting: 'ATTESTING',
-  preparing: 'PREPARING',
-  prepared: 'PREPARED',
-  freezing: 'FREEZING',
-  departing: 'FROZEN',
-  sending: 'SENDING',
-  deciding: 'DECIDING',
-  checked: 'PREPARED',
-  committed: 'COMMITTED',
-  aborted: 'ABORTED',
-  'in-doubt': 'IN_DOUBT',
-};
-
 /**
  * The source of one migration. docs/migration.md has the states; the table in machine.ts says for each what it leads to,
  * also where it fails, and this class goes by that table.
@@ -139,11 +96,7 @@ export class SourceMigration {
   #state: SourceState = { at: 'connecting' };
   readonly #session = boxKeyPair();
   #challenge: MadeChallenge | undefined;
-  readonly #began = performance.now();
-  #frozenAt: number | undefined;
-  #downtimeUs = 0n;
-  #bytes = { sent: 0n, total: 0n };
-  readonly #checks: MigrateCheck[] = [];
+  readonly #progress: OrderProgress;
   #talk: Talk | undefined;
   #keys: StateKeys | undefined;
   /** Settled when the state is sent, or is not sent any more. */
@@ -153,7 +106,9 @@ export class SourceMigration {
     private readonly parts: SourceParts,
     /** Checked before. */
     private readonly facts: DepartureFacts,
-  ) {}
+  ) {
+    this.#progress = new OrderProgress(parts.orderer);
+  }
 
   get at(): SourceAt {
     return this.#state.at;
@@ -165,7 +120,7 @@ export class SourceMigration {
 
   /** Never rejects: what goes wrong is in the end. */
   async run(): Promise<SourceEnd> {
-    this.#tell();
+    this.#progress.tell(this.#state);
     for (;;) {
       const state = this.#state;
       if (isEnd(state)) {
@@ -187,28 +142,8 @@ export class SourceMigration {
   #enter(next: SourceState): void {
     this.#state = next;
     this.since = Date.now();
-    if (isEnd(next) && this.#downtimeUs === 0n) this.#downtimeUs = this.#downtime();
-    this.#tell();
-  }
-
-  #tell(): void {
-    const phase = PHASE[this.#state.at];
-    if (!phase) return;
-    const reason = 'reason' in this.#state ? this.#state.reason : undefined;
-    this.parts.orderer.progress({
-      phase,
-      bytesSent: this.#bytes.sent,
-      bytesTotal: this.#bytes.total,
-      downtimeUs: this.#downtimeUs || this.#downtime(),
-      elapsedUs: micros(performance.now() - this.#began),
-      reason: reason?.code ?? '',
-      message: reason?.message ?? '',
-      checks: this.#state.at === 'checked' ? this.#checks : [],
-    });
-  }
-
-  #downtime(): bigint {
-    return this.#frozenAt === undefined ? 0n : micros(performance.now() - this.#frozenAt);
+    if (isEnd(next)) this.#progress.goesOn();
+    this.#progress.tell(next);
   }
 
   /** The state that the table has for a failure in `state`. */
@@ -265,7 +200,7 @@ export class SourceMigration {
       late.close(),
     );
     this.#talk = new Talk(channel, 'source');
-    this.#check('peer', `${peer.name}, over mutual TLS 1.3`);
+    this.#progress.check('peer', `${peer.name}, over mutual TLS 1.3`);
     return { at: 'greeting', talk: this.#talk };
   }
 
@@ -276,11 +211,9 @@ export class SourceMigration {
     await talk.send('HELLO', this.#hello(challenge));
     const greeted = talk.transcript.digest;
     const { value: offer, accept } = await this.#receive(talk, 'OFFER', LIMITS_MS.attesting);
-    checkOffer(offer);
-    checkFormats(OWN_RECORD_FORMAT, offer.recordFormat);
-    checkLibtpms(this.facts.libtpmsVersion, offer.libtpmsVersion);
+    checkOffer(offer, this.facts.libtpmsVersion);
     accept();
-    this.#check('libtpms', `${this.facts.libtpmsVersion} here, ${offer.libtpmsVersion} there`);
+    this.#progress.check('libtpms', `${this.facts.libtpmsVersion} here, ${offer.libtpmsVersion} there`);
     return { at: 'attesting', talk, greeted, offer };
   }
 
@@ -321,7 +254,7 @@ export class SourceMigration {
     let shared: Buffer | undefined;
     try {
       accept();
-      this.#check('platform', `${peer.name}: ${facts.approvedBy}`);
+      this.#progress.check('platform', `${peer.name}: ${facts.approvedBy}`);
       const answer = offer.challenge ? await attestor.answer(offer.challenge) : new Uint8Array(0);
       const own = await this.#unlessCancelled(
         attestor.evidence(talk.transcript.digest),
@@ -349,7 +282,7 @@ export class SourceMigration {
       );
     }
     accept();
-    this.#check('ready', 'the secret is unwrapped, the toolstack there agrees, and there is room');
+    this.#progress.check('ready', 'the secret is unwrapped, the toolstack there agrees, and there is room');
     if (order.dryRun) return { at: 'checked' };
     return { at: 'prepared', talk, keys, identifier };
   }
@@ -380,8 +313,8 @@ export class SourceMigration {
 
   async #freeze(frozen: Frozen): Promise<SourceState> {
     const { departures, order } = this.parts;
-    this.#throwIfCancelled();
-    this.#frozenAt = performance.now();
+    throwIfCancelled(this.parts.orderer.cancelled);
+    this.#progress.frozen();
     if (order.mode !== 'OFFLINE') {
       barrier('migrate.source.freeze');
       const suspended = departures.suspend(uuidToText(order.vtpmUuid));
@@ -424,7 +357,7 @@ export class SourceMigration {
       const pending = { vtpmUuid: id, epoch, generation, departure };
       const names = { format: BUNDLE_FORMAT, migrationId, identifier, vtpmUuid: order.vtpmUuid };
       const state = sealBundle(keys, { ...header, ...names, auditTail: [...auditTail] }, parts);
-      this.#bytes = { sent: 0n, total: BigInt(state.length) };
+      this.#progress.bytes(0, state.length);
       return { at: 'sending', talk, pending, state };
     } finally {
       wipe(...Object.values(parts));
@@ -433,11 +366,11 @@ export class SourceMigration {
   }
 
   async #send({ talk, pending, state }: Extract<SourceState, { at: 'sending' }>): Promise<SourceState> {
-    this.#throwIfCancelled();
+    throwIfCancelled(this.parts.orderer.cancelled);
     const sent = talk.sendBytes('STATE', state);
     this.#sending = sent.catch(() => undefined);
     await within(sent, LIMITS_MS.deciding.LIVE, `host ${talk.peer.name}`);
-    this.#bytes = { sent: BigInt(state.length), total: BigInt(state.length) };
+    this.#progress.bytes(state.length, state.length);
     return { at: 'deciding', talk, pending };
   }
 
@@ -450,7 +383,7 @@ export class SourceMigration {
 
   async #commit({ talk, pending, signed }: Extract<SourceState, { at: 'committing' }>): Promise<SourceState> {
     // It goes on there already.
-    this.#downtimeUs = this.#downtime();
+    this.#progress.goesOn();
     const verdict = await this.parts.resolver.apply(pending, signed);
     const { migrationId, vtpmUuid } = this.parts.order;
     await talk.send('SETTLED', { migrationId, vtpmUuid }).catch(() => undefined);
@@ -493,41 +426,17 @@ export class SourceMigration {
     return all.find(({ departure }) => bytesEqual(departure.migrationId, migrationId));
   }
 
-  #check(name: string, detail: string): void {
-    this.#checks.push({ name, detail });
-  }
-
   #receive<T extends 'OFFER' | 'EVIDENCE' | 'READY'>(talk: Talk, type: T, limitMs: number) {
     return this.#unlessCancelled(talk.receive(type, limitMs), limitMs + 1000, `host ${talk.peer.name}`);
   }
 
-  #throwIfCancelled(): void {
-    if (this.parts.orderer.cancelled.aborted) throw cancelled();
-  }
-
-  /** @param onLate for what comes when nobody waits for it any more */
-  async #unlessCancelled<T>(
+  #unlessCancelled<T>(
     work: Promise<T>,
     limitMs: number,
     whose: string,
-    onLate: (late: T) => void = () => undefined,
+    onLate?: (late: T) => void,
   ): Promise<T> {
-    const { cancelled: signal } = this.parts.orderer;
-    let isOver = signal.aborted;
-    // Whoever waits for it no longer does not hear of its failure either.
-    work.then((late) => isOver && onLate(late)).catch(() => undefined);
-    this.#throwIfCancelled();
-    let stop: (() => void) | undefined;
-    const stopped = new Promise<never>((_, reject) => {
-      stop = () => reject(cancelled());
-      signal.addEventListener('abort', stop, { once: true });
-    });
-    try {
-      return await Promise.race([within(work, limitMs, whose), stopped]);
-    } finally {
-      isOver = true;
-      if (stop) signal.removeEventListener('abort', stop);
-    }
+    return unlessCancelled(this.parts.orderer.cancelled, work, limitMs, whose, onLate);
   }
 }
 
@@ -535,26 +444,6 @@ function isEnd(state: SourceState): state is SourceEnd {
   return SOURCE[state.at].next.length === 0;
 }
 
-/** @throws ManagerError `bad-request`: it goes before anything of it is used */
-function checkOffer(offer: MigrationOffer): void {
-  if (offer.version < LEAST_VERSION || offer.version > MOST_VERSION) {
-    throw new ManagerError('incompatible', `the destination wants version ${offer.version} of the protocol`);
-  }
-  checkLengths('offer', [
-    ['nonce', offer.nonce, 32],
-    ['session key', offer.sessionKey, 32],
-    ['identifier', offer.identifier, 32],
-  ]);
-}
-
-function cancelled(): ManagerError {
-  return new ManagerError('migration-aborted', 'the migration was cancelled; the vTPM stays here');
-}
-
 function abortedThere({ name }: Peer): ManagerError {
   return new ManagerError('migration-aborted', `host ${name} has decided against it; the vTPM stays here`);
-}
-
-function micros(milliseconds: number): bigint {
-  return BigInt(Math.round(milliseconds * 1000));
 }
