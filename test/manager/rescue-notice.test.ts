@@ -49,6 +49,10 @@ describe('a fencing statement', () => {
     ['by a key that is not trusted', signFencing(other, statement({ toolstackKey: other.publicKey }))],
     ['too old', signFencing(toolstack, statement({ at: BigInt(NOW - MAX_STATEMENT_AGE_MS - 1) }))],
     ['of a time to come', signFencing(toolstack, statement({ at: BigInt(NOW + 600_000) }))],
+    [
+      'of a generation that leaves none after it',
+      signFencing(toolstack, statement({ lastGeneration: 2n ** 63n })),
+    ],
     ['without a method', signFencing(toolstack, statement({ method: ' ' }))],
     ['of a newer format', signFencing(toolstack, statement({ format: 2 }))],
   ] as const) {

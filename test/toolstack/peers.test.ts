@@ -182,6 +182,7 @@ describe('vtpmctl peer', () => {
     await refusedWith(/changed on its way/, a, 'peer', 'add', 'b', changed, ...pin);
 
     await refusedWith(/FILE: ENOENT/, a, 'peer', 'add', 'b', '/nothing', ...pin);
+    await refusedWith(/FILE: .*is empty/, a, 'peer', 'add', 'b', b.file('empty', ''), ...pin);
     await refusedWith(/identity of this host; add it on the other one/, b, 'peer', 'add', 'me', file, ...pin);
 
     await refusedWith(

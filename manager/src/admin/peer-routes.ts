@@ -134,7 +134,7 @@ const hex = (bytes: Uint8Array): string => Buffer.from(bytes).toString('hex');
 
 function text(name: string, value: unknown): string {
   if (typeof value === 'string' && value !== '' && value.length <= MAX_TEXT) return value;
-  throw new ManagerError('bad-request', `"${name}" is a text`);
+  throw new ManagerError('bad-request', `"${name}" is a text of 1 to ${MAX_TEXT} characters`);
 }
 
 function optional(name: string, value: unknown): string | undefined {

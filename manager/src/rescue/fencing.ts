@@ -14,6 +14,8 @@ export const MAX_STATEMENT_AGE_MS = 24 * 3_600_000;
 /** Between the clock of who signed and this one. */
 const CLOCK_SKEW_MS = 5 * 60_000;
 const MAX_METHOD_LENGTH = 500;
+/** Room above it is left: what goes on has a later one, in 64 bits. */
+const MAX_GENERATION = 1n << 62n;
 
 /**
  * The operator's word that a host is dead, believed where the toolstack key is trusted for that vTPM here and the word is
@@ -34,10 +36,15 @@ export function checkFencing(
     if (!(cause instanceof ProtoError)) throw cause;
     throw notFenced(`the statement is refused: ${cause.message}`, cause);
   }
-  const { toolstackKey, vtpmUuid, method } = statement;
+  const { toolstackKey, vtpmUuid, lastGeneration, method } = statement;
   if (!trust.isToolstackKeyTrusted(toolstackKey, vtpmUuid)) {
     throw notFenced(
       `the statement about vTPM ${uuidToText(vtpmUuid)} comes from a toolstack key that this manager does not trust; make it here`,
+    );
+  }
+  if (lastGeneration > MAX_GENERATION) {
+    throw notFenced(
+      `the statement knows of generation ${lastGeneration}, which no vTPM reaches; make a new one`,
     );
   }
   const age = now - Number(statement.at);

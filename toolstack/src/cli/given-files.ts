@@ -8,11 +8,14 @@ import { ToolstackError } from '../error.js';
 
 /** @throws ToolstackError `usage` */
 export function readGivenFile(flag: string, path: string): string {
+  let content: string;
   try {
-    return readFileSync(path, 'utf8');
+    content = readFileSync(path, 'utf8');
   } catch (cause) {
     throw new ToolstackError('usage', `${flag}: ${(cause as Error).message}`, { cause });
   }
+  if (content !== '') return content;
+  throw new ToolstackError('usage', `${flag}: ${path} is empty; what was to write it may have failed`);
 }
 
 /** @throws ToolstackError `usage` */
