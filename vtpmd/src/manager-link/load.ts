@@ -4,6 +4,7 @@ import {
   bytesEqual,
   decode,
   type LoadGrant,
+  openLoadGrant,
   ProtoError,
   type SignedTicket,
   ticketDigest,
@@ -79,7 +80,7 @@ export async function loadVtpm(
 ): Promise<LoadGrant> {
   const loadId = randomBytes(16);
   const claim = {
-    ...{ ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion },
+    ...{ ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion, takesSealed: true },
     ...(referenceDigest && { referenceDigest }),
   };
   const box = keys.boxFor(identity.managerKey);
@@ -91,7 +92,7 @@ export async function loadVtpm(
   link.prepareSave();
   let grant: LoadGrant;
   try {
-    grant = box.open('LoadGrant', await answered);
+    grant = openLoadGrant(box, await answered);
   } catch (cause) {
     if (!(cause instanceof ProtoError)) throw cause;
     throw new VtpmdError('protocol', `the manager's answer cannot be trusted: ${cause.message}`, { cause });

@@ -2,15 +2,15 @@ import { createHash, randomBytes } from 'node:crypto';
 import { performServerHandshake, type ServerHttp2Stream } from 'node:http2';
 import type { Duplex } from 'node:stream';
 import {
+  AgreedBox,
   type BoxKeyPair,
   decode,
   encode,
   frameMessage,
   LOAD_PATH,
   MessageReader,
-  openBox,
   type SessionCipher,
-  sealBox,
+  sealLoadGrant,
   sessionCipher,
   type WorkerFrame,
 } from 'vtpm-proto';
@@ -66,7 +66,8 @@ class RehearsalManager {
   }
 
   load(call: ServerHttp2Stream, message: Buffer): void {
-    const { loadId } = openBox('LoadClaim', decode('LoadRequest', message), this.workerKey, this.keys);
+    const box = new AgreedBox(this.workerKey, this.keys);
+    const { loadId } = box.open('LoadClaim', decode('LoadRequest', message));
     const { permanent = new Uint8Array(0), suspended } = this.kept ?? {};
     const grant = {
       loadId,
@@ -86,8 +87,8 @@ class RehearsalManager {
         },
       }),
     };
-    const answer = sealBox('LoadGrant', grant, this.workerKey, this.keys);
-    call.end(frameMessage(encode('LoadResponse', answer)));
+    call.end(frameMessage(encode('LoadResponse', sealLoadGrant(box, grant))));
+    box.wipe();
   }
 
   save(call: ServerHttp2Stream, frame: WorkerFrame): void {
