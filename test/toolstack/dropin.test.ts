@@ -385,6 +385,21 @@ describe('the drop-in for swtpm', function () {
     assert.match(refused.stderr, /\/nowhere, does not exist/);
   });
 
+  it('refuses a place for a socket that is too long or holds something else, and leaves nothing there', async () => {
+    const file = join(sockets, 'file');
+    writeFileSync(file, 'kept');
+    for (const [path, why] of [
+      [file, /nobody can listen at .*file \(EADDRINUSE\)/],
+      [join(sockets, 'x'.repeat(100)), /a unix socket takes 107; choose a shorter path/],
+    ] as const) {
+      const command = swtpm(state, '--ctrl', `type=unixio,path=${path}`);
+      assert.equal(await command.end(), 1);
+      assert.match(command.stderr, why);
+    }
+    assert.equal(readFileSync(file, 'utf8'), 'kept');
+    assert.deepEqual(readdirSync(sockets), ['file']);
+  });
+
   it('goes on over an upgrade of the supervisor: clients, those who come later, and its end', async () => {
     const { command, data, vmm } = await served();
     const before = (await vtpm()).worker.pid;

@@ -1,5 +1,7 @@
-import { chmodSync, chownSync, lstatSync, rmSync } from 'node:fs';
+import { randomBytes } from 'node:crypto';
+import { chmodSync, chownSync, lstatSync, renameSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
+import { dirname, join } from 'node:path';
 import { DropinRefusal } from './refusal.js';
 import type { Entrance } from './swtpm-arguments.js';
 
@@ -24,15 +26,22 @@ export async function openEntrance(
     onClient(inherited(option, entrance.fd));
     return { close: () => undefined };
   }
+  if (entrance.kind === 'path') checkLength(option, entrance.path);
   const server = createServer({ pauseOnConnect: true, allowHalfOpen: true }, onClient);
   // A connection that cannot be accepted is lost; the next one may be accepted again.
   await listen(option, server, entrance);
   server.on('error', () => undefined);
-  return { close: () => void server.close() };
+  return {
+    close: () => {
+      server.close();
+      if (entrance.kind === 'path') rmSync(entrance.path, { force: true });
+    },
+  };
 }
 
 function listen(option: string, server: Server, entrance: Entrance): Promise<void> {
   const umask = process.umask(0o177);
+  const hidden = entrance.kind === 'path' ? hiddenName(entrance.path) : '';
   return new Promise<void>((resolve, reject) => {
     const fail = (error: NodeJS.ErrnoException): void =>
       reject(new DropinRefusal(`${option}: nobody can listen at ${nameOf(entrance)} (${error.code})`));
@@ -40,16 +49,16 @@ function listen(option: string, server: Server, entrance: Entrance): Promise<voi
     server.once('listening', () => {
       server.removeListener('error', fail);
       try {
-        if (entrance.kind === 'path') own(entrance);
+        if (entrance.kind === 'path') show(hidden, entrance);
         resolve();
       } catch (error) {
+        server.close();
         fail(error as NodeJS.ErrnoException);
       }
     });
     switch (entrance.kind) {
       case 'path':
-        removeSocket(entrance.path);
-        server.listen(entrance.path);
+        server.listen(hidden);
         return;
       case 'port':
         server.listen(entrance.port, entrance.host);
@@ -60,17 +69,33 @@ function listen(option: string, server: Server, entrance: Entrance): Promise<voi
   }).finally(() => process.umask(umask));
 }
 
-/** As swtpm does with what an earlier one left, but only where it is a socket. */
-function removeSocket(path: string): void {
-  if (lstatSync(path, { throwIfNoEntry: false })?.isSocket()) rmSync(path, { force: true });
+/** sun_path holds 107 bytes and a NUL (unix(7)). @throws DropinRefusal */
+function checkLength(option: string, path: string): void {
+  const length = Buffer.byteLength(path);
+  if (length <= 107) return;
+  throw new DropinRefusal(
+    `${option}: ${path} has ${length} bytes, a unix socket takes 107; choose a shorter path`,
+  );
 }
 
-function own({ path, mode, uid, gid }: Extract<Entrance, { kind: 'path' }>): void {
+/** In the same directory, and no longer than most names. */
+function hiddenName(path: string): string {
+  return join(dirname(path), `.${randomBytes(2).toString('hex')}`);
+}
+
+/**
+ * Whoever waits for the socket finds one that is listened at, and is theirs. As swtpm does, it takes the place of what an
+ * earlier one left, but only where that is a socket.
+ */
+function show(hidden: string, { path, mode, uid, gid }: Extract<Entrance, { kind: 'path' }>): void {
   if (uid !== undefined || gid !== undefined) {
     // 4294967295, which is -1, leaves it as it is (chown(2)).
-    chownSync(path, uid ?? 0xffff_ffff, gid ?? 0xffff_ffff);
+    chownSync(hidden, uid ?? 0xffff_ffff, gid ?? 0xffff_ffff);
   }
-  chmodSync(path, mode);
+  chmodSync(hidden, mode);
+  const there = lstatSync(path, { throwIfNoEntry: false });
+  if (there && !there.isSocket()) throw Object.assign(new Error(path), { code: 'EADDRINUSE' });
+  renameSync(hidden, path);
 }
 
 function inherited(option: string, fd: number): Socket {
