@@ -1,5 +1,6 @@
 // `npm test`: lint, then mocha over every test. `--long` runs what takes longer (test/dist/long) instead. Other arguments go to mocha.
 import { spawnSync } from 'node:child_process';
+import { readdirSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 
@@ -28,15 +29,29 @@ function run(script, scriptArgs) {
   if (result.status !== 0) process.exit(result.status ?? 1);
 }
 
-// The longest first, so that none of them is left over at the end.
-const LONGEST = ['mutants', 'manager-crash', 'current-node', 'power-loss'];
-const longFiles = LONGEST.map((name) => `test/dist/long/${name}.test.js`);
+/** The longest first, so that none of them is left over at the end. Each once: mocha runs a file as often as it is named. */
+function longFiles() {
+  const longest = [
+    'mutants',
+    'migration',
+    'migration-crash',
+    'manager-crash',
+    'current-node',
+    'migration-model',
+  ];
+  const rank = (name) => longest.indexOf(name) + 1 || longest.length + 1;
+  return readdirSync(`${root}/test/dist/long`)
+    .filter((file) => file.endsWith('.test.js'))
+    .map((file) => file.slice(0, -'.test.js'.length))
+    .sort((a, b) => rank(a) - rank(b))
+    .map((name) => `test/dist/long/${name}.test.js`);
+}
 
 if (!isLong) run('node_modules/@biomejs/biome/bin/biome', ['check', '--error-on-warnings', '.']);
 run('node_modules/mocha/bin/mocha.js', [
   '--reporter',
   'scripts/mocha-reporter.cjs',
-  ...(isLong ? ['--no-config', '--timeout', '3600000', ...longFiles, 'test/dist/long/**/*.test.js'] : []),
+  ...(isLong ? ['--no-config', '--timeout', '3600000', ...longFiles()] : []),
   // Files side by side, one more than there are processors: each has installations, sockets and directories of its own, and
   // a quarter of its time it waits.
   ...['--parallel', '--jobs', String(Math.min(availableParallelism() + 1, 8))],
