@@ -117,6 +117,8 @@ describe('the store after its process ended', () => {
       const first = asked();
       const started = manager.start({ args: ['--ask-peers-at-start', '60'] });
       await first;
+      // Had the start not waited, it would be over by now.
+      await once(servers[1]!, 'connection');
       const again = asked();
       endStoreProcess();
       assert.equal((await started).status, 'locked');

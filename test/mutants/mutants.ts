@@ -1794,8 +1794,9 @@ export const MUTANTS: readonly Mutant[] = [
   {
     name: 'I-3 only the host that was dead says that it has heard of a rescue',
     file: 'manager/src/rescue/control.ts',
-    guard: 'if (isTheirs) await',
-    without: 'await',
+    guard:
+      'const isTheirs = (rescue: SignedRescue): boolean => bytesEqual(parseNotice(rescue).source, hostId);',
+    without: 'const isTheirs = (): boolean => hostId.length > 0;',
     test: { file: 'manager/rescue', name: 'is forgotten when it was heard' },
   },
   {

@@ -41,9 +41,14 @@ export class Rescues {
     });
     await this.desk.visit(vtpmUuid, (slot) =>
       slot.inOrder(async () => {
-        if (slot.live?.isOver === false) return await slot.live.rewrite(withoutNotice);
+        // Whoever asks for what is not theirs has nothing written.
+        const isHeld = ({ header }: VtpmRecord): boolean => header.rescues.some(isOf);
+        if (slot.live?.isOver === false) {
+          if (isHeld(slot.live.record)) await slot.live.rewrite(withoutNotice);
+          return;
+        }
         const held = await this.desk.records.read(vtpmUuid);
-        if (held?.record.header.rescues.some(isOf)) {
+        if (held && isHeld(held.record)) {
           await this.desk.records.write(vtpmUuid, held, withoutNotice(held.record));
         }
       }),

@@ -124,11 +124,8 @@ export class RescueControl implements RescueBook, TakesBack {
   }
 
   async heard(hostId: Uint8Array, vtpmUuid: Uint8Array): Promise<void> {
-    const isOf = (rescue: SignedRescue): boolean => bytesEqual(parseNotice(rescue).source, hostId);
-    const isTheirs = (await this.held(hostId)).some((rescue) =>
-      bytesEqual(parseNotice(rescue).vtpmUuid, vtpmUuid),
-    );
-    if (isTheirs) await this.parts.registry.rescues.heard(uuidToText(vtpmUuid), isOf);
+    const isTheirs = (rescue: SignedRescue): boolean => bytesEqual(parseNotice(rescue).source, hostId);
+    await this.parts.registry.rescues.heard(uuidToText(vtpmUuid), isTheirs);
   }
 
   async take(hostId: Uint8Array, rescues: readonly SignedRescue[]): Promise<Uint8Array[]> {
