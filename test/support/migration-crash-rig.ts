@@ -46,6 +46,7 @@ export class MigrationCrashRig {
   /** How it ended, and how often. */
   readonly ends = new Map<string, number>();
   faults = 0;
+  #strikes = 0;
 
   private constructor(
     private readonly hosts: TwoHosts,
@@ -140,6 +141,7 @@ export class MigrationCrashRig {
 
   async #strike(victim: Victim, source: Host, destination: Host): Promise<void> {
     const { network } = this.hosts;
+    this.#strikes++;
     if (victim === 'network') return network.cut();
     const { installation } = victim.startsWith('source') ? source : destination;
     if (victim.endsWith('manager')) return installation.killManager();
@@ -163,8 +165,18 @@ export class MigrationCrashRig {
       ['source', source],
       ['destination', destination],
     ] as const) {
-      if (victims.includes(`${side} manager`)) await host.startManager();
-      if (victims.includes(`${side} supervisor`)) await host.startSupervisor();
+      if (victims.includes(`${side} manager`)) await this.#comesBack(() => host.startManager());
+      if (victims.includes(`${side} supervisor`)) await this.#comesBack(() => host.startSupervisor());
+    }
+  }
+
+  /** What fails before it is all there is brought back after that failure. */
+  async #comesBack(start: () => Promise<unknown>): Promise<void> {
+    const strikes = this.#strikes;
+    try {
+      await start();
+    } catch (error) {
+      if (this.#strikes === strikes) throw error;
     }
   }
 
