@@ -9,6 +9,8 @@ import type { Mutant } from './mutants.js';
 export interface Verdict {
   readonly passes: number;
   readonly failures: number;
+  /** Milliseconds */
+  readonly duration: number;
   /** What mocha printed, for the message of a test that fails. */
   readonly output: string;
 }
@@ -18,6 +20,11 @@ const NOT_COPIED = ['.git', '.build'];
 
 /** What scripts/bundle-worker.mjs makes the worker's images of; the programs are made of all. */
 const IN_WORKER = ['vtpmd/', 'common/', 'proto/'];
+
+const TIMEOUT_MS = 60_000;
+/** Without its guard a test may wait for what never comes: as many times as long as with it, and this at least. */
+const LONGER = 5;
+const LEAST_TIMEOUT_MS = 10_000;
 
 /** A copy of the repository in which guards are removed, one at a time. */
 export class Workshop {
@@ -34,13 +41,15 @@ export class Workshop {
   /** The mutant's test in the copy as it is: it must pass. */
   control(mutant: Mutant): Verdict {
     const key = `${mutant.test.file}\0${mutant.test.name}`;
-    const known = this.#controls.get(key) ?? this.#run(mutant);
+    const known = this.#controls.get(key) ?? this.#run(mutant, TIMEOUT_MS);
     this.#controls.set(key, known);
     return known;
   }
 
   /** The mutant's test without the guard: it must fail. */
   try(mutant: Mutant): Verdict {
+    const { duration } = this.control(mutant);
+    const timeoutMs = Math.min(TIMEOUT_MS, Math.max(LEAST_TIMEOUT_MS, LONGER * duration));
     const source = readFileSync(join(this.#directory, mutant.file), 'utf8');
     const path = join(this.#directory, mutant.file.replace('/src/', '/dist/').replace(/\.ts$/, '.js'));
     const original = readFileSync(path, 'utf8');
@@ -48,7 +57,7 @@ export class Workshop {
     writeFileSync(path, transformSync(mutate(source, mutant), { loader: 'ts', target: 'node20' }).code);
     try {
       this.#bundle(mutant);
-      return this.#run(mutant, ['--bail']);
+      return this.#run(mutant, timeoutMs, ['--bail']);
     } finally {
       writeFileSync(path, original);
       this.#bundle(mutant);
@@ -74,7 +83,7 @@ export class Workshop {
       throw new Error(`the mutated copy does not build:\n${built.stdout}${built.stderr}`);
   }
 
-  #run(mutant: Mutant, more: readonly string[] = []): Verdict {
+  #run(mutant: Mutant, timeoutMs: number, more: readonly string[] = []): Verdict {
     const report = join(this.#directory, 'report.json');
     rmSync(report, { force: true });
     const ran = spawnSync(
@@ -82,7 +91,7 @@ export class Workshop {
       [
         'node_modules/mocha/bin/mocha.js',
         '--no-config',
-        ...['--timeout', '60000', '--exit'],
+        ...['--timeout', String(timeoutMs), '--exit'],
         ...['--reporter', 'scripts/mocha-reporter.cjs'],
         ...['--spec', `test/dist/${mutant.test.file}.test.js`],
         ...['--fgrep', mutant.test.name],
@@ -95,7 +104,7 @@ export class Workshop {
         timeout: 300_000,
       },
     );
-    const counts = JSON.parse(readFileSync(report, 'utf8')) as { passes: number; failures: number };
+    const counts = JSON.parse(readFileSync(report, 'utf8')) as Omit<Verdict, 'output'>;
     return { ...counts, output: ran.stdout + ran.stderr };
   }
 }
