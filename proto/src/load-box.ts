@@ -28,12 +28,8 @@ export function boxKeyPair(secretKey?: Uint8Array): BoxKeyPair {
 }
 
 /** `direction` inside the box keeps an answer from ever being taken for a request: a box proves both ends, not which sent it. */
-export const DIRECTION = {
-  LoadClaim: 'load-claim',
-  LoadGrant: 'load-grant',
-  LoadGrantKey: 'load-grant-key',
-} as const;
-export type BoxedMessages = Pick<Messages, keyof typeof DIRECTION>;
+const DIRECTION = { LoadClaim: 'load-claim', LoadGrant: 'load-grant' } as const;
+type BoxedMessages = Pick<Messages, 'LoadClaim' | 'LoadGrant'>;
 
 /** Both keys, agreed on once (nacl.box.before): that takes longer than to seal or open with it. */
 export class AgreedBox {

@@ -96,16 +96,6 @@ export const MUTANTS: readonly Mutant[] = [
     test: { file: 'manager/ownership', name: 'refuses a ticket whose signatures do not hold' },
   },
   {
-    name: 'I-2 what stands beside the box of a Load is authentic',
-    file: 'proto/src/load-grant.ts',
-    guard: 'decipher.final();',
-    without: '',
-    test: {
-      file: 'proto/load-grant',
-      name: 'are refused where one bit of them, of the tag or of the box is another',
-    },
-  },
-  {
     name: 'I-2 only allowed images get state',
     file: 'manager/src/ownership/ticket-check.ts',
     guard: 'if (!environment.trust.isImageAllowed(ticket.imageDigest)) {',

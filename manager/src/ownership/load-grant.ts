@@ -1,11 +1,4 @@
-import {
-  bytesEqual,
-  type LoadGrant,
-  type LoadResponse,
-  type RecordHeader,
-  type Session,
-  sealLoadGrant,
-} from 'vtpm-proto';
+import { bytesEqual, type LoadResponse, type RecordHeader, type Session } from 'vtpm-proto';
 import { ManagerError } from '../error.js';
 import { type KeyHierarchy, wipe } from '../keys/index.js';
 import { openState, type VtpmRecord, wipeState } from '../records/index.js';
@@ -31,7 +24,7 @@ export function sealGrant(
     if (header.generation > 0n && !permanent) {
       throw new ManagerError('store-corrupt', 'the record has a generation but no permanent state');
     }
-    const grant: Omit<LoadGrant, 'direction'> = {
+    return box.seal('LoadGrant', {
       loadId: claim.loadId,
       sessionId: session.sessionId,
       sessionKey,
@@ -43,9 +36,7 @@ export function sealGrant(
       ...(suspension && volatile && { suspended: { ...suspension, volatile } }),
       referenceKey,
       arrived: suspension !== undefined && bytesEqual(suspension.vmRunId, header.vmRunId),
-    };
-    // A worker from before this manager takes it in the box only.
-    return claim.takesSealed ? sealLoadGrant(box, grant) : box.seal('LoadGrant', grant);
+    });
   } finally {
     wipe(sessionKey);
     wipeState(state);

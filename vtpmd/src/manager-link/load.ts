@@ -4,7 +4,6 @@ import {
   bytesEqual,
   decode,
   type LoadGrant,
-  openLoadGrant,
   ProtoError,
   type SignedTicket,
   ticketDigest,
@@ -80,7 +79,7 @@ export async function loadVtpm(
 ): Promise<LoadGrant> {
   const loadId = randomBytes(16);
   const claim = {
-    ...{ ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion, takesSealed: true },
+    ...{ ticketDigest: ticketDigest(identity.ticket), loadId, libtpmsVersion },
     ...(referenceDigest && { referenceDigest }),
   };
   const box = keys.boxFor(identity.managerKey);
@@ -92,7 +91,7 @@ export async function loadVtpm(
   link.prepareSave();
   let grant: LoadGrant;
   try {
-    grant = openLoadGrant(box, await answered);
+    grant = box.open('LoadGrant', await answered);
   } catch (cause) {
     if (!(cause instanceof ProtoError)) throw cause;
     throw new VtpmdError('protocol', `the manager's answer cannot be trusted: ${cause.message}`, { cause });

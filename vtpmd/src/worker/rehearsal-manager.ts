@@ -2,15 +2,15 @@ import { createHash, randomBytes } from 'node:crypto';
 import { performServerHandshake, type ServerHttp2Stream } from 'node:http2';
 import type { Duplex } from 'node:stream';
 import {
-  AgreedBox,
   type BoxKeyPair,
   decode,
   encode,
   frameMessage,
   LOAD_PATH,
   MessageReader,
+  openBox,
   type SessionCipher,
-  sealLoadGrant,
+  sealBox,
   sessionCipher,
   type WorkerFrame,
 } from 'vtpm-proto';
@@ -66,8 +66,7 @@ class RehearsalManager {
   }
 
   load(call: ServerHttp2Stream, message: Buffer): void {
-    const box = new AgreedBox(this.workerKey, this.keys);
-    const { loadId } = box.open('LoadClaim', decode('LoadRequest', message));
+    const { loadId } = openBox('LoadClaim', decode('LoadRequest', message), this.workerKey, this.keys);
     const { permanent = new Uint8Array(0), suspended } = this.kept ?? {};
     const grant = {
       loadId,
@@ -87,8 +86,8 @@ class RehearsalManager {
         },
       }),
     };
-    call.end(frameMessage(encode('LoadResponse', sealLoadGrant(box, grant))));
-    box.wipe();
+    const answer = sealBox('LoadGrant', grant, this.workerKey, this.keys);
+    call.end(frameMessage(encode('LoadResponse', answer)));
   }
 
   save(call: ServerHttp2Stream, frame: WorkerFrame): void {
