@@ -3,6 +3,7 @@ import { ManagerError } from 'vtpm-manager';
 import { decodeRecord } from 'vtpm-manager/records/index';
 import { type AnchoredStore, openAnchoredStore, type StateStore } from 'vtpm-manager/store/index';
 import { type Lmdb, openLmdb, refusal, StoreFixture } from '../manager/store-fixture.js';
+import { isA } from '../support/is-a.js';
 import { until } from '../support/until.js';
 import type { TestVtpm } from '../support/worker-client.js';
 import { savedRecord } from './saved-record.js';
@@ -57,7 +58,7 @@ describe(`attack: one bit of a saved record is flipped, at ${POSITIONS} places`,
       assert.throws(
         () => decodeRecord(keys, victim.uuid, flipped(good, bit)),
         (error) => {
-          assert.ok(error instanceof ManagerError, `bit ${bit}: ${error}`);
+          assert.ok(isA(error, ManagerError), `bit ${bit}: ${error}`);
           // A format or a generation of the root key that there is not (yet, any more) is named for what it says.
           assert.match(error.code, /^(store-corrupt|newer-format|rollback-detected)$/, `bit ${bit}`);
           assert.ok(error.message.includes(victim.id), `bit ${bit}: ${error.message}`);

@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { decode } from 'vtpm-proto';
 import { type Lmdb, openLmdb, tamperStore } from '../manager/store-fixture.js';
 import { run } from '../support/installation.js';
+import { isA } from '../support/is-a.js';
 import { ManagerInstallation } from '../support/manager-process.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { RefusedError, type TestSession, type TestVtpm, testVtpm } from '../support/worker-client.js';
@@ -205,7 +206,7 @@ export class Target {
 /** For assert.rejects: a call that the manager refused for this reason. */
 export function refusedBecause(reason: string, message = /./): (error: unknown) => boolean {
   return (error) => {
-    assert.ok(error instanceof RefusedError, String(error));
+    assert.ok(isA(error, RefusedError), String(error));
     assert.equal(error.reason, reason, error.message);
     assert.match(error.message, message);
     return true;

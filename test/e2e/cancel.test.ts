@@ -4,6 +4,7 @@ import { setImmediate } from 'node:timers/promises';
 import { openSwtpm } from 'tpm2-ts-bindings';
 import { FrontendClient, FrontendError } from 'vtpm-frontend-driver';
 import { Installation } from '../support/installation.js';
+import { isA } from '../support/is-a.js';
 import { TpmClient } from '../support/tpm-client.js';
 import {
   createPrimaryRsa,
@@ -60,10 +61,7 @@ describe('a key that nobody wants any more', () => {
       const abort = new AbortController();
       const transmitted = client.transmit(command, { signal: abort.signal });
       abort.abort();
-      await assert.rejects(
-        transmitted,
-        (error) => error instanceof FrontendError && error.code === 'aborted',
-      );
+      await assert.rejects(transmitted, (error) => isA(error, FrontendError) && error.code === 'aborted');
       await client.close();
     });
   });
@@ -72,7 +70,7 @@ describe('a key that nobody wants any more', () => {
     await untilCancelled(async (command) => {
       const client = await FrontendClient.connect(installation.door('web1'));
       await client.transmit(getRandom());
-      const isLate = (error: unknown) => error instanceof FrontendError && error.code === 'deadline';
+      const isLate = (error: unknown) => isA(error, FrontendError) && error.code === 'deadline';
       await assert.rejects(client.transmit(command, { deadline: 1 }), isLate);
       await client.close();
     });

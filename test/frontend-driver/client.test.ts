@@ -5,6 +5,7 @@ import { createServer, type Server, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { FrontendClient, FrontendError, type FrontendErrorCode } from 'vtpm-frontend-driver';
+import { isA } from '../support/is-a.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 
 /** TPM2_GetRandom(8) and TPM2_GetRandom(16): their answers differ in length. */
@@ -13,7 +14,7 @@ const RANDOM_16 = Buffer.from('80010000000c0000017b0010', 'hex');
 const ANSWER = Buffer.from('80010000000a00000000', 'hex');
 
 const refused = (code: FrontendErrorCode) => (error: unknown) => {
-  assert.ok(error instanceof FrontendError, String(error));
+  assert.ok(isA(error, FrontendError), String(error));
   assert.equal(error.code, code);
   return true;
 };

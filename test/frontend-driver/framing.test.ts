@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import fc from 'fast-check';
 import { FrontendError, HEADER_BYTES, MAX_MESSAGE_BYTES, MessageAssembler } from 'vtpm-frontend-driver';
+import { isA } from '../support/is-a.js';
 
 const message = fc
   .uint8Array({ minLength: HEADER_BYTES, maxLength: 600 })
@@ -52,7 +53,7 @@ describe('the framing of TPM messages', () => {
         (size) => {
           assert.throws(
             () => new MessageAssembler().push(withSize(Buffer.alloc(HEADER_BYTES), size)),
-            (error) => error instanceof FrontendError && error.code === 'protocol',
+            (error) => isA(error, FrontendError) && error.code === 'protocol',
           );
         },
       ),

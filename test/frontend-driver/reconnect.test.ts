@@ -11,6 +11,7 @@ import {
   forKernel,
   ReconnectingChannel,
 } from 'vtpm-frontend-driver';
+import { isA } from '../support/is-a.js';
 
 const RANDOM_8 = Buffer.from('80010000000c0000017b0008', 'hex');
 const ANSWER = Buffer.from('80010000000a00000000', 'hex');
@@ -18,7 +19,7 @@ const SET_LOCALITY = (locality: number): Buffer =>
   Buffer.concat([Buffer.from('80020000000b20001000', 'hex'), Buffer.of(locality)]);
 
 const refused = (code: FrontendErrorCode) => (error: unknown) => {
-  assert.ok(error instanceof FrontendError, String(error));
+  assert.ok(isA(error, FrontendError), String(error));
   assert.equal(error.code, code);
   return true;
 };

@@ -11,6 +11,7 @@ import {
 } from 'vtpm-manager/backup/operator-key';
 import { checkRecipient, openEntry, readBackup } from 'vtpm-manager/backup/read';
 import { boxKeyPair, decode, uuidToText } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { anchorOptions } from '../support/test-keys.js';
 import { BackupDesk, partsOf } from './backup-fixture.js';
 
@@ -19,7 +20,7 @@ const B = '0b000000-0000-4000-8000-000000000002';
 const C = '0c000000-0000-4000-8000-000000000003';
 
 const refused = (code: ManagerErrorCode, message: RegExp) => (error: unknown) => {
-  assert.ok(error instanceof ManagerError, String(error));
+  assert.ok(isA(error, ManagerError), String(error));
   assert.equal(error.code, code);
   assert.match(error.message, message);
   return true;
@@ -74,10 +75,7 @@ describe('a backup file', () => {
       fc.asyncProperty(fc.nat(bytes.length - 1), fc.nat(7), async (at, bit) => {
         const flipped = Buffer.from(bytes);
         flipped[at] = (flipped[at] ?? 0) ^ (1 << bit);
-        await assert.rejects(
-          read(flipped),
-          (error) => error instanceof ManagerError && error.code !== 'internal',
-        );
+        await assert.rejects(read(flipped), (error) => isA(error, ManagerError) && error.code !== 'internal');
       }),
       { numRuns: 500 },
     );

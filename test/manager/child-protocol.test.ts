@@ -15,6 +15,7 @@ import {
   MAX_FRAME_BYTES,
   ProtocolError,
 } from 'vtpm-manager/store/child-protocol';
+import { isA } from '../support/is-a.js';
 
 const bytes = (maxLength: number) => fc.uint8Array({ maxLength }).map((array) => Buffer.from(array));
 const key = fc.stringMatching(/^[\x21-\x7e]{1,128}$/);
@@ -98,6 +99,6 @@ function onlyProtocolErrors(action: () => unknown): void {
   try {
     action();
   } catch (error) {
-    assert.ok(error instanceof ProtocolError, String(error));
+    assert.ok(isA(error, ProtocolError), String(error));
   }
 }

@@ -18,6 +18,7 @@ import {
 } from 'vtpm-manager/keys/index';
 import { hkdf } from 'vtpm-manager/keys/secret';
 import { decode, encode, type PartContext } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 
 const filled = (length: number, byte: number): Buffer => Buffer.alloc(length, byte);
 const ROOT = Buffer.from(Array.from({ length: 32 }, (_, i) => i));
@@ -37,7 +38,7 @@ const context: Omit<PartContext, 'length'> = {
 };
 const expected: ExpectedContext = context;
 
-const corrupt = (error: unknown): boolean => error instanceof ManagerError && error.code === 'store-corrupt';
+const corrupt = (error: unknown): boolean => isA(error, ManagerError) && error.code === 'store-corrupt';
 
 /** Takes the secrets that the vectors were computed with. */
 function knownKeys(storeId = STORE_ID): KeyHierarchy {

@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto';
 import fc from 'fast-check';
 import { ManagerError } from 'vtpm-manager/error';
 import { buildMerkleTree, type LeafChange, valueDigest } from 'vtpm-manager/store/merkle-tree';
+import { isA } from '../support/is-a.js';
 
 // Few keys, so that changes meet; some of them share a bucket (see the last test).
 const leaf = fc.record({
@@ -106,7 +107,7 @@ describe('Merkle tree', () => {
     tree.stage([{ key: 'b', version: 1, digest }]).apply();
     assert.throws(
       () => late.apply(),
-      (error) => error instanceof ManagerError && error.code === 'internal',
+      (error) => isA(error, ManagerError) && error.code === 'internal',
     );
     assert.throws(() => tree.stage([late, late].map(() => ({ key: 'a', version: 1, digest }))));
   });

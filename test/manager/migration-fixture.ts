@@ -15,6 +15,7 @@ import {
   openBox,
   type SignedDecision,
 } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { MemoryStore } from '../support/memory-store.js';
 import { loadRequest, TestSession } from '../support/worker-client.js';
 import { Worker, type World } from './ownership-fixture.js';
@@ -198,7 +199,7 @@ export async function copyOfDisk(world: World): Promise<{ isNewest(): Promise<bo
         await openAnchoredStore(new MemoryStore(entries), world.anchor);
         return true;
       } catch (error) {
-        assert.ok(error instanceof ManagerError && error.code === 'rollback-detected', String(error));
+        assert.ok(isA(error, ManagerError) && error.code === 'rollback-detected', String(error));
         return false;
       }
     },

@@ -7,6 +7,7 @@ import { openState } from 'vtpm-manager/records/index';
 import type { AnchorCounter } from 'vtpm-manager/root-tpm/index';
 import type { AnchorOptions } from 'vtpm-manager/store/index';
 import type { RecordHeader, SignedDecision } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { MemoryCounter } from '../support/memory-counter.js';
 import { MemoryStore } from '../support/memory-store.js';
 import { testVtpm } from '../support/worker-client.js';
@@ -106,7 +107,7 @@ class Host {
       run.catch(() => undefined);
       return await Promise.race([run, life.ended]);
     } catch (error) {
-      const isExpected = error instanceof ManagerError || error instanceof Killed;
+      const isExpected = isA(error, ManagerError) || error instanceof Killed;
       if (!isExpected) throw error;
       return undefined;
     } finally {

@@ -28,6 +28,7 @@ import {
   openBox,
   type SaveBody,
 } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { MemoryStore } from '../support/memory-store.js';
 import { anchorOptions, testKeys, unwatched } from '../support/test-keys.js';
 import {
@@ -41,7 +42,7 @@ import {
 export const refused =
   (code: ManagerErrorCode) =>
   (error: unknown): boolean => {
-    assert.ok(error instanceof ManagerError, String(error));
+    assert.ok(isA(error, ManagerError), String(error));
     assert.equal(error.code, code, error.message);
     return true;
   };

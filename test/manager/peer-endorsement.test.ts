@@ -24,6 +24,7 @@ import { ManagerError } from 'vtpm-manager/error';
 import { acceptAttestationKey, checkAnswer, makeChallenge } from 'vtpm-manager/peer/attestation-key';
 import { acceptEndorsement, endorsementFingerprint } from 'vtpm-manager/peer/endorsement';
 import { attestationPublic } from 'vtpm-manager/root-tpm/index';
+import { isA } from '../support/is-a.js';
 import { NOTHING, withPrimary } from '../support/tpm-fixture.js';
 import { Maker } from '../tpm2-ts-bindings/maker.js';
 import { LyingTpm } from './peer-fixture.js';
@@ -238,7 +239,7 @@ describe('manager: which TPM another host has', () => {
               const answer = await tpm.activateCredential(enrolment, blob, credential({ challenge }));
               assert.deepEqual(answer, made.answer);
             } catch (error) {
-              assert.ok(error instanceof ManagerError && error.code === 'peer-ek', String(error));
+              assert.ok(isA(error, ManagerError) && error.code === 'peer-ek', String(error));
             }
           }),
           { numRuns: 30 },

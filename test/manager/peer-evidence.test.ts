@@ -9,6 +9,7 @@ import { requestApproval } from 'vtpm-manager/root-tpm/index';
 import { REVOCATION_SHAPE } from 'vtpm-manager/root-tpm/nv-counter';
 import { writtenEntity } from 'vtpm-manager/root-tpm/nv-index';
 import type { Evidence, Peer } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { evidenceOf, hostOf, LyingTpm, transcript } from './peer-fixture.js';
 import { Chip, INSTALLATION, PCRS, refuses } from './root-tpm-fixture.js';
 
@@ -260,7 +261,7 @@ describe('manager: evidence of another host', () => {
             verifyEvidence(peer, sent, over);
             assert.deepEqual(Buffer.from(sent.attest), good.attest);
           } catch (error) {
-            assert.ok(error instanceof ManagerError, String(error));
+            assert.ok(isA(error, ManagerError), String(error));
             assert.ok(named.has(error.code) || (peer !== kept && error.code === 'peer-ak'), error.code);
           }
         }

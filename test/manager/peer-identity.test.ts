@@ -9,6 +9,7 @@ import {
   renderIdentity,
 } from 'vtpm-manager/peer/identity-file';
 import { type SigningKey, signingKeyFromSeed } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { LyingTpm } from './peer-fixture.js';
 import { refuses } from './root-tpm-fixture.js';
 
@@ -95,7 +96,7 @@ describe('the identity of a host', () => {
           fc.pre(changed.trim() !== text);
           assert.throws(
             () => readIdentity(changed),
-            (error) => error instanceof ManagerError && ['bad-request', 'newer-format'].includes(error.code),
+            (error) => isA(error, ManagerError) && ['bad-request', 'newer-format'].includes(error.code),
           );
         },
       ),

@@ -27,6 +27,7 @@ import { sealSecret, verifyImportKey } from 'vtpm-manager/peer/import-key';
 import { importSecret } from 'vtpm-manager/root-tpm/import-secret';
 import type { ImportKey, RootTpm } from 'vtpm-manager/root-tpm/index';
 import type { ImportKeyOffer } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { type RecordingProxy, startRecordingProxy } from '../support/recording-proxy.js';
 import { startSwtpm } from '../support/swtpm.js';
 import { pcrExtend } from '../support/tpm-commands.js';
@@ -142,12 +143,12 @@ describe('manager: the key that a secret is sent to', () => {
             verify(offer);
             assert.deepEqual(offer.publicArea, good.publicArea);
           } catch (error) {
-            assert.ok(error instanceof ManagerError && codes.includes(error.code), String(error));
+            assert.ok(isA(error, ManagerError) && codes.includes(error.code), String(error));
           }
           try {
             sealSecret(offer.publicArea);
           } catch (error) {
-            assert.ok(error instanceof ManagerError && error.code === 'peer-import-key', String(error));
+            assert.ok(isA(error, ManagerError) && error.code === 'peer-import-key', String(error));
           }
         }),
       );

@@ -22,6 +22,7 @@ import {
   type VtpmRecord,
 } from 'vtpm-manager/records/index';
 import { decode, encode, type SaveBody, type StateAction, type StoredRecord } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 import { testKeys } from '../support/test-keys.js';
 
 const keys = testKeys();
@@ -32,7 +33,7 @@ const RUN_2 = Buffer.alloc(16, 2);
 const refused =
   (code: ManagerErrorCode) =>
   (error: unknown): boolean =>
-    error instanceof ManagerError && error.code === code;
+    isA(error, ManagerError) && error.code === code;
 
 function facts(changes: Partial<LoadFacts> = {}): LoadFacts {
   return {

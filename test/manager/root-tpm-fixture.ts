@@ -25,6 +25,7 @@ import {
   type RootTpm,
   type RootTpmEnrolment,
 } from 'vtpm-manager/root-tpm/index';
+import { isA } from '../support/is-a.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { assertNothingLeaked, connectTpm } from '../support/tpm-fixture.js';
 
@@ -40,7 +41,7 @@ export const ENROL: EnrolOptions = {
 };
 
 export const refuses = (code: ManagerErrorCode, text?: RegExp) => (error: unknown) => {
-  assert.ok(error instanceof ManagerError, String(error));
+  assert.ok(isA(error, ManagerError), String(error));
   assert.equal(error.code, code, error.message);
   if (text !== undefined) assert.match(error.message, text);
   return true;

@@ -14,7 +14,7 @@ import {
   openLmdbStore,
   type StateStore,
 } from 'vtpm-manager/store/index';
-
+import { isA } from '../support/is-a.js';
 import { MemoryCounter } from '../support/memory-counter.js';
 import { anchorOptions, testKeys } from '../support/test-keys.js';
 
@@ -150,7 +150,7 @@ export function contentOf(key: string, version: number, bytes = 6000): Buffer {
 /** For assert.rejects: a ManagerError with this code whose message matches. */
 export function refusal(code: string, message = /./): (error: unknown) => boolean {
   return (error) => {
-    if (!(error instanceof ManagerError)) throw error;
+    if (!isA(error, ManagerError)) throw error;
     if (error.code !== code || !message.test(error.message)) {
       throw new Error(`expected ${code} ${message}, got ${error.code}: ${error.message}`, { cause: error });
     }

@@ -11,6 +11,7 @@ import {
   type Messages,
   ProtoError,
 } from 'vtpm-proto';
+import { isA } from '../support/is-a.js';
 
 const bytes = (length: number) => fc.uint8Array({ minLength: length, maxLength: length });
 const u64 = fc.bigInt({ min: 0n, max: 0xffffffffffffffffn });
@@ -67,7 +68,7 @@ describe('the wire codec', () => {
           try {
             decode(name as 'Ticket', input);
           } catch (error) {
-            assert.ok(error instanceof ProtoError);
+            assert.ok(isA(error, ProtoError));
           }
         },
       ),

@@ -8,10 +8,11 @@ import { parseOptionValue } from 'vtpm-toolstack/dropin/option-value';
 import { DropinRefusal } from 'vtpm-toolstack/dropin/refusal';
 import { parseSetupArguments } from 'vtpm-toolstack/dropin/setup-arguments';
 import { parseSwtpmArguments } from 'vtpm-toolstack/dropin/swtpm-arguments';
+import { isA } from '../support/is-a.js';
 
 const PARTS = { type: 'text', path: 'text', port: 'number', mode: 'mode', disconnect: 'flag' } as const;
 const refusal = (pattern: RegExp) => (error: unknown) => {
-  assert.ok(error instanceof DropinRefusal, String(error));
+  assert.ok(isA(error, DropinRefusal), String(error));
   assert.match(error.message, pattern);
   assert.ok(!error.message.includes('\n'), 'one sentence');
   return true;
@@ -73,7 +74,7 @@ describe('arguments of the drop-in commands', () => {
         try {
           parseOptionValue('--x', text, PARTS);
         } catch (error) {
-          assert.ok(error instanceof DropinRefusal);
+          assert.ok(isA(error, DropinRefusal));
         }
       }),
     );

@@ -5,6 +5,7 @@ import { receiveDescriptor, SystemCallError, sendDescriptor, socketPair } from '
 import type { SupervisorMessage } from 'vtpm-toolstack/supervisor/control-protocol';
 import type { Visit } from 'vtpm-toolstack/supervisor/doors';
 import { passVisits } from 'vtpm-toolstack/supervisor/worker-start';
+import { isA } from '../support/is-a.js';
 
 describe('the connections that the next worker of a vTPM gets', () => {
   it('wait where the kernel holds no more descriptors for it', async () => {
@@ -22,7 +23,7 @@ describe('the connections that the next worker of a vTPM gets', () => {
           before++;
         }
       },
-      (error) => error instanceof SystemCallError,
+      (error) => isA(error, SystemCallError),
     );
     const passed: SupervisorMessage[] = [];
     const worker = {

@@ -18,6 +18,7 @@ import {
   tpmsNvPublic,
   verifyApproval,
 } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 
 const index = (attributes: number) =>
   nvEntity(
@@ -37,7 +38,7 @@ const pair = (key: ReturnType<typeof generateKeyPairSync>) => ({
   privatePem: key.privateKey.export({ type: 'pkcs8', format: 'pem' }) as string,
 });
 const AUTHORITY = pair(generateKeyPairSync('ec', { namedCurve: 'P-256' }));
-const usage = (error: unknown) => error instanceof TpmError && error.code === 'usage';
+const usage = (error: unknown) => isA(error, TpmError) && error.code === 'usage';
 const hex = (bytes: number) => randomBytes(bytes).toString('hex');
 
 const request = (change: Partial<Parameters<typeof approvalRequest>[1]> = {}): ApprovalRequest =>
@@ -118,7 +119,7 @@ describe('approvals of platform states', () => {
           try {
             read(value);
           } catch (error) {
-            if (!(error instanceof TpmError)) throw error;
+            if (!isA(error, TpmError)) throw error;
           }
         }),
       );

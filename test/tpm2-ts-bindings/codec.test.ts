@@ -28,6 +28,7 @@ import {
   u64,
   yesNo,
 } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 
 const U32 = fc.integer({ min: 0, max: 0xffff_ffff });
 const U16 = fc.integer({ min: 0, max: 0xffff });
@@ -55,11 +56,11 @@ function roundTrips<T>(codec: Codec<T>, values: fc.Arbitrary<T>): void {
 }
 
 function isMalformed(error: unknown): boolean {
-  return error instanceof TpmError && error.code === 'malformed';
+  return isA(error, TpmError) && error.code === 'malformed';
 }
 
 function isUsage(error: unknown): boolean {
-  return error instanceof TpmError && error.code === 'usage';
+  return isA(error, TpmError) && error.code === 'usage';
 }
 
 const symDef = fc.oneof(

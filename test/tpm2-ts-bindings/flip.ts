@@ -26,6 +26,7 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 import { commandCode, type RecordingProxy, startRecordingProxy } from '../support/recording-proxy.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { assertNothingLeaked, connectTpm, withPrimary } from '../support/tpm-fixture.js';
@@ -151,7 +152,7 @@ export class FlipBench {
         ),
     );
     const where = `${subject.name}: bit ${bit} of byte ${protectedByte(subject, original, index)}`;
-    assert.ok(result instanceof TpmError, `${where} was accepted, or: ${result}`);
+    assert.ok(isA(result, TpmError), `${where} was accepted, or: ${result}`);
     assert.ok(['bad-hmac', 'malformed'].includes(result.code), `${where}: ${result.code}`);
     await assert.rejects(readRandom(this.tpm, 4, [session]), has('poisoned'), where);
     await session.close();
@@ -176,10 +177,7 @@ export class FlipBench {
           (error: unknown) => error,
         ),
     );
-    assert.ok(
-      result instanceof TpmError && ['transport', 'malformed'].includes(result.code),
-      `${bit}: ${result}`,
-    );
+    assert.ok(isA(result, TpmError) && ['transport', 'malformed'].includes(result.code), `${bit}: ${result}`);
     await hasty.close();
     this.tpm = await connectTpm(this.#bus.path);
     await flush(this.tpm, session.handle);
@@ -258,7 +256,7 @@ export class FlipBench {
     try {
       const where = `bit ${bit} of byte ${skipSize(index % (original.length - 4))}`;
       if (result instanceof Error) {
-        assert.ok(result instanceof TpmError && result.code === 'malformed', `${where}: ${result}`);
+        assert.ok(isA(result, TpmError) && result.code === 'malformed', `${where}: ${result}`);
       } else {
         const itemHandle = withSession(this.sealed, result);
         await assert.rejects(tpm.run(Unseal, { itemHandle }, {}), has('tpm'), where);

@@ -18,6 +18,7 @@ import {
   type Transport,
   withPassword,
 } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 import { type AnyCommand, COMMANDS, fieldsOf, MUTATION } from './arbitrary.js';
 
 /** What a fuzzed TPM answers, and what may come of it. */
@@ -168,7 +169,7 @@ export async function judge({
     const value = await tpm.run(command, handles, params, inSession ? [fuzzSession(tpm)] : []);
     assert.equal(typeof value, 'object');
   } catch (error) {
-    if (!(error instanceof TpmError)) throw error;
+    if (!isA(error, TpmError)) throw error;
     outcome = error.code;
   } finally {
     meter?.stop();

@@ -20,6 +20,7 @@ import {
   whileLoaded,
   withPassword,
 } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 import { NOTHING } from '../support/tpm-fixture.js';
 
 /** Things in a TPM that a test needs for a while. */
@@ -96,6 +97,6 @@ export const says =
 
 /** For assert.rejects and throws: this package refused. */
 export const has = (code: TpmError['code']) => (error: unknown) => {
-  if (error instanceof TpmError && error.code === code) return true;
+  if (isA(error, TpmError) && error.code === code) return true;
   throw error;
 };

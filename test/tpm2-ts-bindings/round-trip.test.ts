@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import fc from 'fast-check';
 import { type Codec, concat, decode, encode, TpmError } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 import { COMMANDS, fieldsOf, MUTATION, STRUCTURES, valuesOf } from './arbitrary.js';
 import { has } from './make.js';
 
@@ -44,7 +45,7 @@ function attempt<T>(code: TpmError['code'], body: () => T): T | undefined {
   try {
     return body();
   } catch (error) {
-    if (error instanceof TpmError && error.code === code) return undefined;
+    if (isA(error, TpmError) && error.code === code) return undefined;
     throw error;
   }
 }

@@ -46,6 +46,7 @@ import {
   withPassword,
   withSession,
 } from 'tpm2-ts-bindings';
+import { isA } from '../support/is-a.js';
 import { type RecordingProxy, startRecordingProxy } from '../support/recording-proxy.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 import { assertNothingLeaked, connectTpm, NOTHING, withPrimary } from '../support/tpm-fixture.js';
@@ -228,7 +229,7 @@ describe('tpm2-ts-bindings: sessions', () => {
         tamper = (response) => flip(response, at);
         await assert.rejects(readRandom(tpm, 16, [session]), (error) => {
           assert.ok(
-            error instanceof TpmError && /^(bad-hmac|malformed)$/.test(error.code),
+            isA(error, TpmError) && /^(bad-hmac|malformed)$/.test(error.code),
             `byte ${at}: ${error}`,
           );
           return true;

@@ -7,6 +7,7 @@ import fc from 'fast-check';
 import { fcntl, pipePair, socketFd, socketPair } from 'vtpm-common/libc';
 import { FrontendError, RingClient, RingDevice } from 'vtpm-frontend-driver';
 import { buildFaultyWorker, killAt } from '../support/faulty-worker.js';
+import { isA } from '../support/is-a.js';
 import { MiniManager } from '../support/mini-manager.js';
 import { memoryOf, RawFrontend, SEAL, SETUP } from '../support/raw-frontend.js';
 import { RingDoorway } from '../support/ring-doorway.js';
@@ -29,7 +30,7 @@ const INDEX = 0x01500001;
 const CANCELED = 0x909;
 const F_SETFL = 4;
 const refused = (code: string) => (error: unknown) => {
-  assert.ok(error instanceof FrontendError, String(error));
+  assert.ok(isA(error, FrontendError), String(error));
   assert.equal(error.code, code, error.message);
   return true;
 };
