@@ -184,7 +184,7 @@ describe('docs/admin-api.yaml', () => {
     }
     await send('POST /images', {}, { digest: image, note: 'n' });
     await send('POST /images', {}, { digest: 'x' });
-    await send('POST /images', {}, `{"digest":"${'a'.repeat(70_000)}"}`);
+    await send('POST /images', {}, `{"digest":"${'a'.repeat(4_000_000)}"}`);
     await send('POST /images', {}, { digest: unknown.digest });
     await send('GET /images');
     await send('DELETE /images/{digest}', unknown);
@@ -201,7 +201,7 @@ describe('docs/admin-api.yaml', () => {
     await send('POST /backup', {}, { to, vtpms: [one.id] });
     await send('POST /backup', {}, { to, vtpms: [unknown.id] });
     await send('POST /backup', {}, { to, vtpm: [one.id] });
-    await send('POST /backup', {}, { to: 'a'.repeat(70_000) });
+    await send('POST /backup', {}, { to: 'a'.repeat(4_000_000) });
     const requests = await restores(bytes, parseBackupSecret(key.secret));
     const [connected, idle] = [one, two].map(({ id }) => {
       const request = requests.get(id);

@@ -1,5 +1,6 @@
 import { once } from 'node:events';
 import type { IncomingMessage, ServerResponse } from 'node:http';
+import type { Readable } from 'node:stream';
 import { ManagerError, type ManagerErrorCode } from '../error.js';
 import { wipe } from '../keys/index.js';
 import type { JsonAnswer } from './route.js';
@@ -75,11 +76,12 @@ export function errorAnswer(error: ManagerError): JsonAnswer {
 }
 
 /** @returns the body, in the only copy of it; the caller wipes it where it is secret @throws ManagerError `too-large` */
-export async function readBytes(request: AsyncIterable<Buffer>, limit: number): Promise<Buffer> {
+export async function readBytes(request: Readable, limit: number): Promise<Buffer> {
   const chunks: Buffer[] = [];
   let length = 0;
   try {
-    for await (const chunk of request) {
+    // A request that is destroyed takes its connection along, and the answer with it: what nobody reads is let pass.
+    for await (const chunk of request.iterator({ destroyOnReturn: false }) as AsyncIterable<Buffer>) {
       chunks.push(chunk);
       length += chunk.length;
       if (length > limit) throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
@@ -87,6 +89,7 @@ export async function readBytes(request: AsyncIterable<Buffer>, limit: number): 
     return Buffer.concat(chunks);
   } finally {
     wipe(...chunks);
+    request.resume();
   }
 }
 

@@ -241,12 +241,17 @@ async function readDigest(request: IncomingMessage): Promise<string | undefined>
 async function readBody(request: IncomingMessage): Promise<unknown> {
   const chunks: Buffer[] = [];
   let size = 0;
-  for await (const chunk of request as AsyncIterable<Buffer>) {
-    size += chunk.length;
-    if (size > MAX_BODY_BYTES) {
-      throw new ToolstackError('bad-request', `the body is over ${MAX_BODY_BYTES} bytes`);
+  try {
+    // A request that is destroyed takes its connection along, and the answer with it: what nobody reads is let pass.
+    for await (const chunk of request.iterator({ destroyOnReturn: false }) as AsyncIterable<Buffer>) {
+      size += chunk.length;
+      if (size > MAX_BODY_BYTES) {
+        throw new ToolstackError('bad-request', `the body is over ${MAX_BODY_BYTES} bytes`);
+      }
+      chunks.push(chunk);
     }
-    chunks.push(chunk);
+  } finally {
+    request.resume();
   }
   try {
     return JSON.parse(Buffer.concat(chunks).toString('utf8'));
