@@ -11,5 +11,6 @@ export * from './host-port.js';
 export * from './libc.js';
 export * from './log.js';
 export * from './paths.js';
+export * from './request-body.js';
 export * from './service-manager.js';
 export * from './version.js';

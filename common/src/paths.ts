@@ -101,12 +101,15 @@ export function pathsOf(home: string, run: string = defaultRun(resolve(home))): 
   };
 }
 
-/** sun_path holds 107 bytes and a NUL (unix(7)). @throws ConfigError that names the path and what to do */
+/** sun_path holds so many bytes and a NUL (unix(7)). */
+export const MAX_SOCKET_PATH_BYTES = 107;
+
+/** @throws ConfigError that names the path and what to do */
 export function checkSocketPath(path: string): string {
   const length = Buffer.byteLength(path);
-  if (length > 107) {
+  if (length > MAX_SOCKET_PATH_BYTES) {
     throw new ConfigError(
-      `the socket path ${path} has ${length} bytes, a unix socket takes 107; choose a shorter --home or --run-dir`,
+      `the socket path ${path} has ${length} bytes, a unix socket takes ${MAX_SOCKET_PATH_BYTES}; choose a shorter --home or --run-dir`,
     );
   }
   return path;

@@ -438,7 +438,7 @@ describe('vtpm-supervisord', function () {
       assert.deepEqual([what, status, body.error?.code], [what, 400, 'bad-request']);
     }
     assert.equal((await supervisor.call('POST', '/vtpms', '{')).status, 400);
-    assert.equal((await supervisor.call('POST', '/vtpms', `"${'x'.repeat(70_000)}"`)).status, 400);
+    assert.equal((await supervisor.call('POST', '/vtpms', `"${'x'.repeat(4_000_000)}"`)).status, 400);
     assert.equal((await supervisor.call('GET', '/vtpms/%ff')).status, 400);
     assert.equal((await supervisor.call('PUT', '/health')).status, 400);
     assert.equal((await supervisor.call('GET', '/vtpms/none')).body.error.code, 'unknown-vtpm');

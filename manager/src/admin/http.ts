@@ -1,6 +1,7 @@
 import { once } from 'node:events';
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import type { Readable } from 'node:stream';
+import { readBody } from 'vtpm-common';
 import { ManagerError, type ManagerErrorCode } from '../error.js';
 import { wipe } from '../keys/index.js';
 import type { JsonAnswer } from './route.js';
@@ -77,20 +78,9 @@ export function errorAnswer(error: ManagerError): JsonAnswer {
 
 /** @returns the body, in the only copy of it; the caller wipes it where it is secret @throws ManagerError `too-large` */
 export async function readBytes(request: Readable, limit: number): Promise<Buffer> {
-  const chunks: Buffer[] = [];
-  let length = 0;
-  try {
-    // A request that is destroyed takes its connection along, and the answer with it: what nobody reads is let pass.
-    for await (const chunk of request.iterator({ destroyOnReturn: false }) as AsyncIterable<Buffer>) {
-      chunks.push(chunk);
-      length += chunk.length;
-      if (length > limit) throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
-    }
-    return Buffer.concat(chunks);
-  } finally {
-    wipe(...chunks);
-    request.resume();
-  }
+  const body = await readBody(request, limit);
+  if (!body) throw new ManagerError('too-large', `a request body has at most ${limit} bytes`);
+  return body;
 }
 
 /** @returns the JSON object of the body @throws ManagerError `too-large`, `bad-request` */

@@ -2,6 +2,7 @@ import { randomBytes } from 'node:crypto';
 import { chmodSync, chownSync, lstatSync, renameSync, rmSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
 import { dirname, join } from 'node:path';
+import { MAX_SOCKET_PATH_BYTES } from 'vtpm-common/paths';
 import { DropinRefusal } from './refusal.js';
 import type { Entrance } from './swtpm-arguments.js';
 
@@ -69,12 +70,12 @@ function listen(option: string, server: Server, entrance: Entrance): Promise<voi
   }).finally(() => process.umask(umask));
 }
 
-/** sun_path holds 107 bytes and a NUL (unix(7)). @throws DropinRefusal */
+/** @throws DropinRefusal */
 function checkLength(option: string, path: string): void {
   const length = Buffer.byteLength(path);
-  if (length <= 107) return;
+  if (length <= MAX_SOCKET_PATH_BYTES) return;
   throw new DropinRefusal(
-    `${option}: ${path} has ${length} bytes, a unix socket takes 107; choose a shorter path`,
+    `${option}: ${path} has ${length} bytes, a unix socket takes ${MAX_SOCKET_PATH_BYTES}; choose a shorter path`,
   );
 }
 

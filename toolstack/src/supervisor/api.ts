@@ -1,6 +1,6 @@
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import { Socket } from 'node:net';
-import { type Logger, VERSION } from 'vtpm-common';
+import { type Logger, readBody, VERSION } from 'vtpm-common';
 import { ToolstackError, type ToolstackErrorCode } from '../error.js';
 import { ApiServer } from './api-server.js';
 import type { DropinServer } from './dropin/server.js';
@@ -119,7 +119,7 @@ async function migrate(
   response: ServerResponse,
 ): Promise<void> {
   const vtpm = supervisor.find(name);
-  const order = readOrder(await readBody(request));
+  const order = readOrder(await readJson(request));
   if (order.vtpm !== vtpm.entry.id) {
     throw new ToolstackError('bad-request', `the order is for vTPM ${order.vtpm}, not for ${vtpm.entry.id}`);
   }
@@ -158,12 +158,12 @@ async function dispatch(
     case 'GET /vtpms':
       return { status: 200, body: { vtpms: supervisor.all().map((vtpm) => vtpm.view()) } };
     case 'POST /vtpms':
-      return { status: 201, body: supervisor.create(await readBody(request)).view() };
+      return { status: 201, body: supervisor.create(await readJson(request)).view() };
     case 'GET /vtpms/:vtpm':
       return { status: 200, body: supervisor.find(decoded(name)).view('now') };
     case 'PATCH /vtpms/:vtpm': {
       const vtpm = supervisor.find(decoded(name));
-      await vtpm.change(parseEntryChange(await readBody(request)));
+      await vtpm.change(parseEntryChange(await readJson(request)));
       return { status: 200, body: vtpm.view() };
     }
     case 'DELETE /vtpms/:vtpm': {
@@ -233,28 +233,16 @@ function decoded(text = ''): string {
 
 /** `{"digest": …}` of the one image that will do, or `{}`. */
 async function readDigest(request: IncomingMessage): Promise<string | undefined> {
-  const { digest } = ((await readBody(request)) ?? {}) as { digest?: unknown };
+  const { digest } = ((await readJson(request)) ?? {}) as { digest?: unknown };
   if (digest === undefined || (typeof digest === 'string' && /^[0-9a-f]{64}$/.test(digest))) return digest;
   throw new ToolstackError('bad-request', '"digest" is 64 hex digits, in lower case');
 }
 
-async function readBody(request: IncomingMessage): Promise<unknown> {
-  const chunks: Buffer[] = [];
-  let size = 0;
+async function readJson(request: IncomingMessage): Promise<unknown> {
+  const body = await readBody(request, MAX_BODY_BYTES);
+  if (!body) throw new ToolstackError('bad-request', `the body is over ${MAX_BODY_BYTES} bytes`);
   try {
-    // A request that is destroyed takes its connection along, and the answer with it: what nobody reads is let pass.
-    for await (const chunk of request.iterator({ destroyOnReturn: false }) as AsyncIterable<Buffer>) {
-      size += chunk.length;
-      if (size > MAX_BODY_BYTES) {
-        throw new ToolstackError('bad-request', `the body is over ${MAX_BODY_BYTES} bytes`);
-      }
-      chunks.push(chunk);
-    }
-  } finally {
-    request.resume();
-  }
-  try {
-    return JSON.parse(Buffer.concat(chunks).toString('utf8'));
+    return JSON.parse(body.toString('utf8'));
   } catch {
     throw new ToolstackError('bad-request', 'the body is not JSON');
   }
