@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { doorOf, FrontendError } from 'vtpm-frontend-driver';
 import { run } from '../support/installation.js';
+import { isA } from '../support/is-a.js';
 import { type Swtpm, startSwtpm } from '../support/swtpm.js';
 
 const PROGRAM = fileURLToPath(new URL('../../../frontend-driver/bin/vtpm-frontend.js', import.meta.url));
@@ -71,7 +72,11 @@ describe('vtpm-frontend stdio', () => {
     assert.equal(doorOf('web1', {}, env, 1000), '/state/vtpm-manager/run/vtpms/web1/tpm.sock');
     assert.equal(doorOf('web1', { home: '/srv/two' }, {}, 0), '/srv/two/run/vtpms/web1/tpm.sock');
     assert.equal(doorOf('/a/b.sock', {}, env, 1000), '/a/b.sock');
-    for (const name of ['', '.', '..']) assert.throws(() => doorOf(name, {}, {}, 0), FrontendError);
+    for (const name of ['', '.', '..'])
+      assert.throws(
+        () => doorOf(name, {}, {}, 0),
+        (error) => isA(error, FrontendError),
+      );
   });
 
   it('ends with 3 and what to do when no vTPM answers', async () => {

@@ -160,7 +160,10 @@ describe('records', () => {
     }
     fc.assert(
       fc.property(fc.uint8Array({ maxLength: 300 }), (garbage) => {
-        assert.throws(() => decodeRecord(keys, names.vtpmUuid, garbage), ManagerError);
+        assert.throws(
+          () => decodeRecord(keys, names.vtpmUuid, garbage),
+          (error) => isA(error, ManagerError),
+        );
       }),
     );
   });

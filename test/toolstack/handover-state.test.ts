@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict';
 import fc from 'fast-check';
+import { ToolstackError } from 'vtpm-toolstack/error';
 import { DOOR_NAMES } from 'vtpm-toolstack/supervisor/control-protocol';
 import { HANDOVER_FORMAT, type HandOverState, parseHandOver } from 'vtpm-toolstack/supervisor/handover/state';
+import { isA } from '../support/is-a.js';
 
 const fd = fc.integer({ min: 3, max: 100_000 });
 const digits = (length: number) =>
@@ -108,10 +110,8 @@ const state = fc.record({
 
 const ID = '00000000-0000-4000-8000-000000000001';
 const bytes = (value: unknown): Buffer => Buffer.from(JSON.stringify(value));
-const isRefusal = (error: unknown): boolean => {
-  const { name, code } = error as { name?: string; code?: string };
-  return name === 'ToolstackError' && (code === 'corrupt' || code === 'newer-format');
-};
+const isRefusal = (error: unknown): boolean =>
+  isA(error, ToolstackError) && (error.code === 'corrupt' || error.code === 'newer-format');
 
 /** What programs of before do not write. */
 const ADDED: ReadonlySet<string | undefined> = new Set(['vmm', 'controlPipe']);
