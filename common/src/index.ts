@@ -1,6 +1,7 @@
 export * from './barrier.js';
 export * from './checkpoint-layout.js';
 export * from './clock.js';
+export * from './compile-at-first-call.js';
 export * from './config.js';
 export * from './config-error.js';
 export * from './file-system-failure.js';

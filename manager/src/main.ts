@@ -3,6 +3,7 @@ import { Command, Option } from 'commander';
 import {
   CONFIG_KEYS,
   ConfigError,
+  compileAtFirstCall,
   createLogger,
   forbidCoreDumps,
   loadConfiguration,
@@ -130,6 +131,7 @@ await program.parseAsync().catch((error: unknown) => fail(error));
 async function run(): Promise<void> {
   const { paths, settings, ...common } = setUp(program.opts());
   const { log } = common;
+  compileAtFirstCall();
   const service = new ServiceNotifier();
   const daemon = await startDaemon({
     paths,

@@ -1,6 +1,7 @@
 import { Command, Option } from 'commander';
 import {
   ConfigError,
+  compileAtFirstCall,
   createLogger,
   forbidCoreDumps,
   loadConfiguration,
@@ -107,6 +108,7 @@ async function run(flags: Flags): Promise<void> {
   const uids = dropinUids(settings['dropin-users']);
   if (flags.checkHandover !== undefined)
     return checkInheritance(flags.checkHandover, { paths, settings, manifest });
+  compileAtFirstCall();
   const before = flags.handover === undefined ? undefined : takeInheritance(flags.handover);
   const supervisor = await openSupervisor({ paths, settings, manifest, log, ...(before && { before }) });
   const dropin = await DropinServer.open({ supervisor, paths, log, uids }, before !== undefined);
