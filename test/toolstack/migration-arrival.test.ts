@@ -156,6 +156,36 @@ describe('a vTPM that comes, as its supervisor sees it', function () {
     assert.equal((await world.supervisor.call('GET', '/vtpms')).body.vtpms.length, 2);
   });
 
+  it('refuses a live one, a dry run of it too, where its manager does not allow the image of its workers', async () => {
+    world.manager.images.clear();
+    for (const dryRun of [true, false]) {
+      const event = world.incoming({ dryRun });
+      world.manager.emit(event);
+      await world.said('refuse', event);
+      const { code, message } = world.answers.at(-1)!;
+      assert.equal(code, 'image-not-allowed');
+      assert.match(message!, /run there: vtpmctl image allow [0-9a-f]{64}$/);
+    }
+    assert.deepEqual(world.manager.tickets, []);
+    assert.equal((await world.supervisor.call('GET', '/vtpms')).body.vtpms.length, 0);
+    const stopped = world.incoming({ mode: 'OFFLINE' });
+    world.manager.emit(stopped);
+    await world.said('accept', stopped);
+  });
+
+  it('refuses a live one, a dry run of it too, where this machine does not give its sandbox a layer', async () => {
+    await world.restart([], undefined, ['setpriv', '--bounding-set=-sys_admin', '--inh-caps=-sys_admin']);
+    // Where no worker has that layer, none is missing.
+    const waived = (process.env.VTPM_WAIVE_LAYERS ?? '').split(',');
+    const isMissing = process.getuid?.() === 0 && !waived.includes('uid');
+    for (const dryRun of [true, false]) {
+      const event = world.incoming({ dryRun });
+      world.manager.emit(event);
+      await world.said(isMissing ? 'refuse' : 'accept', event);
+      if (isMissing) assert.equal(world.answers.at(-1)!.code, 'layer-missing');
+    }
+  });
+
   it('takes none, or those that it knows, where it is set so', async () => {
     for (const policy of ['none', 'known']) {
       await world.restart(['--accept-migrations', policy]);

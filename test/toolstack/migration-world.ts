@@ -92,22 +92,24 @@ export class MigrationWorld {
     removeDirectory(this.#home);
   }
 
-  /** @param prelude source that runs in it first */
-  start(flags: string[] = [], prelude?: string): Promise<SupervisorProcess> {
-    const how = prelude
-      ? { wrapper: ['env', `NODE_OPTIONS=--import=data:text/javascript,${encodeURIComponent(prelude)}`] }
-      : {};
+  /** @param prelude source that runs in it first @param under the command that runs it */
+  start(flags: string[] = [], prelude?: string, under: readonly string[] = []): Promise<SupervisorProcess> {
+    const first = prelude
+      ? ['env', `NODE_OPTIONS=--import=data:text/javascript,${encodeURIComponent(prelude)}`]
+      : [];
+    const how = { wrapper: [...under, ...first] };
     return new SupervisorProcess(this.#home, this.manifest, ['--log-format', 'json', ...flags], how).ready();
   }
 
-  async restart(flags: string[] = [], prelude?: string): Promise<void> {
+  async restart(...how: Parameters<MigrationWorld['start']>): Promise<void> {
     await this.supervisor.end('SIGKILL');
-    this.supervisor = await this.start(flags, prelude);
+    this.supervisor = await this.start(...how);
     await this.#connected();
   }
 
   async #connected(): Promise<void> {
     await until(async () => (await this.supervisor.call('GET', '/health')).body.managerConnected === true);
+    this.manager.images.add((await this.supervisor.call('GET', '/image')).body.digest);
   }
 
   // biome-ignore lint/suspicious/noExplicitAny: what a test expects of it is the test.

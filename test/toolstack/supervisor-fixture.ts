@@ -94,6 +94,8 @@ export interface StubRecord {
 export class StubManager {
   readonly records = new Map<string, StubRecord>();
   readonly tickets: Ticket[] = [];
+  /** Digests that it allows, as far as it is asked; it looks at no ticket's. */
+  readonly images = new Set<string>();
   /** How often it was asked for what it knows of a vTPM. */
   asked = 0;
   /** Of each Load, the memory for checkpoints that the worker has. */
@@ -137,6 +139,10 @@ export class StubManager {
         void Promise.resolve(this.beforePeers?.()).then(() =>
           response.end(JSON.stringify({ peers: [{ name: 'other', hostId: OTHER_HOST }] })),
         );
+        return;
+      }
+      if (call.url === '/images') {
+        response.end(JSON.stringify({ images: [...this.images].map((digest) => ({ digest })) }));
         return;
       }
       if (call.url?.startsWith('/migrations')) {

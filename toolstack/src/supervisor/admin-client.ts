@@ -115,6 +115,12 @@ export class AdminClient {
     return value.peers?.find((peer) => peer.hostId === hostId)?.name;
   }
 
+  /** @param digest of a worker's image, in hex */
+  async isImageAllowed(digest: string): Promise<boolean> {
+    const value = (await this.#get('/images')) as { images?: readonly { digest: string }[] };
+    return value.images?.some((image) => image.digest === digest) === true;
+  }
+
   /** Opens the stream of the events of these types; the caller reads lines from it and closes it. */
   events(types: readonly string[], signal: AbortSignal): Promise<IncomingMessage> {
     return this.#open('GET', `/events?types=${types.join(',')}`, signal);

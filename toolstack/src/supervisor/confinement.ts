@@ -6,6 +6,7 @@ import { type VmLayer, vmLayers } from '../vm/layers.js';
 import { type Accelerator, withAccelerator } from '../vm/qemu.js';
 import { CONTROLLERS, removeGroup, type WorkerGroup } from './cgroups.js';
 import { type ConfinementOptions, findMeans, type Means, ownSandbox } from './confinement-means.js';
+import type { Entry } from './entry.js';
 import type { KeptDescriptors } from './handover/descriptors.js';
 import type { ConfinementHandOver, HandOverState } from './handover/state.js';
 import { confinementOf, type Layer, type Profile, WAIVABLE, type WaivableLayer } from './layers.js';
@@ -96,9 +97,16 @@ export class Confinements {
     return { uidLock: lock === undefined ? null : kept.keep(lock), groups: this.#means.groups?.made ?? 0 };
   }
 
+  /** @throws ToolstackError `layer-missing` where no worker could be started in it */
+  checkLayers(isolation: Entry['isolation']): void {
+    const wanted = this.#wanted(isolation);
+    const missing = [...this.missing].filter(([layer]) => wanted.includes(layer));
+    if (missing.length > 0) throw this.#refusal(missing);
+  }
+
   /** For one worker. @throws ToolstackError `layer-missing` | `missing-package` */
   sandbox(image: ImageCommand): Confinement {
-    return this.#confine(image, this.#means.wanted, true);
+    return this.#confine(image, 'sandbox');
   }
 
   /**
@@ -107,14 +115,26 @@ export class Confinements {
    */
   vm(image: ImageCommand, accelerator: Accelerator): Confinement {
     const argv = withAccelerator(image.argv, accelerator);
-    const wanted = this.#means.wanted.filter((layer) => layer !== 'seccomp:serve');
-    const confinement = this.#confine({ ...image, argv }, wanted, false);
+    const confinement = this.#confine({ ...image, argv }, 'vm');
     return accelerator === 'kvm' ? { ...confinement, command: withKvm(confinement.command) } : confinement;
   }
 
-  #confine(image: ImageCommand, wanted: readonly Layer[], isFiltered: boolean): Confinement {
-    const missing = [...this.missing].filter(([layer]) => wanted.includes(layer));
-    if (missing.length > 0) throw this.#refusal(missing);
+  #wanted(isolation: Entry['isolation']): readonly Layer[] {
+    const { wanted } = this.#means;
+    switch (isolation) {
+      case 'sandbox':
+        return wanted;
+      case 'vm':
+        return wanted.filter((layer) => layer !== 'seccomp:serve');
+      case 'none':
+        return [];
+    }
+  }
+
+  #confine(image: ImageCommand, isolation: 'sandbox' | 'vm'): Confinement {
+    this.checkLayers(isolation);
+    const wanted = this.#wanted(isolation);
+    const isFiltered = isolation === 'sandbox';
     const has = (layer: Layer): boolean => wanted.includes(layer);
     const uid = this.#means.uids?.take();
     let filter: number | undefined;

@@ -52,9 +52,9 @@ export class Supervisor {
       before ? before.autostart.includes(entry.id) : entry.autostart && entry.crashed === null,
     );
     this.#autostart = new Autostart(parts.admin, toStart, this.#closing.signal);
-    const { paths, settings, log } = parts.context;
+    const { launcher, paths, settings, log } = parts.context;
     this.#desk = new MigrationDesk({
-      ...{ admin: parts.admin, paths, settings, log },
+      ...{ admin: parts.admin, launcher, paths, settings, log },
       all: () => this.all(),
       forget: (vtpm) => this.#forget(vtpm, true),
     });

@@ -33,6 +33,15 @@ export class WorkerLauncher {
     return this.#options.images.current;
   }
 
+  /** @returns the digest of the image that a worker would have now @throws ToolstackError `layer-missing` | `missing-package` | … */
+  check(isolation: Entry['isolation']): string {
+    this.#options.confinements.checkLayers(isolation);
+    const images = this.#imagesOf(isolation);
+    const image = images.acquire();
+    images.release(image);
+    return image.digest;
+  }
+
   /**
    * A new worker, without an identity. @param link connected to the manager's worker socket and never read from here; it
    * is closed here in any case. @throws ToolstackError `layer-missing` | `missing-package` | `internal`

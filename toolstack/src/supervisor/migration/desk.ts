@@ -5,11 +5,13 @@ import { createArriving } from '../dropin/creation.js';
 import { Creations } from '../dropin/creations.js';
 import { checkFirstStart, checkNewName } from '../new-vtpm.js';
 import type { Vtpm } from '../vtpm.js';
+import type { WorkerLauncher } from '../worker-launcher.js';
 import { asKnown, type Description, readDescription } from './description.js';
 import { checkProtection } from './protection.js';
 
 export interface DeskParts {
   readonly admin: AdminClient;
+  readonly launcher: Pick<WorkerLauncher, 'check'>;
   readonly paths: Paths;
   readonly settings: Settings;
   readonly log: Logger;
@@ -104,7 +106,8 @@ export class MigrationDesk {
     this.#inHand.add(migration);
     try {
       const description = readDescription(incoming.description);
-      this.#check(incoming, description);
+      const { isolation } = this.#check(incoming, description);
+      if (incoming.mode !== 'OFFLINE') await this.#checkWorker(isolation);
       if (incoming.dryRun) {
         await admin.acceptMigration(migration);
         return;
@@ -121,10 +124,10 @@ export class MigrationDesk {
   }
 
   /**
-   * Before anything stops at the source, and all that there is of a dry run.
-   * @throws ToolstackError `migration-refused` | `name-taken` | …
+   * Before anything stops at the source, and with `#checkWorker` all that there is of a dry run.
+   * @returns how it would run here @throws ToolstackError `migration-refused` | `name-taken` | …
    */
-  #check({ id, vmUuid, from }: Incoming, description: Description): void {
+  #check({ id, vmUuid, from }: Incoming, description: Description): Description {
     const { settings, paths } = this.#parts;
     const { name } = description;
     const accepts = settings['accept-migrations'];
@@ -158,6 +161,18 @@ export class MigrationDesk {
     const asItRuns = known ? asKnown(description, known.entry) : description;
     checkProtection(asItRuns, settings, known?.entry);
     checkFirstStart(asItRuns, { paths, settings });
+    return asItRuns;
+  }
+
+  /** What would refuse the worker that is to wait for it. @throws ToolstackError `image-not-allowed` | `layer-missing` | … */
+  async #checkWorker(isolation: Description['isolation']): Promise<void> {
+    const { admin, launcher } = this.#parts;
+    const digest = launcher.check(isolation);
+    if (await admin.isImageAllowed(digest)) return;
+    throw new ToolstackError(
+      'image-not-allowed',
+      `the manager of this host does not allow the image of its workers; check it, then run there: vtpmctl image allow ${digest}`,
+    );
   }
 
   /** @throws ToolstackError what vtpmctl says */
