@@ -85,7 +85,7 @@ describe('state blobs, with kill -9', function () {
 
   it('of the manager at any step of each save: the same', async () => {
     await installation.start();
-    const door = await installation.vtpm('web1', '--doors', 'control,tpm');
+    const door = await installation.vtpm('web1', '--startup', 'clear', '--doors', 'control,tpm');
     const control = controlOf(installation, 'web1');
     await vmm.do(control, '-i');
     await useTpm(door);
