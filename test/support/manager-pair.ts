@@ -2,7 +2,6 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { type ClientRequest, type IncomingMessage, request } from 'node:http';
-import { createServer } from 'node:net';
 import { createInterface } from 'node:readline';
 import { Client, type ClientDuplexStream, credentials, type ServiceError } from '@grpc/grpc-js';
 import { bootId, monotonicMs } from 'vtpm-common';
@@ -22,6 +21,7 @@ import {
   type Verb,
 } from 'vtpm-proto';
 import { check } from './admin-description.js';
+import { freePort } from './free-port.js';
 import { type Answer, ManagerInstallation } from './manager-process.js';
 import { type Swtpm, startSwtpm } from './swtpm.js';
 import {
@@ -104,7 +104,7 @@ export class PairedHost {
   async init(): Promise<void> {
     const made = await this.manager.init(`unix:${this.tpm.socket}`, '--pcrs', this.pcrs);
     this.managerId = String(made.managerId);
-    this.port = await freePort();
+    this.port = await freePort('127.0.0.1');
     await this.start();
     const image = this.manager.toolstack.imageDigest.toString('hex');
     await this.call('POST', '/images', { digest: image, note: '' }, 201);
@@ -391,13 +391,4 @@ function checkMigrationAnswer(method: string, path: string, { status, body }: An
       : [...responses, String(status), ...schema],
     body,
   );
-}
-
-async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as { port: number };
-  server.close();
-  await once(server, 'close');
-  return port;
 }

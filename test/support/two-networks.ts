@@ -1,6 +1,6 @@
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { createServer } from 'node:net';
+import { freePort } from './free-port.js';
 import { Line } from './line.js';
 import { reapAtExit } from './reap.js';
 
@@ -120,9 +120,6 @@ async function holdNamespace(): Promise<ChildProcess> {
 
 /** One that every process of this machine reaches. */
 export async function loopbackPlace(v4: string): Promise<Place> {
-  const server = createServer().listen(0, v4);
-  await once(server, 'listening');
-  const { port } = server.address() as { port: number };
-  server.close();
+  const port = await freePort(v4, '::1');
   return { v4, v6: '::1', port, reachedAt: port, under: [] };
 }

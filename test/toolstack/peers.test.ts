@@ -7,6 +7,7 @@ import { connect as connectTls } from 'node:tls';
 import { tlsIdentity } from 'vtpm-manager/peer/certificate';
 import { tlsOptions } from 'vtpm-manager/peer/tls';
 import { Host, makeAuthority } from '../manager/platform-fixture.js';
+import { freePort } from '../support/free-port.js';
 import { type Finished, run } from '../support/installation.js';
 import { ManagerInstallation } from '../support/manager-process.js';
 import { startSwtpm } from '../support/swtpm.js';
@@ -31,17 +32,6 @@ interface ShownPeer {
   readonly maySend: boolean;
   readonly mayReceive: boolean;
   readonly provenAt: string | null;
-}
-
-/** A port of the loopback that was free a moment ago. */
-async function freePort(): Promise<number> {
-  const server = createServer();
-  server.listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
 }
 
 const ctl = (host: Host, ...args: string[]): Promise<Finished> =>
@@ -80,7 +70,7 @@ describe('vtpmctl peer', () => {
 
   before(async () => {
     [a, b] = await Promise.all([Host.create(), Host.create()]);
-    port = await freePort();
+    port = await freePort('127.0.0.1', '::1');
     await Promise.all([
       a.manager.start(),
       b.manager.start({ args: ['--peer-listen', `127.0.0.1:${port}, [::1]:${port}`] }),

@@ -2,22 +2,13 @@ import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
-import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { openSwtpm, openTcp, openTpm, readRandom } from 'tpm2-ts-bindings';
+import { freePort } from '../support/free-port.js';
 import { reapAtExit } from '../support/reap.js';
 import { until } from '../support/until.js';
 import { has } from './make.js';
-
-/** Different ones: they are held together before any is let go. */
-async function freePorts(host: string, count: number): Promise<number[]> {
-  const servers = Array.from({ length: count }, () => createServer().listen(0, host));
-  await Promise.all(servers.map((server) => once(server, 'listening')));
-  const ports = servers.map((server) => (server.address() as AddressInfo).port);
-  await Promise.all(servers.map((server) => once(server.close(), 'close')));
-  return ports;
-}
 
 /** A connection to find out would take the place of the one client. */
 function isListening(port: number): boolean {
@@ -34,7 +25,7 @@ function isListening(port: number): boolean {
 /** On ports that nobody has. swtpm does not take one whose last connection is still remembered: then others. */
 async function startTcp(bind: string, directory: string) {
   for (;;) {
-    const [data = 0, control = 0] = await freePorts(bind, 2);
+    const [data, control] = [await freePort(bind), await freePort(bind)];
     const child = spawn('swtpm', [
       ...['socket', '--tpm2', '--tpmstate', `dir=${directory}`],
       ...['--server', `type=tcp,port=${data},bindaddr=${bind}`],
@@ -76,7 +67,7 @@ describe('tpm2-ts-bindings: TCP transport', () => {
   }
 
   it('nobody there: a named error', async () => {
-    const [port = 0] = await freePorts('127.0.0.1', 1);
+    const port = await freePort('127.0.0.1', '::1');
     await assert.rejects(openTcp({ host: '127.0.0.1', port }), (error: unknown) => {
       assert.match(String(error), new RegExp(`127.0.0.1:${port}: nobody listens there`));
       return has('transport')(error);
