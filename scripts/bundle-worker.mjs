@@ -64,8 +64,12 @@ function writeManifest(name, program, libraries, ...nodeArguments) {
   };
   writeFileSync(`${bundle}/${name}`, `${JSON.stringify(manifest, null, 2)}\n`);
 }
-// See vtpmd/src/worker/optimiser.ts, and rehearsal.ts beside it.
-const worker = [['libc.so.6', 'libtpms.so.0'], '--max-optimized-bytecode-size=0', '--expose-gc'];
+// See vtpmd/src/worker/optimiser.ts, and rehearsal.ts beside it. What is rehearsed runs three times, and V8 has inline caches
+// for a function when it has run about eight times, or from the first call on.
+const worker = [
+  ['libc.so.6', 'libtpms.so.0'],
+  ...['--max-optimized-bytecode-size=0', '--no-lazy-feedback-allocation', '--expose-gc'],
+];
 writeManifest('image.json', 'vtpmd.cjs', ...worker);
 writeManifest('vm-guest.json', 'vm-guest.cjs', ...worker);
 writeManifest('vm-relay.json', 'vm-relay.cjs', ['libc.so.6']);
