@@ -65,10 +65,14 @@ function writeManifest(name, program, libraries, ...nodeArguments) {
   writeFileSync(`${bundle}/${name}`, `${JSON.stringify(manifest, null, 2)}\n`);
 }
 // See vtpmd/src/worker/optimiser.ts, and rehearsal.ts beside it. What is rehearsed runs three times, and V8 has inline caches
-// for a function when it has run about eight times, or from the first call on.
+// for a function when it has run about eight times, or from the first call on. Nor does it keep the code of what has not run for
+// some collections, and a worker may wait for a guest for hours.
 const worker = [
   ['libc.so.6', 'libtpms.so.0'],
-  ...['--max-optimized-bytecode-size=0', '--no-lazy-feedback-allocation', '--expose-gc'],
+  '--max-optimized-bytecode-size=0',
+  '--no-lazy-feedback-allocation',
+  '--no-flush-bytecode',
+  '--expose-gc',
 ];
 writeManifest('image.json', 'vtpmd.cjs', ...worker);
 writeManifest('vm-guest.json', 'vm-guest.cjs', ...worker);
